@@ -1,0 +1,152 @@
+"""CUDA with NCCL, or CPU with Gloo: the one place that knows Megatron-Core assumes CUDA.
+
+On a machine without CUDA, `use_backend()` redirects the few CUDA calls that Megatron-Core makes
+unconditionally (device queries, RNG states, `device="cuda"` arguments, type names) to the CPU. Nothing
+else in the package asks which of the two it runs on, except to choose a kernel.
+"""
+
+import datetime
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from laver_megatron.adam import ResumableAdam
+
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the processes run on. `device` is this process's, `communication` the torch.distributed backend."""
+
+    device: torch.device
+    communication: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def _names_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` to the CPU, and answers `Tensor.cuda()` and `Tensor.type()` as Megatron expects."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if func is torch.Tensor.to and any(_names_cuda(a) for a in args):
+            args = tuple(torch.device("cpu") if _names_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+def _redirect_cuda_calls_to_cpu() -> None:
+    """Points the CUDA functions that Megatron-Core calls without asking at their CPU counterparts."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _CudaToCpu().__enter__()
+
+
+def _give_megatron_an_adam_that_resumes() -> None:
+    """Where neither TransformerEngine nor apex is installed, Megatron falls back to torch's AdamW, which its
+    distributed optimizer cannot save and load; hand it an Adam of the same shape as theirs instead."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer.Adam = ResumableAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = ResumableAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+_backend: Backend | None = None
+
+
+def use_backend() -> Backend:
+    """Chooses CUDA if there is a GPU, else the CPU, and prepares Megatron-Core for it. Call before building
+    anything; calling again returns the same answer."""
+    global _backend
+    if _backend is not None:
+        return _backend
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Megatron asks for this order of kernels on the GPU's queues when communication overlaps computation.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        _backend = Backend(device=device, communication="nccl")
+    else:
+        _redirect_cuda_calls_to_cpu()
+        _backend = Backend(device=torch.device("cpu"), communication="gloo")
+    _give_megatron_an_adam_that_resumes()
+    return _backend
+
+
+def initialise_parallelism(
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None,
+    timeout_minutes: int,
+    seed: int,
+) -> None:
+    """Joins the process group of torchrun (or a group of one) and builds Megatron's parallel groups."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = use_backend()
+    if not torch.distributed.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+        torch.distributed.init_process_group(
+            backend.communication,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=backend.device if backend.is_cuda else None,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down_parallelism() -> None:
+    """Leaves the process group; safe to call when there is none."""
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Builds what a run trains: the stages of this rank, frozen parts, data parallelism and optimizer around them."""
+
+from pathlib import Path
+
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from transformers import AutoConfig
+
+from laver_megatron.config import Config
+from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.qwen import transformer_config
+from laver_megatron.model.shape import ModelShape
+from laver_megatron.model.vision import ImageEncoder
+from laver_megatron.scaling.flops import ModelFlops, model_flops
+
+
+def build_stages(
+    config: Config, shape: ModelShape, encoder_dir: Path, *, load_encoder: bool
+) -> list[LaverStage]:
+    """The pipeline stage of this rank, or its virtual stages under the interleaved schedule."""
+    megatron_config = transformer_config(config, shape)
+    megatron_config.finalize_model_grads_func = finalise_gradients
+    num_virtual = megatron_config.virtual_pipeline_model_parallel_size
+    stages = []
+    for vp_stage in range(num_virtual or 1):
+        virtual = None if num_virtual is None else vp_stage
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+        encoder = None
+        if first:
+            encoder = ImageEncoder.from_directory(
+                encoder_dir, config.encoder_feature_layer, megatron_config.params_dtype, load_encoder
+            )
+        stage = LaverStage(
+            config,
+            shape,
+            encoder,
+            pre_process=first,
+            post_process=last,
+            vp_stage=virtual,
+            megatron_config=megatron_config,
+        )
+        freeze(stage, config.freeze)
+        stages.append(stage)
+    return stages
+
+
+def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
+    """Stops training of whole modules: `decoder` means the language model with its embedding and LM head,
+    `heads` the vision head and [MASK]."""
+    prefixes = {
+        "encoder": ("encoder.",),
+        "connector": ("connector.",),
+        "decoder": ("embedding.", "decoder.", "output_layer."),
+        "heads": ("vision_head.", "mask_token"),
+    }
+    frozen = tuple(prefix for part in parts for prefix in prefixes[part])
+    for name, parameter in stage.named_parameters():
+        if name.startswith(frozen or ("\0",)):
+            parameter.requires_grad_(False)
+
+
+def finalise_gradients(model, num_tokens=None, **kwargs) -> None:
+    """Megatron's gradient reductions, without its division by tokens: the losses are divided already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Megatron's data parallelism around the stages and its distributed optimizer over them."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    chunks = [
+        DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=i > 0)
+        for i, stage in enumerate(stages)
+    ]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=config.bf16,
+        params_dtype=stages[0].config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    return chunks, get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+
+
+def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:
+    encoder = AutoConfig.from_pretrained(encoder_dir)
+    encoder = getattr(encoder, "vision_config", encoder)
+    layer = config.encoder_feature_layer
+    return model_flops(
+        shape,
+        vision_head_hidden_size=config.vision_head_hidden_size,
+        vision_head_output_size=config.vision_head_output_size,
+        encoder=encoder,
+        num_encoder_layers=layer if layer >= 0 else encoder.num_hidden_layers + 1 + layer,
+    )

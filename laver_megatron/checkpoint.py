@@ -1,0 +1,258 @@
+"""Checkpoints: student, teacher, optimizer, centre and progress as one state, in Megatron-Core's distributed format.
+
+    RUN_DIR/checkpoints/latest                the newest complete checkpoint's iteration, as text
+    RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
+        hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
+        manifest.json                         size and checksum of every file
+
+A checkpoint is written into a temporary directory and renamed when it is complete, so that a directory
+named `iter_...` is always whole. The teacher is stored once, as its fp32 accumulators.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from laver_megatron.model.laver import LaverStage
+from laver_megatron.teacher import Centre, TeacherAverage
+
+# What building the model needs besides the weights; copied as they are, never re-saved.
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything that changes with the step is computed from `iteration`."""
+
+    iteration: int = 0
+    consumed_packs: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_iterations: int = 0
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds of a running trainer."""
+
+    stages: Sequence[LaverStage]
+    optimizer: object
+    teacher: TeacherAverage | None
+    centre: Centre | None
+    progress: Progress
+
+
+def sharding_metadata() -> dict:
+    """How Megatron-Core lays out sharded state: layers by global number, optimizer states by parameter, so
+    that both survive any change of TP, PP and DP."""
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(state: TrainingState, metadata: dict) -> dict:
+    return {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(state.stages)}
+
+
+def _teacher_state(state: TrainingState, metadata: dict, is_loading: bool) -> dict:
+    sharded: dict = {}
+    if state.teacher is not None and (accumulators := state.teacher.sharded_state(metadata, is_loading)):
+        sharded["teacher"] = accumulators
+    if state.centre is not None:
+        dp_rank = parallel_state.get_data_parallel_rank()
+        sharded["centre"] = state.centre.sharded_state(
+            parallel_state.get_tensor_model_parallel_group(), dp_rank
+        )
+    return sharded
+
+
+def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is_loading: bool) -> dict:
+    if state.optimizer.is_stub_optimizer:  # type: ignore[attr-defined]
+        return {}
+    # Megatron's optimizer knows its parameters by the sharded tensors of the chunks it was built from.
+    return {
+        "optimizer": state.optimizer.sharded_state_dict(  # type: ignore[attr-defined]
+            model_state, is_loading=is_loading, metadata=metadata
+        )
+    }
+
+
+def save_checkpoint(
+    directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict
+) -> Path:
+    """Writes `directory/iter_...` on all ranks together and returns its path.
+
+    model_dir, encoder_dir: Hugging Face directories whose small files are copied along. run: facts about the
+    run (its configuration) that a later start may want to compare with.
+    """
+    final = directory / f"iter_{state.progress.iteration:07d}"
+    temporary = directory / f".{final.name}.incomplete"
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    metadata = sharding_metadata()
+    sharded = _model_state(state, metadata)
+    sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
+    sharded.update(_teacher_state(state, metadata, is_loading=False))
+    sharded.update(progress=asdict(state.progress), run=run, has_teacher=state.teacher is not None)
+    _all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
+    if dist.get_rank() == 0:
+        _copy_model_files(model_dir, temporary / "hf")
+        _copy_model_files(encoder_dir, temporary / "encoder")
+    dist.barrier()
+    _write_manifest(temporary)
+    if dist.get_rank() == 0:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _replace_text(directory / "latest", str(state.progress.iteration))
+        _sync_directory(directory)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> dict:
+    """Fills `state` from a checkpoint written at any layout; returns its common facts.
+
+    weights_only (`--finetune`): student weights alone; optimizer, teacher and progress start anew.
+    """
+    verify_manifest(path)
+    metadata = sharding_metadata()
+    model_state = _model_state(state, metadata)
+    sharded = dict(model_state)
+    if not weights_only:
+        sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
+        sharded.update(_teacher_state(state, metadata, is_loading=True))
+    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
+    for i, stage in enumerate(state.stages):
+        stage.load_state_dict(loaded[f"model{i}"], strict=False)
+    if weights_only:
+        state.optimizer.reload_model_params()  # type: ignore[attr-defined]
+        if state.teacher is not None:
+            state.teacher.copy_student()
+        return loaded
+    if "optimizer" in loaded:
+        state.optimizer.load_state_dict(loaded["optimizer"])  # type: ignore[attr-defined]
+    if state.teacher is not None:
+        state.teacher.load_sharded_state(loaded["teacher"])
+    if state.centre is not None:
+        state.centre.value_K.copy_(loaded["centre"])
+    for name, value in loaded["progress"].items():
+        setattr(state.progress, name, value)
+    return loaded
+
+
+def _load(sharded: dict, path: Path) -> dict:
+    loaded, missing, _ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_ALL)
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the tensors this run needs, such as {sorted(missing)[:3]}; "
+            "was it trained with other parts (--laver, --centre-momentum)? --finetune takes the weights alone"
+        )
+    return loaded
+
+
+def _all_ranks(action: str, work):
+    """Runs `work` and, if it fails anywhere, fails everywhere with the first reason instead of hanging."""
+    result, problem = None, None
+    try:
+        result = work()
+    except (Exception, CheckpointingException) as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    failed = [(rank, text) for rank, text in enumerate(problems) if text]
+    if failed:
+        raise ValueError(f"could not {action}: rank {failed[0][0]}: {failed[0][1]}")
+    return result
+
+
+def _copy_model_files(source: Path, target: Path) -> None:
+    target.mkdir()
+    for name in _MODEL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+# --- manifest: Megatron-Core loads corrupted payload bytes without a word ---
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _my_share(files: list[Path]) -> list[Path]:
+    """The ranks of a run divide reading the files among themselves."""
+    return files[dist.get_rank() :: dist.get_world_size()]
+
+
+def _write_manifest(path: Path) -> None:
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    mine = {str(p.relative_to(path)): [p.stat().st_size, _checksum(p)] for p in _my_share(files)}
+    for file in _my_share(files):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    parts: list[dict | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    if dist.get_rank() == 0:
+        merged = {name: entry for part in parts if part for name, entry in part.items()}
+        _replace_text(path / "manifest.json", json.dumps(dict(sorted(merged.items())), indent=1))
+        _sync_directory(path)
+
+
+def verify_manifest(path: Path) -> None:
+    """Compares every file's size and checksum with the manifest; ValueError naming the first that differs."""
+
+    def verify() -> None:
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise ValueError(f"{path} has no manifest.json: it is not a complete checkpoint of this program")
+        manifest = json.loads(manifest_path.read_text())
+        for file in _my_share([path / name for name in manifest]):
+            size, checksum = manifest[str(file.relative_to(path))]
+            if not file.is_file():
+                raise ValueError(f"{file} is missing from the checkpoint")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+            if _checksum(file) != checksum:
+                raise ValueError(f"{file} is damaged: its checksum differs from the manifest's")
+
+    _all_ranks(f"verify the checkpoint {path}", verify)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,144 @@
+"""One or more samples in a sequence: the tensors that masks, positions and streams are all derived from.
+
+Letters: B packs, S tokens of a pack, T tokens of one sample, 3 colours, height, width of an image's pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as tokens; all tensors int64 `[T]`.
+
+    labels_T is already shifted: the token to predict from this position, IGNORE_LABEL where none is trained.
+    image_number_T: number of the image within the sample at its visual tokens, -1 elsewhere; row_T, col_T:
+    their place in the image's grid of patches, 0 elsewhere. grids: (rows, columns) of each image.
+    """
+
+    key: str
+    tokens_T: Tensor
+    labels_T: Tensor
+    image_number_T: Tensor
+    row_T: Tensor
+    col_T: Tensor
+    grids: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return sum(rows * columns for rows, columns in self.grids)
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample's place in a pack: its global id, the slots it was planned with, its tokens, and its images'
+    pixels, float32 `[3, height, width]`. encoded is None if it turned out bad: its slots stay padding."""
+
+    sample_id: int
+    num_tokens: int
+    encoded: EncodedSample | None
+    pixels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackBatch:
+    """A micro-batch of packs; all tensors int64 `[B, S]` on the CPU.
+
+    tokens_BS: token ids (the padding token's where there is none); labels_BS: label for the logits at this
+    position, already shifted, IGNORE_LABEL elsewhere; document_BS: index of the document in its pack, -1
+    padding (at the end, and where a bad sample was planned); image_BS: index of the image in its pack at its
+    visual tokens, -1 elsewhere; row_BS, col_BS: place of a visual token in its image's grid of patches, 0
+    elsewhere; sample_id_BS: global sample id, -1 padding; image_number_BS: number of the image within its
+    sample, -1 elsewhere. pixels: for each pack its images in order, float32 `[3, height, width]`; keys: for
+    each pack the keys of its documents. Documents and images count from 0 without gaps.
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    document_BS: Tensor
+    image_BS: Tensor
+    row_BS: Tensor
+    col_BS: Tensor
+    sample_id_BS: Tensor
+    image_number_BS: Tensor
+    pixels: list[list[Tensor]]
+    keys: list[list[str]]
+
+
+_PADDING = {
+    "labels_BS": IGNORE_LABEL,
+    "document_BS": -1,
+    "image_BS": -1,
+    "row_BS": 0,
+    "col_BS": 0,
+    "sample_id_BS": -1,
+    "image_number_BS": -1,
+}
+
+
+def build_packs(packs: Sequence[Sequence[PackedSample]], *, seq_length: int, padding_token: int) -> PackBatch:
+    """Lays each pack's samples one after the other from position 0, and pads to `seq_length`.
+
+    Raises:
+        ValueError: a sample is not as long as its plan says (the data has changed).
+    """
+    shape = (len(packs), seq_length)
+    tensors = {
+        name: torch.full(shape, value) for name, value in {"tokens_BS": padding_token, **_PADDING}.items()
+    }
+    batch = PackBatch(**tensors, pixels=[[] for _ in packs], keys=[[] for _ in packs])
+    for row, pack in enumerate(packs):
+        start = 0
+        for sample in pack:
+            slots = slice(start, start + sample.num_tokens)
+            start += sample.num_tokens
+            assert start <= seq_length, f"a pack of {start} tokens was planned for {seq_length}"
+            if sample.encoded is not None:
+                _place(batch, row, slots, sample, sample.encoded)
+    return batch
+
+
+def _place(batch: PackBatch, row: int, slots: slice, sample: PackedSample, encoded: EncodedSample) -> None:
+    if len(encoded) != sample.num_tokens:
+        raise ValueError(
+            f"sample {encoded.key!r} has {len(encoded)} tokens but was planned with {sample.num_tokens}: the "
+            "data has changed since the run started"
+        )
+    visual_T = encoded.image_number_T >= 0
+    batch.tokens_BS[row, slots] = encoded.tokens_T
+    batch.labels_BS[row, slots] = encoded.labels_T
+    batch.document_BS[row, slots] = len(batch.keys[row])
+    batch.image_BS[row, slots] = torch.where(visual_T, encoded.image_number_T + len(batch.pixels[row]), -1)
+    batch.row_BS[row, slots] = encoded.row_T
+    batch.col_BS[row, slots] = encoded.col_T
+    batch.sample_id_BS[row, slots] = sample.sample_id
+    batch.image_number_BS[row, slots] = encoded.image_number_T
+    batch.keys[row].append(encoded.key)
+    batch.pixels[row].extend(sample.pixels)
+
+
+def check_features(encoded: EncodedSample, num_features: Sequence[int]) -> None:
+    """Holds the image tokens of a sample against the features its pictures will have, image by image.
+
+    Raises:
+        ValueError: with both numbers and the sample's key, if they differ; never padded or cut.
+    """
+    num_images = len(encoded.grids)
+    if len(num_features) != num_images:
+        raise ValueError(
+            f"sample {encoded.key!r} has tokens for {num_images} images but {len(num_features)} pictures"
+        )
+    tokens_of = torch.bincount(encoded.image_number_T + 1, minlength=num_images + 1)[1:].tolist()
+    for number, (num_tokens, expected) in enumerate(zip(tokens_of, num_features, strict=True)):
+        if num_tokens != expected:
+            raise ValueError(
+                f"sample {encoded.key!r}, image {number}: {num_tokens} image tokens but {expected} features"
+            )

@@ -1,0 +1,182 @@
+"""From a sample's JSON to tokens and labels, by the ChatML template of Qwen2.5.
+
+Letters: T tokens of one sample.
+
+    <|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n
+
+Only what an assistant says is trained, and the <|im_end|> after it. An `<image>` in the text becomes
+<|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is ever trained.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample
+
+IMAGE_PLACEHOLDER = "<image>"
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+Message = dict[str, str]
+
+
+def parse_conversation(content: bytes | str, name: str) -> list[Message]:
+    """The messages of a sample's JSON as [{"role": system|user|assistant, "content": text}, ...].
+
+    Accepts a bare list of turns or an object with `conversations` or `messages`, turns as {"from", "value"}
+    or {"role", "content"}, and human/gpt for user/assistant. name: shard and key, for messages.
+
+    Raises:
+        ValueError: not JSON, no turns, an unknown role, text that is not text.
+    """
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: not valid JSON ({error})") from error
+    if isinstance(document, dict):
+        document = document.get("conversations", document.get("messages"))
+    if not isinstance(document, list) or not document:
+        raise ValueError(f"{name}: expected a list of turns, or an object with `conversations` or `messages`")
+    return [_message(turn, number, name) for number, turn in enumerate(document)]
+
+
+def _message(turn: object, number: int, name: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{name}: turn {number} is not an object")
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"{name}: turn {number} has the role {role!r}; known are {', '.join(_ROLES)}")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: the text of turn {number} is {type(text).__name__}, not a string")
+    return {"role": _ROLES[role], "content": text}
+
+
+class SampleEncoder:
+    """Tokens and labels of conversations. Safe to call from several threads.
+
+    Raises:
+        ValueError: the tokenizer lacks a special token, or its chat template is not Qwen2.5's ChatML.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # A copy of our own: the transformers wrapper sets truncation on the shared one, whatever threads do.
+        self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vision_start, self.image_pad, self.vision_end = (self._id(token) for token in _VISION_TOKENS)
+        self.turn_end = self._id("<|im_end|>")
+        self._id("<|im_start|>")
+        padding = tokenizer.pad_token_id
+        self.padding = self._id("<|endoftext|>") if padding is None else padding
+        self.default_system = _default_system(tokenizer)
+        self._check_template(tokenizer)
+
+    def encode(
+        self, messages: Sequence[Message], grids: Sequence[tuple[int, int]], key: str
+    ) -> EncodedSample:
+        """Tokens, labels and image places of one sample.
+
+        grids: (rows, columns) of the visual tokens of each of the sample's pictures. The tokens equal those
+        of the tokenizer's own `apply_chat_template` on the text with the image tokens written out.
+
+        Raises:
+            ValueError: more or fewer `<image>` in the text than pictures, or image tokens spelt out.
+        """
+        text, assistant_spans = self._render(messages)
+        found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
+        if found != len(grids):
+            raise ValueError(
+                f"sample {key!r}: {found} {IMAGE_PLACEHOLDER} in the text but {len(grids)} pictures"
+            )
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens_T = torch.tensor(encoding.ids, dtype=torch.int64)
+        num_pads = int((tokens_T == self.image_pad).sum())
+        if num_pads != len(grids):
+            raise ValueError(
+                f"sample {key!r}: the text holds {num_pads} image tokens but there are {len(grids)} "
+                f"pictures; write {IMAGE_PLACEHOLDER} for a picture, and {_VISION_TOKENS[1]} never"
+            )
+        trained_T = self._trained(tokens_T, encoding.offsets, assistant_spans)
+        return _with_images(tokens_T, trained_T, self.image_pad, grids, key)
+
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as ChatML with one image token a picture, and where the assistant's words and
+        end-of-turn lie in it."""
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        text, spans = "", []
+        for message in messages:
+            text += f"<|im_start|>{message['role']}\n"
+            start = len(text)
+            text += message["content"].replace(IMAGE_PLACEHOLDER, "".join(_VISION_TOKENS)) + "<|im_end|>"
+            if message["role"] == "assistant":
+                spans.append((start, len(text)))
+            text += "\n"
+        return text, spans
+
+    def _trained(
+        self, tokens_T: Tensor, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Which tokens lie wholly in an assistant's span and are not an image's: bool `[T]`."""
+        starts_T, ends_T = torch.tensor(offsets, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        trained_T = torch.zeros_like(tokens_T, dtype=torch.bool)
+        for start, end in spans:
+            trained_T |= (starts_T >= start) & (ends_T <= end)
+        vision = torch.tensor([self.vision_start, self.image_pad, self.vision_end])
+        return trained_T & ~torch.isin(tokens_T, vision)
+
+    def _id(self, token: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise ValueError(f"the tokenizer has no {token} token; Qwen2.5's tokenizers have it")
+        return index
+
+    def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Holds our rendering against the tokenizer's, so that a model with another template is noticed."""
+        messages = [
+            {"role": role, "content": f"{role} speaks"} for role in ("system", "user", "assistant", "user")
+        ]
+        for probe in (messages, messages[1:3]):
+            theirs, ours = tokenizer.apply_chat_template(probe, tokenize=False), self._render(probe)[0]
+            if theirs != ours:
+                raise ValueError(
+                    "the tokenizer's chat template is not Qwen2.5's ChatML: it gives "
+                    f"{theirs!r}, not {ours!r}"
+                )
+
+
+def _default_system(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The system prompt that the template puts in when a conversation has none (it differs between the base
+    and the instruction-tuned checkpoints)."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template; Qwen2.5's tokenizers have one")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    head, tail = "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise ValueError(f"the tokenizer's chat template is not Qwen2.5's ChatML: it gives {text!r}")
+    return text.removeprefix(head).removesuffix(tail)
+
+
+def _with_images(
+    tokens_T: Tensor, trained_T: Tensor, image_pad: int, grids: Sequence[tuple[int, int]], key: str
+) -> EncodedSample:
+    """Repeats each image token over its grid, and shifts the labels."""
+    pads_T = tokens_T == image_pad
+    counts_T = torch.ones_like(tokens_T)
+    counts_T[pads_T] = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
+    number_T = torch.where(pads_T, pads_T.cumsum(0) - 1, -1)
+    tokens_T, trained_T, number_T = (
+        part.repeat_interleave(counts_T) for part in (tokens_T, trained_T, number_T)
+    )
+    row_T, col_T = torch.zeros_like(tokens_T), torch.zeros_like(tokens_T)
+    for number, (rows, columns) in enumerate(grids):
+        place = torch.arange(rows * columns)
+        row_T[number_T == number], col_T[number_T == number] = place // columns, place % columns
+    labels_T = torch.full_like(tokens_T, IGNORE_LABEL)
+    labels_T[:-1] = torch.where(trained_T[1:], tokens_T[1:], IGNORE_LABEL)
+    return EncodedSample(key, tokens_T, labels_T, number_T, row_T, col_T, tuple(grids))

@@ -1,0 +1,64 @@
+"""Makes the demo's directory, one complete part at a time."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.demo.questions import make_examples
+from laver_megatron.demo.shards import write_shards
+
+NUM_TRAIN_SAMPLES, NUM_VALID_SAMPLES = 384, 48
+
+
+def make_demo(
+    directory: str | Path,
+    *,
+    num_train_samples: int = NUM_TRAIN_SAMPLES,
+    num_valid_samples: int = NUM_VALID_SAMPLES,
+) -> Path:
+    """Makes `model/`, `encoder/` and `shards/` (train-*.tar, valid-*.tar) in a directory, and returns it.
+
+    A part that is there is kept: each is built beside its place and renamed when it is complete, so a part
+    is never half there. Which sample is which depends on nothing but its number and the versions of Pillow,
+    scikit-image, scikit-learn, torch and tokenizers.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def texts() -> list[str]:
+        # The tokenizer learns from the first examples, with as many for a small demo as for a large one.
+        return [message["value"] for example in make_examples(0, 200) for message in example.conversation]
+
+    def shards(place: Path) -> None:
+        write_shards(place, "train", make_examples(0, num_train_samples), samples_per_shard=192)
+        valid = make_examples(1_000_000, num_valid_samples)
+        write_shards(place, "valid", valid, samples_per_shard=192)
+
+    _make_part(
+        directory / "model",
+        "a Qwen2.5 checkpoint with its tokenizer",
+        lambda place: save_language_model(place, texts()),
+    )
+    _make_part(directory / "encoder", "a SigLIP encoder", save_encoder)
+    _make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
+    return directory
+
+
+def _make_part(place: Path, what: str, build: Callable[[Path], None]) -> None:
+    if place.exists():
+        print(f"demo: {place} is there", file=sys.stderr)
+        return
+    print(f"demo: making {place}: {what}", file=sys.stderr)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        build(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(place)
+    except OSError:
+        if not place.exists():  # else another process was faster, and its part is the same
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

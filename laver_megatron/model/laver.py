@@ -1,0 +1,279 @@
+"""The pipeline-stage module: the student and, beside it, the teacher, on one tensor that flows through the pipeline.
+
+Letters: B packs, S language tokens, V visual slots, L a sequence, H width, E feature width, W vocabulary
+columns and K vision-head columns on this rank, T tokens of all images.
+
+A micro-batch is `[language S | masked visual V | unmasked visual V]` along the sequence. The student's
+layers run the first S + V (spans keep the two apart), the teacher's the last V without gradients. What goes
+from one stage to the next is that one tensor, so Megatron-Core's schedules work unchanged and the teacher
+adds no bubble. Under sequence parallelism the student's and the teacher's part are each scattered as one
+sequence, so a rank holds `[student part | teacher part]` and gathering restores the order.
+
+    stage 0    encoder, connector, embedding, [MASK]  ->  layers
+    ...                                                   layers (student and teacher)
+    last                                                  layers  ->  LM head, vision head, teacher's vision head
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from laver_megatron.config import Config
+from laver_megatron.model.attention import resolve_kernel
+from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
+from laver_megatron.model.qwen import build_decoder, transformer_config
+from laver_megatron.model.shape import ModelShape
+from laver_megatron.model.streams import MicroBatch
+from laver_megatron.model.vision import ImageEncoder
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What the last stage hands to the losses. Logits are split over the tensor-parallel ranks; the visual
+    ones are None without LaVer."""
+
+    language_logits_SBW: Tensor
+    student_logits_VBK: Tensor | None
+    teacher_logits_VBK: Tensor | None
+
+
+class Teacher(nn.Module):
+    """The teacher's share of a stage: decoder layers, and final norm and vision head on the last stage. It
+    never trains and never sees gradients; `laver_megatron.teacher` moves its weights after the student's."""
+
+    def __init__(self, decoder: nn.Module, vision_head: nn.Module | None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        if vision_head is not None:
+            self.vision_head = vision_head
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode: activation recompute would be pure waste here."""
+        return super().train(False)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The teacher's tensors as Megatron-Core shards them; keys are the student's under `prefix`."""
+        state = {}
+        for name, module in self.named_children():
+            state.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))  # type: ignore[operator]
+        return state
+
+
+class LaverStage(LanguageModule):
+    """One pipeline stage (or virtual stage) of LaVer. Built with NaN weights; `load` or a checkpoint fills them."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        encoder: ImageEncoder | None,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+        megatron_config: TransformerConfig | None = None,
+    ) -> None:
+        megatron_config = megatron_config or transformer_config(config, shape)
+        super().__init__(config=megatron_config)
+        self.run_config, self.shape = config, shape
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = shape.tie_word_embeddings
+        self.input_tensor: Tensor | None = None
+        seq_length, visual_seq_length = config.seq_length, config.visual_seq_length
+        student_segments = (seq_length, visual_seq_length) if config.laver else (seq_length,)
+
+        def decoder(segments: tuple[int, ...]) -> nn.Module:
+            return build_decoder(
+                megatron_config,
+                resolve_kernel(config.attention_kernel),
+                segments,
+                is_last_stage=post_process,
+                vp_stage=vp_stage,
+            )
+
+        def vision_head() -> VisionHead:
+            return VisionHead(
+                megatron_config,
+                config.vision_head_hidden_size,
+                config.vision_head_output_size or shape.hidden_size,
+            )
+
+        if pre_process:
+            assert encoder is not None
+            self._build_input_side(encoder)
+        self.decoder = decoder(student_segments)
+        if post_process:
+            self._build_output_layer()
+            if config.laver:
+                self.vision_head = vision_head()
+        self.teacher: Teacher | None = None
+        if config.laver:
+            self.teacher = Teacher(decoder((visual_seq_length,)), vision_head() if post_process else None)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        self.to(torch.cuda.current_device())
+
+    def _build_input_side(self, encoder: ImageEncoder) -> None:
+        self.embedding = LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=self.shape.vocab_size,
+            max_sequence_length=self.run_config.seq_length,
+            position_embedding_type="none",
+            scatter_to_sequence_parallel=False,
+        )
+        self.encoder = encoder
+        dtype = self.config.params_dtype
+        self.connector = Connector(encoder.feature_size, self.shape.hidden_size, dtype)
+        if self.run_config.laver:
+            self.mask_token = nn.Parameter(torch.full((self.shape.hidden_size,), float("nan"), dtype=dtype))
+
+    def _build_output_layer(self) -> None:
+        self.output_layer = ColumnParallelLinear(
+            self.shape.hidden_size,
+            self.shape.vocab_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            disable_grad_reduce=True,
+        )
+        # The stage gathers the sequence once for both heads (see `_whole_sequence`).
+        self.output_layer.sequence_parallel = False
+
+    @torch.no_grad()
+    def initialise_new_parts(self, seed: int) -> None:
+        """Start values of what no Qwen2.5 checkpoint has: connector, [MASK] (N(0, 0.02)) and vision head."""
+        if self.pre_process:
+            self.connector.initialise("connector.", seed)
+            if self.run_config.laver:
+                self.mask_token.copy_(seeded_normal("mask_token", (self.shape.hidden_size,), 0.02, seed))
+        if self.post_process and self.run_config.laver:
+            self.vision_head.initialise("vision_head.", seed)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The student's tensors as Megatron-Core shards them. The teacher is not among them: a checkpoint
+        holds it once, as the fp32 accumulators of `laver_megatron.teacher`."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}teacher.")}
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Called by Megatron-Core's schedules with what the previous stage sent."""
+        assert len(input_tensor) == 1
+        self.input_tensor = input_tensor[0]
+
+    def forward(self, batch: MicroBatch, pixels: list[Tensor] | None) -> Tensor | StageOutput:
+        """batch: the micro-batch; pixels: its images in order, on the first stage only. Returns the stage's
+        output tensor, or a StageOutput on the last stage."""
+        student_LBH, teacher_VBH = self._embed(batch, pixels or []) if self.pre_process else self._received()
+        if self.training and torch.is_grad_enabled() and not student_LBH.requires_grad:
+            # Activation recompute gives layers no gradient at all when their input needs none.
+            student_LBH.requires_grad_()
+        student_LBH = self.decoder(
+            hidden_states=student_LBH,
+            attention_mask=batch.student_spans_B2L,
+            rotary_pos_emb=batch.student_angles_LB1D,
+        )
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_VBH = self.teacher.decoder(
+                    hidden_states=teacher_VBH,
+                    attention_mask=batch.teacher_spans_B2V,
+                    rotary_pos_emb=batch.teacher_angles_VB1D,
+                )
+        if self.post_process:
+            return self._heads(student_LBH, teacher_VBH)
+        return student_LBH if teacher_VBH is None else torch.cat([student_LBH, teacher_VBH])
+
+    def _received(self) -> tuple[Tensor, Tensor | None]:
+        assert self.input_tensor is not None
+        if self.teacher is None:
+            return self.input_tensor, None
+        ranks = self._num_sequence_ranks
+        num_student = (self.run_config.seq_length + self.run_config.visual_seq_length) // ranks
+        return self.input_tensor[:num_student], self.input_tensor[num_student:].detach()
+
+    @property
+    def _num_sequence_ranks(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size() if self.config.sequence_parallel else 1
+
+    def _embed(self, batch: MicroBatch, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The three parts of the input: the student's `[S + V, B, H]` and the teacher's `[V, B, H]`."""
+        visual_VBH = self._visual_tokens(batch, pixels)
+        words_SBH = self.embedding(input_ids=batch.tokens_BS, position_ids=None)
+        slot_SB = batch.slot_BS.t()
+        gathered_SBH = visual_VBH.gather(0, slot_SB.clamp(min=0).unsqueeze(-1).expand_as(words_SBH))
+        student_LBH = torch.where((slot_SB >= 0).unsqueeze(-1), gathered_SBH, words_SBH)
+        teacher_VBH = None
+        if self.teacher is not None:
+            masked_VB1 = batch.masked_BV.t().unsqueeze(-1)
+            masked_visual_VBH = torch.where(masked_VB1, self.mask_token, visual_VBH)
+            student_LBH = torch.cat([student_LBH, masked_visual_VBH])
+            teacher_VBH = visual_VBH.detach()
+        if self.config.sequence_parallel:
+            student_LBH = scatter_to_sequence_parallel_region(student_LBH)
+            teacher_VBH = None if teacher_VBH is None else scatter_to_sequence_parallel_region(teacher_VBH)
+        return student_LBH, teacher_VBH
+
+    def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
+        """Encoder and connector on all images of the micro-batch, put into their slots: `[V, B, H]`."""
+        num_slots, num_packs = batch.image_BV.shape[1], batch.image_BV.shape[0]
+        dtype = self.config.params_dtype
+        visual_NH = torch.zeros(
+            num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=batch.slot_BS.device
+        )
+        if len(pixels) != len(batch.image_slots):
+            raise ValueError(
+                f"got {len(pixels)} images for {len(batch.image_slots)} places in the micro-batch"
+            )
+        if pixels:
+            features_INE = self.encoder(torch.stack(pixels))
+            tokens_TH = self.connector(features_INE.flatten(0, 1))
+            if tokens_TH.shape[0] != batch.num_visual_tokens:
+                raise ValueError(
+                    f"the encoder yields {tokens_TH.shape[0]} visual tokens for {len(pixels)} images, but the text "
+                    f"holds {batch.num_visual_tokens} image tokens; was it prepared for another encoder?"
+                )
+            filled = (batch.image_BV >= 0).flatten().nonzero().squeeze(1)
+            visual_NH = visual_NH.index_put((filled,), tokens_TH)
+        return visual_NH.view(num_packs, num_slots, -1).transpose(0, 1)
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        """The sequence on every tensor-parallel rank. The column-parallel heads that read it leave its
+        gradient split over the ranks; it is summed here, once for all of them."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        return copy_to_tensor_model_parallel_region(hidden)
+
+    def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None) -> StageOutput:
+        hidden_LBH = self._whole_sequence(student_LBH)
+        seq_length = self.run_config.seq_length
+        shared_weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+        language_logits, _ = self.output_layer(hidden_LBH[:seq_length], weight=shared_weight)
+        if self.teacher is None:
+            return StageOutput(language_logits, None, None)
+        with torch.no_grad():
+            teacher_logits = self.teacher.vision_head(self._whole_sequence(teacher_VBH))
+        return StageOutput(language_logits, self.vision_head(hidden_LBH[seq_length:]), teacher_logits)

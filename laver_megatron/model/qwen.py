@@ -1,0 +1,176 @@
+"""A Qwen2.5 decoder for Megatron-Core: its TransformerConfig and its layer, from a Hugging Face config.json.
+
+Everything that differs between checkpoints (vocabulary, tying, norm epsilon, key/value heads) is read from
+the file, nothing is inferred from a size's name.
+"""
+
+import importlib.util
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from laver_megatron.config import Config
+from laver_megatron.model.attention import SpanAttention
+from laver_megatron.model.shape import ModelShape
+
+# Without TransformerEngine, Megatron-Core defines these names as mocks.
+HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+if HAVE_TRANSFORMER_ENGINE:
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+
+def _fill_with_nan(weight: Tensor) -> None:
+    """Initialises what a checkpoint must overwrite: a weight that nobody wrote shows at once."""
+    torch.nn.init.constant_(weight, float("nan"))
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm, computed in fp32 and rounded before the gain, as Hugging Face's Qwen2 does.
+
+    Megatron-Core's local norm refuses sequence parallelism; this one tells Megatron to sum the gain's
+    gradient over the tensor-parallel ranks, each of which sees a part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.full(
+                (hidden_size,), float("nan"), dtype=config.params_dtype, device=torch.cuda.current_device()
+            )
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden_fp32 = hidden.float()
+        scale = torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (hidden_fp32 * scale).to(hidden.dtype)
+
+
+def num_virtual_stages(config: Config, num_layers: int) -> int | None:
+    """Virtual stages of each pipeline stage under the interleaved schedule; None for the plain one."""
+    if config.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    return num_layers // config.pipeline_model_parallel_size // config.num_layers_per_virtual_pipeline_stage
+
+
+def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+    """Megatron-Core's configuration of the decoder: the shape from Hugging Face, the layout from the run."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    num_stages = config.pipeline_model_parallel_size
+    virtual_stages = num_virtual_stages(config, shape.num_layers)
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=on_gpu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_fill_with_nan,
+        output_layer_init_method=_fill_with_nan,
+        gradient_accumulation_fusion=False,
+        bf16=config.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        num_layers_in_first_pipeline_stage=config.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=config.decoder_last_pipeline_num_layers,
+        sequence_parallel=config.sequence_parallel,
+        recompute_granularity=config.recompute_granularity,
+        recompute_method="uniform" if config.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if config.recompute_granularity == "full" else None,
+        # Every loss is divided by its count over the global batch before the backward pass, so nothing
+        # downstream may divide again.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=num_stages > 1,
+        # With two stages, batched messages of the interleaved schedule's two directions get mixed up.
+        overlap_p2p_comm=virtual_stages is not None,
+        batch_p2p_comm=virtual_stages is None,
+    )
+
+
+def layer_spec(kernel: str, segments: tuple[int, ...]) -> ModuleSpec:
+    """One decoder layer whose attention runs over spans. With TransformerEngine its linear layers and norms
+    are used; checkpoint keys are the same with and without."""
+    core_attention = partial(SpanAttention, kernel=kernel, segments=segments)
+    with_te = HAVE_TRANSFORMER_ENGINE
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            **({} if with_te else {"input_layernorm": RMSNorm, "pre_mlp_layernorm": RMSNorm}),
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.arbitrary},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=TELayerNormColumnParallelLinear if with_te else ColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=TERowParallelLinear if with_te else RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=TELayerNormColumnParallelLinear if with_te else ColumnParallelLinear,
+                    linear_fc2=TERowParallelLinear if with_te else RowParallelLinear,
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def build_decoder(
+    config: TransformerConfig,
+    kernel: str,
+    segments: tuple[int, ...],
+    *,
+    is_last_stage: bool,
+    vp_stage: int | None,
+) -> TransformerBlock:
+    """This stage's decoder layers, and the final norm on the last stage. Takes its input as an argument on
+    every stage: the stage module, not the block, knows what the pipeline delivered."""
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlock(
+        config=config,
+        spec=TransformerBlockSubmodules(
+            layer_specs=[layer_spec(kernel, segments)] * num_layers,
+            layer_norm=TENorm if HAVE_TRANSFORMER_ENGINE else RMSNorm,
+        ),
+        pre_process=True,
+        post_process=is_last_stage,
+        vp_stage=vp_stage,
+    )

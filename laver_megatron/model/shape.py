@@ -1,0 +1,178 @@
+"""Sizes of the decoder and of the image encoder, read from Hugging Face config.json files.
+
+Nothing is inferred from a model's name, and nothing is filled in by guess: a size that the file does not
+state is an error, because checkpoints of one family differ in vocabulary, tying and norm epsilon.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laver_megatron.config import ConfigError
+
+_DECODER_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A Qwen2 decoder's sizes under Megatron-Core's names; kv_channels is the width of one head."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """A SigLIP image encoder's sizes under Hugging Face's names; image_size is (height, width) in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    image_size: tuple[int, int]
+    patch_size: int
+    num_channels: int = 3
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of one image: whole patches, no class token."""
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size)
+
+
+def read_model_shape(directory: str | Path) -> ModelShape:
+    """The decoder described by `directory`/config.json.
+
+    Raises:
+        ConfigError: all that is missing, is not Qwen2, or is a variant that the decoder does not implement.
+    """
+    path, content = _read_config(directory)
+    model_type = content.get("model_type")
+    if model_type != "qwen2":
+        raise ConfigError(
+            [f"{path}: model_type is {model_type!r}, but only 'qwen2' (Qwen2, Qwen2.5) is supported"]
+        )
+    problems = [f"{path}: {problem}" for problem in _unsupported(content)]
+    rope_theta = _rope_theta(content)
+    missing = [key for key in _DECODER_KEYS.values() if not _is_number(content.get(key))]
+    missing += ["rope_theta"] if rope_theta is None else []
+    if missing:
+        problems.append(
+            f"{path}: {', '.join(missing)} missing or not a number; copy the file from the original model"
+        )
+    if problems or rope_theta is None:
+        raise ConfigError(problems)
+    sizes = {name: content[key] for name, key in _DECODER_KEYS.items()}
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    if content.get("head_dim") is None and sizes["hidden_size"] % heads:
+        problems.append(
+            f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads"
+        )
+    if heads % groups:
+        problems.append(f"{path}: {heads} attention heads are not a multiple of {groups} key/value heads")
+    if problems:
+        raise ConfigError(problems)
+    return ModelShape(
+        **sizes,
+        kv_channels=content.get("head_dim") or sizes["hidden_size"] // heads,
+        rope_theta=rope_theta,
+        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+    )
+
+
+def read_encoder_shape(directory: str | Path) -> EncoderShape:
+    """The image encoder described by `directory`/config.json: a SigLIP vision model, with or without its text
+    part.
+
+    Raises:
+        ConfigError: a missing file or size, or another kind of encoder.
+    """
+    path, content = _read_config(directory)
+    model_type = content.get("model_type")
+    if model_type not in ("siglip", "siglip_vision_model"):
+        raise ConfigError(
+            [
+                f"{path}: model_type is {model_type!r}, but the encoder must be a SigLIP vision model "
+                "of fixed resolution ('siglip' or 'siglip_vision_model')"
+            ]
+        )
+    vision = content.get("vision_config", {}) if model_type == "siglip" else content
+    missing = [key for key in _ENCODER_KEYS if key not in vision]
+    if missing:
+        raise ConfigError([f"{path}: {', '.join(missing)} missing from the vision model's settings"])
+    size = vision["image_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return EncoderShape(
+        hidden_size=vision["hidden_size"],
+        intermediate_size=vision["intermediate_size"],
+        num_hidden_layers=vision["num_hidden_layers"],
+        image_size=(height, width),
+        patch_size=vision["patch_size"],
+        num_channels=vision.get("num_channels", 3),
+    )
+
+
+def _read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ConfigError([f"{directory}: no such directory (a Hugging Face model directory was expected)"])
+    if not path.is_file():
+        raise ConfigError([f"{directory}: no config.json in it; is this a Hugging Face model directory?"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    if not isinstance(content, dict):
+        raise ConfigError([f"{path}: not a JSON object"])
+    return path, content
+
+
+def _unsupported(content: dict[str, Any]) -> list[str]:
+    """Variants of Qwen2 that would silently compute something else here."""
+    problems = []
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        problems.append(f"rotary scaling of type {rope_type!r} is not supported; train without it")
+    layer_types = set(content.get("layer_types") or ())
+    num_layers = content.get("num_hidden_layers") or 0
+    slides = content.get("use_sliding_window") and (content.get("max_window_layers") or 0) < num_layers
+    if slides or layer_types - {"full_attention"}:
+        problems.append("sliding-window attention is not supported; set use_sliding_window to false")
+    if content.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act is {content['hidden_act']!r}, but only 'silu' is supported")
+    if content.get("quantization_config"):
+        problems.append("the weights are quantized; use the original checkpoint")
+    return problems
+
+
+def _rope_theta(content: dict[str, Any]) -> float | None:
+    # transformers 5 writes rope_parameters, earlier versions a plain rope_theta.
+    theta = (content.get("rope_parameters") or {}).get("rope_theta", content.get("rope_theta"))
+    return float(theta) if isinstance(theta, (int, float)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Models of what a training run costs: pure arithmetic on shapes and counts, no tensors allocated."""

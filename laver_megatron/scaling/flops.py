@@ -1,0 +1,316 @@
+"""FLOPs of one training step, as exact integers from shapes and counts.
+
+Convention, which every figure made from this file uses:
+
+- *Model* FLOPs: what the method needs, whatever the kernels do. Recomputed activations are left out
+  (`hardware_flops` adds them), and so is what a dense attention kernel computes outside the mask.
+- Only matrix products count: 2 m n k each. Norms, softmax, rotary, activations, losses and the optimizer don't.
+- Only real tokens count, padding does not. Attention counts the exact mask area (the sum of span lengths over
+  real queries), not the square of the sequence.
+- The language head runs on every real LM token, not only on those that have a label.
+- Backward: one product for the gradient of the weights where they are trained, one for that of the input where
+  something below needs it. So a trained decoder costs 3x its forward, a frozen one under a trained connector 2x
+  (its attention 3x: both operands are activations), a frozen encoder 1x, the teacher 1x.
+- Counts may be those of a micro-batch or of a global batch: everything is linear in them.
+
+An "area" is a number of (query, key) pairs.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+PARTS = (
+    "decoder_student",
+    "attention",
+    "lm_head",
+    "reconstruction",
+    "teacher",
+    "vision_head",
+    "gram",
+    "connector",
+    "encoder",
+)
+MODULES = ("encoder", "connector", "decoder", "heads")
+
+
+class ModelShape(Protocol):
+    """Decoder sizes under Megatron-Core's names; a `TransformerConfig` with a `vocab_size` will do."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+
+
+class EncoderShape(Protocol):
+    """Image encoder sizes under Hugging Face's names; a `SiglipVisionConfig` will do."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    patch_size: int
+    num_channels: int
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Forward FLOPs of each part per unit of work: one token, or one (query, key) pair. All layers together."""
+
+    decoder_per_token: int
+    attention_per_pair: int
+    lm_head_per_token: int
+    vision_head_per_token: int
+    gram_per_pair: int
+    connector_first_per_token: int
+    connector_second_per_token: int
+    encoder_embedding_per_token: int
+    encoder_per_token: int
+    encoder_attention_per_pair: int
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of a step, forward and backward, by part. `total` is the sum of the parts.
+
+    Attributes:
+        decoder_student: linear layers of the decoder on the LM tokens.
+        attention: attention of the decoder on the LM tokens.
+        lm_head: logits over the vocabulary.
+        reconstruction: the student's decoder, attention included, on the masked visual tokens.
+        teacher: the teacher's decoder, attention included, and its vision head; forward only.
+        vision_head: the student's vision head.
+        gram: inner products between the visual tokens of each image, student and teacher.
+        connector: once, shared by student and teacher.
+        encoder: once, shared by student and teacher.
+        student_layers_forward: forward of the student's decoder layers on both streams; inside the parts above,
+            kept for `hardware_flops`.
+        student_attention_forward: the attention in it.
+    """
+
+    decoder_student: int
+    attention: int
+    lm_head: int
+    reconstruction: int
+    teacher: int
+    vision_head: int
+    gram: int
+    connector: int
+    encoder: int
+    student_layers_forward: int
+    student_attention_forward: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def matmul_flops(m: int, n: int, k: int) -> int:
+    """One multiplication and one addition for each of the m n k terms."""
+    return 2 * m * n * k
+
+
+def decoder_layer_flops(shape: ModelShape) -> int:
+    """Forward FLOPs of one decoder layer's linear layers for one token: QKV (grouped), projection, SwiGLU."""
+    hidden, query_size = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
+    key_value_size = 2 * shape.num_query_groups * shape.kv_channels
+    qkv = matmul_flops(1, query_size + key_value_size, hidden)
+    projection = matmul_flops(1, hidden, query_size)
+    mlp = 3 * matmul_flops(1, shape.ffn_hidden_size, hidden)
+    return qkv + projection + mlp
+
+
+def attention_flops(area: int, num_heads: int, head_size: int) -> int:
+    """Forward FLOPs of one layer's attention over `area` pairs: the scores and the weighted sum of values.
+
+    Grouped keys save memory, not products: every query head counts.
+    """
+    return 4 * area * num_heads * head_size
+
+
+def vision_head_flops(hidden_size: int, head_hidden_size: int, output_size: int) -> int:
+    """Forward FLOPs of the vision head for one token: hidden -> head hidden -> head hidden -> output."""
+    return (
+        matmul_flops(1, head_hidden_size, hidden_size)
+        + matmul_flops(1, head_hidden_size, head_hidden_size)
+        + matmul_flops(1, output_size, head_hidden_size)
+    )
+
+
+def encoder_layer_flops(encoder: EncoderShape) -> int:
+    """Forward FLOPs of one ViT layer's linear layers for one patch: Q, K, V, projection, two-layer MLP."""
+    hidden = encoder.hidden_size
+    return 4 * matmul_flops(1, hidden, hidden) + 2 * matmul_flops(1, encoder.intermediate_size, hidden)
+
+
+def model_flops(
+    shape: ModelShape,
+    *,
+    vision_head_hidden_size: int = 2048,
+    vision_head_output_size: int | None = None,
+    encoder: EncoderShape | None = None,
+    num_encoder_layers: int | None = None,
+    connector_input_size: int | None = None,
+) -> ModelFlops:
+    """Forward FLOPs per token and per pair of every part of the model.
+
+    Args:
+        shape: the decoder.
+        vision_head_hidden_size: width of the vision head's two hidden layers.
+        vision_head_output_size: K; None is the decoder's hidden size.
+        encoder: the image encoder (SigLIP type: patch embedding, full-attention layers, no pooling head), or None.
+        num_encoder_layers: how many of its layers run, where the features are taken before the last; None: all.
+        connector_input_size: width of the connector's input; None is the encoder's hidden size, or without an
+            encoder no connector at all.
+    """
+    hidden = shape.hidden_size
+    output_size = hidden if vision_head_output_size is None else vision_head_output_size
+    num_encoder_layers_run = embedding = layer = encoder_pair = 0
+    if encoder is not None:
+        num_encoder_layers_run = (
+            encoder.num_hidden_layers if num_encoder_layers is None else num_encoder_layers
+        )
+        embedding = matmul_flops(1, encoder.hidden_size, encoder.num_channels * encoder.patch_size**2)
+        layer = encoder_layer_flops(encoder)
+        encoder_pair = attention_flops(1, 1, encoder.hidden_size)  # heads x head size = hidden size
+        connector_input_size = connector_input_size or encoder.hidden_size
+    return ModelFlops(
+        decoder_per_token=shape.num_layers * decoder_layer_flops(shape),
+        attention_per_pair=shape.num_layers
+        * attention_flops(1, shape.num_attention_heads, shape.kv_channels),
+        lm_head_per_token=matmul_flops(1, shape.vocab_size, hidden),
+        vision_head_per_token=vision_head_flops(hidden, vision_head_hidden_size, output_size),
+        gram_per_pair=matmul_flops(1, 1, output_size),
+        connector_first_per_token=matmul_flops(1, hidden, connector_input_size)
+        if connector_input_size
+        else 0,
+        connector_second_per_token=matmul_flops(1, hidden, hidden) if connector_input_size else 0,
+        encoder_embedding_per_token=embedding,
+        encoder_per_token=num_encoder_layers_run * layer,
+        encoder_attention_per_pair=num_encoder_layers_run * encoder_pair,
+    )
+
+
+def step_flops(
+    model: ModelFlops,
+    *,
+    num_tokens: int,
+    lm_span_area: int,
+    num_visual_tokens: int = 0,
+    reconstruction_span_area: int = 0,
+    num_encoder_tokens: int | None = None,
+    encoder_span_area: int | None = None,
+    laver: bool = True,
+    gram: bool = True,
+    frozen: Collection[str] = ("encoder",),
+) -> StepFlops:
+    """Model FLOPs of one training step over batches with these counts; the convention is at the top of the file.
+
+    Args:
+        model: from `model_flops`.
+        num_tokens: real LM tokens, visual ones included.
+        lm_span_area: their mask area (`span_area` or `document_area`).
+        num_visual_tokens: the visual tokens among them; each also goes once through the reconstruction stream and
+            once through the teacher.
+        reconstruction_span_area: sum over images of N^2.
+        num_encoder_tokens, encoder_span_area: patches and sum of their squares by image, where the encoder has more
+            of them than the decoder has visual tokens; None: the same as for the visual tokens.
+        laver: False is plain LM training: no reconstruction stream, no teacher, no vision head, no Gram matrices.
+        gram: False for `gram_loss: none`.
+        frozen: names from `MODULES`. The token embedding and the LM head are frozen with the decoder, the [MASK]
+            embedding with the heads.
+    """
+    unknown = set(frozen) - set(MODULES)
+    if unknown:
+        raise ValueError(f"unknown modules to freeze: {sorted(unknown)}; known are {list(MODULES)}")
+    assert lm_span_area >= num_tokens >= num_visual_tokens, (lm_span_area, num_tokens, num_visual_tokens)
+    assert reconstruction_span_area >= num_visual_tokens, (reconstruction_span_area, num_visual_tokens)
+    trains = {name: name not in frozen for name in MODULES}
+    images_need_gradient = trains["encoder"] or trains["connector"]
+    lm_needs_gradient = images_need_gradient or trains["decoder"]
+    masked_needs_gradient = lm_needs_gradient or trains["heads"]  # the [MASK] embedding
+
+    num_masked_stream = num_visual_tokens if laver else 0
+    masked_area = reconstruction_span_area if laver else 0
+    lm_linear = num_tokens * model.decoder_per_token
+    lm_attention = lm_span_area * model.attention_per_pair
+    masked_linear = num_masked_stream * model.decoder_per_token
+    masked_attention = masked_area * model.attention_per_pair
+    head = num_masked_stream * model.vision_head_per_token
+    inner_products = masked_area * model.gram_per_pair if gram else 0
+
+    return StepFlops(
+        decoder_student=lm_linear * (1 + trains["decoder"] + lm_needs_gradient),
+        attention=lm_attention * (1 + 2 * lm_needs_gradient),
+        lm_head=num_tokens * model.lm_head_per_token * (1 + trains["decoder"] + lm_needs_gradient),
+        reconstruction=masked_linear * (1 + trains["decoder"] + masked_needs_gradient)
+        + masked_attention * (1 + 2 * masked_needs_gradient),
+        teacher=masked_linear + masked_attention + head,
+        vision_head=head * (1 + trains["heads"] + masked_needs_gradient),
+        gram=inner_products * (1 + 2 * masked_needs_gradient) + inner_products,
+        connector=_connector_flops(model, num_visual_tokens, trains),
+        encoder=_encoder_flops(
+            model,
+            num_visual_tokens if num_encoder_tokens is None else num_encoder_tokens,
+            reconstruction_span_area if encoder_span_area is None else encoder_span_area,
+            trains,
+        ),
+        student_layers_forward=lm_linear + lm_attention + masked_linear + masked_attention,
+        student_attention_forward=lm_attention + masked_attention,
+    )
+
+
+def _connector_flops(model: ModelFlops, num_visual_tokens: int, trains: dict[str, bool]) -> int:
+    first = model.connector_first_per_token * (1 + trains["connector"] + trains["encoder"])
+    second_input = trains["connector"] or trains["encoder"]
+    second = model.connector_second_per_token * (1 + trains["connector"] + second_input)
+    return num_visual_tokens * (first + second)
+
+
+def _encoder_flops(model: ModelFlops, num_patches: int, area: int, trains: dict[str, bool]) -> int:
+    embedding = num_patches * model.encoder_embedding_per_token  # pixels need no gradient
+    layers = num_patches * model.encoder_per_token + area * model.encoder_attention_per_pair
+    return embedding * (1 + trains["encoder"]) + layers * (1 + 2 * trains["encoder"])
+
+
+def hardware_flops(step: StepFlops, recompute: Literal["full", "selective"] | None = None) -> int:
+    """Model FLOPs plus recomputation: a second forward of the student's decoder layers, or of their attention only.
+
+    The teacher keeps no activations, so it is never recomputed. Still the exact mask area and real tokens only.
+    """
+    extra = {None: 0, "full": step.student_layers_forward, "selective": step.student_attention_forward}
+    if recompute not in extra:
+        raise ValueError(f"recompute must be one of {list(extra)}, not {recompute!r}")
+    return step.total + extra[recompute]
+
+
+def tflops_per_gpu(flops: int, seconds: float, num_gpus: int) -> float:
+    """10^12 FLOPs per second and device; `flops` are those of all `num_gpus` devices together."""
+    return flops / seconds / num_gpus / 1e12
+
+
+def span_area(starts: torch.Tensor, ends: torch.Tensor, real: torch.Tensor) -> int:
+    """Mask area of the queries where the boolean `real` holds; three tensors of one shape. Padding must not be real:
+    its spans have length one."""
+    assert starts.shape == ends.shape == real.shape, (starts.shape, ends.shape, real.shape)
+    return int((ends - starts)[real].sum(dtype=torch.int64))
+
+
+def document_area(num_tokens: int, image_sizes: Iterable[int], attention: str = "mixed") -> int:
+    """Mask area of one document without its spans: the causal triangle, and under mixed attention each image's
+    strict upper triangle on top. `image_sizes` are its images' numbers of visual tokens."""
+    if attention not in ("mixed", "causal"):
+        raise ValueError(f"attention must be mixed or causal, not {attention!r}")
+    area = num_tokens * (num_tokens + 1) // 2
+    if attention == "mixed":
+        area += sum(size * (size - 1) // 2 for size in image_sizes)
+    return area

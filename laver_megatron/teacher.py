@@ -1,0 +1,196 @@
+"""The teacher's exponential moving average: fp32 accumulators, their update, nothing else.
+
+The teacher computes with run-dtype weights, sharded as the student's. Beside them stand fp32 accumulators,
+fed from the optimizer's fp32 master weights (an average kept in bf16 loses its updates: at momentum 0.996
+it is off by 87%). Each data-parallel rank accumulates exactly the slices whose master weights Megatron's
+distributed optimizer keeps on it, so the update needs no communication; afterwards every rank broadcasts
+its slices, in the run dtype, to its replicas.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from torch import Tensor
+
+from laver_megatron.model.laver import LaverStage
+
+
+@dataclass
+class _Pair:
+    """A student parameter, its teacher, and the slice [start, end) of it that this rank accumulates.
+
+    master: the fp32 master of that slice (flat), or None when another data-parallel rank owns it all.
+    """
+
+    stage: int
+    name: str
+    student: torch.nn.Parameter
+    teacher: torch.nn.Parameter
+    start: int = 0
+    end: int = 0
+    master: Tensor | None = None
+    accumulator: Tensor | None = None
+
+
+def pair_by_name(stage: LaverStage) -> list[tuple[str, torch.nn.Parameter, torch.nn.Parameter]]:
+    """(name, student, teacher) of every teacher parameter of a stage; ValueError on any mismatch."""
+    assert stage.teacher is not None
+    student = {
+        name: parameter
+        for name, parameter in stage.named_parameters()
+        if name.startswith(("decoder.", "vision_head."))
+    }
+    teacher = dict(stage.teacher.named_parameters())
+    if student.keys() != teacher.keys():
+        raise ValueError(f"student and teacher differ in {sorted(student.keys() ^ teacher.keys())}")
+    for name in student:
+        if student[name].shape != teacher[name].shape:
+            raise ValueError(
+                f"{name}: student {tuple(student[name].shape)}, teacher {tuple(teacher[name].shape)}"
+            )
+    return [(name, student[name], teacher[name]) for name in student]
+
+
+class TeacherAverage:
+    """EMA of decoder layers, final norm and vision head of all stages on this rank.
+
+    Paper: theta_hat(t) = lambda theta_hat(t-1) + (1 - lambda) theta(t). The official code averages ZeRO-3
+    shards without gathering them, which moves nothing.
+    """
+
+    def __init__(
+        self, stages: Sequence[LaverStage], optimizer, data_parallel_group: dist.ProcessGroup
+    ) -> None:
+        self.stages = list(stages)
+        self.group = data_parallel_group
+        self._pairs = [_Pair(i, *pair) for i, stage in enumerate(self.stages) for pair in pair_by_name(stage)]
+        for pair in self._pairs:
+            self._find_master(pair, optimizer)
+        table: list[list[tuple[int, int]] | None] = [None] * self.group.size()
+        dist.all_gather_object(table, [(pair.start, pair.end) for pair in self._pairs], group=self.group)
+        self._slices_of_rank = table
+        self.copy_student()
+
+    def _find_master(self, pair: _Pair, optimizer) -> None:
+        for part in optimizer.chained_optimizers:
+            if pair.student in getattr(part, "model_param_gbuf_map", {}):
+                owned = part._get_model_param_range_map(pair.student)["param"]
+                group_index, order = part.model_param_group_index_map[pair.student]
+                pair.start, pair.end = owned.start, owned.end
+                pair.master = part.optimizer.param_groups[group_index]["params"][order].detach().view(-1)
+                assert pair.master.numel() == pair.end - pair.start
+                return
+        if not pair.student.requires_grad and self.group.rank() == 0:
+            pair.start, pair.end = 0, pair.student.numel()
+            pair.master = pair.student.detach().view(-1)
+
+    def _owned(self) -> Iterator[tuple[_Pair, Tensor, Tensor]]:
+        for pair in self._pairs:
+            if pair.master is not None:
+                assert pair.accumulator is not None
+                yield pair, pair.accumulator, pair.master
+
+    @torch.no_grad()
+    def copy_student(self) -> None:
+        """Teacher(0) = student(0)."""
+        for pair in self._pairs:
+            if pair.master is not None:
+                pair.accumulator = pair.master.float().clone()
+        self._publish()
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, in fp32; exact at momentum 0 and 1."""
+        for _, accumulator, master in self._owned():
+            accumulator.lerp_(master.float(), 1.0 - momentum)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Writes the run-dtype weights of the teacher from the accumulators of all data-parallel ranks."""
+        for rank, slices in enumerate(self._slices_of_rank):
+            targets = [
+                pair.teacher.view(-1)[start:end]
+                for pair, (start, end) in zip(self._pairs, slices, strict=True)
+                if end > start
+            ]
+            if not targets:
+                continue
+            if rank == self.group.rank():
+                for target, (_, accumulator, _) in zip(targets, self._owned(), strict=True):
+                    target.copy_(accumulator)
+            if self.group.size() > 1:
+                flat = torch.cat(targets)
+                dist.broadcast(flat, src=dist.get_global_rank(self.group, rank), group=self.group)
+                for target, part in zip(targets, flat.split([t.numel() for t in targets]), strict=True):
+                    target.copy_(part)
+
+    # --- checkpoints: whole fp32 tensors under `teacher.*`, sharded over TP and PP like the student's ---
+
+    @torch.no_grad()
+    def sharded_state(self, metadata: dict, is_loading: bool) -> dict:
+        """The accumulators as Megatron-Core's sharded tensors, keys `teacher.decoder...`, `teacher.vision_head...`.
+
+        Saving gathers each parameter over the data-parallel ranks and keeps it on the first; loading gives
+        every rank a whole fp32 buffer, from which `load_sharded_state` takes its slice.
+        """
+        keeps = is_loading or self.group.rank() == 0
+        sharded: dict = {}
+        templates = [stage.teacher.sharded_state_dict("teacher.", (), metadata) for stage in self.stages]
+        for pair in self._pairs:
+            whole = torch.zeros(pair.student.numel(), dtype=torch.float32, device=pair.student.device)
+            if not is_loading:
+                if pair.accumulator is not None:
+                    whole[pair.start : pair.end] = pair.accumulator
+                if self.group.size() > 1:
+                    dist.all_reduce(whole, group=self.group)
+            if not keeps:
+                continue
+            template = templates[pair.stage][f"teacher.{pair.name}"]
+            tensor = make_sharded_optimizer_tensor(template, whole.view(pair.student.shape), "teacher")
+            tensor.key = template.key
+            sharded[f"{pair.stage}.{pair.name}"] = tensor
+        return sharded
+
+    @torch.no_grad()
+    def load_sharded_state(self, state: dict[str, Tensor]) -> None:
+        for pair in self._pairs:
+            if pair.accumulator is not None:
+                whole = state[f"{pair.stage}.{pair.name}"]
+                pair.accumulator.copy_(whole.view(-1)[pair.start : pair.end])
+        self._publish()
+
+
+class Centre:
+    """EMA of the teacher's mean logits, subtracted before its softmax; fp32, split like the vision head's logits.
+
+    Starts at 0; each step's mean over all visual tokens of the global batch is used from the next step on.
+    The paper has no centre; the official code uses momentum 0.9. None of this exists when it is off.
+    """
+
+    def __init__(self, num_logits: int, momentum: float, device: torch.device) -> None:
+        self.momentum = momentum
+        self.value_K = torch.zeros(num_logits, dtype=torch.float32, device=device)
+        self.sum_K = torch.zeros_like(self.value_K)
+
+    def accumulate(self, teacher_logits_TK: Tensor) -> None:
+        """Adds the visual tokens of one micro-batch to this step's sum."""
+        self.sum_K += teacher_logits_TK.detach().float().sum(0)
+
+    def finish_step(self, num_visual_tokens: int, group: dist.ProcessGroup, skipped: bool) -> None:
+        """Moves the centre after a step, or only forgets the step's sum if it was skipped or saw no image."""
+        from laver_megatron.objective.reconstruction import updated_centre
+
+        if not skipped and num_visual_tokens > 0:
+            dist.all_reduce(self.sum_K, group=group)
+            self.value_K.copy_(updated_centre(self.value_K, self.sum_K / num_visual_tokens, self.momentum))
+        self.sum_K.zero_()
+
+    def sharded_state(self, tp_group: dist.ProcessGroup, dp_rank: int) -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets(
+            "teacher.centre", self.value_K, (0, tp_group.rank(), tp_group.size()), replica_id=dp_rank
+        )

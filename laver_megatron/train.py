@@ -1,0 +1,418 @@
+"""Training LaVer, from the command line to the last checkpoint. Read top to bottom: setup, a step, the loop.
+
+Every process of torchrun runs this file. Megatron-Core carries the parallelism; this file says what happens.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from laver_megatron import schedules
+from laver_megatron.backend import Backend, initialise_parallelism, shut_down_parallelism, use_backend
+from laver_megatron.build import build_stages, run_flops, wrap
+from laver_megatron.checkpoint import (
+    Progress,
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+    sharding_metadata,
+)
+from laver_megatron.command_line import from_command_line
+from laver_megatron.config import Config
+from laver_megatron.convert.hugging_face import load_hugging_face
+from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
+from laver_megatron.data.broadcast import is_reader
+from laver_megatron.data.images import ImagePreprocessor
+from laver_megatron.data.loader import open_dataset
+from laver_megatron.inputs import HF_PREFIX, find_inputs
+from laver_megatron.losses import TERMS, micro_batch_losses
+from laver_megatron.metrics import RunLog, peak_memory_bytes
+from laver_megatron.model.laver import LaverStage, StageOutput
+from laver_megatron.model.qwen import num_virtual_stages
+from laver_megatron.model.shape import read_model_shape
+from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
+from laver_megatron.scaling.flops import ModelFlops, step_flops, tflops_per_gpu
+from laver_megatron.teacher import Centre, TeacherAverage
+from laver_megatron.validate import check_run
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs, on one rank."""
+
+    config: Config
+    backend: Backend
+    stages: list[LaverStage]
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    teacher: TeacherAverage | None
+    centre: Centre | None
+    streams: StreamSettings
+    training_data: BatchSource
+    validation_data: BatchSource | None
+    flops: ModelFlops
+    model_dir: Path
+    encoder_dir: Path
+    progress: Progress
+
+    @property
+    def state(self) -> TrainingState:
+        return TrainingState(self.stages, self.optimizer, self.teacher, self.centre, self.progress)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program: `torchrun examples/pretrain_laver.sh --config FILE.yaml [--any-field value]`."""
+    config = check_run(from_command_line(argv))
+    if config is None:  # it was a dry run
+        return
+    try:
+        train(setup(config))
+    finally:
+        shut_down_parallelism()
+
+
+# --- setup ---------------------------------------------------------------------------------------------
+
+
+def setup(config: Config) -> Trainer:
+    """Builds the stages of this rank, loads their weights, wraps them, and finds where to go on."""
+    backend = use_backend()
+    inputs = find_inputs(config)
+    source, model_dir, encoder_dir = inputs.checkpoint, inputs.model_dir, inputs.encoder_dir
+    assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
+    shape = read_model_shape(model_dir)
+    initialise_parallelism(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
+        timeout_minutes=config.distributed_timeout_minutes,
+        seed=config.seed,
+    )
+    stages = build_stages(config, shape, encoder_dir, load_encoder=source is None)
+    for stage in stages:
+        stage.initialise_new_parts(config.seed)
+    if source is None:
+        load_hugging_face(stages, config.load.removeprefix(HF_PREFIX), shape, sharding_metadata())
+    chunks, optimizer = wrap(config, stages)
+    teacher = centre = None
+    if config.laver:
+        teacher = TeacherAverage(stages, optimizer, parallel_state.get_data_parallel_group())
+        if config.centre_momentum is not None and stages[-1].post_process:
+            num_logits = stages[-1].vision_head.linear_3.output_size_per_partition
+            centre = Centre(num_logits, config.centre_momentum, backend.device)
+    streams = StreamSettings(
+        visual_seq_length=config.visual_seq_length,
+        attention=config.attention,
+        positions=config.positions,
+        head_dim=shape.kv_channels,
+        rope_theta=shape.rope_theta,
+        laver=config.laver,
+    )
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    tokenizer, preprocessor = (
+        AutoTokenizer.from_pretrained(model_dir),
+        ImagePreprocessor.from_pretrained(encoder_dir),
+    )
+
+    def data(paths: tuple[str, ...]) -> BatchSource:
+        reader = None
+        if is_reader():
+            reader = open_dataset(
+                paths, tokenizer, preprocessor, seq_length=config.seq_length,
+                visual_seq_length=config.visual_seq_length, seed=config.seed, num_workers=config.num_workers,
+            )  # fmt: skip
+        return BatchSource(config, reader, partial(span_areas, settings=streams), dtype, backend.device)
+
+    trainer = Trainer(
+        config=config,
+        backend=backend,
+        stages=stages,
+        chunks=chunks,
+        optimizer=optimizer,
+        teacher=teacher,
+        centre=centre,
+        streams=streams,
+        training_data=data(config.data_path),
+        validation_data=data(config.valid_data_path) if config.valid_data_path else None,
+        flops=run_flops(config, shape, encoder_dir),
+        model_dir=model_dir,
+        encoder_dir=encoder_dir,
+        progress=Progress(),
+    )
+    if source is not None:
+        load_checkpoint(source, trainer.state, weights_only=config.finetune and not inputs.is_resuming)
+    elif teacher is not None:
+        teacher.copy_student()
+    verb = "resuming" if inputs.is_resuming else "starting"
+    say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
+    return trainer
+
+
+# --- one step ------------------------------------------------------------------------------------------
+
+
+def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> Tensor:
+    """Megatron-Core's pipeline schedule over the micro-batches of one global batch; gradients are complete
+    afterwards. Returns TERMS of the global batch, the same on every rank, fp32 `[len(TERMS)]`."""
+    config = trainer.config
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward_step(micro_batches: Iterator[tuple[MicroBatch, list[Tensor] | None]], chunk):
+        micro_batch, pixels = next(micro_batches)
+        output = chunk(micro_batch, pixels)
+        return output, partial(loss, micro_batch)
+
+    def loss(micro_batch: MicroBatch, output: StageOutput):
+        value, terms = micro_batch_losses(output, micro_batch, batch.counts, config, trainer.centre, tp_group)
+        # Megatron asks for a number of tokens to divide by; the losses are divided already.
+        return value, torch.zeros((), dtype=torch.int32, device=value.device), terms
+
+    def micro_batches() -> Iterator[tuple[MicroBatch, list[Tensor] | None]]:
+        for i, (packs, masked) in enumerate(zip(batch.packs, batch.masked, strict=True)):
+            pixels = batch.pixels[i] if batch.pixels is not None else None
+            yield build_micro_batch(packs, masked, trainer.streams, trainer.backend.device), pixels
+
+    visual_tokens = 2 * config.visual_seq_length if config.laver else 0
+    reported = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[micro_batches() for _ in trainer.chunks],
+        model=trainer.chunks,
+        num_microbatches=len(batch.packs),
+        seq_length=config.seq_length + visual_tokens,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=forward_only,
+    )
+    terms = (
+        torch.stack(reported).sum(0) if reported else torch.zeros(len(TERMS), device=trainer.backend.device)
+    )
+    dist.all_reduce(terms, group=parallel_state.get_data_parallel_group())
+    dist.broadcast(
+        terms,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return terms
+
+
+def train_step(trainer: Trainer) -> dict:
+    """One iteration: data, losses and gradients, the student's update, the teacher's. Returns its record.
+
+    If the loss or the gradient norm is not finite, nothing changes on any rank: weights, optimizer, teacher
+    and centre stay as they were, and the step is counted as skipped.
+    """
+    config, step = trainer.config, trainer.progress.iteration
+    started = time.perf_counter()
+    mask_ratio = schedules.mask_ratio(step, config)
+    batch = trainer.training_data.at(trainer.progress.consumed_packs, mask_ratio=mask_ratio, step=step)
+    data_seconds = time.perf_counter() - started
+
+    for chunk in trainer.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    terms = dict(zip(TERMS, run_schedule(trainer, batch, forward_only=False).tolist(), strict=True))
+
+    learning_rate = schedules.learning_rate(step, config)
+    grad_norm, skipped = update_student(trainer, learning_rate, terms["loss"])
+    momentum = schedules.ema_momentum(step, config)
+    if trainer.teacher is not None and not skipped and schedules.ema_update_due(step, config):
+        trainer.teacher.update(momentum)
+    if trainer.centre is not None:
+        trainer.centre.finish_step(
+            batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped
+        )
+
+    trainer.progress.iteration += 1
+    trainer.progress.consumed_packs += config.global_batch_size
+    trainer.progress.consumed_samples += batch.counts.samples
+    trainer.progress.consumed_tokens += batch.counts.tokens
+    trainer.progress.skipped_iterations += skipped
+    seconds = time.perf_counter() - started
+    return record(
+        trainer, batch.counts, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds
+    )
+
+
+def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, bool]:
+    """Clips and applies the gradients unless loss or norm is not finite; returns (norm, skipped). The norm is
+    over all ranks and the loss was broadcast, so every rank decides alike."""
+    optimizer = trainer.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return grad_norm, True
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = trainer.config.weight_decay * group["wd_mult"]
+    if trainer.config.clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), trainer.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, False
+
+
+def record(
+    trainer: Trainer,
+    counts: GlobalCounts,
+    terms: dict[str, float],
+    grad_norm: float,
+    learning_rate: float,
+    mask_ratio: float,
+    momentum: float,
+    seconds: float,
+    data_seconds: float,
+) -> dict:
+    """What is logged of one iteration. Fields of LaVer are None where it is off."""
+    config, progress = trainer.config, trainer.progress
+    flops = step_flops(
+        trainer.flops,
+        num_tokens=counts.tokens,
+        lm_span_area=counts.language_span_area,
+        num_visual_tokens=counts.visual_tokens,
+        reconstruction_span_area=counts.reconstruction_span_area,
+        laver=config.laver,
+        gram=config.gram_loss != "none",
+        frozen=config.freeze,
+    )
+    of_laver = {name: terms[name] for name in TERMS if name not in ("loss", "lm_loss")}
+    of_laver.update(mask_ratio=mask_ratio, num_masked_tokens=counts.masked, ema_momentum=momentum)
+    return {
+        "iteration": progress.iteration,
+        "loss": terms["loss"],
+        "lm_loss": terms["lm_loss"],
+        **(of_laver if config.laver else dict.fromkeys(of_laver)),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "visual_token_share": counts.visual_tokens / max(counts.tokens, 1),
+        "num_samples": counts.samples,
+        "num_tokens": counts.tokens,
+        "tokens_per_second": counts.tokens / seconds,
+        "tflops_per_gpu": tflops_per_gpu(flops.total, seconds, dist.get_world_size()),
+        "peak_memory_bytes": peak_memory_bytes(trainer.backend.device),
+        "consumed_samples": progress.consumed_samples,
+        "consumed_packs": progress.consumed_packs,
+        "consumed_tokens": progress.consumed_tokens,
+        "skipped_iterations": progress.skipped_iterations,
+        "elapsed_seconds": seconds,
+        "data_seconds": data_seconds,
+        "global_batch_size": config.global_batch_size,
+    }
+
+
+# --- the loop ------------------------------------------------------------------------------------------
+
+
+def train(trainer: Trainer) -> None:
+    """Runs to train_iters (or the exit interval), validating, saving and logging on the way."""
+    config, progress = trainer.config, trainer.progress
+    run_dir = Path(config.run_dir)
+    log = open_log(trainer, run_dir)
+    skipped_in_a_row = 0
+    try:
+        while progress.iteration < config.train_iters:
+            skipped_before = progress.skipped_iterations
+            entry = train_step(trainer)
+            if log:
+                log.log(entry)
+            skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
+            if skipped_in_a_row >= config.max_skipped_iterations:
+                raise RuntimeError(
+                    f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, the last at "
+                    f"iteration {progress.iteration}; lower --lr, look at the data, or raise --max-skipped-iterations"
+                )
+            if due(progress.iteration, config.eval_interval) and trainer.validation_data is not None:
+                result = evaluate(trainer)
+                if log:
+                    log.log_validation(progress.iteration, result)
+            exiting = due(progress.iteration, config.exit_interval)
+            if (
+                exiting
+                or due(progress.iteration, config.save_interval)
+                or progress.iteration == config.train_iters
+            ):
+                save(trainer, run_dir)
+            if exiting:
+                say(
+                    f"exiting at iteration {progress.iteration}, a multiple of --exit-interval {config.exit_interval}"
+                )
+                break
+    finally:
+        if log:
+            log.close()
+
+
+def due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def open_log(trainer: Trainer, run_dir: Path) -> RunLog | None:
+    """The run directory and its log, on rank 0 alone."""
+    if dist.get_rank() != 0:
+        return None
+    config = trainer.config
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
+    return RunLog(
+        run_dir,
+        train_iters=config.train_iters,
+        log_interval=config.log_interval,
+        tensorboard=config.tensorboard,
+        wandb_project=config.wandb_project,
+        resume_iteration=trainer.progress.iteration,
+        config_dict=asdict(config),
+    )
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer) -> dict:
+    """Losses on held-out packs, always the same ones, masked as at the end of the schedule."""
+    assert trainer.validation_data is not None
+    started = time.perf_counter()
+    config = trainer.config
+    for chunk in trainer.chunks:
+        chunk.eval()
+    totals = torch.zeros(len(TERMS), dtype=torch.float64)
+    labels = 0
+    for i in range(config.eval_iters):
+        batch = trainer.validation_data.at(i * config.global_batch_size, mask_ratio=config.mask_ratio, step=0)
+        terms = run_schedule(trainer, batch, forward_only=True).double().cpu()
+        totals += terms * batch.counts.labels
+        labels += batch.counts.labels
+    result = dict(zip(TERMS, (totals / max(labels, 1)).tolist(), strict=True))
+    if not config.laver:
+        result = {"loss": result["loss"], "lm_loss": result["lm_loss"]}
+    return {**result, "elapsed_seconds": time.perf_counter() - started}
+
+
+def save(trainer: Trainer, run_dir: Path) -> None:
+    """A checkpoint of everything, under run_dir/checkpoints."""
+    started = time.perf_counter()
+    path = save_checkpoint(
+        run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, asdict(trainer.config)
+    )
+    say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+def say(message: str) -> None:
+    """One line on rank 0."""
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

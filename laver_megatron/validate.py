@@ -1,0 +1,327 @@
+"""Whether a configuration can run at all, found out before anything is allocated, all problems at once.
+
+Each check yields sentences with the numbers and what to do about them. The checks of this file are
+arithmetic; those of files and directories are in `inputs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from laver_megatron.command_line import Invocation, exit_on_config_error, is_rank_zero
+from laver_megatron.config import FREEZABLE_MODULES, Config, ConfigError
+from laver_megatron.inputs import (
+    encoder_problems,
+    find_inputs,
+    load_problems,
+    model_problems,
+    run_dir_problems,
+    shard_problems,
+)
+from laver_megatron.model.shape import EncoderShape, ModelShape
+from laver_megatron.objective.masking import num_masked_tokens
+
+_AT_LEAST_ONE = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "distributed_timeout_minutes",
+    "seq_length", "visual_seq_length", "micro_batch_size", "global_batch_size", "vision_head_hidden_size",
+    "vision_head_output_size", "train_iters", "exit_interval", "max_skipped_iterations", "save_interval",
+    "eval_interval", "eval_iters", "log_interval",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed", "mim_weight",
+    "gram_weight",
+)  # fmt: skip
+_ABOVE_ZERO = ("student_temperature", "teacher_temperature", "adam_eps")
+_FROM_ZERO_TO_ONE = ("mask_ratio", "ema_momentum", "centre_momentum")
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+
+def check_run(invocation: Invocation) -> Config | None:
+    """What a program does with its command line before it starts: the configuration if it can run, None after
+    a dry run that found nothing. Problems end the process with exit code 2; only rank 0 prints."""
+    # A dry run may be made on another machine than the one that will train.
+    on_cuda = None if invocation.dry_run else torch.cuda.is_available()
+    with exit_on_config_error():
+        shape = check(invocation, on_cuda=on_cuda)
+    if not invocation.dry_run:
+        return invocation.config
+    if is_rank_zero():
+        print(f"dry run, nothing wrong: {describe_run(invocation.config, shape, invocation.world_size())}")
+    return None
+
+
+def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
+    """Checks everything: numbers, directories and, unless it is a dry run, weights and shards.
+
+    on_cuda: whether the run will be on GPUs; None leaves out what depends on it. Returns the model's shape.
+
+    Raises:
+        ConfigError: all problems found. Nothing has been written.
+    """
+    config, dry_run = invocation.config, invocation.dry_run
+    model_shape = encoder_shape = None
+    problems: list[str] = []
+    try:
+        inputs = find_inputs(config)
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        model_shape, of_model = model_problems(config, inputs)
+        encoder_shape, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
+        problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
+    if not dry_run:
+        problems += shard_problems(config)
+    problems += run_dir_problems(config)
+    problems += validate(config, model_shape, invocation.world_size(), encoder=encoder_shape, on_cuda=on_cuda)
+    if problems:
+        # A directory that serves twice is reported once.
+        raise ConfigError(list(dict.fromkeys(problems)))
+    assert model_shape is not None
+    return model_shape
+
+
+def validate(
+    config: Config,
+    model_shape: ModelShape | None,
+    world_size: int,
+    *,
+    encoder: EncoderShape | None = None,
+    on_cuda: bool | None = None,
+) -> list[str]:
+    """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
+    is left out; on_cuda None leaves out what depends on the device."""
+    problems = [*_range_problems(config), *_training_problems(config, on_cuda)]
+    if _layout_is_countable(config):
+        problems += _world_problems(config, world_size)
+        problems += _sequence_problems(config)
+        if model_shape is not None:
+            problems += _tensor_parallel_problems(config, model_shape)
+            problems += _pipeline_problems(config, model_shape)
+            problems += _position_problems(model_shape)
+    if encoder is not None:
+        problems += _encoder_problems(config, encoder)
+    return [*problems, *_masking_problems(config, encoder)]
+
+
+def describe_run(config: Config, shape: ModelShape, world_size: int) -> str:
+    """One line for people: the model, and how the processes divide the work."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    dp = world_size // (tp * pp)
+    num_micro_batches = config.global_batch_size // (config.micro_batch_size * dp)
+    return (
+        f"{shape.num_layers} layers of width {shape.hidden_size}; {world_size} processes as TP {tp} x PP {pp} x "
+        f"DP {dp}; {num_micro_batches} micro-batches an iteration; {config.train_iters} iterations"
+    )
+
+
+def _range_problems(config: Config) -> Iterator[str]:
+    rules = (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
+        (_AT_LEAST_ZERO, lambda value: value >= 0, "must not be negative"),
+        (_ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
+        (_FROM_ZERO_TO_ONE, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (_BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    )
+    for names, holds, rule in rules:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                yield f"{name} is {value}, but {rule}"
+    interval = config.ema_interval
+    if not (0 < interval < 1 or (interval >= 1 and float(interval).is_integer())):
+        yield f"ema_interval is {interval}, but must be whole iterations or a share between 0 and 1"
+
+
+def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
+    if config.lr_warmup_iters >= config.train_iters >= 1:
+        yield (
+            f"lr_warmup_iters {config.lr_warmup_iters} leaves nothing of {config.train_iters} train_iters; "
+            "the warm-up must be shorter than the run"
+        )
+    if config.min_lr > config.lr:
+        yield f"min_lr {config.min_lr} is above lr {config.lr}; the rate decays from lr to min_lr"
+    if set(config.freeze) >= set(FREEZABLE_MODULES):
+        yield f"freeze names all of {', '.join(FREEZABLE_MODULES)}: nothing is left to train"
+    if config.finetune and config.load is None:
+        yield "finetune takes the weights of --load, but load is not given"
+    if config.eval_interval is not None and config.valid_data_path is None:
+        yield f"eval_interval is {config.eval_interval}, but there is no valid_data_path to evaluate on"
+    if config.attention_kernel == "flex" and on_cuda is False:
+        yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
+
+
+def _layout_is_countable(config: Config) -> bool:
+    sizes = (
+        config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.micro_batch_size,
+        config.global_batch_size, config.seq_length, config.visual_seq_length, config.vision_head_hidden_size,
+        config.num_layers_per_virtual_pipeline_stage, config.vision_head_output_size,
+    )  # fmt: skip
+    return all(size is None or size >= 1 for size in sizes)
+
+
+def _world_problems(config: Config, world_size: int) -> Iterator[str]:
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        yield (
+            f"{world_size} processes cannot be divided into TP {tp} x PP {pp} = {tp * pp}; start a multiple "
+            f"of {tp * pp}, or change --tensor-model-parallel-size or --pipeline-model-parallel-size"
+        )
+        return
+    dp = world_size // (tp * pp)
+    packs_at_once = config.micro_batch_size * dp
+    if config.global_batch_size % packs_at_once:
+        yield (
+            f"global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
+            f"{config.micro_batch_size} x {dp} data-parallel replicas = {packs_at_once}"
+        )
+        return
+    num_micro_batches = config.global_batch_size // packs_at_once
+    if config.num_layers_per_virtual_pipeline_stage is not None and num_micro_batches % pp:
+        yield (
+            f"the interleaved schedule needs a multiple of {pp} (pipeline_model_parallel_size) "
+            f"micro-batches, but an iteration has {num_micro_batches}; use a global_batch_size that is a "
+            f"multiple of {packs_at_once * pp}"
+        )
+
+
+def _sequence_problems(config: Config) -> Iterator[str]:
+    tp, seq, visual = config.tensor_model_parallel_size, config.seq_length, config.visual_seq_length
+    if visual > seq:
+        yield f"visual_seq_length {visual} is above seq_length {seq}: visual tokens are part of the sequence"
+    if not config.sequence_parallel:
+        return
+    if tp == 1:
+        yield "sequence_parallel needs tensor_model_parallel_size above 1; use --no-sequence-parallel"
+    streams = {"seq_length": seq}
+    if config.laver:
+        streams = {"seq_length + visual_seq_length": seq + visual, "visual_seq_length": visual}
+    for name, length in streams.items():
+        if length % tp:
+            rest = f"{length} % {tp} = {length % tp}"
+            yield f"sequence_parallel splits {name} = {length} between {tp} ranks, but {rest}"
+
+
+def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str]:
+    tp = config.tensor_model_parallel_size
+    divided = {
+        f"the model's {shape.num_attention_heads} attention heads": shape.num_attention_heads,
+        f"its vocabulary of {shape.vocab_size}": shape.vocab_size,
+        f"its ffn_hidden_size {shape.ffn_hidden_size}": shape.ffn_hidden_size,
+    }
+    if config.laver:
+        output_size = config.vision_head_output_size or shape.hidden_size
+        divided[f"vision_head_hidden_size {config.vision_head_hidden_size}"] = config.vision_head_hidden_size
+        divided[f"the vision head's {output_size} logits"] = output_size
+    groups = shape.num_query_groups
+    fits = [
+        size
+        for size in range(1, shape.num_attention_heads + 1)
+        if all(value % size == 0 for value in divided.values()) and (groups % size == 0 or size % groups == 0)
+    ]
+    remedy = f"; sizes that fit: {', '.join(map(str, fits))}"
+    for name, value in divided.items():
+        if value % tp:
+            yield f"tensor_model_parallel_size {tp} does not divide {name}{remedy}"
+    if groups % tp and tp % groups:
+        yield (
+            f"tensor_model_parallel_size {tp} neither divides nor is a multiple of the model's {groups} "
+            f"key/value heads{remedy}"
+        )
+
+
+def _pipeline_problems(config: Config, shape: ModelShape) -> Iterator[str]:
+    pp, layers = config.pipeline_model_parallel_size, shape.num_layers
+    per_chunk = config.num_layers_per_virtual_pipeline_stage
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    if first is not None or last is not None:
+        yield from _uneven_split_problems(pp, layers, first, last, per_chunk)
+    elif layers % pp:
+        fits = ", ".join(str(size) for size in range(1, layers + 1) if layers % size == 0)
+        yield (
+            f"the model's {layers} layers do not divide into {pp} pipeline stages; use {fits} stages, or say "
+            "how to split them: --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers"
+        )
+    elif per_chunk is not None:
+        per_stage = layers // pp
+        fits = ", ".join(str(size) for size in range(1, per_stage) if per_stage % size == 0) or "none"
+        if pp == 1:
+            yield (
+                f"num_layers_per_virtual_pipeline_stage {per_chunk} needs pipeline_model_parallel_size "
+                "above 1: one stage has nothing to interleave with"
+            )
+        elif per_stage % per_chunk or per_stage == per_chunk:
+            yield (
+                f"num_layers_per_virtual_pipeline_stage {per_chunk} does not cut the {per_stage} layers of a "
+                f"stage ({layers} layers, {pp} stages) into equal chunks, at least two; use {fits}"
+            )
+
+
+def _uneven_split_problems(
+    pp: int, layers: int, first: int | None, last: int | None, per_chunk: int | None
+) -> Iterator[str]:
+    if per_chunk is not None:
+        yield "num_layers_per_virtual_pipeline_stage and an uneven split of the layers exclude each other"
+    if pp == 1:
+        yield "an uneven split of the layers needs pipeline_model_parallel_size above 1"
+        return
+    split = (
+        f"first {first}"
+        if last is None
+        else f"last {last}"
+        if first is None
+        else f"first {first}, last {last}"
+    )
+    rest = layers - (first or 0) - (last or 0)
+    stages = pp - (first is not None) - (last is not None)
+    if stages == 0 and rest:
+        covered = layers - rest
+        yield f"the uneven split ({split}) covers {covered} of the model's {layers} layers, with {pp} stages"
+    elif stages and (rest < stages or rest % stages):
+        yield (
+            f"the uneven split ({split}) leaves {rest} of the model's {layers} layers for {stages} other "
+            "pipeline stages; they must divide equally, one layer each at least"
+        )
+
+
+def _position_problems(shape: ModelShape) -> Iterator[str]:
+    if shape.kv_channels % 2:
+        yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
+
+
+def _encoder_problems(config: Config, encoder: EncoderShape) -> Iterator[str]:
+    num_layers, num_tokens = encoder.num_hidden_layers, encoder.num_tokens
+    if not -num_layers - 1 <= config.encoder_feature_layer <= num_layers:
+        yield (
+            f"encoder_feature_layer is {config.encoder_feature_layer}, but the encoder has {num_layers} "
+            f"layers; use {-num_layers - 1} to {num_layers}"
+        )
+    if config.visual_seq_length < num_tokens:
+        yield f"visual_seq_length {config.visual_seq_length} cannot hold one image of {num_tokens} tokens"
+    # The start and end token, and one token of text to learn.
+    if config.seq_length < num_tokens + 3:
+        yield (
+            f"seq_length {config.seq_length} cannot hold one image of {num_tokens} tokens with its start, "
+            f"its end and any text; use {num_tokens + 3} at the very least"
+        )
+
+
+def _masking_problems(config: Config, encoder: EncoderShape | None) -> Iterator[str]:
+    ratio = config.mask_ratio
+    if not config.laver or config.mim_weight <= 0 or not 0 <= ratio <= 1:
+        return
+    if ratio == 0:
+        yield (
+            "mask_ratio 0 never masks a token, so there is nothing to reconstruct; raise it, or set "
+            "--mim-weight 0 or --no-laver"
+        )
+    elif config.mask_sampling == "fixed" and encoder is not None:
+        num_tokens = encoder.num_tokens
+        if num_tokens and num_masked_tokens(num_tokens, ratio) == 0:
+            yield (
+                f"mask_ratio {ratio} with mask_sampling fixed masks floor({ratio} x {num_tokens}) = 0 of an "
+                f"image's {num_tokens} tokens; use at least {math.ceil(1e4 / num_tokens) / 1e4}, or bernoulli"
+            )

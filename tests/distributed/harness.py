@@ -1,0 +1,209 @@
+"""One pool of worker processes for all distributed tests of a session.
+
+Starting Python with torch and Megatron-Core takes seconds, joining a process group some tens of
+milliseconds: so the processes stay, and every job joins and leaves groups of its own.
+
+    pool.run(function, layout, *arguments)  ->  [result of rank 0, result of rank 1, ...]
+
+A job function is a module-level function `function(layout, *arguments)`. It runs on the first
+`layout.world_size` processes inside a Gloo process group; building Megatron's groups in it is its own affair
+(`laver_megatron.train.setup`, or `join` below). Arguments and results travel as pickles.
+"""
+
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+NUM_WORKERS = 4
+# Whole jobs take a few seconds; a collective that waits this long waits for a rank that will never come.
+JOB_SECONDS = 120
+# After the first failure the other ranks may still fail by themselves; later they are taken to hang.
+GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job divides its processes. vpp_layers: layers of a virtual stage, None without interleaving."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+    vpp_layers: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `Config` that say the same."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "sequence_parallel": self.sp,
+            "num_layers_per_virtual_pipeline_stage": self.vpp_layers,
+        }
+
+    def __str__(self) -> str:
+        interleaved = "" if self.vpp_layers is None else f"-VPP of {self.vpp_layers}"
+        return f"TP{self.tp}{'+SP' if self.sp else ''}-PP{self.pp}{interleaved}-DP{self.dp}"
+
+
+class Pool:
+    """The worker processes. A job that fails in one rank raises AssertionError with that rank's traceback; if
+    other ranks are then stuck, the processes are replaced."""
+
+    def __init__(self, num_workers: int = NUM_WORKERS) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="laver-test-pool-"))
+        self._num_workers, self._num_jobs = num_workers, 0
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, function: Callable, layout: Layout, *arguments: Any, timeout: float = JOB_SECONDS) -> list[Any]:
+        """Results of all ranks of `layout`, in order."""
+        if not self._processes:
+            self._start()
+        assert layout.world_size <= self._num_workers, f"{layout} needs more than {self._num_workers} processes"
+        self._num_jobs += 1
+        store = self._directory / f"store-{self._num_jobs}"
+        job = (f"{function.__module__}:{function.__qualname__}", layout, arguments, str(store))
+        for connection in self._connections[: layout.world_size]:
+            connection.send_bytes(pickle.dumps(job))
+        answers = self._collect(layout.world_size, timeout)
+        failures = {rank: answer[1] for rank, answer in answers.items() if not answer[0]}
+        stuck = sorted(set(range(layout.world_size)) - answers.keys())
+        if failures or stuck:
+            stacks = self._stop() if stuck else ""
+            # Ranks that lost their partner say less than the one that failed for a reason of its own.
+            worst = sorted(failures.items(), key=lambda item: "gloo" in item[1].rsplit("\n", 2)[-2].lower())
+            text = "\n".join(f"--- rank {rank} of {layout}\n{text}" for rank, text in worst[:2])
+            raise AssertionError(f"{job[0]}: ranks {sorted(failures)} failed, {stuck} are stuck\n{text}{stacks}")
+        return [answers[rank][1] for rank in range(layout.world_size)]
+
+    def close(self) -> None:
+        self._stop()
+        for file in self._directory.iterdir():
+            file.unlink()
+        self._directory.rmdir()
+
+    def _start(self) -> None:
+        # One thread each, also in the libraries that read this once at import.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        context = multiprocessing.get_context("spawn")
+        for number in range(self._num_workers):
+            ours, theirs = context.Pipe()
+            # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+            process = context.Process(target=_serve, args=(number, theirs, str(self._stacks(number))))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _stacks(self, number: int) -> Path:
+        return self._directory / f"stack-{number}"
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout
+        waiting = {connection: rank for rank, connection in enumerate(self._connections[:world_size])}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(waiting), left):
+                rank = waiting.pop(connection)
+                try:
+                    answers[rank] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    answers[rank] = (False, "the process died\n\n")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return answers
+
+    def _stop(self) -> str:
+        """Ends all processes; returns where the stuck ones stood. They start anew with the next job."""
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.2 if self._processes else 0.0)
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            connection.close()
+            process.terminate()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        files = [self._stacks(number) for number in range(len(self._processes))]
+        self._processes, self._connections = [], []
+        return "".join(f"--- stack of rank {i}\n{f.read_text()}" for i, f in enumerate(files) if f.is_file())
+
+
+def _serve(number: int, connection: Connection, stacks: str) -> None:
+    """A worker's life: jobs from the connection until it closes."""
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=False)  # noqa: SIM115
+    import torch
+
+    from laver_megatron.backend import use_backend
+
+    torch.set_num_threads(1)
+    use_backend()
+    while True:
+        try:
+            path, layout, arguments, store = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            sys.exit()
+        connection.send_bytes(pickle.dumps(_run_job(number, path, layout, arguments, store)))
+
+
+def _run_job(rank: int, path: str, layout: Layout, arguments: tuple, store: str) -> tuple[bool, Any]:
+    import torch.distributed as dist
+
+    from laver_megatron.backend import shut_down_parallelism
+
+    try:
+        module, name = path.split(":")
+        function = getattr(import_module(module), name)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=datetime.timedelta(seconds=JOB_SECONDS),
+        )
+        result = function(layout, *arguments)
+        dist.barrier()
+        return True, result
+    except BaseException:  # Megatron's checkpoint errors are no Exceptions
+        return False, traceback.format_exc() + "\n"
+    finally:
+        shut_down_parallelism()
+
+
+def join(layout: Layout, seed: int = 1, num_layers: int | None = None) -> None:
+    """Megatron's parallel groups for jobs that do not go through `train.setup`."""
+    from laver_megatron.backend import initialise_parallelism
+
+    virtual = None
+    if layout.vpp_layers is not None:
+        assert num_layers is not None
+        virtual = num_layers // layout.pp // layout.vpp_layers
+    initialise_parallelism(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=virtual,
+        timeout_minutes=2,
+        seed=seed,
+    )
