@@ -5,7 +5,11 @@ checkpoint: the step count lives in the parameter group, a parameter's state is 
 `exp_avg_sq`. The arithmetic is torch's own fused kernel.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 
@@ -14,7 +18,7 @@ class ResumableAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -22,13 +26,11 @@ class ResumableAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError(
-                "only decoupled weight decay (AdamW) is implemented; set decoupled_weight_decay=True"
-            )
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+            raise ValueError("only decoupled weight decay (AdamW) is implemented; set decoupled_weight_decay=True")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

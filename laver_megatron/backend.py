@@ -7,7 +7,7 @@ else in the package asks which of the two it runs on, except to choose a kernel.
 
 import datetime
 import os
-import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,9 @@ def _names_cuda(device: Any) -> bool:
 class _CudaToCpu(TorchFunctionMode):
     """Rewrites `device="cuda"` to the CPU, and answers `Tensor.cuda()` and `Tensor.type()` as Megatron expects."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -62,11 +64,11 @@ def _redirect_cuda_calls_to_cpu() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     _CudaToCpu().__enter__()
@@ -96,10 +98,6 @@ def use_backend() -> Backend:
     global _backend
     if _backend is not None:
         return _backend
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
     # Megatron asks for this order of kernels on the GPU's queues when communication overlaps computation.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
@@ -127,10 +125,13 @@ def initialise_parallelism(
 
     backend = use_backend()
     if not torch.distributed.is_initialized():
+        # A group of one needs no rendezvous, and must not set variables that child processes inherit.
+        alone: dict[str, Any] = {}
         if "RANK" not in os.environ:
-            os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+            alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(
             backend.communication,
+            **alone,
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=backend.device if backend.is_cuda else None,
         )

@@ -1,7 +1,9 @@
 """Builds what a run trains: the stages of this rank, frozen parts, data parallelism and optimizer around them."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -9,19 +11,17 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from transformers import AutoConfig
+from torch import Tensor
 
 from laver_megatron.config import Config
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import transformer_config
-from laver_megatron.model.shape import ModelShape
+from laver_megatron.model.shape import ModelShape, read_encoder_shape
 from laver_megatron.model.vision import ImageEncoder
 from laver_megatron.scaling.flops import ModelFlops, model_flops
 
 
-def build_stages(
-    config: Config, shape: ModelShape, encoder_dir: Path, *, load_encoder: bool
-) -> list[LaverStage]:
+def build_stages(config: Config, shape: ModelShape, encoder_dir: Path, *, load_encoder: bool) -> list[LaverStage]:
     """The pipeline stage of this rank, or its virtual stages under the interleaved schedule."""
     megatron_config = transformer_config(config, shape)
     megatron_config.finalize_model_grads_func = finalise_gradients
@@ -65,7 +65,7 @@ def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
-def finalise_gradients(model, num_tokens=None, **kwargs) -> None:
+def finalise_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reductions, without its division by tokens: the losses are divided already."""
     finalize_model_grads(model, None, **kwargs)
 
@@ -99,8 +99,7 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
 
 
 def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:
-    encoder = AutoConfig.from_pretrained(encoder_dir)
-    encoder = getattr(encoder, "vision_config", encoder)
+    encoder = read_encoder_shape(encoder_dir)
     layer = config.encoder_feature_layer
     return model_flops(
         shape,

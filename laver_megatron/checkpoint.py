@@ -13,17 +13,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
 
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.teacher import Centre, TeacherAverage
+
+# Parts that a run may add to the weights it starts from.
+NEW_PARTS = ("vision_head.", "mask_token")
 
 # What building the model needs besides the weights; copied as they are, never re-saved.
 _MODEL_FILES = (
@@ -49,7 +54,7 @@ class TrainingState:
     """All that a checkpoint holds of a running trainer."""
 
     stages: Sequence[LaverStage]
-    optimizer: object
+    optimizer: MegatronOptimizer
     teacher: TeacherAverage | None
     centre: Centre | None
     progress: Progress
@@ -76,26 +81,18 @@ def _teacher_state(state: TrainingState, metadata: dict, is_loading: bool) -> di
         sharded["teacher"] = accumulators
     if state.centre is not None:
         dp_rank = parallel_state.get_data_parallel_rank()
-        sharded["centre"] = state.centre.sharded_state(
-            parallel_state.get_tensor_model_parallel_group(), dp_rank
-        )
+        sharded["centre"] = state.centre.sharded_state(parallel_state.get_tensor_model_parallel_group(), dp_rank)
     return sharded
 
 
 def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is_loading: bool) -> dict:
-    if state.optimizer.is_stub_optimizer:  # type: ignore[attr-defined]
+    if state.optimizer.is_stub_optimizer:
         return {}
     # Megatron's optimizer knows its parameters by the sharded tensors of the chunks it was built from.
-    return {
-        "optimizer": state.optimizer.sharded_state_dict(  # type: ignore[attr-defined]
-            model_state, is_loading=is_loading, metadata=metadata
-        )
-    }
+    return {"optimizer": state.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
 
 
-def save_checkpoint(
-    directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict
-) -> Path:
+def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict) -> Path:
     """Writes `directory/iter_...` on all ranks together and returns its path.
 
     model_dir, encoder_dir: Hugging Face directories whose small files are copied along. run: facts about the
@@ -111,7 +108,7 @@ def save_checkpoint(
     sharded = _model_state(state, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
-    sharded.update(progress=asdict(state.progress), run=run, has_teacher=state.teacher is not None)
+    sharded.update(progress=asdict(state.progress), run=run)
     _all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
     if dist.get_rank() == 0:
         _copy_model_files(model_dir, temporary / "hf")
@@ -131,7 +128,8 @@ def save_checkpoint(
 def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> dict:
     """Fills `state` from a checkpoint written at any layout; returns its common facts.
 
-    weights_only (`--finetune`): student weights alone; optimizer, teacher and progress start anew.
+    weights_only (`--finetune`): student weights alone; optimizer, teacher and progress start anew, and parts
+    that the checkpoint lacks (a vision head, [MASK]) keep their start values.
     """
     verify_manifest(path)
     metadata = sharding_metadata()
@@ -140,16 +138,17 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
     if not weights_only:
         sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
         sharded.update(_teacher_state(state, metadata, is_loading=True))
-    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
+    may_lack = NEW_PARTS if weights_only else ()
+    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path, may_lack))
     for i, stage in enumerate(state.stages):
         stage.load_state_dict(loaded[f"model{i}"], strict=False)
     if weights_only:
-        state.optimizer.reload_model_params()  # type: ignore[attr-defined]
+        state.optimizer.reload_model_params()
         if state.teacher is not None:
             state.teacher.copy_student()
         return loaded
     if "optimizer" in loaded:
-        state.optimizer.load_state_dict(loaded["optimizer"])  # type: ignore[attr-defined]
+        state.optimizer.load_state_dict(loaded["optimizer"])
     if state.teacher is not None:
         state.teacher.load_sharded_state(loaded["teacher"])
     if state.centre is not None:
@@ -159,17 +158,18 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
     return loaded
 
 
-def _load(sharded: dict, path: Path) -> dict:
+def _load(sharded: dict, path: Path, may_lack: tuple[str, ...]) -> dict:
     loaded, missing, _ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_ALL)
+    missing = sorted(key for key in missing if not key.startswith(may_lack or ("\0",)))
     if missing:
         raise ValueError(
-            f"{path} lacks {len(missing)} of the tensors this run needs, such as {sorted(missing)[:3]}; "
+            f"{path} lacks {len(missing)} of the tensors this run needs, such as {', '.join(missing[:3])}; "
             "was it trained with other parts (--laver, --centre-momentum)? --finetune takes the weights alone"
         )
     return loaded
 
 
-def _all_ranks(action: str, work):
+def _all_ranks(action: str, work: Callable[[], Any]) -> Any:
     """Runs `work` and, if it fails anywhere, fails everywhere with the first reason instead of hanging."""
     result, problem = None, None
     try:

@@ -78,13 +78,10 @@ class Config:
         "program (its checkpoints/ folder, or one iter_* folder in it)",
         default=None,
     )
-    finetune: bool = _option(
-        "model", "take only the weights of --load and start at iteration 0", default=False
-    )
+    finetune: bool = _option("model", "take only the weights of --load and start at iteration 0", default=False)
     encoder: str | None = _option(
         "model",
-        "Hugging Face directory of the image encoder (SigLIP type); without it, "
-        "encoder/ in the checkpoint of --load",
+        "Hugging Face directory of the image encoder (SigLIP type); without it, encoder/ in the checkpoint of --load",
         default=None,
     )
     encoder_feature_layer: int = _option(
@@ -94,8 +91,7 @@ class Config:
     )
     attention: str = _option(
         "model",
-        "mixed: visual tokens also see the rest of their own image; causal: every "
-        "token sees only what precedes it",
+        "mixed: visual tokens also see the rest of their own image; causal: every token sees only what precedes it",
         choices=("mixed", "causal"),
         default="mixed",
     )
@@ -108,8 +104,7 @@ class Config:
     )
     attention_kernel: str = _option(
         "model",
-        "dense: the reference, runs anywhere; flex: FlexAttention, CUDA only; "
-        "auto: flex on CUDA and dense on CPU",
+        "dense: the reference, runs anywhere; flex: FlexAttention, CUDA only; auto: flex on CUDA and dense on CPU",
         choices=("auto", "dense", "flex"),
         default="auto",
     )
@@ -134,8 +129,7 @@ class Config:
     )
     recompute_granularity: str | None = _option(
         "parallel",
-        "what the backward pass computes again to save memory: whole layers (full) or the core "
-        "attention (selective)",
+        "what the backward pass computes again to save memory: whole layers (full) or the core attention (selective)",
         choices=("full", "selective"),
         default=None,
     )
@@ -145,14 +139,10 @@ class Config:
 
     # data
     data_path: tuple[str, ...] = _option("data", "training shards: tar files, globs, or folders of tar files")
-    valid_data_path: tuple[str, ...] | None = _option(
-        "data", "held-out shards, in the same forms", default=None
-    )
+    valid_data_path: tuple[str, ...] | None = _option("data", "held-out shards, in the same forms", default=None)
     seq_length: int = _option("data", "tokens of a pack in the language-model stream, visual tokens included")
     visual_seq_length: int = _option("data", "visual tokens a pack can hold")
-    micro_batch_size: int = _option(
-        "data", "packs in one forward pass of one data-parallel replica", default=1
-    )
+    micro_batch_size: int = _option("data", "packs in one forward pass of one data-parallel replica", default=1)
     global_batch_size: int = _option("data", "packs in one iteration, all replicas together", default=1)
     num_workers: int = _option("data", "background readers of each replica; 0 reads in line", default=2)
 
@@ -227,9 +217,7 @@ class Config:
     adam_beta2: float = _option("training", "decay of Adam's second moment", default=0.999)
     adam_eps: float = _option("training", "added to the denominator of Adam's update", default=1e-8)
     clip_grad: float = _option("training", "largest norm of the gradient; 0 does not clip", default=1.0)
-    bf16: bool = _option(
-        "training", "compute in bfloat16, with fp32 master weights; otherwise fp32", default=False
-    )
+    bf16: bool = _option("training", "compute in bfloat16, with fp32 master weights; otherwise fp32", default=False)
     seed: int = _option("training", "of initial weights, data order and masks", default=1234)
     max_skipped_iterations: int = _option(
         "training",
@@ -238,19 +226,13 @@ class Config:
     )
 
     # run
-    run_dir: str = _option(
-        "run", "folder of checkpoints/, metrics.jsonl, curves and the resolved config.yaml"
-    )
+    run_dir: str = _option("run", "folder of checkpoints/, metrics.jsonl, curves and the resolved config.yaml")
     save_interval: int | None = _option(
         "run", "iterations between two checkpoints; the last is always saved", default=None
     )
-    eval_interval: int | None = _option(
-        "run", "iterations between two evaluations on --valid-data-path", default=None
-    )
+    eval_interval: int | None = _option("run", "iterations between two evaluations on --valid-data-path", default=None)
     eval_iters: int = _option("run", "global batches of one evaluation", default=4)
-    log_interval: int = _option(
-        "run", "iterations between two printed lines; metrics.jsonl has every one", default=1
-    )
+    log_interval: int = _option("run", "iterations between two printed lines; metrics.jsonl has every one", default=1)
     tensorboard: bool = _option("run", "also write TensorBoard events to run_dir/tensorboard", default=False)
     wandb_project: str | None = _option("run", "also log to this Weights & Biases project", default=None)
 

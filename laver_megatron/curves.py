@@ -47,9 +47,7 @@ def draw_curves(metrics_path: Path, png_path: Path) -> None:
         raise ValueError(f"{metrics_path} holds no records: nothing to draw")
     validation_path = metrics_path.with_name("validation.jsonl")
     validation = read_records(validation_path) if validation_path.exists() else []
-    panels = [
-        (title, draw) for title, fields, draw in PANELS if any(_shown(records, field) for field in fields)
-    ]
+    panels = [(title, draw) for title, fields, draw in PANELS if any(_shown(records, field) for field in fields)]
     num_columns = 3 if len(panels) > 4 else 2
     num_rows = max(1, math.ceil(len(panels) / num_columns))
     with matplotlib.rc_context(STYLE):

@@ -122,9 +122,7 @@ def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, l
     not the model of the checkpoint."""
     if inputs.model_dir is None:
         # Without --load that is the problem already reported.
-        return None, [
-            "model is missing: give --model DIR with config.json and tokenizer"
-        ] if config.load else []
+        return None, ["model is missing: give --model DIR with config.json and tokenizer"] if config.load else []
     try:
         shape = read_model_shape(inputs.model_dir)
     except ConfigError as error:
@@ -143,9 +141,7 @@ def _tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
             yield f"{directory}: no tokenizer in it (tokenizer.json, or vocab.json with merges.txt)"
         return
     try:
-        added = {
-            token["content"]: token["id"] for token in json.loads(file.read_text("utf-8"))["added_tokens"]
-        }
+        added = {token["content"]: token["id"] for token in json.loads(file.read_text("utf-8"))["added_tokens"]}
     except (ValueError, KeyError, TypeError):
         yield f"{file}: cannot be read as a tokenizer"
         return
@@ -166,16 +162,12 @@ def _shape_differences(model: Path, weights: Path) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
         return
-    differing = [
-        f"{name} {named[name]} against {loaded[name]}" for name in named if named[name] != loaded[name]
-    ]
+    differing = [f"{name} {named[name]} against {loaded[name]}" for name in named if named[name] != loaded[name]]
     if differing:
         yield f"model {model} is not the model of {weights}: {', '.join(differing)}; drop --model"
 
 
-def encoder_problems(
-    config: Config, inputs: Inputs, *, dry_run: bool
-) -> tuple[EncoderShape | None, list[str]]:
+def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[EncoderShape | None, list[str]]:
     """The encoder's shape and what is wrong with its directory; its weights are asked for only when they are
     to be read, that is without a checkpoint and outside a dry run."""
     if inputs.encoder_dir is None:

@@ -92,13 +92,11 @@ def _visual_losses(
         tp_group,
     )
     num_images = max(counts.images, 1)
-    gram = student_VBK.sum() * 0.0 if not images else torch.zeros((), device=student_VBK.device)
+    gram = torch.zeros((), device=student_VBK.device)
     similarity = torch.zeros(2, device=student_VBK.device)
     for student_NN, teacher_NN in zip(inner[: len(images)], inner[len(images) :], strict=True):
         if config.gram_loss != "none":
-            gram = gram + gram_loss(
-                student_NN, teacher_NN, kind=config.gram_loss, reduction=config.gram_reduction
-            )
+            gram = gram + gram_loss(student_NN, teacher_NN, kind=config.gram_loss, reduction=config.gram_reduction)
         with torch.no_grad():
             similarity[0] += mean_off_diagonal(cosine_gram(student_NN))
             similarity[1] += mean_off_diagonal(cosine_gram(teacher_NN))

@@ -147,9 +147,7 @@ class RunLog:
         with self.validation_path.open("a", encoding="utf-8") as file:
             file.write(_json_line(record))
         self._send(iteration, record, prefix="validation")
-        numbers = [
-            (name, value) for name, value in record.items() if name != "iteration" and _is_number(value)
-        ]
+        numbers = [(name, value) for name, value in record.items() if name != "iteration" and _is_number(value)]
         fields = [f"{name.replace('_', ' ')}: {value:.6E}" for name, value in numbers]
         self._print(f" validation at iteration {iteration:8d} | " + " | ".join(fields) + " |")
         # the time validation took is not training's
@@ -215,9 +213,7 @@ class RunLog:
 
         id_path = self.run_dir / "wandb_id"
         run_id = id_path.read_text().strip() if id_path.exists() and self.last_iteration > 0 else None
-        run = wandb.init(
-            project=project, id=run_id, resume="allow", dir=str(self.run_dir), config=self.config_dict
-        )
+        run = wandb.init(project=project, id=run_id, resume="allow", dir=str(self.run_dir), config=self.config_dict)
         id_path.write_text(run.id + "\n")
         # our own axis: W&B's refuses steps it has seen, which a resumed run may repeat
         run.define_metric("iteration")
@@ -273,9 +269,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 raise TypeError("iteration")
         except (ValueError, TypeError, KeyError):
             if number < len(lines):  # the last piece has no newline after it: torn
-                warnings.warn(
-                    f"{path}, line {number} is no record and is left out: {line[:60]!r}", stacklevel=2
-                )
+                warnings.warn(f"{path}, line {number} is no record and is left out: {line[:60]!r}", stacklevel=2)
             continue
         records.append(record)
     return records
@@ -318,7 +312,6 @@ def _is_number(value: Any) -> bool:
 
 def _json_line(record: dict[str, Any]) -> str:
     strict = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
     return json.dumps(strict, allow_nan=False) + "\n"

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from laver_megatron.model.laver import LaverStage
@@ -40,18 +41,14 @@ def pair_by_name(stage: LaverStage) -> list[tuple[str, torch.nn.Parameter, torch
     """(name, student, teacher) of every teacher parameter of a stage; ValueError on any mismatch."""
     assert stage.teacher is not None
     student = {
-        name: parameter
-        for name, parameter in stage.named_parameters()
-        if name.startswith(("decoder.", "vision_head."))
+        name: parameter for name, parameter in stage.named_parameters() if name.startswith(("decoder.", "vision_head."))
     }
     teacher = dict(stage.teacher.named_parameters())
     if student.keys() != teacher.keys():
         raise ValueError(f"student and teacher differ in {sorted(student.keys() ^ teacher.keys())}")
     for name in student:
         if student[name].shape != teacher[name].shape:
-            raise ValueError(
-                f"{name}: student {tuple(student[name].shape)}, teacher {tuple(teacher[name].shape)}"
-            )
+            raise ValueError(f"{name}: student {tuple(student[name].shape)}, teacher {tuple(teacher[name].shape)}")
     return [(name, student[name], teacher[name]) for name in student]
 
 
@@ -63,19 +60,19 @@ class TeacherAverage:
     """
 
     def __init__(
-        self, stages: Sequence[LaverStage], optimizer, data_parallel_group: dist.ProcessGroup
+        self, stages: Sequence[LaverStage], optimizer: MegatronOptimizer, data_parallel_group: dist.ProcessGroup
     ) -> None:
         self.stages = list(stages)
         self.group = data_parallel_group
         self._pairs = [_Pair(i, *pair) for i, stage in enumerate(self.stages) for pair in pair_by_name(stage)]
         for pair in self._pairs:
             self._find_master(pair, optimizer)
-        table: list[list[tuple[int, int]] | None] = [None] * self.group.size()
+        table: list[list[tuple[int, int]]] = [[]] * self.group.size()
         dist.all_gather_object(table, [(pair.start, pair.end) for pair in self._pairs], group=self.group)
         self._slices_of_rank = table
         self.copy_student()
 
-    def _find_master(self, pair: _Pair, optimizer) -> None:
+    def _find_master(self, pair: _Pair, optimizer: MegatronOptimizer) -> None:
         for part in optimizer.chained_optimizers:
             if pair.student in getattr(part, "model_param_gbuf_map", {}):
                 owned = part._get_model_param_range_map(pair.student)["param"]
@@ -140,7 +137,11 @@ class TeacherAverage:
         """
         keeps = is_loading or self.group.rank() == 0
         sharded: dict = {}
-        templates = [stage.teacher.sharded_state_dict("teacher.", (), metadata) for stage in self.stages]
+        templates = [
+            stage.teacher.sharded_state_dict("teacher.", (), metadata)
+            for stage in self.stages
+            if stage.teacher is not None
+        ]
         for pair in self._pairs:
             whole = torch.zeros(pair.student.numel(), dtype=torch.float32, device=pair.student.device)
             if not is_loading:

@@ -3,16 +3,19 @@
 Every process of torchrun runs this file. Megatron-Core carries the parallelism; this file says what happens.
 """
 
+import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def setup(config: Config) -> Trainer:
     """Builds the stages of this rank, loads their weights, wraps them, and finds where to go on."""
     backend = use_backend()
+    log_to_terminal()
     inputs = find_inputs(config)
     source, model_dir, encoder_dir = inputs.checkpoint, inputs.model_dir, inputs.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
@@ -106,6 +110,7 @@ def setup(config: Config) -> Trainer:
     for stage in stages:
         stage.initialise_new_parts(config.seed)
     if source is None:
+        assert config.load is not None
         load_hugging_face(stages, config.load.removeprefix(HF_PREFIX), shape, sharding_metadata())
     chunks, optimizer = wrap(config, stages)
     teacher = centre = None
@@ -171,12 +176,14 @@ def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) ->
     config = trainer.config
     tp_group = parallel_state.get_tensor_model_parallel_group()
 
-    def forward_step(micro_batches: Iterator[tuple[MicroBatch, list[Tensor] | None]], chunk):
+    def forward_step(
+        micro_batches: Iterator[tuple[MicroBatch, list[Tensor] | None]], chunk: DistributedDataParallel
+    ) -> tuple[Tensor | StageOutput, Callable]:
         micro_batch, pixels = next(micro_batches)
         output = chunk(micro_batch, pixels)
         return output, partial(loss, micro_batch)
 
-    def loss(micro_batch: MicroBatch, output: StageOutput):
+    def loss(micro_batch: MicroBatch, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:
         value, terms = micro_batch_losses(output, micro_batch, batch.counts, config, trainer.centre, tp_group)
         # Megatron asks for a number of tokens to divide by; the losses are divided already.
         return value, torch.zeros((), dtype=torch.int32, device=value.device), terms
@@ -196,9 +203,7 @@ def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) ->
         micro_batch_size=config.micro_batch_size,
         forward_only=forward_only,
     )
-    terms = (
-        torch.stack(reported).sum(0) if reported else torch.zeros(len(TERMS), device=trainer.backend.device)
-    )
+    terms = torch.stack(reported).sum(0) if reported else torch.zeros(len(TERMS), device=trainer.backend.device)
     dist.all_reduce(terms, group=parallel_state.get_data_parallel_group())
     dist.broadcast(
         terms,
@@ -232,9 +237,7 @@ def train_step(trainer: Trainer) -> dict:
     if trainer.teacher is not None and not skipped and schedules.ema_update_due(step, config):
         trainer.teacher.update(momentum)
     if trainer.centre is not None:
-        trainer.centre.finish_step(
-            batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped
-        )
+        trainer.centre.finish_step(batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped)
 
     trainer.progress.iteration += 1
     trainer.progress.consumed_packs += config.global_batch_size
@@ -242,9 +245,7 @@ def train_step(trainer: Trainer) -> dict:
     trainer.progress.consumed_tokens += batch.counts.tokens
     trainer.progress.skipped_iterations += skipped
     seconds = time.perf_counter() - started
-    return record(
-        trainer, batch.counts, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds
-    )
+    return record(trainer, batch.counts, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds)
 
 
 def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, bool]:
@@ -284,7 +285,7 @@ def record(
         num_tokens=counts.tokens,
         lm_span_area=counts.language_span_area,
         num_visual_tokens=counts.visual_tokens,
-        reconstruction_span_area=counts.reconstruction_span_area,
+        reconstruction_span_area=counts.image_span_area,
         laver=config.laver,
         gram=config.gram_loss != "none",
         frozen=config.freeze,
@@ -332,24 +333,20 @@ def train(trainer: Trainer) -> None:
             skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
             if skipped_in_a_row >= config.max_skipped_iterations:
                 raise RuntimeError(
-                    f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, the last at "
-                    f"iteration {progress.iteration}; lower --lr, look at the data, or raise --max-skipped-iterations"
+                    f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, "
+                    f"the last at iteration {progress.iteration}; lower --lr, look at the data, or raise "
+                    "--max-skipped-iterations"
                 )
             if due(progress.iteration, config.eval_interval) and trainer.validation_data is not None:
                 result = evaluate(trainer)
                 if log:
                     log.log_validation(progress.iteration, result)
             exiting = due(progress.iteration, config.exit_interval)
-            if (
-                exiting
-                or due(progress.iteration, config.save_interval)
-                or progress.iteration == config.train_iters
-            ):
+            finished = progress.iteration == config.train_iters
+            if exiting or finished or due(progress.iteration, config.save_interval):
                 save(trainer, run_dir)
             if exiting:
-                say(
-                    f"exiting at iteration {progress.iteration}, a multiple of --exit-interval {config.exit_interval}"
-                )
+                say(f"exiting at iteration {progress.iteration}, a multiple of --exit-interval {config.exit_interval}")
                 break
     finally:
         if log:
@@ -406,6 +403,17 @@ def save(trainer: Trainer, run_dir: Path) -> None:
         run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, asdict(trainer.config)
     )
     say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+def log_to_terminal() -> None:
+    """Shows the package's own messages, of rank 0 all and of the others only warnings, and silences the
+    progress bars that transformers would draw on every rank."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("laver_megatron")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def say(message: str) -> None:

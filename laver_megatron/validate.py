@@ -222,15 +222,12 @@ def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str
         for size in range(1, shape.num_attention_heads + 1)
         if all(value % size == 0 for value in divided.values()) and (groups % size == 0 or size % groups == 0)
     ]
-    remedy = f"; sizes that fit: {', '.join(map(str, fits))}"
-    for name, value in divided.items():
-        if value % tp:
-            yield f"tensor_model_parallel_size {tp} does not divide {name}{remedy}"
+    faults = [f"does not divide {name}" for name, value in divided.items() if value % tp]
     if groups % tp and tp % groups:
-        yield (
-            f"tensor_model_parallel_size {tp} neither divides nor is a multiple of the model's {groups} "
-            f"key/value heads{remedy}"
-        )
+        faults.append(f"neither divides nor is a multiple of its {groups} key/value heads")
+    if faults:
+        sizes = ", ".join(map(str, fits))
+        yield f"tensor_model_parallel_size {tp} {', '.join(faults)}; sizes that fit this model: {sizes}"
 
 
 def _pipeline_problems(config: Config, shape: ModelShape) -> Iterator[str]:
@@ -268,13 +265,7 @@ def _uneven_split_problems(
     if pp == 1:
         yield "an uneven split of the layers needs pipeline_model_parallel_size above 1"
         return
-    split = (
-        f"first {first}"
-        if last is None
-        else f"last {last}"
-        if first is None
-        else f"first {first}, last {last}"
-    )
+    split = f"first {first}" if last is None else f"last {last}" if first is None else f"first {first}, last {last}"
     rest = layers - (first or 0) - (last or 0)
     stages = pp - (first is not None) - (last is not None)
     if stages == 0 and rest:

@@ -29,7 +29,7 @@ def pack(*documents, seq_length=None, vocab_size=128, seed=0, image_size=None) -
                 add(document=-1, image=-1, row=0, col=0, sample_id=-1, image_number=-1)
             continue
         number = 0
-        place = dict(document=num_documents, sample_id=100 * seed + num_documents)
+        place = {"document": num_documents, "sample_id": 100 * seed + num_documents}
         for segment in document:
             if isinstance(segment, int):
                 for _ in range(segment):

@@ -79,7 +79,12 @@ def write_checkpoints(
     )
     encoder = SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=IMAGE_SIZE, patch_size=8
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
         )
     )
     for module in (model, encoder):
@@ -102,19 +107,19 @@ def _randomise(module: torch.nn.Module) -> None:
 
 def parity_config(checkpoints: Checkpoints, **changes) -> Config:
     """A run of the parity model; change the layout, attention, positions and so on by name."""
-    defaults = dict(
-        model=str(checkpoints.model),
-        encoder=str(checkpoints.encoder),
-        data_path=("none",),
-        run_dir="none",
-        seq_length=SEQ_LENGTH,
-        visual_seq_length=VISUAL_SEQ_LENGTH,
-        train_iters=1,
-        vision_head_hidden_size=40,
-        vision_head_output_size=48,
-        seed=SEED,
-        attention_kernel="dense",
-    )
+    defaults = {
+        "model": str(checkpoints.model),
+        "encoder": str(checkpoints.encoder),
+        "data_path": ("none",),
+        "run_dir": "none",
+        "seq_length": SEQ_LENGTH,
+        "visual_seq_length": VISUAL_SEQ_LENGTH,
+        "train_iters": 1,
+        "vision_head_hidden_size": 40,
+        "vision_head_output_size": 48,
+        "seed": SEED,
+        "attention_kernel": "dense",
+    }
     return Config(**{**defaults, **changes})
 
 
@@ -144,7 +149,7 @@ def text_micro_batches() -> MicroBatches:
 
 def image_micro_batches() -> MicroBatches:
     """Two micro-batches of two packs: images first, last, adjacent, non-square, three, two, one and none a pack."""
-    common = dict(seq_length=SEQ_LENGTH, image_size=IMAGE_SIZE)
+    common = {"seq_length": SEQ_LENGTH, "image_size": IMAGE_SIZE}
     packs = [
         pack([3, (4, 4), 2, (2, 8), 7], padding(2), [(4, 4), 1], **common, seed=3),
         pack([(8, 2), 12], [7], **common, seed=4),
@@ -268,8 +273,12 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
         language_logits_BSW=torch.cat(
             [gather_from_tensor_model_parallel_region(o.language_logits_SBW).transpose(0, 1) for _, o in outputs]
         ),
-        student_logits_NK=torch.cat([tokens_of_images(b, o.student_logits_VBK) for b, o in outputs]) if visual else None,
-        teacher_logits_NK=torch.cat([tokens_of_images(b, o.teacher_logits_VBK) for b, o in outputs]) if visual else None,
+        student_logits_NK=torch.cat([tokens_of_images(b, o.student_logits_VBK) for b, o in outputs])
+        if visual
+        else None,
+        teacher_logits_NK=torch.cat([tokens_of_images(b, o.teacher_logits_VBK) for b, o in outputs])
+        if visual
+        else None,
     )
 
 
@@ -312,12 +321,11 @@ class Reference(torch.nn.Module):
             linear(hidden, middle), gelu(), linear(middle, middle), gelu(), linear(middle, out, bias=False)
         )
         with torch.no_grad():
-            for prefix, layers in (("connector", self.connector), ("vision_head", self.vision_head)):
+            for prefix, layers, gain in (("connector", self.connector, 1), ("vision_head", self.vision_head, 2)):
                 for number, layer in enumerate(layers[::2], start=1):
                     name = f"{prefix}.linear_{number}.weight"
-                    layer.weight.copy_(
-                        seeded_normal(name, tuple(layer.weight.shape), layer.in_features**-0.5, config.seed)
-                    )
+                    std = (gain / layer.in_features) ** 0.5
+                    layer.weight.copy_(seeded_normal(name, tuple(layer.weight.shape), std, config.seed))
                     if layer.bias is not None:
                         layer.bias.zero_()
         self.mask_token = torch.nn.Parameter(seeded_normal("mask_token", (hidden,), 0.02, config.seed))

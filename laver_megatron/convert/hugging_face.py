@@ -4,13 +4,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laver_megatron.convert.weights import rule_for
+from laver_megatron.convert.weights import WeightRule, rule_for
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.shape import ModelShape
 
@@ -19,24 +20,29 @@ NEW_PARTS = ("encoder.", "connector.", "mask_token", "vision_head.")
 
 
 class HuggingFaceTensors:
-    """The tensors of a directory of safetensors, one file or several with an index, opened lazily."""
+    """The tensors of a directory of safetensors, one file or several with an index, opened lazily.
+
+    Raises ValueError, naming the file and, where there is one, the tensor, for whatever cannot be read.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._stack = ExitStack()
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of = dict(json.loads(index.read_text())["weight_map"])
+            self._file_of = _read_index(index)
         elif (self.directory / "model.safetensors").is_file():
             with self._open_file("model.safetensors") as tensors:
                 self._file_of = dict.fromkeys(tensors.keys(), "model.safetensors")
         else:
-            raise ValueError(
-                f"{self.directory} has neither model.safetensors nor model.safetensors.index.json"
-            )
-        self._open: dict[str, object] = {}
+            message = f"{self.directory} has neither model.safetensors nor model.safetensors.index.json"
+            pickled = sorted(path.name for path in self.directory.glob("*.bin"))
+            if pickled:
+                message += f", only {', '.join(pickled)}; save the model again with transformers' save_pretrained"
+            raise ValueError(message)
+        self._open: dict[str, Any] = {}
 
-    def _open_file(self, name: str):
+    def _open_file(self, name: str) -> Any:
         path = self.directory / name
         if not path.is_file():
             raise ValueError(f"{path} is missing, though the index of {self.directory} names it")
@@ -48,7 +54,7 @@ class HuggingFaceTensors:
     def __enter__(self) -> "HuggingFaceTensors":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,7 +63,26 @@ class HuggingFaceTensors:
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(self._open_file(file))
-        return self._open[file].get_tensor(name)  # type: ignore[attr-defined]
+        try:
+            return self._open[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
+
+    def where(self, name: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self.directory / self._file_of[name]}, tensor {name},"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name; files lie in the index's own directory."""
+    try:
+        file_of = dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files ({error!r}); copy it again") from error
+    for file in file_of.values():
+        if Path(file).name != file:
+            raise ValueError(f"{path} names {file!r}, which is not in the directory of the index")
+    return file_of
 
 
 def sharded_tensors(stage: LaverStage, metadata: dict) -> Iterator[ShardedTensor]:
@@ -65,21 +90,17 @@ def sharded_tensors(stage: LaverStage, metadata: dict) -> Iterator[ShardedTensor
     state = stage.sharded_state_dict(metadata=metadata)
     apply_factories(state)
     for value in state.values():
-        for tensor in (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        ):
+        for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(tensor, ShardedTensor):
                 yield tensor
 
 
 @torch.no_grad()
-def load_hugging_face(
-    stages: Sequence[LaverStage], directory: str | Path, shape: ModelShape, metadata: dict
-) -> None:
+def load_hugging_face(stages: Sequence[LaverStage], directory: str | Path, shape: ModelShape, metadata: dict) -> None:
     """Fills decoder, embedding and LM head of this rank's stages, each with the rows and columns it owns.
 
-    Raises ValueError, with file and tensor, on a missing tensor or a wrong shape, and if any of these
-    weights was left unwritten or is NaN.
+    Raises ValueError, with file and tensor, on a missing tensor, a wrong shape, and a value that is not
+    finite, and if any of these weights was left unwritten.
     """
     with HuggingFaceTensors(directory) as tensors:
         for stage in stages:
@@ -92,23 +113,33 @@ def load_hugging_face(
                     continue
                 rule, names = found
                 if sharded.key not in whole:
-                    whole = {sharded.key: rule.join([tensors[name] for name in names], shape)}
+                    whole = {sharded.key: _join(tensors, rule, names, shape, tuple(sharded.global_shape))}
                 full = whole[sharded.key]
-                if tuple(full.shape) != tuple(sharded.global_shape):
-                    raise ValueError(
-                        f"{directory}: {', '.join(names)} make a tensor of {tuple(full.shape)}, "
-                        f"the model of its config.json needs {tuple(sharded.global_shape)}"
-                    )
-                rows = tuple(
-                    slice(o, o + n) for o, n in zip(sharded.global_offset, sharded.local_shape, strict=True)
-                )
+                rows = tuple(slice(o, o + n) for o, n in zip(sharded.global_offset, sharded.local_shape, strict=True))
                 sharded.data.copy_(full[rows])
-            _refuse_nan(stage, directory)
+            _refuse_unwritten(stage, directory)
 
 
-def _refuse_nan(stage: LaverStage, directory: str | Path) -> None:
+def _join(
+    tensors: HuggingFaceTensors, rule: WeightRule, names: Sequence[str], shape: ModelShape, size: tuple[int, ...]
+) -> Tensor:
+    """The whole Megatron tensor of `size`. Every part is held against the size it would be split into: wrong
+    parts can add up to the right whole."""
+    expected = rule.split(torch.empty(size, device="meta"), shape)
+    parts = [tensors[name] for name in names]
+    for name, part, like in zip(names, parts, expected, strict=True):
+        if part.shape != like.shape:
+            raise ValueError(
+                f"{tensors.where(name)} is of shape {tuple(part.shape)}, but the model of "
+                f"{tensors.directory / 'config.json'} needs {tuple(like.shape)}"
+            )
+        if not part.isfinite().all():
+            raise ValueError(f"{tensors.where(name)} holds NaN or infinite values; download or copy it again")
+    return rule.join(parts, shape)
+
+
+def _refuse_unwritten(stage: LaverStage, directory: str | Path) -> None:
+    """Weights are NaN until they are written."""
     for name, parameter in stage.named_parameters():
         if name.startswith(("decoder.", "embedding.", "output_layer.")) and parameter.isnan().any():
-            raise ValueError(
-                f"{name} holds NaN after loading {directory}: the checkpoint has NaN or lacks a part of it"
-            )
+            raise ValueError(f"{name} is NaN after loading {directory}: no tensor of the checkpoint reached it")

@@ -50,9 +50,7 @@ def join_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 def split_qkv(fused: Tensor, shape: ModelShape) -> list[Tensor]:
     """Inverse of `join_qkv`."""
     queries = shape.num_attention_heads // shape.num_query_groups * shape.kv_channels
-    parts = fused.unflatten(0, (shape.num_query_groups, -1)).split(
-        [queries, shape.kv_channels, shape.kv_channels], 1
-    )
+    parts = fused.unflatten(0, (shape.num_query_groups, -1)).split([queries, shape.kv_channels, shape.kv_channels], 1)
     return [part.flatten(0, 1) for part in parts]
 
 
@@ -75,12 +73,8 @@ def _layer(megatron: str, names: Sequence[str], join: Join = _copy, split: Split
 QWEN2_WEIGHTS: tuple[WeightRule, ...] = (
     WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _copy, _same),
     _layer("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"]),
-    _layer(
-        "self_attention.linear_qkv.weight", [f"self_attn.{x}_proj.weight" for x in "qkv"], join_qkv, split_qkv
-    ),
-    _layer(
-        "self_attention.linear_qkv.bias", [f"self_attn.{x}_proj.bias" for x in "qkv"], join_qkv, split_qkv
-    ),
+    _layer("self_attention.linear_qkv.weight", [f"self_attn.{x}_proj.weight" for x in "qkv"], join_qkv, split_qkv),
+    _layer("self_attention.linear_qkv.bias", [f"self_attn.{x}_proj.bias" for x in "qkv"], join_qkv, split_qkv),
     _layer("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"]),
     _layer("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"]),
     _layer("mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], _join_rows, _halve_rows),
@@ -95,7 +89,5 @@ def rule_for(megatron_key: str) -> tuple[WeightRule, tuple[str, ...]] | None:
     layer = re.match(r"decoder\.layers\.(\d+)\.", megatron_key)
     for rule in QWEN2_WEIGHTS:
         if rule.megatron.format(layer=layer.group(1) if layer else "") == megatron_key:
-            return rule, tuple(
-                name.format(layer=layer.group(1) if layer else "") for name in rule.hugging_face
-            )
+            return rule, tuple(name.format(layer=layer.group(1) if layer else "") for name in rule.hugging_face)
     return None

@@ -21,7 +21,8 @@ from laver_megatron.objective.masking import mask_visual_tokens
 @dataclass(frozen=True)
 class GlobalCounts:
     """What a global batch holds over all data-parallel ranks, padding excluded. labels: tokens with a label;
-    masked: tokens hidden from the reconstruction stream; the areas: (query, key) pairs attended to."""
+    masked: tokens hidden from the reconstruction stream; the areas: (query, key) pairs attended to in the
+    language stream and within images."""
 
     labels: int
     masked: int
@@ -30,7 +31,7 @@ class GlobalCounts:
     tokens: int
     samples: int
     language_span_area: int
-    reconstruction_span_area: int
+    image_span_area: int
 
 
 @dataclass(frozen=True)

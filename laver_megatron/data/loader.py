@@ -163,9 +163,7 @@ def count_tokens(
         ValueError: `<image>` in the text that do not match the pictures.
     """
     sizes = SampleSizes([], [], [], Counter())
-    for sample in tqdm(
-        samples, "counting tokens", unit="sample", disable=not sys.stderr.isatty(), leave=False
-    ):
+    for sample in tqdm(samples, "counting tokens", unit="sample", disable=not sys.stderr.isatty(), leave=False):
         encoded, reason = None, "unreadable picture"
         try:
             grids = [preprocessor.grid(*size) for size in sample.image_sizes()]

@@ -91,9 +91,7 @@ def build_packs(packs: Sequence[Sequence[PackedSample]], *, seq_length: int, pad
         ValueError: a sample is not as long as its plan says (the data has changed).
     """
     shape = (len(packs), seq_length)
-    tensors = {
-        name: torch.full(shape, value) for name, value in {"tokens_BS": padding_token, **_PADDING}.items()
-    }
+    tensors = {name: torch.full(shape, value) for name, value in {"tokens_BS": padding_token, **_PADDING}.items()}
     batch = PackBatch(**tensors, pixels=[[] for _ in packs], keys=[[] for _ in packs])
     for row, pack in enumerate(packs):
         start = 0
@@ -133,9 +131,7 @@ def check_features(encoded: EncodedSample, num_features: Sequence[int]) -> None:
     """
     num_images = len(encoded.grids)
     if len(num_features) != num_images:
-        raise ValueError(
-            f"sample {encoded.key!r} has tokens for {num_images} images but {len(num_features)} pictures"
-        )
+        raise ValueError(f"sample {encoded.key!r} has tokens for {num_images} images but {len(num_features)} pictures")
     tokens_of = torch.bincount(encoded.image_number_T + 1, minlength=num_images + 1)[1:].tolist()
     for number, (num_tokens, expected) in enumerate(zip(tokens_of, num_features, strict=True)):
         if num_tokens != expected:

@@ -69,9 +69,7 @@ class PackPlan:
 
     def fingerprint(self) -> str:
         """Changes whenever any pack could: to be kept with a position, and compared on resuming."""
-        digest = hashlib.sha256(
-            np.array([self.seq_length, self.visual_seq_length, self.seed, _OPEN_PACKS]).tobytes()
-        )
+        digest = hashlib.sha256(np.array([self.seq_length, self.visual_seq_length, self.seed, _OPEN_PACKS]).tobytes())
         digest.update(self.token_counts_I.tobytes())
         digest.update(self.visual_counts_I.tobytes())
         return digest.hexdigest()[:16]
@@ -111,9 +109,7 @@ class PackPlan:
         return packs + [tuple(ids) for ids, *_ in open_packs]
 
     def _nothing_fits(self) -> str:
-        tokens_I, visual_I = (
-            part[self.token_counts_I > 0] for part in (self.token_counts_I, self.visual_counts_I)
-        )
+        tokens_I, visual_I = (part[self.token_counts_I > 0] for part in (self.token_counts_I, self.visual_counts_I))
         if len(tokens_I) == 0:
             return f"none of the {len(self.token_counts_I)} samples can be used"
         return (

@@ -11,6 +11,7 @@ Only what an assistant says is trained, and the <|im_end|> after it. An `<image>
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -76,9 +77,7 @@ class SampleEncoder:
         self.default_system = _default_system(tokenizer)
         self._check_template(tokenizer)
 
-    def encode(
-        self, messages: Sequence[Message], grids: Sequence[tuple[int, int]], key: str
-    ) -> EncodedSample:
+    def encode(self, messages: Sequence[Message], grids: Sequence[tuple[int, int]], key: str) -> EncodedSample:
         """Tokens, labels and image places of one sample.
 
         grids: (rows, columns) of the visual tokens of each of the sample's pictures. The tokens equal those
@@ -90,9 +89,7 @@ class SampleEncoder:
         text, assistant_spans = self._render(messages)
         found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
         if found != len(grids):
-            raise ValueError(
-                f"sample {key!r}: {found} {IMAGE_PLACEHOLDER} in the text but {len(grids)} pictures"
-            )
+            raise ValueError(f"sample {key!r}: {found} {IMAGE_PLACEHOLDER} in the text but {len(grids)} pictures")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens_T = torch.tensor(encoding.ids, dtype=torch.int64)
         num_pads = int((tokens_T == self.image_pad).sum())
@@ -138,15 +135,12 @@ class SampleEncoder:
 
     def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Holds our rendering against the tokenizer's, so that a model with another template is noticed."""
-        messages = [
-            {"role": role, "content": f"{role} speaks"} for role in ("system", "user", "assistant", "user")
-        ]
+        messages = [{"role": role, "content": f"{role} speaks"} for role in ("system", "user", "assistant", "user")]
         for probe in (messages, messages[1:3]):
             theirs, ours = tokenizer.apply_chat_template(probe, tokenize=False), self._render(probe)[0]
             if theirs != ours:
                 raise ValueError(
-                    "the tokenizer's chat template is not Qwen2.5's ChatML: it gives "
-                    f"{theirs!r}, not {ours!r}"
+                    f"the tokenizer's chat template is not Qwen2.5's ChatML: it gives {theirs!r}, not {ours!r}"
                 )
 
 
@@ -170,9 +164,9 @@ def _with_images(
     counts_T = torch.ones_like(tokens_T)
     counts_T[pads_T] = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
     number_T = torch.where(pads_T, pads_T.cumsum(0) - 1, -1)
-    tokens_T, trained_T, number_T = (
-        part.repeat_interleave(counts_T) for part in (tokens_T, trained_T, number_T)
-    )
+    # numpy's repeat: torch's starts its threads however short the tensor, which costs 100 times the work here.
+    source_T = torch.from_numpy(np.repeat(np.arange(len(tokens_T)), counts_T.numpy()))
+    tokens_T, trained_T, number_T = tokens_T[source_T], trained_T[source_T], number_T[source_T]
     row_T, col_T = torch.zeros_like(tokens_T), torch.zeros_like(tokens_T)
     for number, (rows, columns) in enumerate(grids):
         place = torch.arange(rows * columns)

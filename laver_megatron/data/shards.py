@@ -134,9 +134,7 @@ def index_shards(paths: str | Path | Iterable[str | Path]) -> tuple[list[ShardSa
             else:
                 samples.append(sample)
         if len(samples) == before:
-            raise ValueError(
-                f"{shard} holds no complete sample: each needs a KEY.json, with KEY.jpg, KEY.0.png, ..."
-            )
+            raise ValueError(f"{shard} holds no complete sample: each needs a KEY.json, with KEY.jpg, KEY.0.png, ...")
     return samples, left_out
 
 
@@ -144,9 +142,7 @@ def _sample(shard: Path, key: str, members: list[Member]) -> ShardSample | None:
     extensions = Counter(member.extension for member in members)
     twice = [extension for extension, count in extensions.items() if count > 1]
     if twice:
-        raise ValueError(
-            f"{shard}: {key!r} has .{twice[0]} {extensions[twice[0]]} times; keys must be unique"
-        )
+        raise ValueError(f"{shard}: {key!r} has .{twice[0]} {extensions[twice[0]]} times; keys must be unique")
     texts = [member for member in members if member.extension == "json"]
     numbered = []
     for member in members:
@@ -175,7 +171,7 @@ def _members(shard: Path) -> Iterator[tuple[str, Member]]:
                     yield _split_name(info.name, info)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not a readable tar: {error}") from error
+        raise ValueError(f"{shard} is not a readable tar: {error}, at byte {end} or a little after") from error
     _check_end(shard, end)
 
 
@@ -192,8 +188,6 @@ def _check_end(shard: Path, end: int) -> None:
         file.seek(end)
         block = file.read(_BLOCK)
     if len(block) < _BLOCK:
-        raise ValueError(
-            f"{shard} is cut off: it ends at byte {end + len(block)} without a tar's closing zeros"
-        )
+        raise ValueError(f"{shard} is cut off: it ends at byte {end + len(block)} without a tar's closing zeros")
     if any(block):
         raise ValueError(f"{shard} holds garbage instead of a tar header at byte {end}")

@@ -15,8 +15,32 @@ VOCABULARY_SIZE = 2048
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 
 # Qwen2.5's special tokens in their order; those after the vision tokens are ordinary added tokens there.
-_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-_ADDED_TOKENS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+_SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+_ADDED_TOKENS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+]
 
 _SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
@@ -128,9 +152,7 @@ def save_encoder(directory: Path) -> None:
     SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
     settings = json.loads((directory / "preprocessor_config.json").read_text())
     # Checkpoints name the processor without the backend.
-    _write_json(
-        directory / "preprocessor_config.json", {**settings, "image_processor_type": "SiglipImageProcessor"}
-    )
+    _write_json(directory / "preprocessor_config.json", {**settings, "image_processor_type": "SiglipImageProcessor"})
 
 
 def train_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:

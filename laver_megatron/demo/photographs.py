@@ -43,9 +43,7 @@ def photographs() -> tuple[tuple[str, Image.Image], ...]:
     ):
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise ValueError(
-                "the demo's photographs come with scikit-image and scikit-learn: pip install both"
-            )
+            raise ValueError("the demo's photographs come with scikit-image and scikit-learn: pip install both")
         folder = Path(spec.origin).parent / subdirectory
         for name, shows in files.items():
             if (folder / name).is_file():

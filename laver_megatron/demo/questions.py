@@ -9,9 +9,22 @@ from PIL import Image, ImageDraw, ImageFont, ImageStat
 
 from laver_megatron.demo.photographs import photographs
 
-_WORDS = (
-    ["APPLE", "BRIDGE", "CLOUD", "DRAGON", "EIGHT", "FOREST", "GARDEN", "HARBOR", "ISLAND", "JUNGLE", "KNIGHT", "LEMON", "MARKET", "NORTH"]
-)
+_WORDS = [
+    "APPLE",
+    "BRIDGE",
+    "CLOUD",
+    "DRAGON",
+    "EIGHT",
+    "FOREST",
+    "GARDEN",
+    "HARBOR",
+    "ISLAND",
+    "JUNGLE",
+    "KNIGHT",
+    "LEMON",
+    "MARKET",
+    "NORTH",
+]
 _SQUARES = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 _CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 _FACTS = {
@@ -46,11 +59,7 @@ def _example(number: int) -> Example:
 
 
 def _turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
-    return [
-        {"from": role, "value": text}
-        for pair in pairs
-        for role, text in zip(("human", "gpt"), pair, strict=True)
-    ]
+    return [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
 
 
 def _about_photograph(rng: random.Random) -> Example:

@@ -14,8 +14,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def write_shards(directory: Path, split: str, examples: Sequence[Example], samples_per_shard: int) -> None:
-    """Writes `SPLIT-00000.tar`, ...: two samples in five with PNG and the others with JPEG, one in seven with a
-    bare list of {"role", "content"} and the others with an object in LLaVA's form."""
+    """Writes `SPLIT-00000.tar`, ...: two samples in five with PNG, the others with JPEG; one in seven with a
+    bare list of {"role", "content"}, the others with an object in LLaVA's form."""
     for start in range(0, len(examples), samples_per_shard):
         path = directory / f"{split}-{start // samples_per_shard:05d}.tar"
         with TarWriter(str(path), encoder=False, mtime=0) as tar:
@@ -26,9 +26,7 @@ def write_shards(directory: Path, split: str, examples: Sequence[Example], sampl
 def _files(key: str, number: int, example: Example) -> dict[str, str | bytes]:
     conversation: object = {"id": key, "conversations": example.conversation}
     if number % 7 == 3:
-        conversation = [
-            {"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in example.conversation
-        ]
+        conversation = [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in example.conversation]
     files: dict[str, str | bytes] = {"__key__": key, "json": json.dumps(conversation).encode()}
     extension = "png" if number % 5 < 2 else "jpg"
     for index, image in enumerate(example.images):

@@ -7,10 +7,14 @@ them, and nothing about a micro-batch is kept on the module, where a pipeline sc
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from laver_megatron.model.spans import spans_to_mask
@@ -33,8 +37,19 @@ class SpanAttention(MegatronModule):
     see each other; `dense` computes them apart and so skips the pairs between them.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type=None, attention_type="self", cp_comm_type=None,
-                 softmax_scale=None, pg_collection=None, *, kernel: str, segments: tuple[int, ...]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_type: str = "self",
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: object = None,
+        *,
+        kernel: str,
+        segments: tuple[int, ...],
+    ) -> None:
         super().__init__(config=config)
         if kernel not in ("dense", "flex"):
             raise ValueError(f"attention kernel must be 'dense' or 'flex', got {kernel!r}")
@@ -42,8 +57,17 @@ class SpanAttention(MegatronModule):
         self.kernel = kernel
         self.segments = segments
 
-    def forward(self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
         """query `[L, B, A, D]`, key and value `[L, B, G, D]`, attention_mask: spans int32 `[B, 2, L]`.
         Returns `[L, B, A * D]`."""
         assert attention_bias is None and packed_seq_params is None
@@ -82,12 +106,10 @@ class SpanAttention(MegatronModule):
         )  # fmt: skip
 
 
-_compiled_flex_attention = None
+_compiled_flex_attention: Callable[..., Tensor] | None = None
 
 
-def _flex_attention(compiled: bool):
-    from torch.nn.attention.flex_attention import flex_attention
-
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     global _compiled_flex_attention
     if not compiled:
         return flex_attention
@@ -98,11 +120,11 @@ def _flex_attention(compiled: bool):
 
 # All layers of a micro-batch share one block mask. An entry holds its spans, so as long as it is here no
 # other tensor can have their address.
-_block_masks: OrderedDict[tuple[int, int, torch.Size], tuple[Tensor, object]] = OrderedDict()
+_block_masks: OrderedDict[tuple[int, int, torch.Size], tuple[Tensor, BlockMask]] = OrderedDict()
 _MAX_BLOCK_MASKS = 64
 
 
-def cached_block_mask(spans_B2L: Tensor):
+def cached_block_mask(spans_B2L: Tensor) -> BlockMask:
     """`block_mask_from_spans`, computed once for the same tensor."""
     key = (spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape)
     if key not in _block_masks:
@@ -112,24 +134,20 @@ def cached_block_mask(spans_B2L: Tensor):
     return _block_masks[key][1]
 
 
-def block_mask_from_spans(spans_B2L: Tensor):
+def block_mask_from_spans(spans_B2L: Tensor) -> BlockMask:
     """FlexAttention's BlockMask, built from the spans without ever forming the L x L mask.
 
     A block of queries and a block of keys is computed in full if every query's span covers the keys, with
     the mask if any span touches them, and not at all otherwise.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     num_tokens = spans_B2L.shape[2]
     starts_BL, ends_BL = spans_B2L[:, 0], spans_B2L[:, 1]
     num_blocks = -(-num_tokens // FLEX_BLOCK_TOKENS)
     key_start_K = torch.arange(num_blocks, device=spans_B2L.device) * FLEX_BLOCK_TOKENS
     key_end_K = (key_start_K + FLEX_BLOCK_TOKENS).clamp(max=num_tokens)
 
-    def by_query_block(pairs_BLK: Tensor, reduce, fill: bool) -> Tensor:
-        padded = torch.nn.functional.pad(
-            pairs_BLK, (0, 0, 0, num_blocks * FLEX_BLOCK_TOKENS - num_tokens), value=fill
-        )
+    def by_query_block(pairs_BLK: Tensor, reduce: Callable[..., Tensor], fill: bool) -> Tensor:
+        padded = torch.nn.functional.pad(pairs_BLK, (0, 0, 0, num_blocks * FLEX_BLOCK_TOKENS - num_tokens), value=fill)
         return reduce(padded.unflatten(1, (num_blocks, FLEX_BLOCK_TOKENS)), dim=2)
 
     touches_BLK = (starts_BL[:, :, None] < key_end_K) & (ends_BL[:, :, None] > key_start_K)
@@ -141,7 +159,7 @@ def block_mask_from_spans(spans_B2L: Tensor):
         full_BQK[:, -1] = False
     partial_BQK = by_query_block(touches_BLK, torch.any, fill=False) & ~full_BQK
 
-    def span_mask(b, h, q_idx, kv_idx):
+    def span_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx >= starts_BL[b, q_idx]) & (kv_idx < ends_BL[b, q_idx])
 
     def listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:

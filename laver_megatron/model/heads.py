@@ -53,7 +53,7 @@ class VisionHead(nn.Module):
         super().__init__()
         config = copy.copy(config)
         config.sequence_parallel = False
-        common = dict(config=config, init_method=config.init_method, skip_bias_add=False)
+        common = {"config": config, "init_method": config.init_method, "skip_bias_add": False}
         self.linear_1 = ColumnParallelLinear(
             config.hidden_size,
             middle_size,
@@ -62,12 +62,8 @@ class VisionHead(nn.Module):
             disable_grad_reduce=True,
             **common,
         )
-        self.linear_2 = RowParallelLinear(
-            middle_size, middle_size, bias=True, input_is_parallel=True, **common
-        )
-        self.linear_3 = ColumnParallelLinear(
-            middle_size, output_size, bias=False, gather_output=False, **common
-        )
+        self.linear_2 = RowParallelLinear(middle_size, middle_size, bias=True, input_is_parallel=True, **common)
+        self.linear_3 = ColumnParallelLinear(middle_size, output_size, bias=False, gather_output=False, **common)
 
     def forward(self, hidden_LBH: Tensor) -> Tensor:
         middle = nn.functional.gelu(self.linear_1(hidden_LBH)[0])
@@ -76,24 +72,22 @@ class VisionHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, prefix: str, seed: int) -> None:
-        """N(0, 1/sqrt(fan in)) weights, zero biases; each rank takes its part of the whole matrix."""
+        """N(0, sqrt(2 / fan in)) weights as the official code starts them, zero biases; each rank takes its
+        part of the whole matrix."""
         for name, layer, axis in (
             ("linear_1", self.linear_1, 0),
             ("linear_2", self.linear_2, 1),
             ("linear_3", self.linear_3, 0),
         ):
-            full = seeded_normal(
-                f"{prefix}{name}.weight", (layer.output_size, layer.input_size), layer.input_size**-0.5, seed
-            )
+            std = (2.0 / layer.input_size) ** 0.5
+            full = seeded_normal(f"{prefix}{name}.weight", (layer.output_size, layer.input_size), std, seed)
             group = layer.tp_group
             layer.weight.copy_(full.chunk(group.size(), dim=axis)[group.rank()])
             if layer.bias is not None:
                 layer.bias.zero_()
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = {}
         for name, layer in self.named_children():
-            state.update(layer.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+            state.update(layer.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))  # type: ignore[operator]
         return state

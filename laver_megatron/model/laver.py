@@ -65,9 +65,7 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: activation recompute would be pure waste here."""
         return super().train(False)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The teacher's tensors as Megatron-Core shards them; keys are the student's under `prefix`."""
         state = {}
         for name, module in self.named_children():
@@ -169,9 +167,7 @@ class LaverStage(LanguageModule):
         if self.post_process and self.run_config.laver:
             self.vision_head.initialise("vision_head.", seed)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The student's tensors as Megatron-Core shards them. The teacher is not among them: a checkpoint
         holds it once, as the fp32 accumulators of `laver_megatron.teacher`."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -239,13 +235,9 @@ class LaverStage(LanguageModule):
         """Encoder and connector on all images of the micro-batch, put into their slots: `[V, B, H]`."""
         num_slots, num_packs = batch.image_BV.shape[1], batch.image_BV.shape[0]
         dtype = self.config.params_dtype
-        visual_NH = torch.zeros(
-            num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=batch.slot_BS.device
-        )
+        visual_NH = torch.zeros(num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=batch.slot_BS.device)
         if len(pixels) != len(batch.image_slots):
-            raise ValueError(
-                f"got {len(pixels)} images for {len(batch.image_slots)} places in the micro-batch"
-            )
+            raise ValueError(f"got {len(pixels)} images for {len(batch.image_slots)} places in the micro-batch")
         if pixels:
             features_INE = self.encoder(torch.stack(pixels))
             tokens_TH = self.connector(features_INE.flatten(0, 1))
@@ -268,12 +260,11 @@ class LaverStage(LanguageModule):
     def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None) -> StageOutput:
         hidden_LBH = self._whole_sequence(student_LBH)
         seq_length = self.run_config.seq_length
-        shared_weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+        shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         language_logits, _ = self.output_layer(hidden_LBH[:seq_length], weight=shared_weight)
         if self.teacher is None:
             return StageOutput(language_logits, None, None)
+        assert teacher_VBH is not None
         with torch.no_grad():
             teacher_logits = self.teacher.vision_head(self._whole_sequence(teacher_VBH))
         return StageOutput(language_logits, self.vision_head(hidden_LBH[seq_length:]), teacher_logits)

@@ -24,9 +24,7 @@ from laver_megatron.model.spans import run_starts_and_ends
 _MROPE_SHARES = (16, 24, 24)
 
 
-def language_positions(
-    document_BL: Tensor, image_BL: Tensor, row_BL: Tensor, col_BL: Tensor, positions: str
-) -> Tensor:
+def language_positions(document_BL: Tensor, image_BL: Tensor, row_BL: Tensor, col_BL: Tensor, positions: str) -> Tensor:
     """Position indices of the language stream, int64 `[3, B, L]`; counted anew in every document."""
     index_L = torch.arange(document_BL.shape[1], device=document_BL.device)
     document_starts_BL, _ = run_starts_and_ends(document_BL)

@@ -52,9 +52,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(
-            torch.full(
-                (hidden_size,), float("nan"), dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
+            torch.full((hidden_size,), float("nan"), dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -111,7 +109,9 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         # Every loss is divided by its count over the global batch before the backward pass, so nothing
         # downstream may divide again.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=num_stages > 1,
+        # Gloo reads a tensor until its receiver has it; the interleaved schedule frees it before that. (NCCL's
+        # streams keep the order.)
+        deallocate_pipeline_outputs=num_stages > 1 and (on_gpu or virtual_stages is None),
         # With two stages, batched messages of the interleaved schedule's two directions get mixed up.
         overlap_p2p_comm=virtual_stages is not None,
         batch_p2p_comm=virtual_stages is None,

@@ -70,25 +70,19 @@ def read_model_shape(directory: str | Path) -> ModelShape:
     path, content = _read_config(directory)
     model_type = content.get("model_type")
     if model_type != "qwen2":
-        raise ConfigError(
-            [f"{path}: model_type is {model_type!r}, but only 'qwen2' (Qwen2, Qwen2.5) is supported"]
-        )
+        raise ConfigError([f"{path}: model_type is {model_type!r}, but only 'qwen2' (Qwen2, Qwen2.5) is supported"])
     problems = [f"{path}: {problem}" for problem in _unsupported(content)]
     rope_theta = _rope_theta(content)
     missing = [key for key in _DECODER_KEYS.values() if not _is_number(content.get(key))]
     missing += ["rope_theta"] if rope_theta is None else []
     if missing:
-        problems.append(
-            f"{path}: {', '.join(missing)} missing or not a number; copy the file from the original model"
-        )
+        problems.append(f"{path}: {', '.join(missing)} missing or not a number; copy the file from the original model")
     if problems or rope_theta is None:
         raise ConfigError(problems)
     sizes = {name: content[key] for name, key in _DECODER_KEYS.items()}
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
     if content.get("head_dim") is None and sizes["hidden_size"] % heads:
-        problems.append(
-            f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads"
-        )
+        problems.append(f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads")
     if heads % groups:
         problems.append(f"{path}: {heads} attention heads are not a multiple of {groups} key/value heads")
     if problems:

@@ -64,9 +64,7 @@ def visual_slots(image_BS: Tensor, visual_seq_length: int) -> tuple[Tensor, Tens
     visual_BS = image_BS >= 0
     most = int(visual_BS.sum(1).max())
     if most > visual_seq_length:
-        raise ValueError(
-            f"a pack holds {most} visual tokens, more than --visual-seq-length {visual_seq_length}"
-        )
+        raise ValueError(f"a pack holds {most} visual tokens, more than --visual-seq-length {visual_seq_length}")
     slot_BS = torch.where(visual_BS, visual_BS.cumsum(1) - 1, -1)
     source_BV = (~visual_BS).int().argsort(dim=1, stable=True)[:, :visual_seq_length]
     filled_BV = torch.arange(visual_seq_length, device=image_BS.device) < visual_BS.sum(1, keepdim=True)
@@ -87,15 +85,13 @@ def images_of(image_BV: Tensor) -> tuple[tuple[int, int, int], ...]:
 
 
 def span_areas(packs: PackBatch, settings: StreamSettings) -> tuple[int, int]:
-    """(query, key) pairs that are attended to in the language and in the reconstruction stream, padding
-    excluded: what the attention of these packs costs."""
+    """(query, key) pairs that are attended to, padding excluded: in the language stream, and within images.
+    The second is what the reconstruction stream costs, and, with LaVer or without, an encoder that attends
+    over whole images."""
     language_B2S = language_spans(packs.document_BS, packs.image_BS, settings.attention)
     language_area = span_area(language_B2S) - int((packs.document_BS < 0).sum())
-    if not settings.laver:
-        return language_area, 0
-    _, source_BV, filled_BV = visual_slots(packs.image_BS, settings.visual_seq_length)
-    image_BV = torch.where(filled_BV, packs.image_BS.gather(1, source_BV), -1)
-    return language_area, span_area(reconstruction_spans(image_BV)) - int((~filled_BV).sum())
+    images_B2S = reconstruction_spans(packs.image_BS)
+    return language_area, span_area(images_B2S) - int((packs.image_BS < 0).sum())
 
 
 def build_micro_batch(

@@ -18,9 +18,11 @@ An "area" is a number of (query, key) pairs.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
+
+from laver_megatron.model.shape import EncoderShape, ModelShape
 
 PARTS = (
     "decoder_student",
@@ -34,28 +36,6 @@ PARTS = (
     "encoder",
 )
 MODULES = ("encoder", "connector", "decoder", "heads")
-
-
-class ModelShape(Protocol):
-    """Decoder sizes under Megatron-Core's names; a `TransformerConfig` with a `vocab_size` will do."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-
-
-class EncoderShape(Protocol):
-    """Image encoder sizes under Hugging Face's names; a `SiglipVisionConfig` will do."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    patch_size: int
-    num_channels: int
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,15 @@ GRACE_SECONDS = 5
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job divides its processes. vpp_layers: layers of a virtual stage, None without interleaving."""
+    """How a job divides its processes. vpp_layers: layers of a virtual stage, None without interleaving;
+    first_layers: layers of the first stage of an uneven split."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sp: bool = False
     vpp_layers: int | None = None
+    first_layers: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -56,11 +58,13 @@ class Layout:
             "pipeline_model_parallel_size": self.pp,
             "sequence_parallel": self.sp,
             "num_layers_per_virtual_pipeline_stage": self.vpp_layers,
+            "decoder_first_pipeline_num_layers": self.first_layers,
         }
 
     def __str__(self) -> str:
         interleaved = "" if self.vpp_layers is None else f"-VPP of {self.vpp_layers}"
-        return f"TP{self.tp}{'+SP' if self.sp else ''}-PP{self.pp}{interleaved}-DP{self.dp}"
+        uneven = "" if self.first_layers is None else f"-first {self.first_layers}"
+        return f"TP{self.tp}{'+SP' if self.sp else ''}-PP{self.pp}{uneven}{interleaved}-DP{self.dp}"
 
 
 class Pool:
@@ -104,7 +108,9 @@ class Pool:
         # One thread each, also in the libraries that read this once at import.
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
-        context = multiprocessing.get_context("spawn")
+        # The server imports the heavy packages once and forks the workers, also those that replace stuck ones.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["laver_megatron.train"])
         for number in range(self._num_workers):
             ours, theirs = context.Pipe()
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.

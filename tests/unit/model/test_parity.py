@@ -49,7 +49,10 @@ def test_plain_qwen2_on_plain_text(checkpoints):
     tokens_BS = packs.tokens_BS[:1]
     config = parity_config(checkpoints[True], laver=False)
     first = dataclasses.replace(
-        packs, **{n: getattr(packs, n)[:1] for n in packs.__dataclass_fields__ if n.endswith("_BS")}, pixels=[[]], keys=[[]]
+        packs,
+        **{n: getattr(packs, n)[:1] for n in packs.__dataclass_fields__ if n.endswith("_BS")},
+        pixels=[[]],
+        keys=[[]],
     )
     ours = model_outputs(
         build_model(config, checkpoints[True]), config, [(first, torch.zeros_like(tokens_BS, dtype=torch.bool))]

@@ -89,9 +89,7 @@ def test_random_packs():
         return int(torch.randint(1, high, (), generator=generator))
 
     for seed in range(20):
-        documents = [
-            [draw(4) if draw(3) == 1 else (draw(4), draw(4)) for _ in range(draw(5))] for _ in range(draw(4))
-        ]
+        documents = [[draw(4) if draw(3) == 1 else (draw(4), draw(4)) for _ in range(draw(5))] for _ in range(draw(4))]
         packs = pack(*documents, seed=seed)
         mask = spans_to_mask(language_spans(packs.document_BS, packs.image_BS, "mixed"))
         assert torch.equal(mask, oracles.language_mask(packs, "mixed")), documents

@@ -1,0 +1,60 @@
+# Everything works on a fresh clone with Python >= 3.11 and a shell; .venv is made on first use.
+#
+#   make demo       train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
+#   make test       lint, types and the CPU tests
+#   make test-full  the same with the slow tests
+#   make test-gpu   the tests that need CUDA
+#
+# PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full test-gpu lint clean
+
+BASE_PYTHON ?= python3
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+READY := .venv/installed
+endif
+
+export OMP_NUM_THREADS ?= 1
+CPU_TESTS := tests/unit tests/distributed
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 4 examples/pretrain_laver.sh \
+	--config examples/demo.yaml
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+.venv/installed: setup.py constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; name one with BASE_PYTHON=")'
+	@echo "making .venv (torch is large: this can take minutes)"
+	$(BASE_PYTHON) -m venv .venv
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(PYTHON) tools/make_demo.py --dir runs/demo
+	@echo "demo: starting over; the results of an earlier demo are removed, its model and shards are kept"
+	rm -rf runs/demo/checkpoints runs/demo/*.jsonl runs/demo/curves.png
+	$(DEMO) --exit-interval 60
+	@echo "demo: the same command again goes on from the checkpoint"
+	$(DEMO)
+	@echo "demo: done; see runs/demo/curves.png and runs/demo/metrics.jsonl"
+
+test: lint
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -m "not slow" $(CPU_TESTS)
+
+test-full: lint
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(CPU_TESTS)
+
+test-gpu: $(READY)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests/gpu
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,16 @@
+"""Bytes of pictures and conversations for shards made to order."""
+
+import io
+import json
+
+from PIL import Image
+
+
+def picture_bytes(size: tuple[int, int] = (40, 30), extension: str = "jpeg", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(buffer, extension, **options)
+    return buffer.getvalue()
+
+
+def question(text: str = "<image>\nWhat is it?", answer: str = "Noise.") -> bytes:
+    return json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": answer}]).encode()

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+from transformers import Qwen2Tokenizer
+
+from laver_megatron.data.packing import IGNORE_LABEL
+from laver_megatron.data.samples import SampleEncoder, parse_conversation
+
+GRID = (2, 3)
+PADS = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+
+CONVERSATIONS = {
+    "one turn": ["user: <image>\nWhat is it?", "assistant: A cat."],
+    "image last": ["user: What is this? <image>", "assistant: A cat."],
+    "two images in a row": ["user: <image><image>Which?", "assistant: The second."],
+    "images in two turns": [
+        "user: <image> One?",
+        "assistant: Yes.",
+        "user: And <image> this?",
+        "assistant: No.",
+    ],
+    "text only": ["user: Two plus three?", "assistant: Five."],
+    "own system prompt": ["system: Be brief.", "user: <image>Well?", "assistant: Yes."],
+    "empty system prompt": ["system: ", "user: Well?", "assistant: Yes."],
+    "white space around": ["user: \n\n  <image> \n", "assistant: \n  indented\n\n"],
+    "other scripts": ["user: <image>Où est le café? 猫はどこ", "assistant: 在这里 e\u0301 👍🏽."],
+    "special token in text": ["user: Say <|endoftext|> or <|im_start|>", "assistant: <|video_pad|>."],
+    "no answer": ["user: <image>Hello?"],
+    "image in the answer": ["user: Draw.", "assistant: Here: <image> so."],
+}
+
+
+def messages_of(turns):
+    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+
+
+def grids_of(messages):
+    return [GRID] * sum(message["content"].count("<image>") for message in messages)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_tokens_equal_apply_chat_template(tokenizer, encoder, name):
+    messages = messages_of(CONVERSATIONS[name])
+    encoded = encoder.encode(messages, grids_of(messages), "key")
+    written_out = [{**message, "content": message["content"].replace("<image>", PADS)} for message in messages]
+    assert encoded.tokens_T.tolist() == tokenizer.apply_chat_template(written_out)["input_ids"]
+
+
+def test_labels_are_the_next_tokens_of_the_answers(tokenizer, encoder):
+    messages = messages_of(CONVERSATIONS["images in two turns"])
+    encoded = encoder.encode(messages, grids_of(messages), "key")
+    trained_T = encoded.labels_T != IGNORE_LABEL
+    assert torch.equal(encoded.labels_T[:-1][trained_T[:-1]], encoded.tokens_T[1:][trained_T[:-1]])
+    assert tokenizer.decode(encoded.labels_T[trained_T]) == "Yes.<|im_end|>No.<|im_end|>"
+    # The first label of an answer sits on the newline that ends "<|im_start|>assistant\n".
+    first = int(trained_T.nonzero()[0])
+    assert tokenizer.decode(encoded.tokens_T[first - 2 : first + 1]) == "<|im_start|>assistant\n"
+
+
+def test_nothing_else_is_trained(tokenizer, encoder):
+    def trained(name):
+        messages = messages_of(CONVERSATIONS[name])
+        labels_T = encoder.encode(messages, grids_of(messages), "key").labels_T
+        return tokenizer.decode(labels_T[labels_T != IGNORE_LABEL])
+
+    assert trained("no answer") == ""
+    assert trained("own system prompt") == "Yes.<|im_end|>"
+    assert trained("image in the answer") == "Here:  so.<|im_end|>"
+
+
+def test_an_image_lies_in_raster_order(encoder):
+    encoded = encoder.encode(messages_of(["user: a <image> b <image>"]), [(2, 3), (1, 2)], "key")
+    visual_T = encoded.image_number_T >= 0
+    assert torch.equal(visual_T, encoded.tokens_T == encoder.image_pad)
+    assert encoded.image_number_T[visual_T].tolist() == [0] * 6 + [1] * 2
+    assert encoded.row_T[visual_T].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert encoded.col_T[visual_T].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert not encoded.row_T[~visual_T].any() and not encoded.col_T[~visual_T].any()
+    assert encoded.num_visual_tokens == 8
+
+
+@pytest.mark.parametrize("text, num_pictures", [("Hello", 1), ("<image>", 0), ("<image> <image>", 3)])
+def test_placeholders_must_match_the_pictures(encoder, text, num_pictures):
+    message = rf"'some/key': {text.count('<image>')} <image> in the text but {num_pictures} pictures"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(messages_of([f"user: {text}"]), [GRID] * num_pictures, "some/key")
+
+
+def test_image_tokens_spelt_out_are_refused(encoder):
+    with pytest.raises(ValueError, match=r"'k': the text holds 2 image tokens but there are 1 pictures"):
+        encoder.encode(messages_of(["user: <image> <|image_pad|>"]), [GRID], "k")
+
+
+def test_forms_of_a_conversation():
+    expected = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    llava = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for document in (llava, expected, {"conversations": llava, "id": 1}, {"messages": expected}):
+        assert parse_conversation(json.dumps(document), "name") == expected
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe\xfa", "not valid JSON"),
+        (b"[]", "expected a list of turns"),
+        (b'{"text": "a"}', "expected a list of turns"),
+        (b'["a"]', "turn 0 is not an object"),
+        (b'[{"from": "robot", "value": "a"}]', "turn 0 has the role 'robot'"),
+        (b'[{"role": ["user"], "content": "a"}]', "turn 0 has the role"),
+        (b'[{"role": "user", "content": 3}]', "the text of turn 0 is int"),
+    ],
+)
+def test_bad_conversations(content, what):
+    with pytest.raises(ValueError, match=f"shard: 'k'.*{what}"):
+        parse_conversation(content, "shard: 'k'")
+
+
+def test_tokenizer_without_a_special_token_or_with_another_template(tokenizer):
+    poor = Qwen2Tokenizer(vocab={"a": 0}, merges=[], chat_template=tokenizer.chat_template)
+    with pytest.raises(ValueError, match=r"no <\|vision_start\|> token"):
+        SampleEncoder(poor)
+    other = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    other.chat_template = tokenizer.chat_template.replace("message['role'] + '\\n'", "message['role'] + ':'")
+    with pytest.raises(ValueError, match="not Qwen2.5's ChatML"):
+        SampleEncoder(other)
+    other.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        SampleEncoder(other)

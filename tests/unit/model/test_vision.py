@@ -1,0 +1,55 @@
+"""Which hidden state of the encoder becomes the visual features."""
+
+import pytest
+import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from laver_megatron.model.vision import ImageEncoder
+
+CONFIG = SiglipVisionConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder")
+    SiglipVisionModel(CONFIG).save_pretrained(path)
+    return path
+
+
+def states_of_layers(directory, pixels):
+    """Output of the embedding and of each layer, before any final norm, seen from outside."""
+    model = SiglipVisionModel.from_pretrained(directory).eval()
+    states = []
+    for module in [model.embeddings, *model.encoder.layers]:
+        module.register_forward_hook(
+            lambda module, args, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+    with torch.no_grad():
+        model(pixels)
+    return states
+
+
+@pytest.mark.parametrize("feature_layer", [-4, -3, -2, -1, 0, 1, 2, 3])
+def test_feature_layer(directory, feature_layer):
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoder = ImageEncoder.from_directory(directory, feature_layer, torch.float32, load_weights=True)
+    features = encoder(pixels)
+    # Every patch and no class token.
+    assert features.shape == (2, 4, encoder.feature_size)
+    states = states_of_layers(directory, pixels)
+    assert len(states) == 4
+    torch.testing.assert_close(features, states[feature_layer])
+
+
+@pytest.mark.parametrize("feature_layer", [-5, 4])
+def test_a_layer_that_is_not_there(feature_layer):
+    with pytest.raises(ValueError, match=rf"is {feature_layer}, but the encoder has 3 layers; choose from -4 to 3"):
+        ImageEncoder(CONFIG, feature_layer, torch.float32)
+
+
+def test_pixels_are_cast_to_the_encoders_type(directory):
+    encoder = ImageEncoder.from_directory(directory, -2, torch.bfloat16, load_weights=True)
+    assert encoder(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16

@@ -1,0 +1,89 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from laver_megatron.data.samples import parse_conversation
+from laver_megatron.data.shards import index_shards
+from laver_megatron.demo import make_demo
+from laver_megatron.demo.photographs import photographs
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_demo.py"
+
+
+def digests(directory):
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_same_bytes_every_time(demo_dir, tmp_path):
+    again = make_demo(tmp_path / "again", num_train_samples=96, num_valid_samples=24)
+    assert digests(again) == digests(demo_dir)
+    assert not list(again.glob(".*"))
+
+
+def test_what_is_there_is_kept(tmp_path, demo_dir):
+    (tmp_path / "model").symlink_to(demo_dir / "model")
+    (tmp_path / "shards").symlink_to(demo_dir / "shards")
+    before = digests(demo_dir)
+    make_demo(tmp_path, num_train_samples=6, num_valid_samples=6)
+    assert (tmp_path / "encoder" / "config.json").is_file()
+    assert digests(demo_dir) == before
+
+
+def test_the_checkpoint_is_a_qwen(demo_dir):
+    config = json.loads((demo_dir / "model" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["rope_theta"] == 1e6 and config["tie_word_embeddings"]
+    assert config["vocab_size"] % 4 == 0
+    tokenizer = AutoTokenizer.from_pretrained(demo_dir / "model")
+    model = AutoModelForCausalLM.from_pretrained(demo_dir / "model")
+    assert model.config.rope_parameters["rope_theta"] == 1e6
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")["input_ids"]
+    assert ids.max() < len(tokenizer) <= config["vocab_size"]
+    assert model.generate(ids, max_new_tokens=2).shape[1] <= ids.shape[1] + 2
+    with safe_open(demo_dir / "model" / "model.safetensors", "pt") as file:
+        assert "model.layers.3.self_attn.q_proj.bias" in file.keys()  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+
+
+def test_the_template_is_qwens(demo_dir):
+    tokenizer = AutoTokenizer.from_pretrained(demo_dir / "model")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+    tricky = "Don't  panic:\n\n 1234 naïve 猫 👍🏽 <|image_pad|>\t."
+    assert tokenizer.decode(tokenizer(tricky)["input_ids"]) == tricky
+    # Qwen2.5 cuts digits one by one.
+    assert tokenizer.tokenize("1234") == list("1234")
+
+
+def test_samples_of_every_kind(demo_dir):
+    samples, _ = index_shards([demo_dir / "shards"])
+    assert len(samples) == 96 + 24
+    assert {len(sample.images) for sample in samples} == {0, 1, 2}
+    assert {member.extension.split(".")[-1] for sample in samples for member in sample.images} == {
+        "jpg",
+        "png",
+    }
+    turns = [len(parse_conversation(sample.read(sample.text), sample.name)) for sample in samples]
+    assert min(turns) == 2 and max(turns) >= 4
+    assert len({size for sample in samples for size in sample.image_sizes()}) > 50
+    texts = {split: {s.read(s.text) + b"".join(map(s.read, s.images)) for s in samples if split in s.key}
+             for split in ("train", "valid")}  # fmt: skip
+    assert len(photographs()) >= 15 and not texts["train"] & texts["valid"]
+
+
+def test_command_line():
+    done = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True)
+    assert "--dir" in done.stdout

@@ -1,0 +1,556 @@
+"""Bad input: each problem has its message with the numbers, all are found at once, and nothing is written."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from laver_megatron.command_line import Invocation, read_command_line
+from laver_megatron.config import Config, ConfigError
+from laver_megatron.model.shape import EncoderShape, ModelShape, read_encoder_shape, read_model_shape
+from laver_megatron.validate import check, check_run, validate
+
+# Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
+SHAPE = ModelShape(
+    num_layers=24,
+    hidden_size=896,
+    ffn_hidden_size=4864,
+    num_attention_heads=14,
+    num_query_groups=2,
+    kv_channels=64,
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+    max_position_embeddings=32768,
+)
+ENCODER = EncoderShape(hidden_size=32, intermediate_size=64, num_hidden_layers=3, image_size=(128, 128), patch_size=16)
+CONFIG = Config(data_path=("shards",), seq_length=256, visual_seq_length=128, train_iters=10, run_dir="runs/test")
+MODEL_JSON = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+ENCODER_JSON = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "image_size": 128,
+    "patch_size": 16,
+}
+TOKENIZER_JSON = {
+    "added_tokens": [
+        {"id": 509 + index, "content": token}
+        for index, token in enumerate(("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
+    ]
+}
+
+
+def problems_with(world_size: int = 1, shape: ModelShape = SHAPE, on_cuda: bool | None = None, **changes):
+    return validate(CONFIG.replace(**changes), shape, world_size, encoder=ENCODER, on_cuda=on_cuda)
+
+
+def test_the_base_configuration_is_fine():
+    assert problems_with() == []
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "expected"),
+    [
+        (
+            {"tensor_model_parallel_size": 4},
+            4,
+            ["tensor_model_parallel_size 4 does not divide the model's 14 attention heads; sizes that fit this model: 1, 2"],
+        ),
+        (
+            {"tensor_model_parallel_size": 7},
+            7,
+            [
+                "size 7 does not divide its vocabulary of 151936, does not divide its ffn_hidden_size 4864, does not "
+                "divide vision_head_hidden_size 2048, neither divides nor is a multiple of its 2 key/value heads"
+            ],
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "vision_head_hidden_size": 33, "vision_head_output_size": 31},
+            2,
+            ["does not divide vision_head_hidden_size 33, does not divide the vision head's 31 logits; sizes"],
+        ),
+        (
+            {"pipeline_model_parallel_size": 5},
+            5,
+            ["24 layers do not divide into 5 pipeline stages; use 1, 2, 3, 4, 6, 8, 12, 24 stages"],
+        ),
+        (
+            {"pipeline_model_parallel_size": 5, "decoder_first_pipeline_num_layers": 3},
+            5,
+            ["(first 3) leaves 21 of the model's 24 layers for 4 other pipeline stages"],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "decoder_first_pipeline_num_layers": 10,
+                "decoder_last_pipeline_num_layers": 10,
+            },
+            2,
+            ["(first 10, last 10) covers 20 of the model's 24 layers, with 2 stages"],
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 24},
+            2,
+            ["(last 24) leaves 0 of the model's 24 layers for 1 other"],
+        ),
+        ({"decoder_first_pipeline_num_layers": 2}, 1, ["needs pipeline_model_parallel_size above 1"]),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 2},
+            1,
+            ["num_layers_per_virtual_pipeline_stage 2 needs pipeline_model_parallel_size above 1"],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_per_virtual_pipeline_stage": 5,
+                "global_batch_size": 2,
+            },
+            2,
+            ["5 does not cut the 12 layers of a stage (24 layers, 2 stages) into equal chunks", ],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_per_virtual_pipeline_stage": 12,
+                "global_batch_size": 2,
+            },
+            2,
+            ["12 does not cut the 12 layers of a stage"],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "num_layers_per_virtual_pipeline_stage": 2,
+                "decoder_first_pipeline_num_layers": 3,
+                "global_batch_size": 4,
+            },
+            4,
+            ["num_layers_per_virtual_pipeline_stage and an uneven split of the layers exclude each other"],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "num_layers_per_virtual_pipeline_stage": 2,
+                "micro_batch_size": 2,
+                "global_batch_size": 24,
+            },
+            8,
+            ["micro-batches, but an iteration has 6; use a global_batch_size that is a multiple of 16"],
+        ),
+        (
+            {"micro_batch_size": 3, "global_batch_size": 8},
+            2,
+            ["global_batch_size 8 is not a multiple of micro_batch_size 3 x 2 data-parallel replicas = 6"],
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            6,
+            ["6 processes cannot be divided into TP 2 x PP 2 = 4"],
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 257},
+            2,
+            ["seq_length + visual_seq_length = 385 between 2 ranks, but 385 % 2 = 1"],
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 257, "visual_seq_length": 127},
+            2,
+            ["splits visual_seq_length = 127 between 2 ranks, but 127 % 2 = 1"],
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 257, "laver": False},
+            2,
+            ["splits seq_length = 257 between 2 ranks"],
+        ),
+        ({"sequence_parallel": True}, 1, ["sequence_parallel needs tensor_model_parallel_size above 1"]),
+        ({"visual_seq_length": 300}, 1, ["visual_seq_length 300 is above seq_length 256"]),
+        ({"visual_seq_length": 63}, 1, ["visual_seq_length 63 cannot hold one image of 64 tokens"]),
+        (
+            {"seq_length": 66, "visual_seq_length": 64},
+            1,
+            ["seq_length 66 cannot hold one image of 64 tokens with its start, its end and any text; use 67"],
+        ),
+        ({"mask_ratio": 0.0}, 1, ["mask_ratio 0 never masks a token"]),
+        (
+            {"mask_ratio": 0.015, "mask_sampling": "fixed"},
+            1,
+            ["floor(0.015 x 64) = 0 of an image's 64 tokens; use at least 0.0157, or bernoulli"],
+        ),
+        ({"mask_ratio": 1.5}, 1, ["mask_ratio is 1.5, but must be from 0 to 1"]),
+        ({"ema_momentum": -0.1}, 1, ["ema_momentum is -0.1, but must be from 0 to 1"]),
+        ({"centre_momentum": 2.0}, 1, ["centre_momentum is 2.0, but must be from 0 to 1"]),
+        ({"student_temperature": 0.0}, 1, ["student_temperature is 0.0, but must be above 0"]),
+        ({"teacher_temperature": -1.0}, 1, ["teacher_temperature is -1.0, but must be above 0"]),
+        ({"adam_beta2": 1.0}, 1, ["adam_beta2 is 1.0, but must be at least 0 and below 1"]),
+        ({"lr": -1.0, "min_lr": -2.0}, 1, ["lr is -1.0, but must not be negative", "min_lr is -2.0"]),
+        ({"min_lr": 1.0}, 1, ["min_lr 1.0 is above lr 2e-05"]),
+        ({"micro_batch_size": 0}, 1, ["micro_batch_size is 0, but must be at least 1"]),
+        ({"tensor_model_parallel_size": 0}, 1, ["tensor_model_parallel_size is 0, but must be at least 1"]),
+        ({"ema_interval": 0}, 1, ["ema_interval is 0, but must be whole iterations or a share between 0 and 1"]),
+        ({"ema_interval": 1.5}, 1, ["ema_interval is 1.5"]),
+        ({"lr_warmup_iters": 10}, 1, ["lr_warmup_iters 10 leaves nothing of 10 train_iters"]),
+        ({"eval_interval": 5}, 1, ["eval_interval is 5, but there is no valid_data_path"]),
+        ({"finetune": True}, 1, ["finetune takes the weights of --load, but load is not given"]),
+        ({"freeze": ("encoder", "connector", "decoder", "heads")}, 1, ["nothing is left to train"]),
+        ({"encoder_feature_layer": -5}, 1, ["-5, but the encoder has 3 layers; use -4 to 3"]),
+    ],
+)  # fmt: skip
+def test_one_problem(changes, world_size, expected):
+    problems = problems_with(world_size, **changes)
+    for message in expected:
+        assert any(message in problem for problem in problems), problems
+    for problem in problems:
+        assert any(message in problem for message in expected), f"unexpected: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        # TP above the number of key/value heads is fine where it is a multiple of it.
+        ({"tensor_model_parallel_size": 4}, 4),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}, 4),
+        ({"pipeline_model_parallel_size": 5, "decoder_first_pipeline_num_layers": 4}, 5),
+        ({"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 7}, 2),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_per_virtual_pipeline_stage": 3,
+                "global_batch_size": 4,
+            },
+            2,
+        ),
+        ({"micro_batch_size": 2, "global_batch_size": 8}, 4),
+        ({"mask_ratio": 0.0, "mim_weight": 0.0}, 1),
+        ({"mask_ratio": 0.0, "laver": False}, 1),
+        ({"mask_ratio": 1 / 64, "mask_sampling": "fixed"}, 1),
+        ({"ema_momentum": 1.0, "clip_grad": 0.0, "num_workers": 0, "lr": 0.0}, 1),
+        ({"ema_interval": 0.5}, 1),
+        # An odd length is fine without LaVer's visual streams as long as the sequence itself divides.
+        (
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "visual_seq_length": 127,
+                "laver": False,
+            },
+            2,
+        ),
+        # Without LaVer there is no vision head to divide.
+        ({"tensor_model_parallel_size": 2, "vision_head_hidden_size": 33, "laver": False}, 2),
+    ],
+)
+def test_no_problem(changes, world_size):
+    shape = dataclasses.replace(SHAPE, num_attention_heads=16)
+    assert problems_with(world_size, shape=shape, **changes) == []
+
+
+def test_flex_needs_cuda():
+    assert "attention_kernel flex needs CUDA" in problems_with(attention_kernel="flex", on_cuda=False)[0]
+    assert problems_with(attention_kernel="flex", on_cuda=True) == []
+    assert problems_with(attention_kernel="flex") == []
+
+
+def test_arithmetic_problems_together():
+    problems = problems_with(
+        8, tensor_model_parallel_size=4, pipeline_model_parallel_size=5, mask_ratio=2.0, train_iters=0
+    )
+    for expected in ("8 processes", "14 attention heads", "24 layers", "mask_ratio is 2.0", "train_iters is 0"):
+        assert any(expected in problem for problem in problems), problems
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def write_model(directory: Path, *, weights: str = "model.safetensors", **changes) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({**MODEL_JSON, **changes}))
+    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
+    (directory / weights).write_bytes(b"weights")
+    return directory
+
+
+def write_encoder(directory: Path, **changes) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({**ENCODER_JSON, **changes}))
+    (directory / "preprocessor_config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def write_checkpoint(directory: Path, iteration: int = 10) -> Path:
+    path = directory / f"iter_{iteration:07d}"
+    write_model(path / "hf")
+    write_encoder(path / "encoder")
+    (directory / "latest").write_text(f"{iteration}\n")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Config:
+    """A configuration whose files are all there."""
+    write_model(tmp_path / "model")
+    write_encoder(tmp_path / "encoder")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-0.tar").write_bytes(b"shard")
+    return CONFIG.replace(
+        load=f"hf:{tmp_path}/model",
+        encoder=f"{tmp_path}/encoder",
+        data_path=(f"{tmp_path}/shards/train-*.tar",),
+        run_dir=f"{tmp_path}/run",
+    )
+
+
+def found(config: Config, *, dry_run: bool = False) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        check(Invocation(config, dry_run, dry_run_world_size=1))
+    return caught.value.problems
+
+
+def check_one(config: Config) -> ModelShape:
+    return check(Invocation(config, dry_run_world_size=1))
+
+
+def files_below(directory: Path) -> set[Path]:
+    return set(directory.rglob("*"))
+
+
+def test_everything_there(run, tmp_path):
+    before = files_below(tmp_path)
+    shape = check_one(run)
+    assert (shape.num_layers, shape.kv_channels, shape.rope_theta) == (4, 16, 1e6)
+    assert files_below(tmp_path) == before
+
+
+def test_files_and_numbers_together_and_nothing_written(run, tmp_path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "encoder" / "config.json").unlink()
+    (tmp_path / "shards" / "train-0.tar").write_bytes(b"")
+    before = files_below(tmp_path)
+    problems = found(run.replace(tensor_model_parallel_size=3, mask_ratio=7.0))
+    for expected in (
+        f"load {tmp_path}/model: no *.safetensors in it",
+        f"encoder {tmp_path}/encoder: no config.json in it",
+        "train-0.tar is empty (0 bytes)",
+        "1 processes cannot be divided into TP 3 x PP 1",
+        "does not divide the model's 4 attention heads",
+        "mask_ratio is 7.0",
+    ):
+        assert any(expected in problem for problem in problems), (expected, problems)
+    assert files_below(tmp_path) == before
+
+
+def test_check_run_exits_with_2(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        check_run(Invocation(run.replace(mask_ratio=7.0), dry_run_world_size=1))
+    assert caught.value.code == 2
+    assert "mask_ratio is 7.0" in capsys.readouterr().err
+
+
+def test_dry_run_needs_neither_weights_nor_shards(run, tmp_path, capsys):
+    for path in ("model/model.safetensors", "encoder/model.safetensors", "shards/train-0.tar"):
+        (tmp_path / path).unlink()
+    config = run.replace(tensor_model_parallel_size=2, global_batch_size=4)
+    before = files_below(tmp_path)
+    assert check_run(Invocation(config, dry_run=True, dry_run_world_size=4)) is None
+    assert "4 processes as TP 2 x PP 1 x DP 2; 2 micro-batches" in capsys.readouterr().out
+    assert files_below(tmp_path) == before
+    assert "24 layers" not in found(config, dry_run=True)[0]
+
+
+def test_dry_run_still_checks_the_rest(run):
+    assert any("mask_ratio is 7.0" in problem for problem in found(run.replace(mask_ratio=7.0), dry_run=True))
+    assert any("no such directory" in problem for problem in found(run.replace(load="hf:/nowhere"), dry_run=True))
+
+
+def test_nothing_to_load(run, tmp_path):
+    problems = found(run.replace(load=None))
+    assert problems == (
+        "load is missing: weights come from --load hf:DIR or --load CHECKPOINTS (there is no checkpoint in "
+        f"{tmp_path}/run/checkpoints to go on from)",
+    )
+
+
+def test_nothing_to_encode_with(run):
+    assert found(run.replace(encoder=None))[0].startswith("encoder is missing")
+
+
+def test_pickled_weights_are_named(run, tmp_path):
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    assert found(run) == (f"load {tmp_path}/model: only pickled *.bin weights; save them again as safetensors",)
+
+
+def test_missing_part_of_the_weights(run, tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "2 of 3 weight files are missing (model-1.safetensors, model-2.safetensors)" in found(run)[0]
+
+
+def test_load_directory_that_is_not_there(run, tmp_path):
+    assert any(
+        f"{tmp_path}/other: no such directory" in problem for problem in found(run.replace(load=f"hf:{tmp_path}/other"))
+    )
+    assert any(
+        f"load {tmp_path}/other: no such directory" in problem
+        for problem in found(run.replace(load=f"{tmp_path}/other", model=f"{tmp_path}/model"))
+    )
+
+
+def test_forgotten_prefix(run, tmp_path):
+    assert any(
+        f"write --load hf:{tmp_path}/model" in problem
+        for problem in found(run.replace(load=f"{tmp_path}/model", model=f"{tmp_path}/model"))
+    )
+
+
+def test_load_checkpoint_folder_or_one_iteration(run, tmp_path):
+    path = write_checkpoint(tmp_path / "old")
+    for load in (tmp_path / "old", path):
+        assert check_one(run.replace(load=str(load), encoder=None)).num_layers == 4
+
+
+def test_checkpoint_without_its_model(run, tmp_path):
+    path = write_checkpoint(tmp_path / "old")
+    (path / "hf" / "config.json").unlink()
+    assert f"says '10', but {path}/hf/config.json does not exist" in found(run.replace(load=str(tmp_path / "old")))[0]
+    assert any("not a checkpoint" in problem for problem in found(run.replace(load=str(path))))
+
+
+def test_own_checkpoint_needs_no_load(run, tmp_path):
+    write_checkpoint(tmp_path / "run" / "checkpoints")
+    assert check_one(run.replace(load="hf:/gone", encoder="/gone")).num_layers == 4
+
+
+def test_model_that_is_not_the_checkpoints(run, tmp_path):
+    write_checkpoint(tmp_path / "old")
+    write_model(tmp_path / "larger", num_hidden_layers=8)
+    for load in (f"{tmp_path}/old", f"hf:{tmp_path}/model"):
+        problems = found(run.replace(load=load, model=f"{tmp_path}/larger"))
+        assert any("num_layers 8 against 4; drop --model" in problem for problem in problems), problems
+
+
+def test_tokenizer(run, tmp_path):
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    outside = [{**token, "id": token["id"] + 1} for token in TOKENIZER_JSON["added_tokens"]]
+    tokenizer.write_text(json.dumps({"added_tokens": outside}))
+    assert "<|vision_end|> has the id 512, but config.json's vocab_size is 512" in found(run)[0]
+    tokenizer.write_text(json.dumps({"added_tokens": outside[:1]}))
+    assert "no <|image_pad|>, <|vision_end|> among the special tokens" in found(run)[0]
+    tokenizer.unlink()
+    assert "no tokenizer in it" in found(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', but only 'qwen2'"),
+        ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rotary scaling of type 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None, "rope_theta": 1e6}, "of type 'linear'"),
+        ({"use_sliding_window": True, "max_window_layers": 2}, "sliding-window attention is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
+        ({"rope_parameters": None}, "rope_theta missing or not a number"),
+        ({"rms_norm_eps": None, "vocab_size": "many"}, "vocab_size, rms_norm_eps missing or not a number"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
+        ({"hidden_size": 66}, "hidden_size 66 is not a multiple of 4 attention heads"),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantized"),
+    ],
+)
+def test_architectures_that_are_refused(tmp_path, changes, expected):
+    with pytest.raises(ConfigError, match="config.json") as caught:
+        read_model_shape(write_model(tmp_path / "other", **changes))
+    assert expected in str(caught.value)
+
+
+def test_model_shapes_old_and_new(tmp_path):
+    new = read_model_shape(write_model(tmp_path / "new"))
+    old = read_model_shape(write_model(tmp_path / "old", rope_parameters=None, rope_theta=1e6))
+    assert new == old
+    # Sliding windows that no layer uses, as in Qwen2.5's own files.
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 4}
+    assert read_model_shape(write_model(tmp_path / "unused", **unused)) == new
+    assert read_model_shape(write_model(tmp_path / "wide", head_dim=32)).kv_channels == 32
+
+
+def test_config_that_is_no_json(tmp_path):
+    directory = write_model(tmp_path / "model")
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_model_shape(directory)
+
+
+def test_encoder_shapes(tmp_path):
+    alone = read_encoder_shape(write_encoder(tmp_path / "alone"))
+    assert alone.num_tokens == 64
+    whole = write_encoder(tmp_path / "whole", model_type="siglip", vision_config=ENCODER_JSON)
+    assert read_encoder_shape(whole) == alone
+    # A border narrower than a patch has no token: 384 pixels in patches of 14 are 27 x 27.
+    bordered = write_encoder(tmp_path / "bordered", image_size=384, patch_size=14)
+    assert read_encoder_shape(bordered).num_tokens == 729
+
+
+def test_encoders_that_are_refused(run, tmp_path):
+    write_encoder(tmp_path / "naflex", model_type="siglip2_vision_model")
+    assert (
+        "model_type is 'siglip2_vision_model', but the encoder must be a SigLIP"
+        in found(run.replace(encoder=f"{tmp_path}/naflex"))[0]
+    )
+    (tmp_path / "encoder" / "preprocessor_config.json").unlink()
+    assert "no preprocessor_config.json" in found(run)[0]
+    assert "encoder /nowhere: no such directory" in found(run.replace(encoder="/nowhere"))[0]
+
+
+def test_shards(run, tmp_path):
+    problems = found(
+        run.replace(
+            data_path=(f"{tmp_path}/none-*.tar", f"{tmp_path}/gone.tar"), valid_data_path=(f"{tmp_path}/model",)
+        )
+    )
+    assert f"data_path: no file matches {tmp_path}/none-*.tar; {tmp_path}/gone.tar does not exist" in problems
+    assert f"valid_data_path: the directory {tmp_path}/model holds no .tar file" in problems
+
+
+def test_file_in_the_way_of_the_run_directory(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for run_dir in (f"{tmp_path}/file", f"{tmp_path}/file/below/it"):
+        assert f"{tmp_path}/file is in the way, it is not a directory" in found(run.replace(run_dir=run_dir))[0]
+
+
+def test_run_directory_without_permission(run, tmp_path, monkeypatch):
+    # os.access is replaced because a test may run as root, whom no mode stops.
+    (tmp_path / "locked").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and allowed(path, mode))
+    assert found(run.replace(run_dir=f"{tmp_path}/locked/new")) == (
+        f"run_dir {tmp_path}/locked/new: no permission to write in {tmp_path}/locked",
+    )
+
+
+def test_demo_configuration_fits_the_demo(demo_dir, tmp_path):
+    demo_yaml = Path(__file__).resolve().parents[2] / "examples" / "demo.yaml"
+    paths = [
+        "--load", f"hf:{demo_dir}/model", "--encoder", f"{demo_dir}/encoder", "--run-dir", f"{tmp_path}/run",
+        "--data-path", f"{demo_dir}/shards/train-*.tar", "--valid-data-path", f"{demo_dir}/shards/valid-*.tar",
+    ]  # fmt: skip
+    invocation = read_command_line(["--config", str(demo_yaml), *paths])
+    check(dataclasses.replace(invocation, dry_run_world_size=4))
+    assert invocation.config.mask_ratio >= 0.3
