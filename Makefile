@@ -38,7 +38,7 @@ demo: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo
 	@echo "demo: starting over; the results of an earlier demo are removed, its model and shards are kept"
 	rm -rf runs/demo/checkpoints runs/demo/*.jsonl runs/demo/curves.png
-	$(DEMO) --exit-interval 60
+	$(DEMO) --exit-interval 45
 	@echo "demo: the same command again goes on from the checkpoint"
 	$(DEMO)
 	@echo "demo: done; see runs/demo/curves.png and runs/demo/metrics.jsonl"

@@ -276,3 +276,52 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b|| in Frobenius norm; 0 for two zeros."""
     distance = float((a - b).norm())
     return distance / float(b.norm()) if distance else 0.0
+
+
+# --- the state of a rank -------------------------------------------------------------------------------
+
+
+def snapshot(trainer: train.Trainer) -> dict[str, Tensor]:
+    """All that a step can change on this rank, copied: the student's and the teacher's weights, the teacher's
+    accumulators, master weights and moments of the optimizer, the centre."""
+    found = {}
+    for i, stage in enumerate(trainer.stages):
+        found.update({f"stage {i} {name}": parameter for name, parameter in stage.named_parameters()})
+    for i, part in enumerate(trainer.optimizer.chained_optimizers):
+        for j, group in enumerate(getattr(part.optimizer, "param_groups", ())):
+            found[f"optimizer {i} group {j} step"] = torch.tensor(group.get("step", 0))
+            for k, master in enumerate(group["params"]):
+                found[f"optimizer {i} group {j} master {k}"] = master
+                for name, moment in part.optimizer.state.get(master, {}).items():
+                    found[f"optimizer {i} group {j} {name} {k}"] = moment
+    for pair in trainer.teacher._pairs if trainer.teacher is not None else ():
+        if pair.accumulator is not None:
+            found[f"accumulator {pair.stage} {pair.name}"] = pair.accumulator
+    if trainer.centre is not None:
+        found["centre"] = trainer.centre.value_K
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def assert_same_bits(snapshot: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Two snapshots are equal to the last bit."""
+    assert snapshot.keys() == expected.keys(), sorted(snapshot.keys() ^ expected.keys())
+    different = [name for name, tensor in snapshot.items() if not torch.equal(tensor, expected[name])]
+    assert not different, f"{len(different)} of {len(snapshot)} tensors differ: {different[:5]}"
+
+
+def moment_shards(trainer: train.Trainer, name: str) -> list[Shard]:
+    """`exp_avg` or `exp_avg_sq` of every parameter, whole over the data-parallel ranks; 0 for frozen ones."""
+    from megatron.core import parallel_state
+
+    def whole(parameter: Tensor) -> Tensor:
+        moment = torch.zeros(parameter.numel())
+        for part in trainer.optimizer.chained_optimizers:
+            if parameter in getattr(part, "model_param_gbuf_map", {}):
+                owned = part._get_model_param_range_map(parameter)["param"]
+                group, order = part.model_param_group_index_map[parameter]
+                master = part.optimizer.param_groups[group]["params"][order]
+                moment[owned.start : owned.end] = part.optimizer.state[master][name].flatten()
+        dist.all_reduce(moment, group=parallel_state.get_data_parallel_group())
+        return moment.view(parameter.shape)
+
+    return shards_of(trainer, whole)

@@ -35,7 +35,7 @@ def figures(monkeypatch):
 
 def write(path: Path, num: int, **changes) -> Path:
     records = [
-        {name: 0.3 + 1 / i for name in REQUIRED_FIELDS} | {"iteration": i} | changes
+        dict.fromkeys(REQUIRED_FIELDS, 0.3 + 1 / i) | {"iteration": i} | changes
         for i in range(1, num + 1)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

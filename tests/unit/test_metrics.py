@@ -24,7 +24,7 @@ from laver_megatron.metrics import (
 
 
 def make_record(iteration: int, **changes) -> dict:
-    record = {name: 0.5 for name in REQUIRED_FIELDS}
+    record = dict.fromkeys(REQUIRED_FIELDS, 0.5)
     record |= {"iteration": iteration, "consumed_samples": 8 * iteration, "consumed_packs": 4 * iteration}
     record |= {"num_masked_tokens": 31, "skipped_iterations": 0, "peak_memory_bytes": 3 * 2**20}
     return record | changes

@@ -74,7 +74,7 @@ def test_the_base_configuration_is_fine():
         (
             {"tensor_model_parallel_size": 4},
             4,
-            ["tensor_model_parallel_size 4 does not divide the model's 14 attention heads; sizes that fit this model: 1, 2"],
+            ["size 4 does not divide the model's 14 attention heads; sizes that fit this model: 1, 2"],
         ),
         (
             {"tensor_model_parallel_size": 7},
