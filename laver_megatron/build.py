@@ -95,7 +95,14 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
         params_dtype=stages[0].config.params_dtype,
         use_distributed_optimizer=True,
     )
-    return chunks, get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            # Moments of 0 now and not at the first step: a run whose first steps are skipped can be saved, too.
+            part.init_state_fn(part.optimizer, part.config)
+            for group in part.optimizer.param_groups:
+                group.setdefault("step", 0)
+    return chunks, optimizer
 
 
 def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:

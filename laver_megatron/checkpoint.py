@@ -139,7 +139,8 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
         sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
         sharded.update(_teacher_state(state, metadata, is_loading=True))
     may_lack = NEW_PARTS if weights_only else ()
-    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path, may_lack))
+    may_ignore = (*NEW_PARTS, "teacher.", "optimizer.") if weights_only else ()
+    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path, may_lack, may_ignore))
     for i, stage in enumerate(state.stages):
         stage.load_state_dict(loaded[f"model{i}"], strict=False)
     if weights_only:
@@ -158,14 +159,19 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
     return loaded
 
 
-def _load(sharded: dict, path: Path, may_lack: tuple[str, ...]) -> dict:
-    loaded, missing, _ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_ALL)
-    missing = sorted(key for key in missing if not key.startswith(may_lack or ("\0",)))
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the tensors this run needs, such as {', '.join(missing[:3])}; "
-            "was it trained with other parts (--laver, --centre-momentum)? --finetune takes the weights alone"
-        )
+def _load(sharded: dict, path: Path, may_lack: tuple[str, ...], may_ignore: tuple[str, ...]) -> dict:
+    """may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of keys in it that nobody
+    may ask for."""
+    # Megatron's names are those of a writer: "missing" is what is in the checkpoint and was not asked for.
+    loaded, unasked, lacking = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_ALL)
+    lacking = sorted(key for key in lacking if not key.startswith(may_lack or ("\0",)))
+    unasked = sorted(key for key in unasked if not key.startswith(may_ignore or ("\0",)))
+    for keys, problem in ((lacking, "lacks {} tensors that this run needs"), (unasked, "has {} tensors too many")):
+        if keys:
+            raise ValueError(
+                f"{path} {problem.format(len(keys))}, such as {', '.join(keys[:3])}; was it trained with "
+                "other parts (--laver, --centre-momentum)? --finetune takes the weights alone"
+            )
     return loaded
 
 

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laver_megatron.convert.weights import WeightRule, rule_for
+from laver_megatron.convert.weights import WeightRule, hugging_face_names, rule_for
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.shape import ModelShape
 
@@ -68,6 +68,10 @@ class HuggingFaceTensors:
         except SafetensorError as error:
             raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
 
+    def names(self) -> set[str]:
+        """All tensors of the directory."""
+        return set(self._file_of)
+
     def where(self, name: str) -> str:
         """File and tensor, for messages."""
         return f"{self.directory / self._file_of[name]}, tensor {name},"
@@ -99,10 +103,11 @@ def sharded_tensors(stage: LaverStage, metadata: dict) -> Iterator[ShardedTensor
 def load_hugging_face(stages: Sequence[LaverStage], directory: str | Path, shape: ModelShape, metadata: dict) -> None:
     """Fills decoder, embedding and LM head of this rank's stages, each with the rows and columns it owns.
 
-    Raises ValueError, with file and tensor, on a missing tensor, a wrong shape, and a value that is not
-    finite, and if any of these weights was left unwritten.
+    Raises ValueError, with file and tensor, on a missing tensor, one that the model of config.json has no
+    place for, a wrong shape, and a value that is not finite, and if any of these weights was left unwritten.
     """
     with HuggingFaceTensors(directory) as tensors:
+        _refuse_surplus(tensors, shape)
         for stage in stages:
             whole: dict[str, Tensor] = {}
             for sharded in sharded_tensors(stage, metadata):
@@ -118,6 +123,15 @@ def load_hugging_face(stages: Sequence[LaverStage], directory: str | Path, shape
                 rows = tuple(slice(o, o + n) for o, n in zip(sharded.global_offset, sharded.local_shape, strict=True))
                 sharded.data.copy_(full[rows])
             _refuse_unwritten(stage, directory)
+
+
+def _refuse_surplus(tensors: HuggingFaceTensors, shape: ModelShape) -> None:
+    surplus = sorted(tensors.names() - hugging_face_names(shape))
+    if surplus:
+        raise ValueError(
+            f"{tensors.where(surplus[0])} and {len(surplus) - 1} more have no place in the model of "
+            f"{tensors.directory / 'config.json'} with its {shape.num_layers} layers; do the two belong together?"
+        )
 
 
 def _join(

@@ -91,3 +91,13 @@ def rule_for(megatron_key: str) -> tuple[WeightRule, tuple[str, ...]] | None:
         if rule.megatron.format(layer=layer.group(1) if layer else "") == megatron_key:
             return rule, tuple(name.format(layer=layer.group(1) if layer else "") for name in rule.hugging_face)
     return None
+
+
+def hugging_face_names(shape: ModelShape) -> set[str]:
+    """Every tensor a Qwen2 checkpoint of this shape may hold (the LM head also where it is tied)."""
+    return {
+        name.format(layer=layer)
+        for rule in QWEN2_WEIGHTS
+        for name in rule.hugging_face
+        for layer in (range(shape.num_layers) if "{layer}" in name else ("",))
+    }

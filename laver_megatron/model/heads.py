@@ -10,6 +10,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -34,7 +35,7 @@ class Connector(nn.Module):
 
     @torch.no_grad()
     def initialise(self, prefix: str, seed: int) -> None:
-        """LLaVA's usual start: N(0, 1/sqrt(fan in)) weights, zero biases."""
+        """N(0, 1/sqrt(fan in)) weights, zero biases."""
         for name, layer in (("linear_1", self.linear_1), ("linear_2", self.linear_2)):
             std = layer.in_features**-0.5
             layer.weight.copy_(seeded_normal(f"{prefix}{name}.weight", tuple(layer.weight.shape), std, seed))
@@ -49,11 +50,13 @@ class VisionHead(nn.Module):
     The input must be the whole sequence on every rank, and whoever made it sums its gradient over the ranks.
     """
 
-    def __init__(self, config: TransformerConfig, middle_size: int, output_size: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, middle_size: int, output_size: int, tp_group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         config = copy.copy(config)
         config.sequence_parallel = False
-        common = {"config": config, "init_method": config.init_method, "skip_bias_add": False}
+        common = {"config": config, "init_method": config.init_method, "skip_bias_add": False, "tp_group": tp_group}
         self.linear_1 = ColumnParallelLinear(
             config.hidden_size,
             middle_size,

@@ -135,6 +135,7 @@ class LaverStage(LanguageModule):
             max_sequence_length=self.run_config.seq_length,
             position_embedding_type="none",
             scatter_to_sequence_parallel=False,
+            tp_group=self.tp_group,
         )
         self.encoder = encoder
         dtype = self.config.params_dtype
@@ -151,6 +152,7 @@ class LaverStage(LanguageModule):
             bias=False,
             skip_bias_add=False,
             gather_output=False,
+            tp_group=self.tp_group,
             skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
             disable_grad_reduce=True,
         )
@@ -227,8 +229,9 @@ class LaverStage(LanguageModule):
             student_LBH = torch.cat([student_LBH, masked_visual_VBH])
             teacher_VBH = visual_VBH.detach()
         if self.config.sequence_parallel:
-            student_LBH = scatter_to_sequence_parallel_region(student_LBH)
-            teacher_VBH = None if teacher_VBH is None else scatter_to_sequence_parallel_region(teacher_VBH)
+            student_LBH = scatter_to_sequence_parallel_region(student_LBH, group=self.tp_group)
+            if teacher_VBH is not None:
+                teacher_VBH = scatter_to_sequence_parallel_region(teacher_VBH, group=self.tp_group)
         return student_LBH, teacher_VBH
 
     def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
@@ -254,8 +257,8 @@ class LaverStage(LanguageModule):
         """The sequence on every tensor-parallel rank. The column-parallel heads that read it leave its
         gradient split over the ranks; it is summed here, once for all of them."""
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        return copy_to_tensor_model_parallel_region(hidden)
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
     def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None) -> StageOutput:
         hidden_LBH = self._whole_sequence(student_LBH)

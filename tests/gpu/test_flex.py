@@ -22,6 +22,7 @@ LAYOUTS = {
     "odd length": lambda: pack([50, (10, 10), 7], padding(40), [130], [1, (3, 50), 2], seq_length=555),
     "less than a block": lambda: pack([3, (4, 4), 30], [9]),
     "one past a block": lambda: pack([129]),
+    "image to the end of an odd length": lambda: pack([(12, 20)]),
     "two packs": lambda: stack(pack([300, (10, 10)]), pack([40, (16, 16)], seq_length=400)),
 }
 

@@ -99,6 +99,14 @@ def test_missing_tensor(damaged):
     expect_error(damaged, damaged.model, NORM)
 
 
+def test_surplus_layer(damaged):
+    def add_layer(tensors):
+        tensors["model.layers.2.input_layernorm.weight"] = tensors[NORM].clone()
+
+    change(damaged, add_layer)
+    expect_error(damaged, "model.safetensors", "model.layers.2.input_layernorm.weight", "2 layers")
+
+
 def test_missing_part_of_a_fused_tensor(damaged):
     change(damaged, lambda t: t.pop("model.layers.0.self_attn.k_proj.bias"))
     expect_error(damaged, damaged.model, "model.layers.0.self_attn.k_proj.bias")

@@ -104,6 +104,7 @@ LONG = {
     "image of exactly a block": lambda: pack([128, (8, 16), 128]),
     "packed, odd length": lambda: pack([50, (10, 10), 7], padding(40), [130], [1, (3, 50), 2], seq_length=555),
     "one past a block": lambda: pack([129]),
+    "image to the end of an odd length": lambda: pack([(12, 20)]),
     "mostly padding": lambda: pack([5], seq_length=300),
 }
 

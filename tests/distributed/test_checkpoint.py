@@ -1,0 +1,301 @@
+"""Checkpoints: nothing is lost between saving and loading, at any layout, and a broken one is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from laver_megatron import checkpoint, train
+from laver_megatron.inputs import latest_checkpoint
+from tests.distributed.build import (
+    assert_same_bits,
+    make_config,
+    make_trainer,
+    moment_shards,
+    relative_distance,
+    snapshot,
+    student_shards,
+    synthetic_data,
+    teacher_shards,
+    whole_tensors,
+)
+from tests.distributed.harness import Layout
+
+WRITTEN_AT = 5  # the iteration of the checkpoint; runs go on to 10
+ALL_FOUR = Layout(tp=2, pp=2, sp=True)
+
+
+def run(layout, config):
+    """Job: `train` from wherever the run directory stands; this rank's state before and after."""
+    with synthetic_data():
+        trainer = train.setup(config)
+        before = snapshot(trainer)
+        train.train(trainer)
+    return before, snapshot(trainer)
+
+
+def metrics(run_dir):
+    """What was logged of each iteration, without what depends on the clock."""
+    fields = ("loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "learning_rate", "ema_momentum", "teacher_entropy",
+              "num_masked_tokens", "consumed_packs", "consumed_samples", "skipped_iterations")  # fmt: skip
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["iteration"]: {name: line[name] for name in fields} for line in lines}
+
+
+@pytest.mark.parametrize("layout", [ALL_FOUR, Layout(dp=2, pp=2, vpp_layers=1), Layout(tp=2, dp=2)], ids=str)
+def test_ten_steps_are_five_and_five(pool, assets, tmp_path, layout):
+    def config(name, **changes):
+        return make_config(
+            assets, tmp_path / name, layout, train_iters=10, ema_momentum_schedule="cosine", lr_warmup_iters=3,
+            weight_decay=0.1, mask_ratio_schedule="cosine", mask_ratio=0.9, ema_interval=2, **changes,
+        )  # fmt: skip
+
+    straight = pool.run(run, layout, config("straight"))
+    first = pool.run(run, layout, config("parted", exit_interval=WRITTEN_AT))
+    assert latest_checkpoint(tmp_path / "parted" / "checkpoints").name == f"iter_{WRITTEN_AT:07d}"
+    second = pool.run(run, layout, config("parted"))
+
+    for rank in range(layout.world_size):
+        assert_same_bits(second[rank][0], first[rank][1])
+        assert_same_bits(second[rank][1], straight[rank][1])
+    assert metrics(tmp_path / "parted") == metrics(tmp_path / "straight")
+
+
+# --- other layouts -------------------------------------------------------------------------------------
+
+
+def whole_state(trainer):
+    """This rank's shards of all that does not depend on the layout."""
+    return {
+        "student": student_shards(trainer),
+        "teacher": teacher_shards(trainer),
+        "exp_avg": moment_shards(trainer, "exp_avg"),
+        "exp_avg_sq": moment_shards(trainer, "exp_avg_sq"),
+    }
+
+
+def write_and_go_on(layout, config):
+    """Job: five steps, a checkpoint, its contents, five more steps without saving."""
+    trainer = make_trainer(config)
+    for _ in range(WRITTEN_AT):
+        train.train_step(trainer)
+    train.save(trainer, Path(config.run_dir))
+    state = whole_state(trainer)
+    records = [train.train_step(trainer) for _ in range(WRITTEN_AT)]
+    return state, records, whole_state(trainer)
+
+
+def load_and_go_on(layout, config):
+    """Job: what the checkpoint of the run directory holds, and five steps from there."""
+    trainer = make_trainer(config)
+    assert trainer.progress.iteration == WRITTEN_AT
+    state = whole_state(trainer)
+    records = [train.train_step(trainer) for _ in range(WRITTEN_AT)]
+    return state, records, whole_state(trainer)
+
+
+@pytest.fixture(scope="module")
+def written(pool, assets, tmp_path_factory):
+    """A run that wrote a checkpoint at TP2 (with two data-parallel ranks) and went on: (run_dir, results)."""
+    layout, run_dir = Layout(tp=2, dp=2), tmp_path_factory.mktemp("written")
+    return run_dir, pool.run(write_and_go_on, layout, make_config(assets, run_dir, layout))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(pp=2), Layout(), Layout(pp=2, vpp_layers=1, dp=2), Layout(tp=4, sp=True)], ids=str
+)
+def test_a_checkpoint_loads_at_other_layouts(pool, assets, written, layout):
+    run_dir, of_writer = written
+    results = pool.run(load_and_go_on, layout, make_config(assets, run_dir, layout))
+
+    for part in ("student", "teacher", "exp_avg", "exp_avg_sq"):
+        saved = whole_tensors([state[part] for state, _, _ in of_writer])
+        loaded = whole_tensors([state[part] for state, _, _ in results])
+        assert saved.keys() == loaded.keys()
+        assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == [], part
+    for (_, records, _), (_, wanted, _) in zip(results, of_writer, strict=False):
+        for record, expected in zip(records, wanted, strict=True):
+            for name in ("loss", "lm_loss", "mim_loss", "gram_loss", "teacher_entropy", "grad_norm"):
+                assert record[name] == pytest.approx(expected[name], rel=1e-5), (name, record["iteration"])
+            assert record["consumed_samples"] == expected["consumed_samples"]
+    end, wanted_end = (whole_tensors([r[2]["student"] for r in rs], rtol=1e-5) for rs in (results, of_writer))
+    for key, tensor in end.items():
+        assert relative_distance(tensor, wanted_end[key]) <= 1e-5, key
+
+
+def finetune(layout, config):
+    """Job: setup from another run's checkpoint, and a step; the teacher and the moments it starts with."""
+    trainer = make_trainer(config)
+    teacher = teacher_shards(trainer)
+    moments = [tensor for name, tensor in snapshot(trainer).items() if "exp_avg" in name or name.endswith("step")]
+    return teacher, moments, train.train_step(trainer)
+
+
+def test_finetune_takes_the_weights_alone(pool, assets, written, tmp_path):
+    run_dir, of_writer = written
+    layout = Layout(pp=2)
+    config = make_config(assets, tmp_path, layout, load=str(run_dir / "checkpoints"), finetune=True)
+    results = pool.run(finetune, layout, config)
+    teacher = whole_tensors([teachers for teachers, _, _ in results])
+    saved = whole_tensors([state["student"] for state, _, _ in of_writer])
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in teacher.items()), "teacher(0) is student(0)"
+    assert all(moments and not any(moment.any() for moment in moments) for _, moments, _ in results)
+    assert results[0][2]["iteration"] == 1 and results[0][2]["consumed_packs"] == 8
+
+
+def test_laver_starts_from_a_checkpoint_without_it(pool, assets, tmp_path):
+    """Stage 2 of the official recipe takes up stage 1, which trains without LaVer; stage 3 goes on without."""
+    layout = Layout(tp=2)
+
+    def config(number, **changes):
+        return make_config(assets, tmp_path / str(number), layout, train_iters=1, **changes)
+
+    def from_stage(number, **changes):
+        return {"load": str(tmp_path / str(number) / "checkpoints"), **changes}
+
+    pool.run(run, layout, config(1, laver=False))
+    pool.run(run, layout, config(2, **from_stage(1, finetune=True)))
+    assert metrics(tmp_path / "2")[1]["mim_loss"] > 0
+    pool.run(run, layout, config(3, laver=False, **from_stage(2, finetune=True)))
+    assert metrics(tmp_path / "3")[1]["mim_loss"] is None
+    # Going on as if nothing had changed is an error in both directions.
+    for number, laver, words in ((1, True, "lacks"), (2, False, "too many")):
+        with pytest.raises(AssertionError, match=f"{words}.*--finetune takes the weights alone"):
+            pool.run(run, layout, config("refused", laver=laver, **from_stage(number)))
+
+
+# --- broken checkpoints --------------------------------------------------------------------------------
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+BREAKAGES = {
+    "payload": ("*.distcp", flip_a_byte, "is damaged"),
+    "common": ("common.pt", flip_a_byte, "is damaged"),
+    "length": ("*.distcp", cut, "bytes, the manifest says"),
+    "payload-missing": ("*.distcp", Path.unlink, "is missing"),
+    "config-missing": ("hf/config.json", Path.unlink, "is missing"),
+    "manifest-missing": ("manifest.json", Path.unlink, "manifest.json"),
+}
+
+
+def load_broken(layout, config, directories):
+    """Job: tries to load each directory; the messages, and whether anything has changed."""
+    trainer = make_trainer(config)
+    before, messages = snapshot(trainer), {}
+    for name, directory in directories.items():
+        try:
+            checkpoint.load_checkpoint(Path(directory), trainer.state, weights_only=False)
+        except ValueError as error:
+            messages[name] = str(error)
+    assert_same_bits(snapshot(trainer), before)
+    return messages
+
+
+def test_broken_checkpoints_are_refused_by_name(pool, assets, written, tmp_path):
+    whole = latest_checkpoint(written[0] / "checkpoints")
+    directories, broken_files = {}, {}
+    for name, (pattern, breaks, _) in BREAKAGES.items():
+        directories[name] = tmp_path / name
+        shutil.copytree(whole, directories[name])
+        broken_files[name] = max(directories[name].glob(pattern), key=lambda path: path.stat().st_size)
+        breaks(broken_files[name])
+    layout = Layout(pp=2)
+    for messages in pool.run(load_broken, layout, make_config(assets, tmp_path / "run", layout), directories):
+        assert messages.keys() == BREAKAGES.keys()
+        for name, message in messages.items():
+            assert BREAKAGES[name][2] in message, message
+            assert str(broken_files[name]) in message or name == "manifest-missing", message
+            assert str(directories[name]) in message
+
+
+# --- interrupted saves ---------------------------------------------------------------------------------
+
+# (module, function, which of its calls): where `save_checkpoint` is stopped, in order.
+MOMENTS = (
+    (checkpoint.dist_checkpointing, "save", 1),
+    (checkpoint, "_copy_model_files", 1),
+    (checkpoint, "_copy_model_files", 2),
+    (checkpoint.os, "replace", 1),  # the manifest
+    (checkpoint.os, "replace", 2),  # the whole directory
+    (checkpoint.os, "replace", 3),  # `latest`
+    (checkpoint, "_sync_directory", 2),
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def interrupted_saves(layout, config):
+    """Job: a checkpoint at iteration 1, then saves at iteration 2 that end at each moment. Returns which
+    checkpoint a restart finds after each; each is loaded and trained on."""
+    run_dir, found = Path(config.run_dir), []
+    trainer = make_trainer(config)
+    train.train_step(trainer)
+    train.save(trainer, run_dir)
+    train.train_step(trainer)
+    second = snapshot(trainer)
+    for module, name, number in MOMENTS:
+        original, calls = getattr(module, name), []
+
+        def stop(*args, original=original, calls=calls, number=number, **kwargs):
+            calls.append(args)
+            if len(calls) == number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        with mock.patch.object(module, name, stop), pytest.raises(Killed):
+            train.save(trainer, run_dir)
+        path = latest_checkpoint(run_dir / "checkpoints")
+        found.append(path.name)
+        checkpoint.load_checkpoint(path, trainer.state, weights_only=False)
+        if trainer.progress.iteration == 1:
+            train.train_step(trainer)
+        assert_same_bits(snapshot(trainer), second)
+    train.save(trainer, run_dir)
+    return found, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(pool, assets, tmp_path):
+    config = make_config(assets, tmp_path, ema_interval=1)
+    [(found, left)] = pool.run(interrupted_saves, Layout(), config)
+    assert found == ["iter_0000001"] * 6 + ["iter_0000002"]
+    assert left == ["iter_0000001", "iter_0000002", "latest"], "a later save clears away what the broken ones left"
+
+
+def failing_save(layout, config):
+    """Job: a save that fails on one rank, then one that does not."""
+    trainer = make_trainer(config)
+    save = checkpoint.dist_checkpointing.save
+
+    def fail_on_one_rank(*args, **kwargs):
+        save(*args, **kwargs)
+        if dist.get_rank() == 1:
+            raise OSError("No space left on device")
+
+    with mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank):
+        with pytest.raises(ValueError) as raised:
+            train.save(trainer, Path(config.run_dir))
+    after_failure = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    train.save(trainer, Path(config.run_dir))
+    return str(raised.value), after_failure, latest_checkpoint(Path(config.run_dir) / "checkpoints")
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all(pool, assets, tmp_path):
+    layout = Layout(tp=2)
+    for message, after_failure, at_the_end in pool.run(failing_save, layout, make_config(assets, tmp_path, layout)):
+        assert "rank 1" in message and "No space left on device" in message
+        assert after_failure is None and at_the_end is not None
