@@ -21,6 +21,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -139,8 +143,8 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
         sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
         sharded.update(_teacher_state(state, metadata, is_loading=True))
     may_lack = NEW_PARTS if weights_only else ()
-    may_ignore = (*NEW_PARTS, "teacher.", "optimizer.") if weights_only else ()
-    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path, may_lack, may_ignore))
+    _check_keys(sharded, path, may_lack, (*NEW_PARTS, "teacher.", "optimizer.") if weights_only else ())
+    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
     for i, stage in enumerate(state.stages):
         stage.load_state_dict(loaded[f"model{i}"], strict=False)
     if weights_only:
@@ -159,20 +163,33 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
     return loaded
 
 
-def _load(sharded: dict, path: Path, may_lack: tuple[str, ...], may_ignore: tuple[str, ...]) -> dict:
-    """may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of keys in it that nobody
-    may ask for."""
-    # Megatron's names are those of a writer: "missing" is what is in the checkpoint and was not asked for.
-    loaded, unasked, lacking = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_ALL)
-    lacking = sorted(key for key in lacking if not key.startswith(may_lack or ("\0",)))
-    unasked = sorted(key for key in unasked if not key.startswith(may_ignore or ("\0",)))
-    for keys, problem in ((lacking, "lacks {} tensors that this run needs"), (unasked, "has {} tensors too many")):
-        if keys:
-            raise ValueError(
-                f"{path} {problem.format(len(keys))}, such as {', '.join(keys[:3])}; was it trained with "
-                "other parts (--laver, --centre-momentum)? --finetune takes the weights alone"
-            )
+def _load(sharded: dict, path: Path) -> dict:
+    # Keys that the checkpoint lacks are dropped; `_check_keys` has judged them.
+    loaded, *_ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
     return loaded
+
+
+def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...], may_ignore: tuple[str, ...]) -> None:
+    """Compares what all ranks together ask for with what the checkpoint holds; ValueError if either has more.
+
+    may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of those nobody need ask for.
+    """
+    stored = _all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
+    mine = {entry.key for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0])}
+    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    asked = set().union(*of_ranks)
+    for keys, ignored, problem in (
+        (asked - stored, may_lack, "lacks {} of the tensors that this run needs"),
+        (stored - asked, may_ignore, "holds {} tensors that this run has no place for"),
+    ):
+        # Extra states are TransformerEngine's notes for fp8; without it they are asked for and never stored.
+        wrong = sorted(key for key in keys if not key.startswith(ignored) and not key.endswith("._extra_state"))
+        if wrong:
+            raise ValueError(
+                f"{path} {problem.format(len(wrong))}, such as {', '.join(wrong[:3])}; was it trained with other "
+                "parts (--laver, --centre-momentum)? --finetune takes the weights alone"
+            )
 
 
 def _all_ranks(action: str, work: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from laver_megatron.metrics import read_records
+from laver_megatron.records import read_records
 
 Records = list[dict[str, Any]]
 

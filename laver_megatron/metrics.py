@@ -14,18 +14,17 @@ column stays numeric. A field that has no meaning in a run (the teacher's with L
 """
 
 import importlib.util
-import json
 import math
-import os
 import resource
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from laver_megatron.records import drop_after, json_line
 
 REQUIRED_FIELDS = (
     "iteration",
@@ -130,7 +129,7 @@ class RunLog:
         iteration = record["iteration"]
         assert iteration > self.last_iteration, f"iteration {iteration} after {self.last_iteration}"
         self.last_iteration = iteration
-        self._metrics_file.write(_json_line(record))
+        self._metrics_file.write(json_line(record))
         self._metrics_file.flush()
         self._send(iteration, record, prefix="train")
         if self._bar is not None:
@@ -145,7 +144,7 @@ class RunLog:
         assert "lm_loss" in record, f"the validation record holds {sorted(record)} and no lm_loss"
         record = {"iteration": iteration} | {name: _plain(value) for name, value in record.items()}
         with self.validation_path.open("a", encoding="utf-8") as file:
-            file.write(_json_line(record))
+            file.write(json_line(record))
         self._send(iteration, record, prefix="validation")
         numbers = [(name, value) for name, value in record.items() if name != "iteration" and _is_number(value)]
         fields = [f"{name.replace('_', ' ')}: {value:.6E}" for name, value in numbers]
@@ -255,43 +254,6 @@ def format_line(
     return " | ".join(parts) + " |"
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of ours, in file order. A torn last line (a crash while writing) is left out
-    quietly, a bad line elsewhere with a warning that names it."""
-    lines = Path(path).read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record["iteration"], int):
-                raise TypeError("iteration")
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):  # the last piece has no newline after it: torn
-                warnings.warn(f"{path}, line {number} is no record and is left out: {line[:60]!r}", stacklevel=2)
-            continue
-        records.append(record)
-    return records
-
-
-def drop_after(path: Path, iteration: int) -> None:
-    """Keep only the records up to this iteration, atomically. Iteration 0 starts the file anew and keeps the old one
-    as `<name>.previous.jsonl`: a run directory used twice should not cost the first run its numbers."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    if iteration == 0:
-        os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
-        return
-    kept = [record for record in read_records(path) if record["iteration"] <= iteration]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_json_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def peak_memory_bytes(device: torch.device | str) -> int:
     """This process's peak memory: on CUDA the most bytes the allocator had given out on that device since the last
     reset; on the CPU the peak resident set size since the process began, which includes the libraries."""
@@ -308,10 +270,3 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _json_line(record: dict[str, Any]) -> str:
-    strict = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
-    return json.dumps(strict, allow_nan=False) + "\n"

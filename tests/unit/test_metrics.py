@@ -11,16 +11,15 @@ import numpy
 import pytest
 import torch
 
-from laver_megatron import metrics
+from laver_megatron import metrics, records
 from laver_megatron.metrics import (
     REQUIRED_FIELDS,
     RunLog,
-    drop_after,
     format_line,
     missing_packages,
     peak_memory_bytes,
-    read_records,
 )
+from laver_megatron.records import drop_after, read_records
 
 
 def make_record(iteration: int, **changes) -> dict:
@@ -200,7 +199,7 @@ def test_dropping_is_atomic(tmp_path, monkeypatch):
     def crash(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(metrics.os, "fsync", crash)
+    monkeypatch.setattr(records.os, "fsync", crash)
     with pytest.raises(OSError, match="disk full"):
         drop_after(path, 1)
     assert path.read_text() == before
