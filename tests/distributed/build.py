@@ -104,8 +104,8 @@ class SyntheticReader:
     """Packs by number, in place of `PackReader`. `kind` (the run's `data_path`) chooses among
 
     packs: the packs themselves; other-answers: other tokens and labels after the images of every document;
-    nan: as packs, but the pixels of the first pack of step 1 are NaN; all-nan: those of every step;
-    other-image: the second image of the first pack is another one.
+    text: the same tokens without images; other-image: the second image of the first pack is another one;
+    nan: the first pixels of step 1 are NaN; all-nan: those of every step; every-other-nan: of odd steps.
     """
 
     def __init__(self, kind: str) -> None:
@@ -120,7 +120,7 @@ class SyntheticReader:
 
     def _pack(self, number: int) -> list[PackedSample]:
         step, place = divmod(number, PACKS_PER_STEP)
-        images_of = IMAGES[step % 2][place]
+        images_of = tuple(0 if self.kind == "text" else number for number in IMAGES[step % 2][place])
         length = (SEQ_LENGTH - 3 - place) // len(images_of)
         return [self._sample(10 * number + i, images, length, step) for i, images in enumerate(images_of)]
 
@@ -150,7 +150,8 @@ class SyntheticReader:
     def _pixels(self, generator: torch.Generator, sample_id: int, image: int, step: int) -> Tensor:
         pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         is_first_of_step = sample_id % (10 * PACKS_PER_STEP) == 0 and image == 0
-        if is_first_of_step and (self.kind == "all-nan" or (self.kind == "nan" and step == 1)):
+        poisoned = {"nan": step == 1, "all-nan": True, "every-other-nan": step % 2 == 1}.get(self.kind, False)
+        if is_first_of_step and poisoned:
             pixels[:, 0, 0] = float("nan")
         if self.kind == "other-image" and sample_id == 0 and image == 1:
             pixels = pixels.flip(1)

@@ -13,22 +13,34 @@ from laver_megatron.train import train_step
 from tests.distributed.build import PACKS_PER_STEP, make_config, make_trainer, student_shards, whole_tensors
 from tests.distributed.harness import Layout
 
-NUM_STEPS, NUM_LAYERS = 3, 4
-LAYOUTS = [Layout(), Layout(pp=2), Layout(tp=2, sp=True)]
+NUM_STEPS, NUM_LAYERS, PACKS_PER_MICRO_BATCH = 3, 4, 2
 INPUTS = ("encoder.", "connector.", "embedding.", "mask_token")
-# Name: (parts the configuration freezes, prefixes of what stays as it is). Without an image, and with
-# `only-connector`, nothing that trains lies below or in the decoder: half of the packs are of that kind.
+ALL_BUT_CONNECTOR = ("encoder.", "embedding.", "decoder.", "output_layer.", "vision_head.", "mask_token")
+# What is frozen: (the configuration's words for it, prefixes of the weights that stay as they are). With
+# `all but connector`, micro-batches without an image have nothing to train at all, neither below nor in the
+# decoder.
 FROZEN = {
     "nothing": ((), ()),
     "inputs": (("encoder", "connector"), INPUTS),
-    "only-connector": (("encoder", "decoder", "heads"), ("encoder.", "embedding.", "decoder.", "output_layer.", "vision_head.", "mask_token")),
-    "only-heads": (("encoder", "connector", "decoder"), ("encoder.", "connector.", "embedding.", "decoder.", "output_layer.")),
-}  # fmt: skip
+    "all but connector": (("encoder", "decoder", "heads"), ALL_BUT_CONNECTOR),
+}
+CASES = [
+    (Layout(), "nothing"),
+    (Layout(), "inputs"),
+    (Layout(), "all but connector"),
+    (Layout(pp=2), "nothing"),
+    (Layout(pp=2), "inputs"),
+    (Layout(pp=2), "all but connector"),
+    (Layout(tp=2, sp=True), "nothing"),
+    (Layout(tp=2, sp=True), "inputs"),
+    (Layout(tp=2, pp=2, sp=True), "inputs"),
+]
 freeze_parts = build.freeze
 
 
 def freeze_inputs(stage, parts):
-    """No configuration says it, a frozen embedding under layers that train; `finetune the upper part` would."""
+    """Also embedding and [MASK], which the configuration freezes only with the decoder or the heads: then the
+    input of the first layers, which train, needs no gradient."""
     freeze_parts(stage, parts)
     for name, parameter in stage.named_parameters():
         if name.startswith(INPUTS):
@@ -51,15 +63,15 @@ def run(layout, config, frozen):
     return {"records": records, "before": before, "after": student_shards(trainer), "calls": calls}
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout, frozen", CASES, ids=str)
 def test_recompute_gives_the_same_numbers(pool, assets, layout, frozen):
     parts, unmoved = FROZEN[frozen]
 
     def launch(granularity):
         config = make_config(
-            assets, "unused", layout, load=f"hf:{assets.untied}", freeze=parts, recompute_granularity=granularity
-        )
+            assets, "unused", layout, load=f"hf:{assets.untied}", freeze=parts, micro_batch_size=PACKS_PER_MICRO_BATCH,
+            recompute_granularity=granularity,
+        )  # fmt: skip
         return pool.run(run, layout, config, frozen)
 
     plain = launch(None)
@@ -86,7 +98,7 @@ def assert_trained(results, unmoved):
 def assert_recomputed(results, layout, granularity):
     """The student's attention ran twice, its MLP with full recompute only; the teacher's ran once."""
     calls = sum((result["calls"] for result in results), Counter())
-    once = NUM_STEPS * PACKS_PER_STEP * NUM_LAYERS * layout.tp
+    once = NUM_STEPS * PACKS_PER_STEP // PACKS_PER_MICRO_BATCH * NUM_LAYERS * layout.tp
     assert calls == {
         "student attention": 2 * once,
         "student mlp": 2 * once if granularity == "full" else once,

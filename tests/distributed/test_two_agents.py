@@ -1,0 +1,133 @@
+"""Two torchrun agents, as on two machines, give the numbers of one process: the real launcher, configuration
+file, tokenizer, images and shards of a small demo.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laver_megatron.command_line import read_command_line
+from laver_megatron.train import setup, train
+from tests.distributed.harness import Layout
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "examples" / "pretrain_laver.sh"
+NUM_STEPS = 5
+AGENT_SECONDS = 300
+FIELDS = (
+    "loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "student_visual_similarity", "teacher_visual_similarity",
+    "teacher_entropy", "num_masked_tokens", "num_tokens", "consumed_samples", "consumed_packs",
+)  # fmt: skip
+
+
+def arguments(demo_dir, run_dir, *, tp=1, pp=1, micro_batch_size=4):
+    """The demo at another layout: five steps from its model on a few of its shards."""
+    settings = {
+        "--config": ROOT / "examples" / "demo.yaml",
+        "--load": f"hf:{demo_dir}/model",
+        "--encoder": demo_dir / "encoder",
+        "--data-path": demo_dir / "shards" / "train-*.tar",
+        "--valid-data-path": demo_dir / "shards" / "valid-*.tar",
+        "--run-dir": run_dir,
+        "--tensor-model-parallel-size": tp,
+        "--pipeline-model-parallel-size": pp,
+        "--micro-batch-size": micro_batch_size,
+        "--train-iters": NUM_STEPS,
+        "--lr": 1e-3,
+        "--num-workers": 0,
+    }
+    flags = [str(word) for pair in settings.items() for word in pair]
+    return [*flags, "--sequence-parallel" if tp > 1 else "--no-sequence-parallel"]
+
+
+def records(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    return [{name: line[name] for name in FIELDS} for line in lines]
+
+
+def run_in_process(layout, command_line):
+    """Job: the trainer without its launcher."""
+    train(setup(read_command_line(command_line).config))
+
+
+@pytest.fixture(scope="module")
+def one_process(pool, demo_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    pool.run(run_in_process, Layout(), arguments(demo_dir, run_dir))
+    return records(run_dir)
+
+
+@pytest.fixture
+def agents(tmp_path):
+    """start(command, environment): an agent with its processes, which end with the test."""
+    # What tells torchrun and the launcher about another cluster or job stays outside.
+    outside = ("SLURM_", "TORCHELASTIC_", "MASTER_", "NNODES", "NODE_RANK", "NPROC_PER_NODE", "RANK", "WORLD_SIZE")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    started = []
+
+    def start(command, **environment):
+        log = (tmp_path / f"agent-{len(started)}.log").open("w")
+        started.append(
+            subprocess.Popen(
+                [str(word) for word in command], env={**clean, **environment}, cwd=tmp_path,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        )
+        log.close()
+
+    def finish():
+        codes = [process.wait(AGENT_SECONDS) for process in started]
+        logs = "\n".join((tmp_path / f"agent-{i}.log").read_text()[-4000:] for i in range(len(started)))
+        assert codes == [0] * len(started), f"agents ended with {codes}\n{logs}"
+
+    start.finish = finish
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
+
+
+def assert_same(found, expected):
+    for step, (record, wanted) in enumerate(zip(found, expected, strict=True)):
+        for name in FIELDS:
+            assert record[name] == pytest.approx(wanted[name], rel=1e-5), f"{name} at step {step}"
+
+
+def test_shell_agents_share_a_pipeline(agents, demo_dir, one_process, tmp_path):
+    """`bash pretrain_laver.sh` on each of two machines: TP2 within a machine, a pipeline stage on each, the number
+    of processes found by the launcher. One agent alone would have too few ranks to start."""
+    run_dir = tmp_path / "run"
+    command = ["bash", LAUNCHER, *arguments(demo_dir, run_dir, tp=2, pp=2, micro_batch_size=2)]
+    port = free_port()
+    for node in range(2):
+        agents(command, NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT=port)
+    agents.finish()
+    assert_same(records(run_dir), one_process)
+
+
+def test_torchrun_agents_share_the_data(agents, demo_dir, one_process, tmp_path):
+    """`torchrun --nnodes 2 ... pretrain_laver.sh` on each of two machines, data parallel across them."""
+    run_dir = tmp_path / "run"
+    port = free_port()
+    for node in range(2):
+        agents(
+            ["torchrun", "--nnodes", 2, "--nproc-per-node", 1, "--node-rank", node, "--master-addr", "localhost",
+             "--master-port", port, LAUNCHER, *arguments(demo_dir, run_dir)]
+        )  # fmt: skip
+    agents.finish()
+    assert_same(records(run_dir), one_process)
