@@ -2,6 +2,7 @@
 
     RUN_DIR/checkpoints/latest                the newest complete checkpoint's iteration, as text
     RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
+        run.json                              the configuration it was written with
         hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
         manifest.json                         size and checksum of every file
 
@@ -27,9 +28,12 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.teacher import Centre, TeacherAverage
+
+RUN_FILE = "run.json"
 
 # Parts that a run may add to the weights it starts from.
 NEW_PARTS = ("vision_head.", "mask_token")
@@ -44,13 +48,15 @@ _MODEL_FILES = (
 
 @dataclass
 class Progress:
-    """Where a run stands. Everything that changes with the step is computed from `iteration`."""
+    """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
+    names the order of packs that `consumed_packs` counts in."""
 
     iteration: int = 0
     consumed_packs: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
+    data_fingerprint: str = ""
 
 
 @dataclass
@@ -105,23 +111,25 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     final = directory / f"iter_{state.progress.iteration:07d}"
     temporary = directory / f".{final.name}.incomplete"
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for abandoned in directory.glob(".iter_*.incomplete"):  # by a save that was interrupted
+            shutil.rmtree(abandoned)
         temporary.mkdir(parents=True)
     dist.barrier()
     metadata = sharding_metadata()
     sharded = _model_state(state, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
-    sharded.update(progress=asdict(state.progress), run=run)
+    sharded.update(progress=asdict(state.progress))
     _all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
     if dist.get_rank() == 0:
         _copy_model_files(model_dir, temporary / "hf")
         _copy_model_files(encoder_dir, temporary / "encoder")
+        _replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
     dist.barrier()
     _write_manifest(temporary)
     if dist.get_rank() == 0:
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # saved again at the same iteration: the old one goes last
+            os.replace(final, directory / f".{final.name}.replaced.incomplete")
         os.replace(temporary, final)
         _replace_text(directory / "latest", str(state.progress.iteration))
         _sync_directory(directory)
@@ -158,6 +166,12 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
         state.teacher.load_sharded_state(loaded["teacher"])
     if state.centre is not None:
         state.centre.value_K.copy_(loaded["centre"])
+    if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
+        raise ValueError(
+            f"{path} stands at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
+            "--visual-seq-length, --seed, tokenizer or encoder have changed since; --finetune in another --run-dir "
+            "starts on the new data with the weights alone"
+        )
     for name, value in loaded["progress"].items():
         setattr(state.progress, name, value)
     return loaded
@@ -197,7 +211,7 @@ def _all_ranks(action: str, work: Callable[[], Any]) -> Any:
     result, problem = None, None
     try:
         result = work()
-    except (Exception, CheckpointingException) as error:
+    except (Exception, CheckpointingException, CheckpointException) as error:
         problem = f"{type(error).__name__}: {error}"
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -251,7 +265,10 @@ def verify_manifest(path: Path) -> None:
         manifest_path = path / "manifest.json"
         if not manifest_path.is_file():
             raise ValueError(f"{path} has no manifest.json: it is not a complete checkpoint of this program")
-        manifest = json.loads(manifest_path.read_text())
+        try:
+            manifest = json.loads(manifest_path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{manifest_path} is damaged: {error}") from error
         for file in _my_share([path / name for name in manifest]):
             size, checksum = manifest[str(file.relative_to(path))]
             if not file.is_file():

@@ -35,6 +35,15 @@ TERMS = (
 )
 
 
+def count_of(term: str, counts: GlobalCounts) -> int:
+    """What a term is a mean over."""
+    if term in ("loss", "lm_loss"):
+        return counts.labels
+    if term == "mim_loss":
+        return counts.masked
+    return counts.visual_tokens if term == "teacher_entropy" else counts.images
+
+
 def micro_batch_losses(
     output: StageOutput,
     batch: MicroBatch,

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,7 +43,7 @@ from laver_megatron.data.broadcast import is_reader
 from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.inputs import HF_PREFIX, find_inputs
-from laver_megatron.losses import TERMS, micro_batch_losses
+from laver_megatron.losses import TERMS, count_of, micro_batch_losses
 from laver_megatron.metrics import RunLog, peak_memory_bytes
 from laver_megatron.model.laver import LaverStage, StageOutput
 from laver_megatron.model.qwen import num_virtual_stages
@@ -84,8 +85,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         train(setup(config))
-    finally:
-        shut_down_parallelism()
+    except (ValueError, TrainingFailed) as error:
+        # torchrun stops the other ranks; leaving the group in order would only wait for them.
+        sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
+    shut_down_parallelism()
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, and not because of what the user wrote."""
+
+
+def origin(error: BaseException) -> str:
+    """File and line of this package that an error comes from, in place of a traceback from every rank."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "laver_megatron" in frame.filename]
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else type(error).__name__
 
 
 # --- setup ---------------------------------------------------------------------------------------------
@@ -128,20 +141,8 @@ def setup(config: Config) -> Trainer:
         laver=config.laver,
     )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    tokenizer, preprocessor = (
-        AutoTokenizer.from_pretrained(model_dir),
-        ImagePreprocessor.from_pretrained(encoder_dir),
-    )
-
-    def data(paths: tuple[str, ...]) -> BatchSource:
-        reader = None
-        if is_reader():
-            reader = open_dataset(
-                paths, tokenizer, preprocessor, seq_length=config.seq_length,
-                visual_seq_length=config.visual_seq_length, seed=config.seed, num_workers=config.num_workers,
-            )  # fmt: skip
-        return BatchSource(config, reader, partial(span_areas, settings=streams), dtype, backend.device)
-
+    data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
+    training_data = data(config.data_path, needs_images=config.laver)
     trainer = Trainer(
         config=config,
         backend=backend,
@@ -151,12 +152,12 @@ def setup(config: Config) -> Trainer:
         teacher=teacher,
         centre=centre,
         streams=streams,
-        training_data=data(config.data_path),
+        training_data=training_data,
         validation_data=data(config.valid_data_path) if config.valid_data_path else None,
         flops=run_flops(config, shape, encoder_dir),
         model_dir=model_dir,
         encoder_dir=encoder_dir,
-        progress=Progress(),
+        progress=Progress(data_fingerprint=training_data.fingerprint),
     )
     if source is not None:
         load_checkpoint(source, trainer.state, weights_only=config.finetune and not inputs.is_resuming)
@@ -165,6 +166,33 @@ def setup(config: Config) -> Trainer:
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
     return trainer
+
+
+def open_data(
+    config: Config,
+    streams: StreamSettings,
+    model_dir: Path,
+    encoder_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    paths: tuple[str, ...],
+    *,
+    needs_images: bool = False,
+) -> BatchSource:
+    """Batches from shards. Only the reader of each data-parallel replica opens them."""
+    reader = None
+    if is_reader():
+        reader = open_dataset(
+            paths,
+            AutoTokenizer.from_pretrained(model_dir),
+            ImagePreprocessor.from_pretrained(encoder_dir),
+            seq_length=config.seq_length,
+            visual_seq_length=config.visual_seq_length,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            needs_images=needs_images,
+        )
+    return BatchSource(config, reader, partial(span_areas, settings=streams), dtype, device)
 
 
 # --- one step ------------------------------------------------------------------------------------------
@@ -322,6 +350,9 @@ def train(trainer: Trainer) -> None:
     """Runs to train_iters (or the exit interval), validating, saving and logging on the way."""
     config, progress = trainer.config, trainer.progress
     run_dir = Path(config.run_dir)
+    if progress.iteration >= config.train_iters:
+        say(f"nothing to do: the run is at iteration {progress.iteration} of --train-iters {config.train_iters}")
+        return
     log = open_log(trainer, run_dir)
     skipped_in_a_row = 0
     try:
@@ -332,7 +363,7 @@ def train(trainer: Trainer) -> None:
                 log.log(entry)
             skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
             if skipped_in_a_row >= config.max_skipped_iterations:
-                raise RuntimeError(
+                raise TrainingFailed(
                     f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, "
                     f"the last at iteration {progress.iteration}; lower --lr, look at the data, or raise "
                     "--max-skipped-iterations"
@@ -383,14 +414,20 @@ def evaluate(trainer: Trainer) -> dict:
     config = trainer.config
     for chunk in trainer.chunks:
         chunk.eval()
-    totals = torch.zeros(len(TERMS), dtype=torch.float64)
-    labels = 0
+    # Every term is a mean over its own count, so batches weigh by that count.
+    totals = dict.fromkeys(TERMS, 0.0)
+    weights = dict.fromkeys(TERMS, 0)
     for i in range(config.eval_iters):
         batch = trainer.validation_data.at(i * config.global_batch_size, mask_ratio=config.mask_ratio, step=0)
-        terms = run_schedule(trainer, batch, forward_only=True).double().cpu()
-        totals += terms * batch.counts.labels
-        labels += batch.counts.labels
-    result = dict(zip(TERMS, (totals / max(labels, 1)).tolist(), strict=True))
+        terms = run_schedule(trainer, batch, forward_only=True).tolist()
+        for name, value in zip(TERMS, terms, strict=True):
+            weight = count_of(name, batch.counts)
+            totals[name] += value * weight
+            weights[name] += weight
+    result = {name: totals[name] / max(weights[name], 1) for name in TERMS}
+    result["loss"] = (
+        result["lm_loss"] + config.mim_weight * result["mim_loss"] + config.gram_weight * result["gram_loss"]
+    )
     if not config.laver:
         result = {"loss": result["loss"], "lm_loss": result["lm_loss"]}
     return {**result, "elapsed_seconds": time.perf_counter() - started}

@@ -81,6 +81,10 @@ class BatchSource:
         device: torch.device,
     ) -> None:
         self.config, self.reader, self.areas, self.dtype, self.device = config, reader, areas, dtype, device
+        # Rank 0 reads; what it reads is told to all, so that all can compare it with a checkpoint's.
+        told = [None if reader is None else reader.fingerprint]
+        dist.broadcast_object_list(told, src=0)
+        self.fingerprint = str(told[0])
         self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
 
     def at(self, first_pack: int, *, mask_ratio: float, step: int) -> GlobalBatch:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.images import ImagePreprocessor, decode_image
-from laver_megatron.data.packing import PackBatch, PackedSample, build_packs, check_features
+from laver_megatron.data.packing import IGNORE_LABEL, PackBatch, PackedSample, build_packs, check_features
 from laver_megatron.data.plan import PackPlan
 from laver_megatron.data.samples import SampleEncoder, parse_conversation
 from laver_megatron.data.shards import ShardSample, index_shards
@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """Tokens, visual tokens and pictures of each sample; unusable ones, counted by reason, have 0 tokens."""
+    """Tokens, visual tokens, pictures and trained tokens of each sample; unusable ones have 0 tokens and are counted
+    by reason."""
 
     tokens_I: list[int]
     visual_I: list[int]
     images_I: list[int]
+    labels_I: list[int]
     unusable: Counter[str]
 
 
@@ -80,6 +82,11 @@ class PackReader:
             for start in range(0, num_packs, micro_batch_size)
         ]
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any pack could: a position counts packs and means nothing on other data."""
+        return self.plan.fingerprint()
+
     def close(self) -> None:
         """Ends the threads; what is under way is dropped."""
         if self._threads is not None:
@@ -128,12 +135,15 @@ def open_dataset(
     visual_seq_length: int,
     seed: int,
     num_workers: int,
+    needs_images: bool = False,
 ) -> PackReader:
     """Indexes the shards, counts every sample's tokens, plans, and says in one line what it found.
 
+    needs_images: whether data without a single image that fits is an error (with LaVer it is).
+
     Raises:
         ValueError: missing, empty or damaged shards; a sample whose `<image>` do not match its pictures; a
-            tokenizer that is not Qwen2.5's; no sample that fits.
+            tokenizer that is not Qwen2.5's; no sample that fits; nothing to learn from.
     """
     encoder = SampleEncoder(tokenizer)
     samples, skipped = index_shards(paths)
@@ -150,6 +160,13 @@ def open_dataset(
         plan.num_packs(0),
         ", ".join(f"{count} ({reason})" for reason, count in skipped.items()) or "none",
     )
+    if not any(sizes.labels_I[i] for i in kept):
+        raise ValueError(f"none of the {len(kept)} samples that fit has an answer to learn from (an assistant's turn)")
+    if needs_images and not any(sizes.images_I[i] for i in kept):
+        raise ValueError(
+            f"none of the {len(kept)} samples that fit has an image, so LaVer has nothing to reconstruct; "
+            "raise --seq-length or --visual-seq-length, look at the data, or train with --no-laver"
+        )
     return PackReader(samples, encoder, preprocessor, plan, num_workers)
 
 
@@ -162,7 +179,7 @@ def count_tokens(
     Raises:
         ValueError: `<image>` in the text that do not match the pictures.
     """
-    sizes = SampleSizes([], [], [], Counter())
+    sizes = SampleSizes([], [], [], [], Counter())
     for sample in tqdm(samples, "counting tokens", unit="sample", disable=not sys.stderr.isatty(), leave=False):
         encoded, reason = None, "unreadable picture"
         try:
@@ -177,4 +194,5 @@ def count_tokens(
         sizes.tokens_I.append(0 if encoded is None else len(encoded))
         sizes.visual_I.append(0 if encoded is None else encoded.num_visual_tokens)
         sizes.images_I.append(len(sample.images))
+        sizes.labels_I.append(0 if encoded is None else int((encoded.labels_T != IGNORE_LABEL).sum()))
     return sizes

@@ -6,8 +6,38 @@ Letters: I images, C height width of the pixels, N visual tokens of one image, E
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
+
+
+def _load_checked(directory: Path, dtype: torch.dtype) -> SiglipVisionModel:
+    """The encoder with its weights; transformers would fill what is missing with random numbers, which differ
+    from rank to rank.
+
+    Raises:
+        ValueError: unreadable files, and missing, misshapen or not finite tensors, by name.
+    """
+    try:
+        model, info = SiglipVisionModel.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
+    missing = sorted(info["missing_keys"])
+    misshapen = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    not_finite = sorted(name for name, weight in model.named_parameters() if not weight.isfinite().all())
+    for problem, names in (
+        ("lacks", missing),
+        ("has, in another size than its config.json says,", misshapen),
+        ("has NaN or infinite values in", not_finite),
+    ):
+        if names:
+            raise ValueError(
+                f"the encoder of {directory} {problem} {len(names)} tensors, such as {', '.join(names[:3])}; "
+                "download or copy it again"
+            )
+    return model
 
 
 class ImageEncoder(nn.Module):
@@ -38,7 +68,7 @@ class ImageEncoder(nn.Module):
         config = getattr(config, "vision_config", config)
         encoder = cls(config, feature_layer, dtype)
         if load_weights:
-            encoder.model = SiglipVisionModel.from_pretrained(directory, dtype=dtype)
+            encoder.model = _load_checked(Path(directory), dtype)
         return encoder
 
     def forward(self, pixels_ICHW: Tensor) -> Tensor:

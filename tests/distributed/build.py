@@ -30,6 +30,7 @@ GRID = IMAGE_SIZE // PATCH_SIZE
 # With Qwen's 1e6 the slowest frequencies would not turn at all within 64 tokens: their key biases would have
 # rounding for a gradient, and Adam would blow it up to whole steps.
 ROPE_THETA = 100.0
+ONE_PROCESS = Layout()
 IMAGE_TOKEN = VOCABULARY - 1
 # Images of each document of each pack, on even and on odd steps.
 IMAGES = (
@@ -67,14 +68,18 @@ def make_assets(directory: Path) -> Assets:
     torch.manual_seed(12)
     SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
         )  # fmt: skip
     ).save_pretrained(assets.encoder)
     return assets
 
 
-def make_config(assets: Assets, run_dir: Path | str, layout: Layout = Layout(), **changes: Any) -> Config:
+def make_config(assets: Assets, run_dir: Path | str, layout: Layout = ONE_PROCESS, **changes: Any) -> Config:
     """A run with everything on: LaVer, the centre, fixed masks that hide 3 of an image's 9 tokens."""
     settings: dict[str, Any] = {
         "load": f"hf:{assets.tied}",
@@ -107,6 +112,8 @@ class SyntheticReader:
     text: the same tokens without images; other-image: the second image of the first pack is another one;
     nan: the first pixels of step 1 are NaN; all-nan: those of every step; every-other-nan: of odd steps.
     """
+
+    fingerprint = "synthetic"
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -290,7 +297,8 @@ def snapshot(trainer: train.Trainer) -> dict[str, Tensor]:
         found.update({f"stage {i} {name}": parameter for name, parameter in stage.named_parameters()})
     for i, part in enumerate(trainer.optimizer.chained_optimizers):
         for j, group in enumerate(getattr(part.optimizer, "param_groups", ())):
-            found[f"optimizer {i} group {j} step"] = torch.tensor(group.get("step", 0))
+            if group["params"]:  # on a stage without trainable parameters nobody counts
+                found[f"optimizer {i} group {j} step"] = torch.tensor(group["step"])
             for k, master in enumerate(group["params"]):
                 found[f"optimizer {i} group {j} master {k}"] = master
                 for name, moment in part.optimizer.state.get(master, {}).items():

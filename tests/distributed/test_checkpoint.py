@@ -40,8 +40,10 @@ def run(layout, config):
 
 def metrics(run_dir):
     """What was logged of each iteration, without what depends on the clock."""
-    fields = ("loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "learning_rate", "ema_momentum", "teacher_entropy",
-              "num_masked_tokens", "consumed_packs", "consumed_samples", "skipped_iterations")  # fmt: skip
+    fields = (
+        "loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "teacher_entropy", "learning_rate", "ema_momentum",
+        "num_masked_tokens", "consumed_packs", "consumed_samples", "skipped_iterations",
+    )  # fmt: skip
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["iteration"]: {name: line[name] for name in fields} for line in lines}
 
@@ -114,9 +116,7 @@ def written(pool, assets, tmp_path_factory):
     return run_dir, pool.run(write_and_go_on, layout, make_config(assets, run_dir, layout))
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(pp=2), Layout(), Layout(pp=2, vpp_layers=1, dp=2)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(), Layout(pp=2, vpp_layers=1, dp=2)], ids=str)
 def test_a_checkpoint_loads_at_other_layouts(pool, assets, written, layout):
     run_dir, of_writer = written
     results = pool.run(load_and_go_on, layout, make_config(assets, run_dir, layout))
@@ -295,9 +295,9 @@ def failing_save(layout, config):
         if dist.get_rank() == 1:
             raise OSError("No space left on device")
 
-    with mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank):
-        with pytest.raises(ValueError) as raised:
-            train.save(trainer, Path(config.run_dir))
+    failing = mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank)
+    with failing, pytest.raises(ValueError) as raised:
+        train.save(trainer, Path(config.run_dir))
     after_failure = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     train.save(trainer, Path(config.run_dir))
     return str(raised.value), after_failure, latest_checkpoint(Path(config.run_dir) / "checkpoints")

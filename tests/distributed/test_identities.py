@@ -67,10 +67,17 @@ def visual_logits(layout, config):
     """Job: student's and teacher's logits of the first pack, [V, K] each."""
     trainer = make_trainer(config)
     stage, logits = trainer.stages[-1], {}
-    for name, head in (("student", stage.vision_head), ("teacher", stage.teacher.vision_head)):
-        head.register_forward_hook(lambda module, args, output, name=name: logits.setdefault(name, output[:, 0].clone()))
+
+    def keep_first(name):
+        def hook(module, args, output):
+            logits.setdefault(name, output[:, 0].detach().clone())
+
+        return hook
+
+    stage.vision_head.register_forward_hook(keep_first("student"))
+    stage.teacher.vision_head.register_forward_hook(keep_first("teacher"))
     run_schedule(trainer, trainer.training_data.at(0, mask_ratio=0.4, step=0), forward_only=True)
-    return {name: tensor.detach() for name, tensor in logits.items()}
+    return logits
 
 
 def test_images_do_not_see_one_another(pool, assets, tmp_path):

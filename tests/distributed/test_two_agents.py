@@ -64,36 +64,51 @@ def one_process(pool, demo_dir, tmp_path_factory):
     return records(run_dir)
 
 
+class Agents:
+    """Agents started one by one, as on machines of their own."""
+
+    def __init__(self, directory):
+        self.directory, self.processes = directory, []
+        # What would tell torchrun and the launcher about another cluster or job stays outside.
+        foreign = ("SLURM_", "TORCHELASTIC_", "MASTER_", "NNODES", "NODE_RANK", "NPROC_PER_NODE", "RANK", "WORLD_SIZE")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.environment['PATH']}"
+
+    def start(self, command, **environment):
+        """One agent, its output in a file, in a session of its own with all its processes."""
+        with self._log(len(self.processes)).open("w") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                env={**self.environment, **environment},
+                cwd=self.directory,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+
+    def finish(self):
+        """Waits for all agents; AssertionError with their last words unless all ended well."""
+        codes = [process.wait(AGENT_SECONDS) for process in self.processes]
+        logs = "\n".join(self._log(number).read_text()[-4000:] for number in range(len(codes)))
+        assert not any(codes), f"agents ended with {codes}\n{logs}"
+
+    def end(self):
+        """Ends those that still run."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(60)
+
+    def _log(self, number):
+        return self.directory / f"agent-{number}.log"
+
+
 @pytest.fixture
 def agents(tmp_path):
-    """start(command, environment): an agent with its processes, which end with the test."""
-    # What tells torchrun and the launcher about another cluster or job stays outside.
-    outside = ("SLURM_", "TORCHELASTIC_", "MASTER_", "NNODES", "NODE_RANK", "NPROC_PER_NODE", "RANK", "WORLD_SIZE")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    started = []
-
-    def start(command, **environment):
-        log = (tmp_path / f"agent-{len(started)}.log").open("w")
-        started.append(
-            subprocess.Popen(
-                [str(word) for word in command], env={**clean, **environment}, cwd=tmp_path,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        )
-        log.close()
-
-    def finish():
-        codes = [process.wait(AGENT_SECONDS) for process in started]
-        logs = "\n".join((tmp_path / f"agent-{i}.log").read_text()[-4000:] for i in range(len(started)))
-        assert codes == [0] * len(started), f"agents ended with {codes}\n{logs}"
-
-    start.finish = finish
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+    agents = Agents(tmp_path)
+    yield agents
+    agents.end()
 
 
 def free_port():
@@ -115,7 +130,7 @@ def test_shell_agents_share_a_pipeline(agents, demo_dir, one_process, tmp_path):
     command = ["bash", LAUNCHER, *arguments(demo_dir, run_dir, tp=2, pp=2, micro_batch_size=2)]
     port = free_port()
     for node in range(2):
-        agents(command, NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT=port)
+        agents.start(command, NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT=port)
     agents.finish()
     assert_same(records(run_dir), one_process)
 
@@ -125,7 +140,7 @@ def test_torchrun_agents_share_the_data(agents, demo_dir, one_process, tmp_path)
     run_dir = tmp_path / "run"
     port = free_port()
     for node in range(2):
-        agents(
+        agents.start(
             ["torchrun", "--nnodes", 2, "--nproc-per-node", 1, "--node-rank", node, "--master-addr", "localhost",
              "--master-port", port, LAUNCHER, *arguments(demo_dir, run_dir)]
         )  # fmt: skip

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import logging
 
 import pytest
@@ -127,3 +128,23 @@ def test_a_shard_that_vanishes_is_an_error_and_no_padding(write_shard, open_shar
     shard.unlink()
     with pytest.raises(FileNotFoundError):
         reader.read(0, 1, 1)
+
+
+def test_data_without_answers_are_an_error(write_shard, open_shards):
+    only_asks = json.dumps([{"role": "user", "content": "What is it?"}]).encode()
+    shard = write_shard({"a": {"json": only_asks}, "b": {"json": only_asks}})
+    with pytest.raises(ValueError, match="none of the 2 samples that fit has an answer"):
+        open_shards(shard)
+
+
+def test_data_without_images_are_an_error_where_images_are_needed(write_shard, tokenizer, preprocessor):
+    shard = write_shard({"a": {"json": question("What is it?")}})
+    open_dataset(shard, tokenizer, preprocessor, 256, 192, 1, 0)
+    with pytest.raises(ValueError, match="none of the 1 samples that fit has an image.*--no-laver"):
+        open_dataset(shard, tokenizer, preprocessor, 256, 192, 1, 0, needs_images=True)
+
+
+def test_the_fingerprint_follows_what_a_pack_number_means(demo_dir, open_shards):
+    shards = demo_dir / "shards" / "train-*.tar"
+    assert open_shards(shards).fingerprint == open_shards(shards, num_workers=2).fingerprint
+    assert open_shards(shards).fingerprint != open_shards(shards, seq_length=320).fingerprint

@@ -1,7 +1,10 @@
 """Which hidden state of the encoder becomes the visual features."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from laver_megatron.model.vision import ImageEncoder
@@ -53,3 +56,42 @@ def test_a_layer_that_is_not_there(feature_layer):
 def test_pixels_are_cast_to_the_encoders_type(directory):
     encoder = ImageEncoder.from_directory(directory, -2, torch.bfloat16, load_weights=True)
     assert encoder(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def damaged(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def damage(directory, edit):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def spoiled(tensors, name):
+    tensors[name] = tensors[name].clone().fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda tensors, name: tensors.pop(name), "lacks 1 tensors"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(3)}), "in another size"),
+        (spoiled, "NaN or infinite"),
+    ],
+)
+def test_damaged_encoder(damaged, edit, problem):
+    name = next(name for name in load_file(damaged / "model.safetensors") if name.endswith("layers.0.layer_norm2.bias"))
+    damage(damaged, lambda tensors: edit(tensors, name))
+    with pytest.raises(ValueError, match=rf"(?s){damaged}.*{problem}.*layers\.0\.layer_norm2\.bias"):
+        ImageEncoder.from_directory(damaged, -2, torch.float32, load_weights=True)
+
+
+def test_truncated_encoder(damaged):
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"the encoder of {damaged} cannot be read"):
+        ImageEncoder.from_directory(damaged, -2, torch.float32, load_weights=True)
