@@ -1,4 +1,4 @@
-"""From a YAML file and flags to a `Config`: defaults < preset < file < command line.
+"""From a YAML file and flags to a `Config`: defaults < the file's preset < file < --preset < other flags.
 
 All type problems, unknown names and missing values are collected and reported together.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from laver_megatron.config import (
 )
 
 EXIT_BAD_INPUT = 2
+_NO_VALUE = object()  # what argparse makes of a flag without its value
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 def from_command_line(argv: Sequence[str] | None = None) -> Invocation:
     """For a program's main: as `read_command_line`, but a problem is printed and ends the process with 2,
-    and --print-config prints and ends it with 0. Of several processes only rank 0 prints."""
+    and --print-config prints (on rank 0) and ends it with 0."""
     with exit_on_config_error():
         invocation = read_command_line(sys.argv[1:] if argv is None else argv)
     if invocation.print_config:
@@ -75,12 +77,13 @@ def from_command_line(argv: Sequence[str] | None = None) -> Invocation:
 
 @contextlib.contextmanager
 def exit_on_config_error() -> Iterator[None]:
-    """Turns a ConfigError into its message on stderr (rank 0 only) and exit code 2, without a traceback."""
+    """Turns a ConfigError into its message on stderr and exit code 2, without a traceback. One process of each
+    node prints: a file may be missing on one node alone. Nodes other than rank 0's say who they are."""
     try:
         yield
     except ConfigError as error:
-        if is_rank_zero():
-            print(error, file=sys.stderr)
+        if _is_first_of_its_node():
+            print(f"{_node()}{error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
@@ -88,25 +91,46 @@ def read_command_line(argv: Sequence[str]) -> Invocation:
     """Reads flags, the file of --config and the preset. Raises ConfigError with every problem found."""
     problems: list[str] = []
     flags = _read_flags(argv, problems)
-    config_file, dry_run = flags.pop("config", None), flags.pop("dry_run", None)
-    print_config = flags.pop("print_config", False)
+    given = {} if flags is None else {name: value for name, value in flags.items() if value is not _NO_VALUE}
+    config_file, dry_run = given.pop("config", None), given.pop("dry_run", None)
+    print_config = given.pop("print_config", False)
     in_file = _read_yaml(config_file, problems)
-    from_file = _coerce_all(in_file, lambda name: f"{config_file}: {name}", problems)
-    from_flags = _coerce_all(flags, _flag, problems)
-    preset = from_flags.get("preset", from_file.get("preset"))
-    values = {**(PRESETS[preset] if preset else {}), **from_file, **from_flags}
-    problems += [
-        f"{item.name} is missing: give {_flag(item.name)}, or {item.name} in the file of --config"
-        for item in dataclasses.fields(Config)
-        if is_required(item) and item.name not in {*in_file, *flags}
-    ]
+    from_file = _coerce_all(in_file or {}, lambda name: f"{config_file}: {name}", problems)
+    from_flags = _coerce_all(given, _flag, problems)
+    values = _by_precedence(from_file, from_flags)
+    # Only what was read whole can be said to lack something.
+    if flags is not None and flags.get("config") is not _NO_VALUE and in_file is not None:
+        problems += [
+            f"{item.name} is missing: give {_flag(item.name)}, or {item.name} in the file of --config"
+            for item in dataclasses.fields(Config)
+            if is_required(item) and item.name not in {*in_file, *flags}
+        ]
     dry_run_world_size = _dry_run_world_size(dry_run, problems)
     if problems:
         raise ConfigError(problems)
     return Invocation(Config(**values), dry_run is not None, dry_run_world_size, bool(print_config))
 
 
+def _by_precedence(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's preset < the file < the preset of the command line < its other flags. A preset of the command
+    line takes the place of the file's, of which nothing remains."""
+    if "preset" in from_flags:
+        chosen = from_flags["preset"]
+        return {**from_file, **(PRESETS[chosen] if chosen else {}), **from_flags}
+    named = from_file.get("preset")
+    return {**(PRESETS[named] if named else {}), **from_file, **from_flags}
+
+
 # --- flags ------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.HelpFormatter):
+    """The help page, with values that must be given shown so, although argparse lets them be left out."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "*":
+            return f"{action.metavar} [{action.metavar} ...]"
+        return str(action.metavar) if action.const is _NO_VALUE else super()._format_args(action, default_metavar)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,11 +147,14 @@ def build_parser() -> argparse.ArgumentParser:
         usage="torchrun [...] examples/pretrain_laver.sh --config FILE [--name value ...]",
         description="Train a multimodal language model with LaVer on Megatron-Core.",
         epilog="Every flag is also a key of the YAML file, with underscores for dashes. Later beats earlier: "
-        "defaults, preset, file, flags. `none` clears a value that may be empty.",
+        "defaults, the file's preset, file, --preset (in place of the file's), other flags. `none` clears a "
+        "value that may be empty.",
+        formatter_class=_Help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
+    config_help = "YAML file with any of the settings below"
+    parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help=config_help)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument(
         "--dry-run",
@@ -151,24 +178,27 @@ def _add_flag(section: Any, item: dataclasses.Field[Any], kind: FieldType) -> No
     if kind.scalars == (bool,):
         section.add_argument(_flag(item.name), action=argparse.BooleanOptionalAction, help=help_text)
     else:
-        # argparse must not judge choices itself: it stops at the first problem.
+        # argparse must judge neither choices nor missing values itself: it stops at the first problem.
         metavar = "{" + ",".join(choices) + "}" if choices else kind.scalars[-1].__name__.upper()
-        nargs = "+" if kind.is_list else None
-        section.add_argument(_flag(item.name), nargs=nargs, metavar=metavar, help=help_text)
+        lone: dict[str, Any] = {"nargs": "*"} if kind.is_list else {"nargs": "?", "const": _NO_VALUE}
+        section.add_argument(_flag(item.name), **lone, metavar=metavar, help=help_text)
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
-    return " ".join(default) if isinstance(default, tuple) else str(default).lower()
+    if isinstance(default, tuple):
+        return " ".join(default) or "none"
+    return str(default).lower()
 
 
-def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any] | None:
+    """The flags' values as text, _NO_VALUE where one is missing; None if they could not be told apart."""
     try:
         namespace, unknown = build_parser().parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         problems.append(str(error))
-        return {}
+        return None
     known = ["--config", "--dry-run", "--print-config", "--help"] + [_flag(name) for name in field_names()]
     known += [f"--no-{_flag(name)[2:]}" for name, kind in field_types().items() if kind.scalars == (bool,)]
     for argument in unknown:
@@ -178,7 +208,9 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
     stray = [argument for argument in unknown if not argument.startswith("-")]
     if stray and len(stray) == len(unknown):
         problems.append(f"not understood: {' '.join(stray)} (settings are written --name value)")
-    return vars(namespace)
+    flags = {name: _NO_VALUE if value == [] else value for name, value in vars(namespace).items()}
+    problems += [f"{_flag(name)}: no value is given" for name, value in flags.items() if value is _NO_VALUE]
+    return flags
 
 
 def _flag(name: str) -> str:
@@ -209,7 +241,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any]:
+def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any] | None:
+    """The known keys of the file with their values; None if it could not be read."""
     if config_file is None:
         return {}
     try:
@@ -218,16 +251,16 @@ def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         problems.append(f"--config {config_file}: cannot be read ({reason})")
-        return {}
+        return None
     except yaml.YAMLError as error:
         problems.append(f"--config {config_file}: not valid YAML ({' '.join(str(error).split())})")
-        return {}
+        return None
     if content is None:
         return {}
     if not isinstance(content, dict):
         found = type(content).__name__
         problems.append(f"--config {config_file}: expected `key: value` lines, found a {found}")
-        return {}
+        return None
     names = field_names()
     for key in content:
         if key not in names:
@@ -292,6 +325,8 @@ def _coerce_scalar(value: Any, scalars: tuple[type, ...]) -> Any:
             return value
         raise ValueError(f"expected true or false, not {value!r}")
     if scalars == (str,):
+        if value == "":
+            raise ValueError("is empty")
         if isinstance(value, str):
             return value
         raise ValueError(f"expected text, not {value!r} (quote it if it is meant as text)")
@@ -321,3 +356,14 @@ def _is_int_text(value: Any) -> bool:
 def is_rank_zero() -> bool:
     """Whether this process speaks for all: the launcher's rank 0, or no launcher at all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _is_first_of_its_node() -> bool:
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def _node() -> str:
+    """Which node speaks, as the beginning of a message; nothing on the node of rank 0."""
+    if is_rank_zero():
+        return ""
+    return f"node {os.environ.get('GROUP_RANK', '?')} ({socket.gethostname()}): "

@@ -18,6 +18,8 @@ import yaml
 
 GROUPS = ("model", "parallel", "data", "laver", "training", "run")
 FREEZABLE_MODULES = ("encoder", "connector", "decoder", "heads")
+# What the tensors of a checkpoint do not show: a later stage changes it only where it is asked to.
+CHANGEABLE = ("attention", "positions", "encoder_feature_layer")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The method as the paper prints it.
@@ -111,6 +113,12 @@ class Config:
     freeze: tuple[str, ...] = _option(
         "model", "modules that are not trained", choices=FREEZABLE_MODULES, default=("encoder",)
     )
+    allow_change: tuple[str, ...] = _option(
+        "model",
+        "settings that may differ from those the checkpoint was trained with; otherwise that is an error",
+        choices=CHANGEABLE,
+        default=(),
+    )
 
     # parallel
     tensor_model_parallel_size: int = _option("parallel", "ranks that share each layer", default=1)
@@ -152,7 +160,8 @@ class Config:
     )
     preset: str | None = _option(
         "laver",
-        "a named set of values, which the file and the flags override",
+        "a named set of values: in the file, the file's other values beat it; as a flag, it replaces the "
+        "file's preset and beats the file, and other flags beat it",
         choices=tuple(PRESETS),
         default=None,
     )

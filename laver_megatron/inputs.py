@@ -16,7 +16,14 @@ from laver_megatron.data.shards import find_shards
 from laver_megatron.model.shape import EncoderShape, ModelShape, read_encoder_shape, read_model_shape
 
 HF_PREFIX = "hf:"
+RUN_FILE = "run.json"
+MANIFEST_FILE = "manifest.json"
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# File systems of the kernel, where root may do everything and yet no folder can be made.
+_NOT_FOR_FILES = {
+    "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue", "nsfs",
+    "proc", "pstore", "securityfs", "selinuxfs", "sysfs", "tracefs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ def find_inputs(config: Config) -> Inputs:
     own = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     given = hf_dir = None
     if config.load is not None and config.load.startswith(HF_PREFIX):
-        hf_dir = Path(config.load.removeprefix(HF_PREFIX))
+        path = config.load.removeprefix(HF_PREFIX)
+        hf_dir = Path(path) if path else None
     elif config.load is not None and own is None:
         given = latest_checkpoint(Path(config.load))
     checkpoint = own or given
@@ -52,13 +60,25 @@ def find_inputs(config: Config) -> Inputs:
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a checkpoints/ folder, or `directory` itself if it is an iter_*
-    folder with its hf/config.json; None if there is none."""
+    folder with its hf/config.json; None if there is none.
+
+    The file `latest` decides. Without it (the first save was stopped just before writing it, or it was not
+    copied along) the highest iter_* folder with a manifest does: folders get that name when they are whole.
+
+    Raises:
+        ConfigError: `latest` names a checkpoint that is not there.
+    """
     if (directory / "hf" / "config.json").is_file():
         return directory
     pointer = directory / "latest"
     if not pointer.is_file():
-        return None
-    text = pointer.read_text().strip()
+        folders = (path.parent for path in directory.glob(f"iter_*/{MANIFEST_FILE}"))
+        numbered = [path for path in folders if path.name.removeprefix("iter_").isdecimal()]
+        return max(numbered, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
+    try:
+        text = pointer.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{pointer} cannot be read ({error})"]) from None
     path = directory / f"iter_{int(text):07d}" if text.isdecimal() else directory / "iter_?"
     if not (path / "hf" / "config.json").is_file():
         raise ConfigError([f"{pointer} says {text!r}, but {path}/hf/config.json does not exist"])
@@ -75,6 +95,9 @@ def load_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> Iterator[
             f"(there is no checkpoint in {config.run_dir}/checkpoints to go on from)"
         )
         return
+    if config.load == HF_PREFIX:
+        yield f"load {HF_PREFIX} names no directory; write --load {HF_PREFIX}DIR"
+        return
     if dry_run:
         return
     if config.load.startswith(HF_PREFIX):
@@ -87,13 +110,14 @@ def load_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> Iterator[
             yield f"load {path}: this is a Hugging Face directory; write --load {HF_PREFIX}{path}"
         else:
             yield (
-                f"load {config.load}: not a checkpoint; expected a checkpoints/ folder with a file "
-                "`latest`, or an iter_* folder with hf/config.json"
+                f"load {config.load}: not a checkpoint; expected a checkpoints/ folder with complete "
+                "iter_* folders, or one of these, which has hf/config.json"
             )
 
 
 def weight_problems(name: str, directory: Path) -> Iterator[str]:
-    """Missing safetensors of a Hugging Face directory, those that its index names included."""
+    """Safetensors of a Hugging Face directory that are missing, those that its index names included, or cut
+    short, judged by their headers."""
     if not directory.is_dir():
         yield f"{name} {directory}: no such directory"
         return
@@ -102,7 +126,7 @@ def weight_problems(name: str, directory: Path) -> Iterator[str]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            named = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError):
             yield f"{index}: cannot be read as an index of weights"
             return
@@ -110,11 +134,36 @@ def weight_problems(name: str, directory: Path) -> Iterator[str]:
         if absent:
             some = ", ".join(absent[:3])
             yield f"{name} {directory}: {len(absent)} of {len(named)} weight files are missing ({some})"
-    elif not any(directory.glob("*.safetensors")):
-        if any(directory.glob("*.bin")):
-            yield f"{name} {directory}: only pickled *.bin weights; save them again as safetensors"
-        else:
-            yield f"{name} {directory}: no *.safetensors in it"
+    elif (directory / "model.safetensors").is_file():
+        named = ["model.safetensors"]
+    elif any(directory.glob("*.bin")):
+        named = []
+        yield f"{name} {directory}: only pickled *.bin weights; save them again as safetensors"
+    else:
+        named = []
+        yield f"{name} {directory}: neither model.safetensors nor model.safetensors.index.json in it"
+    for file in named:
+        if (directory / file).is_file() and (fault := _safetensors_fault(directory / file)):
+            yield f"{name} {directory / file}: {fault}; download or copy it again"
+
+
+def _safetensors_fault(file: Path) -> str:
+    """What is wrong with the file's length, by its header (8 bytes of length, then JSON with each tensor's
+    place); nothing else is read."""
+    try:
+        num_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > num_bytes - 8:
+                return f"no safetensors file, or cut short within its header ({num_bytes} bytes)"
+            header = json.loads(stream.read(header_bytes))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        meant = 8 + header_bytes + max(ends, default=0)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return "no safetensors file: its header is not one"
+    return "" if num_bytes == meant else f"it has {num_bytes} bytes, but its header says {meant}"
 
 
 def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, list[str]]:
@@ -122,13 +171,15 @@ def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, l
     not the model of the checkpoint."""
     if inputs.model_dir is None:
         # Without --load that is the problem already reported.
-        return None, ["model is missing: give --model DIR with config.json and tokenizer"] if config.load else []
+        named = config.load not in (None, HF_PREFIX)
+        return None, ["model is missing: give --model DIR with config.json and tokenizer"] if named else []
     try:
         shape = read_model_shape(inputs.model_dir)
     except ConfigError as error:
         return None, list(error.problems)
     problems = list(_tokenizer_problems(inputs.model_dir, shape))
-    if config.model is not None and config.load is not None:
+    if config.model is not None and config.load not in (None, HF_PREFIX):
+        assert config.load is not None
         weights = inputs.checkpoint / "hf" if inputs.checkpoint else Path(config.load.removeprefix(HF_PREFIX))
         problems += _shape_differences(Path(config.model), weights)
     return shape, problems
@@ -136,9 +187,16 @@ def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, l
 
 def _tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
     file = directory / "tokenizer.json"
+    has_words = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not file.is_file() and not has_words:
+        yield f"{directory}: no tokenizer in it (tokenizer.json, or vocab.json with merges.txt)"
+        return
+    if not _has_chat_template(directory):
+        yield (
+            f"{directory}: its tokenizer has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); copy these files from the original model"
+        )
     if not file.is_file():
-        if not all((directory / name).is_file() for name in ("vocab.json", "merges.txt")):
-            yield f"{directory}: no tokenizer in it (tokenizer.json, or vocab.json with merges.txt)"
         return
     try:
         added = {token["content"]: token["id"] for token in json.loads(file.read_text("utf-8"))["added_tokens"]}
@@ -152,6 +210,15 @@ def _tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
     if outside:
         token = outside[0]
         yield f"{file}: {token} has the id {added[token]}, but config.json's vocab_size is {shape.vocab_size}"
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((directory / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _shape_differences(model: Path, weights: Path) -> Iterator[str]:
@@ -176,12 +243,31 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
         shape = read_encoder_shape(inputs.encoder_dir)
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
-    problems = []
-    if not (inputs.encoder_dir / "preprocessor_config.json").is_file():
-        problems.append(f"encoder {inputs.encoder_dir}: no preprocessor_config.json in it")
+    problems = list(_preprocessor_problems(inputs.encoder_dir, shape))
     if inputs.checkpoint is None and not dry_run:
         problems += weight_problems("encoder", inputs.encoder_dir)
     return shape, problems
+
+
+def _preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]:
+    file = directory / "preprocessor_config.json"
+    if not file.is_file():
+        yield f"encoder {directory}: no preprocessor_config.json in it"
+        return
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        size = content.get("crop_size" if content.get("do_center_crop") else "size")
+    except (OSError, ValueError, AttributeError) as error:
+        yield f"{file}: cannot be read ({error})"
+        return
+    if not isinstance(size, dict):
+        return  # the processor's own class decides; it is asked when it is built
+    made = (size.get("height"), size.get("width"))
+    if None in made:
+        yield f"{file}: no fixed height and width ({size}); only encoders of fixed resolution can be used"
+    elif made != shape.image_size:
+        taken = f"{shape.image_size[0]} x {shape.image_size[1]}"
+        yield f"{file}: makes images of {made[0]} x {made[1]} pixels, but the encoder of config.json takes {taken}"
 
 
 def shard_problems(config: Config) -> Iterator[str]:
@@ -206,6 +292,19 @@ def run_dir_problems(config: Config) -> Iterator[str]:
             yield f"run_dir {config.run_dir}: {path} is in the way, it is not a directory"
         elif path.exists() and not os.access(path, os.W_OK | os.X_OK):
             yield f"run_dir {config.run_dir}: no permission to write in {path}"
+    if (kind := _file_system_type(nearest)) in _NOT_FOR_FILES:
+        yield f"run_dir {config.run_dir}: {nearest} belongs to the kernel's {kind}, where nothing can be written"
     written = run_dir / "config.yaml"
     if written.exists() and not os.access(written, os.W_OK):
         yield f"run_dir {config.run_dir}: no permission to write {written}"
+
+
+def _file_system_type(path: Path) -> str:
+    """What is mounted where `path` lies, empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    kinds = {point: kind for _, point, kind, *_ in map(str.split, lines)}
+    path = path.resolve()
+    return next((kinds[str(place)] for place in (path, *path.parents) if str(place) in kinds), "")

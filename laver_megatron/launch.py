@@ -8,7 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from laver_megatron.command_line import exit_on_config_error, from_command_line, is_rank_zero, read_command_line
+from laver_megatron.command_line import (
+    exit_on_config_error,
+    from_command_line,
+    is_rank_zero,
+    load_config,
+    read_command_line,
+)
 from laver_megatron.validate import check_run
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "examples" / "demo.yaml"
@@ -78,7 +84,7 @@ def num_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.envi
     if not _names(arguments, "--config"):
         arguments = ["--config", str(DEMO_CONFIG), *arguments]
     with exit_on_config_error():
-        config = read_command_line(arguments).config
+        config = load_config(arguments)
     smallest = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     return max(1, smallest // int(environ.get("NNODES", "1")))
 

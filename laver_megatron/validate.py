@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from laver_megatron import schedules
 from laver_megatron.command_line import Invocation, exit_on_config_error, is_rank_zero
-from laver_megatron.config import FREEZABLE_MODULES, Config, ConfigError
+from laver_megatron.config import Config, ConfigError
+from laver_megatron.continuity import continuity_problems
 from laver_megatron.inputs import (
     encoder_problems,
     find_inputs,
@@ -21,6 +23,7 @@ from laver_megatron.inputs import (
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.metrics import missing_packages
 from laver_megatron.model.shape import EncoderShape, ModelShape
 from laver_megatron.objective.masking import num_masked_tokens
 
@@ -32,8 +35,7 @@ _AT_LEAST_ONE = (
     "eval_interval", "eval_iters", "log_interval",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
-    "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed", "mim_weight",
-    "gram_weight",
+    "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "mim_weight", "gram_weight",
 )  # fmt: skip
 _ABOVE_ZERO = ("student_temperature", "teacher_temperature", "adam_eps")
 _FROM_ZERO_TO_ONE = ("mask_ratio", "ema_momentum", "centre_momentum")
@@ -42,7 +44,7 @@ _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 def check_run(invocation: Invocation) -> Config | None:
     """What a program does with its command line before it starts: the configuration if it can run, None after
-    a dry run that found nothing. Problems end the process with exit code 2; only rank 0 prints."""
+    a dry run that found nothing. Problems end the process with exit code 2."""
     # A dry run may be made on another machine than the one that will train.
     on_cuda = None if invocation.dry_run else torch.cuda.is_available()
     with exit_on_config_error():
@@ -73,8 +75,10 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
         model_shape, of_model = model_problems(config, inputs)
         encoder_shape, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
         problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
+        problems += continuity_problems(config, inputs, model_shape.hidden_size if model_shape else None)
     if not dry_run:
         problems += shard_problems(config)
+        problems += missing_packages(config.tensorboard, config.wandb_project)
     problems += run_dir_problems(config)
     problems += validate(config, model_shape, invocation.world_size(), encoder=encoder_shape, on_cuda=on_cuda)
     if problems:
@@ -101,7 +105,7 @@ def validate(
         if model_shape is not None:
             problems += _tensor_parallel_problems(config, model_shape)
             problems += _pipeline_problems(config, model_shape)
-            problems += _position_problems(model_shape)
+            problems += _position_problems(config, model_shape)
     if encoder is not None:
         problems += _encoder_problems(config, encoder)
     return [*problems, *_masking_problems(config, encoder)]
@@ -131,9 +135,16 @@ def _range_problems(config: Config) -> Iterator[str]:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 yield f"{name} is {value}, but {rule}"
+    if not 0 <= config.seed < 2**63:
+        yield f"seed is {config.seed}, but must be at least 0 and below 2**63"
     interval = config.ema_interval
     if not (0 < interval < 1 or (interval >= 1 and float(interval).is_integer())):
         yield f"ema_interval is {interval}, but must be whole iterations or a share between 0 and 1"
+    elif config.laver and config.train_iters >= 1 and schedules.ema_interval_steps(config) > config.train_iters:
+        yield (
+            f"ema_interval {interval} is above train_iters {config.train_iters}: the teacher would never move; use "
+            f"at most {config.train_iters} (or say so with --ema-momentum 1)"
+        )
 
 
 def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
@@ -144,8 +155,11 @@ def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
         )
     if config.min_lr > config.lr:
         yield f"min_lr {config.min_lr} is above lr {config.lr}; the rate decays from lr to min_lr"
-    if set(config.freeze) >= set(FREEZABLE_MODULES):
-        yield f"freeze names all of {', '.join(FREEZABLE_MODULES)}: nothing is left to train"
+    has_visual_loss = config.mim_weight > 0 or (config.gram_weight > 0 and config.gram_loss != "none")
+    trainable = ["encoder", "connector", "decoder"] + ["heads"] * (config.laver and has_visual_loss)
+    if set(config.freeze) >= set(trainable):
+        without = "" if "heads" in trainable else " (without a visual loss the heads learn nothing)"
+        yield f"freeze names all of {', '.join(trainable)}: nothing is left to train{without}"
     if config.finetune and config.load is None:
         yield "finetune takes the weights of --load, but load is not given"
     if config.eval_interval is not None and config.valid_data_path is None:
@@ -278,7 +292,12 @@ def _uneven_split_problems(
         )
 
 
-def _position_problems(shape: ModelShape) -> Iterator[str]:
+def _position_problems(config: Config, shape: ModelShape) -> Iterator[str]:
+    if config.seq_length > shape.max_position_embeddings:
+        yield (
+            f"seq_length {config.seq_length} is above the model's max_position_embeddings "
+            f"{shape.max_position_embeddings}: it has not learnt positions beyond; shorten the packs"
+        )
     if shape.kv_channels % 2:
         yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
 
@@ -301,18 +320,45 @@ def _encoder_problems(config: Config, encoder: EncoderShape) -> Iterator[str]:
 
 
 def _masking_problems(config: Config, encoder: EncoderShape | None) -> Iterator[str]:
+    """A mask ratio that never masks: judged where the schedule is highest, at the last step."""
     ratio = config.mask_ratio
-    if not config.laver or config.mim_weight <= 0 or not 0 <= ratio <= 1:
+    if not config.laver or config.mim_weight <= 0 or not 0 <= ratio <= 1 or config.train_iters < 1:
         return
+    last = schedules.mask_ratio(config.train_iters - 1, config)
     if ratio == 0:
         yield (
             "mask_ratio 0 never masks a token, so there is nothing to reconstruct; raise it, or set "
             "--mim-weight 0 or --no-laver"
         )
-    elif config.mask_sampling == "fixed" and encoder is not None:
-        num_tokens = encoder.num_tokens
-        if num_tokens and num_masked_tokens(num_tokens, ratio) == 0:
-            yield (
-                f"mask_ratio {ratio} with mask_sampling fixed masks floor({ratio} x {num_tokens}) = 0 of an "
-                f"image's {num_tokens} tokens; use at least {math.ceil(1e4 / num_tokens) / 1e4}, or bernoulli"
-            )
+    elif last == 0:
+        yield "mask_ratio_schedule cosine starts at 0 and train_iters 1 ends there: nothing is masked; use constant"
+    elif config.mask_sampling == "fixed" and encoder is not None and encoder.num_tokens:
+        yield from _fixed_masking_problems(config, encoder.num_tokens, last)
+    elif config.mask_sampling == "bernoulli" and _expects_no_masked_token(config):
+        yield (
+            f"mask_ratio {ratio} masks less than one token in all {config.train_iters} iterations, even if every "
+            f"pack held {config.visual_seq_length} visual tokens; raise it, or set --mim-weight 0 or --no-laver"
+        )
+
+
+def _fixed_masking_problems(config: Config, num_tokens: int, last: float) -> Iterator[str]:
+    if num_masked_tokens(num_tokens, last) > 0:
+        return
+    at_the_end = "" if last == config.mask_ratio else f" even in the last iteration, at {last:.4g}"
+    least = math.ceil(1e4 * config.mask_ratio / last / num_tokens) / 1e4
+    remedy = f"use at least {least}, or bernoulli" if least <= 1 else "use --mask-ratio-schedule constant"
+    yield (
+        f"mask_ratio {config.mask_ratio} with mask_sampling fixed masks floor({last:.4g} x {num_tokens}) = 0 of an "
+        f"image's {num_tokens} tokens{at_the_end}; {remedy}"
+    )
+
+
+def _expects_no_masked_token(config: Config) -> bool:
+    """Whether the expected number of masked tokens of the whole run is below one, with packs full of them."""
+    tokens_per_step = config.global_batch_size * config.visual_seq_length
+    expected = 0.0
+    for step in reversed(range(config.train_iters)):  # the schedule is highest at the end
+        expected += tokens_per_step * schedules.mask_ratio(step, config)
+        if expected >= 1:
+            return False
+    return True

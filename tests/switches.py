@@ -9,6 +9,7 @@ of `tests.distributed.build`, in this process alone; one micro-batch holds all p
 Letters: B packs, S language tokens, V visual slots, L = S + V, H hidden, K the vision head's logits.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class Run:
 @contextmanager
 def trainer_of(assets: Assets, run_dir: str = "unused", **changes: Any) -> Iterator[train.Trainer]:
     """The program's trainer in a process group of one, which is left afterwards."""
+    gc.collect()  # the last one is full of cycles that keep its process groups, and their threads, alive
     try:
         yield make_trainer(make_config(assets, run_dir, **{**BASE, **changes}))
     finally:

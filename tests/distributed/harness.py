@@ -12,6 +12,7 @@ A job function is a module-level function `function(layout, *arguments)`. It run
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -29,7 +30,7 @@ from typing import Any
 
 NUM_WORKERS = 4
 # Whole jobs take a few seconds; a collective that waits this long waits for a rank that will never come.
-JOB_SECONDS = 120
+JOB_SECONDS = 240
 # After the first failure the other ranks may still fail by themselves; later they are taken to hang.
 GRACE_SECONDS = 5
 
@@ -140,25 +141,25 @@ class Pool:
 
     def _stop(self) -> str:
         """Ends all processes; returns where the stuck ones stood. They start anew with the next job."""
+        for connection in self._connections:
+            connection.close()  # a worker that waits for a job leaves by itself
         for process in self._processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.2 if self._processes else 0.0)
-        for process, connection in zip(self._processes, self._connections, strict=True):
-            connection.close()
-            process.terminate()
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        files = [self._stacks(number) for number in range(len(self._processes))]
+            process.join(2)
+        stuck = [number for number, process in enumerate(self._processes) if process.is_alive()]
+        for number in stuck:
+            os.kill(self._processes[number].pid, signal.SIGUSR1)
+        time.sleep(0.2 if stuck else 0.0)
+        for number in stuck:
+            # With the helpers of Megatron's checkpoint writer, which would outlive it.
+            os.killpg(self._processes[number].pid, signal.SIGKILL)
+            self._processes[number].join()
         self._processes, self._connections = [], []
-        return "".join(f"--- stack of rank {i}\n{f.read_text()}" for i, f in enumerate(files) if f.is_file())
+        return "".join(f"--- stack of worker {number}\n{self._stacks(number).read_text()}" for number in stuck)
 
 
 def _serve(number: int, connection: Connection, stacks: str) -> None:
     """A worker's life: jobs from the connection until it closes."""
+    os.setpgid(0, 0)
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=False)  # noqa: SIM115
     import torch
 
@@ -182,6 +183,8 @@ def _run_job(rank: int, path: str, layout: Layout, arguments: tuple, store: str)
     try:
         module, name = path.split(":")
         function = getattr(import_module(module), name)
+        # A trainer is full of cycles that keep the last job's groups alive, and every group has three threads.
+        gc.collect()
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",

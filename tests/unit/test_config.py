@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import socket
 
 import pytest
 import yaml
@@ -72,6 +73,13 @@ def test_preset_flag_beats_preset_of_the_file(config_file):
     assert config.centre_momentum is None
     config = load_config(["--config", config_file(preset="official-settings"), "--preset", "none"])
     assert config.mask_sampling == "bernoulli"
+
+
+def test_preset_flag_beats_the_file_and_flags_beat_it(config_file):
+    path = config_file(mask_sampling="bernoulli", ema_momentum=0.5, gram_weight=3.0)
+    config = load_config(["--config", path, "--preset", "official-settings", "--ema-momentum", "0.75"])
+    assert (config.mask_sampling, config.ema_momentum, config.gram_weight) == ("fixed", 0.75, 3.0)
+    assert load_config(["--config", path, "--preset", "none"]).ema_momentum == 0.5
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -194,6 +202,30 @@ def test_missing_fields_are_named():
     assert [problem for problem in problems if "train" in problem] == ["--train-iters: expected a number, not 'x'"]
 
 
+def test_flag_without_its_value(config_file):
+    path = config_file()
+    assert problems_of("--config", path, "--lr") == ("--lr: no value is given",)
+    assert problems_of("--config", path, "--seed", "--freeze", "--lr", "x", "--bogus") == (
+        "unknown flag --bogus",
+        "--seed: no value is given",
+        "--freeze: no value is given",
+        "--lr: expected a number, not 'x'",
+    )
+    # Required ones are given badly, not missing; what else is missing is still said.
+    assert problems_of(*required_flags()[2:], "--data-path") == ("--data-path: no value is given",)
+    assert {problem.split()[0] for problem in problems_of("--train-iters")} == {
+        "--train-iters:", "data_path", "seq_length", "visual_seq_length", "run_dir"
+    }  # fmt: skip
+    assert problems_of("--lr", "x", "--config") == ("--config: no value is given", "--lr: expected a number, not 'x'")
+    assert problems_of("--config", path, "--laver=yes") == (
+        "argument --laver/--no-laver: ignored explicit argument 'yes'",
+    )
+
+
+def test_empty_text(config_file):
+    assert problems_of("--config", config_file(), "--run-dir", "") == ("--run-dir: is empty",)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -220,11 +252,13 @@ def test_wrong_types(config_file, text, expected):
 def test_files_that_are_no_configuration(tmp_path, content, expected):
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    assert expected in problems_of("--config", str(path))[0]
+    (problem,) = problems_of("--config", str(path))  # nothing is said to be missing from what was not read
+    assert expected in problem
 
 
 def test_file_that_is_not_there(tmp_path):
-    assert "No such file" in problems_of("--config", str(tmp_path / "no.yaml"))[0]
+    (problem,) = problems_of("--config", str(tmp_path / "no.yaml"))
+    assert "No such file" in problem
 
 
 def test_exit_code_and_message_without_traceback(capsys):
@@ -237,12 +271,28 @@ def test_exit_code_and_message_without_traceback(capsys):
     assert "Traceback" not in output.err
 
 
-def test_only_rank_zero_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(
+    ("environ", "beginning"),
+    [
+        ({}, "1 problem"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, "1 problem"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"}, None),
+        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, "node 1 (HOST): 1 problem"),
+        ({"RANK": "9", "LOCAL_RANK": "1", "GROUP_RANK": "1"}, None),
+        # Without a launcher's LOCAL_RANK there is only the rank to go by.
+        ({"RANK": "1"}, None),
+    ],
+)
+def test_one_process_of_each_node_speaks(config_file, capsys, monkeypatch, environ, beginning):
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as caught:
-        from_command_line(["--lr", "x"])
+        from_command_line(["--config", config_file(), "--lr", "x"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == ""
+    output = capsys.readouterr().err
+    assert output == "" if beginning is None else output.startswith(beginning.replace("HOST", socket.gethostname()))
 
 
 def test_print_config_round_trips(config_file, capsys, tmp_path):
@@ -289,6 +339,8 @@ def test_help_names_every_field_with_its_default():
         assert "--" + name.replace("_", "-") in text
     assert "[default: 2e-05]" in text
     assert "[required]" in text
+    for usage in ("--lr FLOAT highest", "--data-path STR [STR ...] training", "--config FILE YAML"):
+        assert usage in text
     assert "%" not in command_line.build_parser().usage
 
 

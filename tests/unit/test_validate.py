@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
+from laver_megatron import inputs, metrics
 from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError
 from laver_megatron.model.shape import EncoderShape, ModelShape, read_encoder_shape, read_model_shape
@@ -196,6 +198,18 @@ def test_the_base_configuration_is_fine():
             1,
             ["floor(0.015 x 64) = 0 of an image's 64 tokens; use at least 0.0157, or bernoulli"],
         ),
+        (
+            {"mask_ratio": 0.0158, "mask_sampling": "fixed", "mask_ratio_schedule": "cosine"},
+            1,
+            # The cosine ends a step before its height: 0.0158 (1 + cos(pi / 10)) / 2 = 0.01541.
+            [
+                "floor(0.01541 x 64) = 0 of an image's 64 tokens even in the last iteration, at 0.01541; "
+                "use at least 0.0161, or bernoulli"
+            ],
+        ),
+        ({"mask_ratio_schedule": "cosine", "train_iters": 1}, 1, ["cosine starts at 0 and train_iters 1 ends there"]),
+        # 10 iterations of 128 tokens.
+        ({"mask_ratio": 0.99 / 1280}, 1, ["masks less than one token in all 10 iterations"]),
         ({"mask_ratio": 1.5}, 1, ["mask_ratio is 1.5, but must be from 0 to 1"]),
         ({"ema_momentum": -0.1}, 1, ["ema_momentum is -0.1, but must be from 0 to 1"]),
         ({"centre_momentum": 2.0}, 1, ["centre_momentum is 2.0, but must be from 0 to 1"]),
@@ -208,10 +222,20 @@ def test_the_base_configuration_is_fine():
         ({"tensor_model_parallel_size": 0}, 1, ["tensor_model_parallel_size is 0, but must be at least 1"]),
         ({"ema_interval": 0}, 1, ["ema_interval is 0, but must be whole iterations or a share between 0 and 1"]),
         ({"ema_interval": 1.5}, 1, ["ema_interval is 1.5"]),
+        ({"ema_interval": 11}, 1, ["ema_interval 11 is above train_iters 10: the teacher would never move"]),
+        ({"seed": -1}, 1, ["seed is -1, but must be at least 0 and below 2**63"]),
+        ({"seed": 2**63}, 1, ["seed is 9223372036854775808"]),
+        ({"seq_length": 32769}, 1, ["seq_length 32769 is above the model's max_position_embeddings 32768"]),
         ({"lr_warmup_iters": 10}, 1, ["lr_warmup_iters 10 leaves nothing of 10 train_iters"]),
         ({"eval_interval": 5}, 1, ["eval_interval is 5, but there is no valid_data_path"]),
         ({"finetune": True}, 1, ["finetune takes the weights of --load, but load is not given"]),
         ({"freeze": ("encoder", "connector", "decoder", "heads")}, 1, ["nothing is left to train"]),
+        ({"freeze": ("encoder", "connector", "decoder"), "laver": False}, 1, ["nothing is left to train (without"]),
+        (
+            {"freeze": ("encoder", "connector", "decoder"), "mim_weight": 0.0, "gram_loss": "none"},
+            1,
+            ["nothing is left to train (without a visual loss"],
+        ),
         ({"encoder_feature_layer": -5}, 1, ["-5, but the encoder has 3 layers; use -4 to 3"]),
     ],
 )  # fmt: skip
@@ -243,6 +267,12 @@ def test_one_problem(changes, world_size, expected):
         ({"mask_ratio": 0.0, "mim_weight": 0.0}, 1),
         ({"mask_ratio": 0.0, "laver": False}, 1),
         ({"mask_ratio": 1 / 64, "mask_sampling": "fixed"}, 1),
+        ({"mask_ratio": 0.0161, "mask_sampling": "fixed", "mask_ratio_schedule": "cosine"}, 1),
+        ({"mask_ratio": 1.01 / 1280}, 1),
+        # The vision head learns beside a frozen model.
+        ({"freeze": ("encoder", "connector", "decoder"), "mim_weight": 0.0}, 1),
+        ({"ema_interval": 10, "seed": 2**63 - 1}, 1),
+        ({"ema_interval": 11, "laver": False}, 1),
         ({"ema_momentum": 1.0, "clip_grad": 0.0, "num_workers": 0, "lr": 0.0}, 1),
         ({"ema_interval": 0.5}, 1),
         # An odd length is fine without LaVer's visual streams as long as the sequence itself divides.
@@ -281,26 +311,36 @@ def test_arithmetic_problems_together():
 # --- files ---------------------------------------------------------------------------------------------
 
 
+def safetensors(num_bytes: int = 24) -> bytes:
+    """A file of one tensor: the length of the header, the header, the bytes."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [num_bytes // 4], "data_offsets": [0, num_bytes]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(num_bytes)
+
+
 def write_model(directory: Path, *, weights: str = "model.safetensors", **changes) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**MODEL_JSON, **changes}))
     (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
-    (directory / weights).write_bytes(b"weights")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / weights).write_bytes(safetensors())
     return directory
 
 
 def write_encoder(directory: Path, **changes) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**ENCODER_JSON, **changes}))
-    (directory / "preprocessor_config.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 128, "width": 128}}))
+    (directory / "model.safetensors").write_bytes(safetensors())
     return directory
 
 
-def write_checkpoint(directory: Path, iteration: int = 10) -> Path:
+def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
+    """A whole checkpoint but for its tensors, as a run with `CONFIG` and these changes leaves it."""
     path = directory / f"iter_{iteration:07d}"
     write_model(path / "hf")
     write_encoder(path / "encoder")
+    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(CONFIG.replace(**changes))))
+    (path / inputs.MANIFEST_FILE).write_text("{}")
     (directory / "latest").write_text(f"{iteration}\n")
     return path
 
@@ -348,7 +388,7 @@ def test_files_and_numbers_together_and_nothing_written(run, tmp_path):
     before = files_below(tmp_path)
     problems = found(run.replace(tensor_model_parallel_size=3, mask_ratio=7.0))
     for expected in (
-        f"load {tmp_path}/model: no *.safetensors in it",
+        f"load {tmp_path}/model: neither model.safetensors nor model.safetensors.index.json in it",
         f"encoder {tmp_path}/encoder: no config.json in it",
         "train-0.tar is empty (0 bytes)",
         "1 processes cannot be divided into TP 3 x PP 1",
@@ -405,6 +445,39 @@ def test_missing_part_of_the_weights(run, tmp_path):
     assert "2 of 3 weight files are missing (model-1.safetensors, model-2.safetensors)" in found(run)[0]
 
 
+@pytest.mark.parametrize("directory", ["model", "encoder"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (safetensors()[:-1], "it has {} bytes, but its header says {whole}"),
+        (safetensors()[:20], "no safetensors file, or cut short within its header (20 bytes)"),
+        (b"", "no safetensors file, or cut short within its header (0 bytes)"),
+        (b"version https://git-lfs", "no safetensors file, or cut short"),
+        (struct.pack("<Q", 2) + b"[]", "no safetensors file: its header is not one"),
+        (struct.pack("<Q", 7) + b'{"a":1}', "no safetensors file: its header is not one"),
+    ],
+)
+def test_weights_cut_short(run, tmp_path, directory, content, expected):
+    file = tmp_path / directory / "model.safetensors"
+    file.write_bytes(content)
+    (problem,) = found(run)
+    assert f"{file}: {expected.format(len(content), whole=len(safetensors()))}" in problem
+    assert check(Invocation(run, dry_run=True, dry_run_world_size=1)), "a dry run needs no weights"
+
+
+def test_only_the_damaged_part_is_named(run, tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model" / "model-1.safetensors").write_bytes(safetensors()[:-4])
+    (tmp_path / "model" / "unrelated.safetensors").write_bytes(b"")
+    (problem,) = found(run)
+    assert "model-1.safetensors: it has" in problem
+
+
+def test_load_without_a_path(run):
+    assert found(run.replace(load="hf:")) == ("load hf: names no directory; write --load hf:DIR",)
+
+
 def test_load_directory_that_is_not_there(run, tmp_path):
     assert any(
         f"{tmp_path}/other: no such directory" in problem for problem in found(run.replace(load=f"hf:{tmp_path}/other"))
@@ -428,6 +501,25 @@ def test_load_checkpoint_folder_or_one_iteration(run, tmp_path):
         assert check_one(run.replace(load=str(load), encoder=None)).num_layers == 4
 
 
+def test_lost_pointer_means_the_highest_whole_folder(run, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for iteration in (5, 20, 10_000_000):
+        write_checkpoint(folder, iteration)
+    (folder / "iter_10000000" / inputs.MANIFEST_FILE).unlink()
+    write_checkpoint(folder, 30).rename(folder / ".iter_0000030.incomplete")
+    (folder / "latest").write_text("5")
+    assert inputs.latest_checkpoint(folder) == folder / "iter_0000005", "the pointer decides where there is one"
+    (folder / "latest").unlink()
+    assert inputs.latest_checkpoint(folder) == folder / "iter_0000020"
+    assert check_one(run.replace(load=None, encoder=None)).num_layers == 4
+
+
+def test_unreadable_pointer(run, tmp_path):
+    write_checkpoint(tmp_path / "old")
+    (tmp_path / "old" / "latest").write_bytes(b"\xff\xfe")
+    assert f"{tmp_path}/old/latest cannot be read" in found(run.replace(load=f"{tmp_path}/old"))[0]
+
+
 def test_checkpoint_without_its_model(run, tmp_path):
     path = write_checkpoint(tmp_path / "old")
     (path / "hf" / "config.json").unlink()
@@ -446,6 +538,142 @@ def test_model_that_is_not_the_checkpoints(run, tmp_path):
     for load in (f"{tmp_path}/old", f"hf:{tmp_path}/model"):
         problems = found(run.replace(load=load, model=f"{tmp_path}/larger"))
         assert any("num_layers 8 against 4; drop --model" in problem for problem in problems), problems
+
+
+# --- going on from a checkpoint ------------------------------------------------------------------------
+
+OTHER_MODEL = {"attention": "causal", "positions": "mrope", "encoder_feature_layer": -1}
+OTHER_STATE = {
+    "centre_momentum": 0.5, "vision_head_hidden_size": 1024, "freeze": (), "seq_length": 250, "visual_seq_length": 100,
+    "seed": 7,
+}  # fmt: skip
+
+
+def going_on(run: Config, tmp_path: Path, how: str, **written) -> tuple[Config, Path]:
+    """A configuration that goes on from a checkpoint written with `written`, and that checkpoint."""
+    folder = tmp_path / "run" / "checkpoints" if how == "resume" else tmp_path / "old"
+    path = write_checkpoint(folder, **written)
+    return run.replace(load=str(folder), finetune=how == "finetune"), path
+
+
+@pytest.mark.parametrize("how", ["resume", "load", "finetune"])
+def test_model_settings_do_not_change_silently(run, tmp_path, how):
+    config, path = going_on(run, tmp_path, how, **OTHER_MODEL)
+    assert found(config) == (
+        f"attention is mixed, but {path} was trained with causal; set --attention causal, or ask for the change with "
+        "--allow-change attention",
+        f"positions is 2d, but {path} was trained with mrope; set --positions mrope, or ask for the change with "
+        "--allow-change positions",
+        f"encoder_feature_layer is -2, but {path} was trained with -1; set --encoder-feature-layer -1, or ask for the "
+        "change with --allow-change encoder_feature_layer",
+    )
+    assert len(found(config.replace(allow_change=("positions",)))) == 2
+    assert check_one(config.replace(allow_change=tuple(OTHER_MODEL)))
+    assert check_one(config.replace(**OTHER_MODEL))
+
+
+@pytest.mark.parametrize("how", ["resume", "load"])
+def test_state_and_data_do_not_change_silently(run, tmp_path, how):
+    config, path = going_on(run, tmp_path, how, **OTHER_STATE, **OTHER_MODEL)
+    problems = found(config)
+    assert len(problems) == len(OTHER_STATE) + len(OTHER_MODEL)
+    start = "start another --run-dir with" if how == "resume" else "give"
+    for difference, setting in (
+        ("centre_momentum is none, but {} was written with 0.5", "--centre-momentum 0.5"),
+        ("vision_head_hidden_size is 2048, but {} was written with 1024", "--vision-head-hidden-size 1024"),
+        ("freeze is encoder, but {} was written with none", "--freeze none"),
+        ("seq_length is 256, but {} was written with 250", "--seq-length 250"),
+        ("visual_seq_length is 128, but {} was written with 100", "--visual-seq-length 100"),
+        ("seed is 1234, but {} was written with 7", "--seed 7"),
+    ):
+        (problem,) = [problem for problem in problems if problem.startswith(difference.format(path))]
+        assert f"set {setting}, or {start} --load {path} --finetune, which takes the weights alone" in problem
+    assert check_one(config.replace(**OTHER_STATE, **OTHER_MODEL))
+    assert len(found(config.replace(allow_change=tuple(OTHER_MODEL)))) == len(OTHER_STATE), "allowed for the model only"
+
+
+def test_laver_is_on_or_off_for_a_whole_run(run, tmp_path):
+    config, path = going_on(run, tmp_path, "resume", laver=False, centre_momentum=0.5, vision_head_hidden_size=1024)
+    (problem,) = found(config)  # what only LaVer has is not compared on top
+    assert problem.startswith(f"laver is on, but {path} was written with off") and "set --no-laver, or" in problem
+    assert check_one(config.replace(laver=False))
+
+
+def test_what_may_change_on_resuming(run, tmp_path):
+    config, _ = going_on(run, tmp_path, "resume", vision_head_output_size=64, centre_momentum=0.9)
+    # 64 is the model's width, what none stands for; of the centre it matters only that there is one.
+    changes = {"global_batch_size": 8, "train_iters": 99, "lr": 1.0, "centre_momentum": 0.5, "mask_ratio": 0.3}
+    assert check_one(config.replace(**changes, data_path=run.data_path))
+    assert "was written with 64" in found(config.replace(centre_momentum=0.9, vision_head_output_size=32))[0]
+
+
+def test_finetune_compares_only_what_it_takes(run, tmp_path):
+    config, path = going_on(run, tmp_path, "finetune", **OTHER_STATE)
+    (problem,) = found(config)
+    assert problem.startswith(f"vision_head_hidden_size is 2048, but {path} was written with 1024")
+    assert problem.endswith("set --vision-head-hidden-size 1024, or train with --no-laver")
+    assert check_one(config.replace(laver=False))
+    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(CONFIG.replace(**OTHER_STATE, laver=False))))
+    assert check_one(config)
+
+
+def test_finetune_says_nothing_on_resuming(run, tmp_path):
+    config, _ = going_on(run, tmp_path, "resume", seed=7)
+    assert "seed is 1234" in found(config.replace(finetune=True))[0]
+
+
+@pytest.mark.parametrize("how", ["resume", "load", "finetune"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
+    config, path = going_on(run, tmp_path, how)
+    file = path / inputs.RUN_FILE
+    before = file.read_text()
+    for content, expected in (
+        ("{", f"{file} cannot be read"),
+        ("[]", f"{file} does not say attention, positions"),
+        (before.replace('"seed"', '"seat"'), f"{file} does not say seed;"),
+    ):
+        file.write_text(content)
+        assert expected in found(config, dry_run=dry_run)[0]
+    file.unlink()
+    assert f"{file} does not exist" in found(config, dry_run=dry_run)[0]
+    file.write_text(before)
+    (path / inputs.MANIFEST_FILE).unlink()
+    assert f"{path}/manifest.json does not exist" in found(config, dry_run=dry_run)[0]
+
+
+# --- tokenizer, architectures, encoders, shards --------------------------------------------------------
+
+
+def test_chat_template(run, tmp_path):
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "its tokenizer has no chat template" in found(run)[0]
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text("{}")
+    assert "its tokenizer has no chat template" in found(run)[0]
+    settings.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert check_one(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"size": {"height": 128, "width": 64}}, "makes images of 128 x 64 pixels, but the encoder"),
+        ({"size": {"height": 96, "width": 96}}, "of config.json takes 128 x 128"),
+        ({"size": {"shortest_edge": 128}}, "no fixed height and width"),
+        ({"size": {"shortest_edge": 9}, "crop_size": {"height": 128, "width": 128}, "do_center_crop": True}, None),
+        ({"size": 128}, None),
+        ({}, None),
+        ([], "cannot be read"),
+    ],
+)
+def test_preprocessor(run, tmp_path, content, expected):
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(content))
+    if expected is None:
+        assert check_one(run)
+    else:
+        (problem,) = found(run)
+        assert expected in problem and "preprocessor_config.json" in problem
 
 
 def test_tokenizer(run, tmp_path):
@@ -543,6 +771,23 @@ def test_run_directory_without_permission(run, tmp_path, monkeypatch):
     assert found(run.replace(run_dir=f"{tmp_path}/locked/new")) == (
         f"run_dir {tmp_path}/locked/new: no permission to write in {tmp_path}/locked",
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/mounts").exists(), reason="the system does not tell what is mounted")
+def test_run_directory_where_the_kernel_lives(run):
+    # Root may write there by its mode bits, and yet nothing can be made.
+    problems = found(run.replace(run_dir="/proc/laver/run"))
+    assert "run_dir /proc/laver/run: /proc belongs to the kernel's proc, where nothing can be written" in problems
+
+
+def test_logging_packages(run, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    problems = found(run.replace(tensorboard=True, wandb_project="p"))
+    assert [problem.split(":")[0] for problem in problems] == [
+        "--tensorboard needs the package tensorboard", "--wandb-project needs the package wandb"
+    ]  # fmt: skip
+    # A dry run may be made elsewhere.
+    assert check(Invocation(run.replace(tensorboard=True), dry_run=True, dry_run_world_size=1))
 
 
 def test_demo_configuration_fits_the_demo(demo_dir, tmp_path):
