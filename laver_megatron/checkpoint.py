@@ -30,10 +30,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.teacher import Centre, TeacherAverage
-
-RUN_FILE = "run.json"
 
 # Parts that a run may add to the weights it starts from.
 NEW_PARTS = ("vision_head.", "mask_token")
@@ -254,7 +253,7 @@ def _write_manifest(path: Path) -> None:
     dist.all_gather_object(parts, mine)
     if dist.get_rank() == 0:
         merged = {name: entry for part in parts if part for name, entry in part.items()}
-        _replace_text(path / "manifest.json", json.dumps(dict(sorted(merged.items())), indent=1))
+        _replace_text(path / MANIFEST_FILE, json.dumps(dict(sorted(merged.items())), indent=1))
         _sync_directory(path)
 
 
@@ -262,7 +261,7 @@ def verify_manifest(path: Path) -> None:
     """Compares every file's size and checksum with the manifest; ValueError naming the first that differs."""
 
     def verify() -> None:
-        manifest_path = path / "manifest.json"
+        manifest_path = path / MANIFEST_FILE
         if not manifest_path.is_file():
             raise ValueError(f"{path} has no manifest.json: it is not a complete checkpoint of this program")
         try:

@@ -25,6 +25,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The method as the paper prints it.
     "paper": {
         "mask_sampling": "bernoulli",
+        "mask_ratio_schedule": "constant",
+        "ema_momentum_schedule": "constant",
         "centre_momentum": None,
         "ema_interval": 1,
         "gram_loss": "cga",

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         train(setup(config))
-    except (ValueError, TrainingFailed) as error:
+    except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
     shut_down_parallelism()
