@@ -127,11 +127,13 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     dist.barrier()
     _write_manifest(temporary)
     if dist.get_rank() == 0:
+        replaced = directory / f".{final.name}.replaced.incomplete"
         if final.exists():  # saved again at the same iteration: the old one goes last
-            os.replace(final, directory / f".{final.name}.replaced.incomplete")
+            os.replace(final, replaced)
         os.replace(temporary, final)
         _replace_text(directory / "latest", str(state.progress.iteration))
         _sync_directory(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
     dist.barrier()
     return final
 

@@ -105,7 +105,7 @@ def origin(error: BaseException) -> str:
 
 
 def setup(config: Config) -> Trainer:
-    """Builds the stages of this rank, loads their weights, wraps them, and finds where to go on."""
+    """Opens the data, builds this rank's stages, loads their weights, wraps them, and finds where to go on."""
     backend = use_backend()
     log_to_terminal()
     inputs = find_inputs(config)
@@ -119,6 +119,18 @@ def setup(config: Config) -> Trainer:
         timeout_minutes=config.distributed_timeout_minutes,
         seed=config.seed,
     )
+    streams = StreamSettings(
+        visual_seq_length=config.visual_seq_length,
+        attention=config.attention,
+        positions=config.positions,
+        head_dim=shape.kv_channels,
+        rope_theta=shape.rope_theta,
+        laver=config.laver,
+    )
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
+    training_data = data(config.data_path, needs_images=config.laver)
+    validation_data = data(config.valid_data_path) if config.valid_data_path else None
     stages = build_stages(config, shape, encoder_dir, load_encoder=source is None)
     for stage in stages:
         stage.initialise_new_parts(config.seed)
@@ -132,17 +144,6 @@ def setup(config: Config) -> Trainer:
         if config.centre_momentum is not None and stages[-1].post_process:
             num_logits = stages[-1].vision_head.linear_3.output_size_per_partition
             centre = Centre(num_logits, config.centre_momentum, backend.device)
-    streams = StreamSettings(
-        visual_seq_length=config.visual_seq_length,
-        attention=config.attention,
-        positions=config.positions,
-        head_dim=shape.kv_channels,
-        rope_theta=shape.rope_theta,
-        laver=config.laver,
-    )
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
-    training_data = data(config.data_path, needs_images=config.laver)
     trainer = Trainer(
         config=config,
         backend=backend,
@@ -153,7 +154,7 @@ def setup(config: Config) -> Trainer:
         centre=centre,
         streams=streams,
         training_data=training_data,
-        validation_data=data(config.valid_data_path) if config.valid_data_path else None,
+        validation_data=validation_data,
         flops=run_flops(config, shape, encoder_dir),
         model_dir=model_dir,
         encoder_dir=encoder_dir,
@@ -161,8 +162,6 @@ def setup(config: Config) -> Trainer:
     )
     if source is not None:
         load_checkpoint(source, trainer.state, weights_only=config.finetune and not inputs.is_resuming)
-    elif teacher is not None:
-        teacher.copy_student()
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
     return trainer

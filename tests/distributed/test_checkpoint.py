@@ -237,9 +237,10 @@ MOMENTS = (
     (checkpoint.dist_checkpointing, "save", 1),
     (checkpoint, "_copy_model_files", 1),
     (checkpoint, "_copy_model_files", 2),
-    (checkpoint.os, "replace", 1),  # the manifest
-    (checkpoint.os, "replace", 2),  # the whole directory
-    (checkpoint.os, "replace", 3),  # `latest`
+    (checkpoint.os, "replace", 1),  # the run's settings
+    (checkpoint.os, "replace", 2),  # the manifest
+    (checkpoint.os, "replace", 3),  # the whole directory
+    (checkpoint.os, "replace", 4),  # `latest`
     (checkpoint, "_sync_directory", 2),
 )
 
@@ -281,7 +282,7 @@ def interrupted_saves(layout, config):
 def test_an_interrupted_save_leaves_the_checkpoint_before(pool, assets, tmp_path):
     config = make_config(assets, tmp_path, ema_interval=1)
     [(found, left)] = pool.run(interrupted_saves, Layout(), config)
-    assert found == ["iter_0000001"] * 6 + ["iter_0000002"]
+    assert found == ["iter_0000001"] * 7 + ["iter_0000002"]
     assert left == ["iter_0000001", "iter_0000002", "latest"], "a later save clears away what the broken ones left"
 
 
