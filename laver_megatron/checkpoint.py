@@ -109,33 +109,39 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     """
     final = directory / f"iter_{state.progress.iteration:07d}"
     temporary = directory / f".{final.name}.incomplete"
-    if dist.get_rank() == 0:
-        for abandoned in directory.glob(".iter_*.incomplete"):  # by a save that was interrupted
-            shutil.rmtree(abandoned)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    _on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
     metadata = sharding_metadata()
     sharded = _model_state(state, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
     sharded.update(progress=asdict(state.progress))
     _all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
-    if dist.get_rank() == 0:
+
+    def describe() -> None:
         _copy_model_files(model_dir, temporary / "hf")
         _copy_model_files(encoder_dir, temporary / "encoder")
         _replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
-    dist.barrier()
+
+    _on_rank_0("write the checkpoint", describe)
     _write_manifest(temporary)
-    if dist.get_rank() == 0:
-        replaced = directory / f".{final.name}.replaced.incomplete"
-        if final.exists():  # saved again at the same iteration: the old one goes last
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-        _replace_text(directory / "latest", str(state.progress.iteration))
-        _sync_directory(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-    dist.barrier()
+    _on_rank_0("put the checkpoint in place", lambda: _put_in_place(temporary, final, state.progress.iteration))
     return final
+
+
+def _start_afresh(directory: Path, temporary: Path) -> None:
+    for abandoned in directory.glob(".iter_*.incomplete"):  # by a save that was interrupted
+        shutil.rmtree(abandoned)
+    temporary.mkdir(parents=True)
+
+
+def _put_in_place(temporary: Path, final: Path, iteration: int) -> None:
+    replaced = final.with_name(f".{final.name}.replaced.incomplete")
+    if final.exists():  # saved again at the same iteration: the old one goes last
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    _replace_text(final.with_name("latest"), str(iteration))
+    _sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> dict:
@@ -222,6 +228,11 @@ def _all_ranks(action: str, work: Callable[[], Any]) -> Any:
     return result
 
 
+def _on_rank_0(action: str, work: Callable[[], None]) -> None:
+    """Runs `work` on rank 0 while the others wait; fails everywhere if it fails there."""
+    _all_ranks(action, work if dist.get_rank() == 0 else lambda: None)
+
+
 def _copy_model_files(source: Path, target: Path) -> None:
     target.mkdir()
     for name in _MODEL_FILES:
@@ -247,16 +258,23 @@ def _my_share(files: list[Path]) -> list[Path]:
 
 def _write_manifest(path: Path) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    mine = {str(p.relative_to(path)): [p.stat().st_size, _checksum(p)] for p in _my_share(files)}
-    for file in _my_share(files):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    parts: list[dict | None] = [None] * dist.get_world_size()
+
+    def describe() -> dict[str, tuple[int, str]]:
+        for file in _my_share(files):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        return {str(p.relative_to(path)): (p.stat().st_size, _checksum(p)) for p in _my_share(files)}
+
+    mine = _all_ranks("checksum the checkpoint", describe)
+    parts: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    if dist.get_rank() == 0:
-        merged = {name: entry for part in parts if part for name, entry in part.items()}
+
+    def write() -> None:
+        merged = {name: entry for part in parts for name, entry in part.items()}
         _replace_text(path / MANIFEST_FILE, json.dumps(dict(sorted(merged.items())), indent=1))
         _sync_directory(path)
+
+    _on_rank_0("write the manifest", write)
 
 
 def verify_manifest(path: Path) -> None:
