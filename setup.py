@@ -23,7 +23,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        # Megatron-Core uses these where it finds them. apex is not here: the package of that name on PyPI is
+        # Megatron-Core uses these where it finds them. apex is not here: what pip finds under that name is
         # another project; NVIDIA's comes with the image of the Dockerfile, or from source.
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "test": ["pytest", "ruff", "mypy", "hypothesis", "scikit-image", "scikit-learn"],
