@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config import Config
-from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.model.shape import ModelShape, read_encoder_shape
 from laver_megatron.model.vision import ImageEncoder
@@ -57,7 +57,7 @@ def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
         "encoder": ("encoder.",),
         "connector": ("connector.",),
         "decoder": ("embedding.", "decoder.", "output_layer."),
-        "heads": ("vision_head.", "mask_token"),
+        "heads": LAVER_PARTS,
     }
     frozen = tuple(prefix for part in parts for prefix in prefixes[part])
     for name, parameter in stage.named_parameters():

@@ -31,11 +31,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE
-from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.teacher import Centre, TeacherAverage
-
-# Parts that a run may add to the weights it starts from.
-NEW_PARTS = ("vision_head.", "mask_token")
 
 # What building the model needs besides the weights; copied as they are, never re-saved.
 _MODEL_FILES = (
@@ -157,8 +154,8 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
     if not weights_only:
         sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
         sharded.update(_teacher_state(state, metadata, is_loading=True))
-    may_lack = NEW_PARTS if weights_only else ()
-    _check_keys(sharded, path, may_lack, (*NEW_PARTS, "teacher.", "optimizer.") if weights_only else ())
+    may_lack = LAVER_PARTS if weights_only else ()
+    _check_keys(sharded, path, may_lack, (*LAVER_PARTS, "teacher.", "optimizer.") if weights_only else ())
     loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
     for i, stage in enumerate(state.stages):
         stage.load_state_dict(loaded[f"model{i}"], strict=False)

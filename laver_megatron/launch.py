@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = demo_arguments(arguments)
         if not _names(arguments, *_ASKS_ONLY):
             make_or_await_demo(DEMO_DIR)
-    # The trainer does both again; here they keep help, mistakes and dry runs from waiting for Megatron-Core.
-    if check_run(from_command_line(arguments)) is None:
+    config = check_run(from_command_line(arguments))
+    if config is None:
         return
-    from laver_megatron import train
+    from laver_megatron import train  # only now: help, mistakes and dry runs need not wait for Megatron-Core
 
-    train.main(arguments)
+    train.run(config)
 
 
 def demo_arguments(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -81,8 +81,12 @@ class Trainer:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `torchrun examples/pretrain_laver.sh --config FILE.yaml [--any-field value]`."""
     config = check_run(from_command_line(argv))
-    if config is None:  # it was a dry run
-        return
+    if config is not None:  # it was no dry run
+        run(config)
+
+
+def run(config: Config) -> None:
+    """Trains by a configuration that has been checked; ends the process with a message if that fails."""
     try:
         train(setup(config))
     except (ValueError, OSError, TrainingFailed) as error:
@@ -119,14 +123,7 @@ def setup(config: Config) -> Trainer:
         timeout_minutes=config.distributed_timeout_minutes,
         seed=config.seed,
     )
-    streams = StreamSettings(
-        visual_seq_length=config.visual_seq_length,
-        attention=config.attention,
-        positions=config.positions,
-        head_dim=shape.kv_channels,
-        rope_theta=shape.rope_theta,
-        laver=config.laver,
-    )
+    streams = StreamSettings.of(config, shape)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
     training_data = data(config.data_path, needs_images=config.laver)

@@ -197,19 +197,6 @@ def build_model(config: Config, checkpoints: Checkpoints) -> list:
     return stages
 
 
-def stream_settings(config: Config, shape: ModelShape):
-    from laver_megatron.model.streams import StreamSettings
-
-    return StreamSettings(
-        visual_seq_length=config.visual_seq_length,
-        attention=config.attention,
-        positions=config.positions,
-        head_dim=shape.kv_channels,
-        rope_theta=shape.rope_theta,
-        laver=config.laver,
-    )
-
-
 @torch.no_grad()
 def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> Outputs | None:
     """Runs Megatron's own pipeline schedule forward and gathers the outputs over the tensor-parallel ranks;
@@ -220,9 +207,9 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
         gather_from_tensor_model_parallel_region,
     )
 
-    from laver_megatron.model.streams import build_micro_batch
+    from laver_megatron.model.streams import StreamSettings, build_micro_batch
 
-    settings = stream_settings(config, stages[0].shape)
+    settings = StreamSettings.of(config, stages[0].shape)
     device = torch.device(torch.cuda.current_device())
     outputs, hidden = [], []
     hooks = [

@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laver_megatron.convert.weights import WeightRule, hugging_face_names, rule_for
-from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.model.shape import ModelShape
 
 # Parts of the model that a text-only checkpoint does not have; they are initialised or loaded elsewhere.
-NEW_PARTS = ("encoder.", "connector.", "mask_token", "vision_head.")
+NEW_PARTS = ("encoder.", "connector.", *LAVER_PARTS)
 
 
 class HuggingFaceTensors:

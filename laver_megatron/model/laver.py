@@ -38,6 +38,9 @@ from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import MicroBatch
 from laver_megatron.model.vision import ImageEncoder
 
+# Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
+LAVER_PARTS = ("vision_head.", "mask_token")
+
 
 @dataclass(frozen=True)
 class StageOutput:

@@ -78,6 +78,7 @@ def spans_to_mask(spans_B2L: Tensor) -> Tensor:
     return (starts_BL1 <= key_L) & (key_L < ends_BL1)
 
 
-def span_area(spans_B2L: Tensor) -> int:
-    """Number of (query, key) pairs attended to, summed over the packs."""
-    return int((spans_B2L[:, 1] - spans_B2L[:, 0]).sum())
+def span_area(spans_B2L: Tensor, counted_BL: Tensor) -> int:
+    """Number of (query, key) pairs that the queries where `counted_BL` holds attend to, summed over the packs.
+    Padding attends to itself, so whoever counts work leaves it out."""
+    return int((spans_B2L[:, 1] - spans_B2L[:, 0])[counted_BL].sum(dtype=torch.int64))

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laver_megatron.config import Config
 from laver_megatron.data.packing import PackBatch
 from laver_megatron.model.positions import language_positions, reconstruction_positions, rotary_angles
+from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans, span_area
 
 
@@ -26,6 +28,18 @@ class StreamSettings:
     head_dim: int
     rope_theta: float
     laver: bool
+
+    @classmethod
+    def of(cls, config: Config, shape: ModelShape) -> "StreamSettings":
+        """Those of a run of a model."""
+        return cls(
+            visual_seq_length=config.visual_seq_length,
+            attention=config.attention,
+            positions=config.positions,
+            head_dim=shape.kv_channels,
+            rope_theta=shape.rope_theta,
+            laver=config.laver,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,8 @@ def span_areas(packs: PackBatch, settings: StreamSettings) -> tuple[int, int]:
     The second is what the reconstruction stream costs, and, with LaVer or without, an encoder that attends
     over whole images."""
     language_B2S = language_spans(packs.document_BS, packs.image_BS, settings.attention)
-    language_area = span_area(language_B2S) - int((packs.document_BS < 0).sum())
     images_B2S = reconstruction_spans(packs.image_BS)
-    return language_area, span_area(images_B2S) - int((packs.image_BS < 0).sum())
+    return span_area(language_B2S, packs.document_BS >= 0), span_area(images_B2S, packs.image_BS >= 0)
 
 
 def build_micro_batch(

@@ -103,12 +103,6 @@ def sharded_teacher_entropies(
     return weight_sum_T.log() - dot_T / weight_sum_T
 
 
-def sharded_inner_products(z_NK: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`gram.inner_products` of one image for logits split over the group: one all-reduce of [N, N]."""
-    (inner_NN,) = sharded_inner_products_of_images([z_NK], group)
-    return inner_NN
-
-
 def sharded_inner_products_of_images(z_of_images: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     """`gram.inner_products` of many images, [N_i, K] each, with one all-reduce for all of them.
 

@@ -20,8 +20,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from laver_megatron.model.shape import EncoderShape, ModelShape
 
 PARTS = (
@@ -156,23 +154,18 @@ def model_flops(
     output_size = hidden if vision_head_output_size is None else vision_head_output_size
     num_encoder_layers_run = embedding = layer = encoder_pair = 0
     if encoder is not None:
-        num_encoder_layers_run = (
-            encoder.num_hidden_layers if num_encoder_layers is None else num_encoder_layers
-        )
+        num_encoder_layers_run = encoder.num_hidden_layers if num_encoder_layers is None else num_encoder_layers
         embedding = matmul_flops(1, encoder.hidden_size, encoder.num_channels * encoder.patch_size**2)
         layer = encoder_layer_flops(encoder)
         encoder_pair = attention_flops(1, 1, encoder.hidden_size)  # heads x head size = hidden size
         connector_input_size = connector_input_size or encoder.hidden_size
     return ModelFlops(
         decoder_per_token=shape.num_layers * decoder_layer_flops(shape),
-        attention_per_pair=shape.num_layers
-        * attention_flops(1, shape.num_attention_heads, shape.kv_channels),
+        attention_per_pair=shape.num_layers * attention_flops(1, shape.num_attention_heads, shape.kv_channels),
         lm_head_per_token=matmul_flops(1, shape.vocab_size, hidden),
         vision_head_per_token=vision_head_flops(hidden, vision_head_hidden_size, output_size),
         gram_per_pair=matmul_flops(1, 1, output_size),
-        connector_first_per_token=matmul_flops(1, hidden, connector_input_size)
-        if connector_input_size
-        else 0,
+        connector_first_per_token=matmul_flops(1, hidden, connector_input_size) if connector_input_size else 0,
         connector_second_per_token=matmul_flops(1, hidden, hidden) if connector_input_size else 0,
         encoder_embedding_per_token=embedding,
         encoder_per_token=num_encoder_layers_run * layer,
@@ -198,7 +191,7 @@ def step_flops(
     Args:
         model: from `model_flops`.
         num_tokens: real LM tokens, visual ones included.
-        lm_span_area: their mask area (`span_area` or `document_area`).
+        lm_span_area: their mask area (`model.spans.span_area` or `document_area`).
         num_visual_tokens: the visual tokens among them; each also goes once through the reconstruction stream and
             once through the teacher.
         reconstruction_span_area: sum over images of N^2.
@@ -276,13 +269,6 @@ def hardware_flops(step: StepFlops, recompute: Literal["full", "selective"] | No
 def tflops_per_gpu(flops: int, seconds: float, num_gpus: int) -> float:
     """10^12 FLOPs per second and device; `flops` are those of all `num_gpus` devices together."""
     return flops / seconds / num_gpus / 1e12
-
-
-def span_area(starts: torch.Tensor, ends: torch.Tensor, real: torch.Tensor) -> int:
-    """Mask area of the queries where the boolean `real` holds; three tensors of one shape. Padding must not be real:
-    its spans have length one."""
-    assert starts.shape == ends.shape == real.shape, (starts.shape, ends.shape, real.shape)
-    return int((ends - starts)[real].sum(dtype=torch.int64))
 
 
 def document_area(num_tokens: int, image_sizes: Iterable[int], attention: str = "mixed") -> int:

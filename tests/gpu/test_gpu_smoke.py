@@ -15,7 +15,6 @@ from tests.parity import (
     parity_config,
     reference_outputs,
     single_process,  # noqa: F401
-    stream_settings,
     write_checkpoints,
 )
 
@@ -41,7 +40,7 @@ def train(checkpoints, num_steps, **changes):
     from laver_megatron.build import wrap
     from laver_megatron.data.batches import GlobalBatch, count
     from laver_megatron.losses import TERMS
-    from laver_megatron.model.streams import span_areas
+    from laver_megatron.model.streams import StreamSettings, span_areas
     from laver_megatron.teacher import TeacherAverage
 
     config = parity_config(
@@ -50,7 +49,7 @@ def train(checkpoints, num_steps, **changes):
     stages = build_model(config, checkpoints)
     chunks, optimizer = wrap(config, stages)
     teacher = TeacherAverage(stages, optimizer, parallel_state.get_data_parallel_group())
-    settings = stream_settings(config, checkpoints.shape)
+    settings = StreamSettings.of(config, checkpoints.shape)
     backend = use_backend()
     common = {"seq_length": SEQ_LENGTH, "image_size": IMAGE_SIZE}
     packs = [

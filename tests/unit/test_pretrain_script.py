@@ -151,10 +151,20 @@ def test_spawned_processes_import_it_without_starting_anything(monkeypatch):
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """A trainer that keeps its arguments, and a demo that is made without work; validation is elsewhere."""
+    """A trainer that keeps the arguments its configuration was read from, and a demo that is made without work;
+    validation is elsewhere."""
     calls = types.SimpleNamespace(arguments=None, made=[])
     module = types.ModuleType("laver_megatron.train")
-    module.main = lambda arguments: setattr(calls, "arguments", arguments)  # type: ignore[attr-defined]
+    arguments_of: dict[int, list[str]] = {}  # by the configuration they were read into
+    read = launch.from_command_line
+
+    def from_command_line(arguments):
+        invocation = read(arguments)
+        arguments_of[id(invocation.config)] = arguments
+        return invocation
+
+    monkeypatch.setattr(launch, "from_command_line", from_command_line)
+    module.run = lambda config: setattr(calls, "arguments", arguments_of[id(config)])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "laver_megatron.train", module)
     monkeypatch.setattr("laver_megatron.train", module, raising=False)
     monkeypatch.setattr(launch, "make_or_await_demo", calls.made.append)

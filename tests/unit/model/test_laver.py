@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from laver_megatron.model.streams import build_micro_batch
+from laver_megatron.model.streams import StreamSettings, build_micro_batch
 from tests.packs import pack, padding, stack
 from tests.parity import (
     IMAGE_SIZE,
     SEQ_LENGTH,
     build_model,
     parity_config,
-    stream_settings,
     write_checkpoints,
 )
 
@@ -44,7 +43,7 @@ def run(stage, packs, masked_BS=None):
         drawn_BS = torch.rand(packs.image_BS.shape, generator=torch.Generator().manual_seed(1)) < 0.4
         masked_BS = drawn_BS & (packs.image_BS >= 0)
     device = torch.device(torch.cuda.current_device())
-    batch = build_micro_batch(packs, masked_BS, stream_settings(stage.run_config, stage.shape), device)
+    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(stage.run_config, stage.shape), device)
     with torch.no_grad():
         output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
     return (
@@ -114,12 +113,12 @@ def test_images_and_places_must_match(stage):
     packs = two_packs()
     device = torch.device(torch.cuda.current_device())
     masked_BS = torch.zeros_like(packs.image_BS, dtype=torch.bool)
-    batch = build_micro_batch(packs, masked_BS, stream_settings(stage.run_config, stage.shape), device)
+    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(stage.run_config, stage.shape), device)
     pixels = [image.to(device) for images in packs.pixels for image in images]
     with pytest.raises(ValueError, match="got 3 images for 4 places"):
         stage(batch, pixels[:3])
     wrong = pack([(3, 4), 2], seq_length=SEQ_LENGTH)
-    batch = build_micro_batch(wrong, masked_BS[:1], stream_settings(stage.run_config, stage.shape), device)
+    batch = build_micro_batch(wrong, masked_BS[:1], StreamSettings.of(stage.run_config, stage.shape), device)
     with pytest.raises(ValueError, match="16 visual tokens for 1 images, but the text holds 12"):
         stage(batch, pixels[:1])
 
@@ -173,7 +172,7 @@ def test_a_frozen_input_leaves_the_decoders_gradient(checkpoints, recompute):
         stage.train()
         device = torch.device(torch.cuda.current_device())
         masked_BS = torch.zeros_like(packs.image_BS, dtype=torch.bool)
-        batch = build_micro_batch(packs, masked_BS, stream_settings(config, stage.shape), device)
+        batch = build_micro_batch(packs, masked_BS, StreamSettings.of(config, stage.shape), device)
         output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
         output.language_logits_SBW.square().mean().backward()
         gradients[granularity] = stage.decoder.layers[0].self_attention.linear_qkv.weight.grad

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laver_megatron.convert.weights import rule_for
-from laver_megatron.model.streams import build_micro_batch
+from laver_megatron.model.streams import StreamSettings, build_micro_batch
 from tests.parity import (
     Outputs,
     Reference,
@@ -16,7 +16,6 @@ from tests.parity import (
     model_outputs,
     parity_config,
     reference_outputs,
-    stream_settings,
     text_micro_batches,
     write_checkpoints,
 )
@@ -113,7 +112,7 @@ def test_gradients(checkpoints, recompute):
     ((theirs.language_logits_BSW * language_BSW).mean() + (theirs.student_logits_NK * student_NK).mean()).backward()
 
     stage.train()
-    batch = build_micro_batch(packs, masked_BS, stream_settings(config, stage.shape), device)
+    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(config, stage.shape), device)
     output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
     student = torch.cat([output.student_logits_VBK[start:end, b] for b, start, end in batch.image_slots])
     language = output.language_logits_SBW.transpose(0, 1)

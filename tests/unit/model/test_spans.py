@@ -23,7 +23,7 @@ def test_language_mask(layout, attention):
     assert spans.dtype == torch.int32 and spans.shape == (1, 2, packs.document_BS.shape[1])
     expected = oracles.language_mask(packs, attention)
     assert torch.equal(spans_to_mask(spans), expected)
-    assert span_area(spans) == int(expected.sum())
+    assert span_area(spans, torch.ones_like(spans[:, 0], dtype=torch.bool)) == int(expected.sum())
 
 
 def test_packs_of_a_micro_batch_do_not_mix():

@@ -73,7 +73,7 @@ def anchor(inputs, group, kind, together):
     if together:
         products = sharded.sharded_inner_products_of_images(students + teachers, group)
     else:
-        products = [sharded.sharded_inner_products(z_NK, group) for z_NK in students + teachers]
+        products = [sharded.sharded_inner_products_of_images([z_NK], group)[0] for z_NK in students + teachers]
     pairs = zip(products[: len(students)], products[len(students) :], strict=True)
     losses = torch.stack([gram_loss(student_NN, teacher_NN, kind) for student_NN, teacher_NN in pairs])
     losses.sum().backward()

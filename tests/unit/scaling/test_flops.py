@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from laver_megatron.model.spans import span_area
 from laver_megatron.scaling.flops import (
     decoder_layer_flops,
     document_area,
     hardware_flops,
     model_flops,
-    span_area,
     step_flops,
     tflops_per_gpu,
 )
@@ -255,8 +255,8 @@ def test_areas_match_nested_loops(attention, images):
         starts[query], ends[query] = min(keys), max(keys) + 1
     assert document_area(length, [last - first for first, last in images], attention) == pairs
     real = torch.arange(padded) < length
-    assert span_area(starts.int(), ends.int(), real) == pairs
-    assert span_area(starts, ends, torch.ones_like(real)) == pairs + 3
+    assert span_area(torch.stack([starts, ends])[None].int(), real[None]) == pairs
+    assert span_area(torch.stack([starts, ends])[None], torch.ones_like(real)[None]) == pairs + 3
 
 
 def test_bad_arguments():
