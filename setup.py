@@ -21,6 +21,7 @@ setup(
         "tqdm",
         "numpy",
         "matplotlib",
+        "xxhash",
     ],
     extras_require={
         # Megatron-Core uses these where it finds them. apex is not here: what pip finds under that name is

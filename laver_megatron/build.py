@@ -21,8 +21,11 @@ from laver_megatron.model.vision import ImageEncoder
 from laver_megatron.scaling.flops import ModelFlops, model_flops
 
 
-def build_stages(config: Config, shape: ModelShape, encoder_dir: Path, *, load_encoder: bool) -> list[LaverStage]:
-    """The pipeline stage of this rank, or its virtual stages under the interleaved schedule."""
+def build_stages(
+    config: Config, shape: ModelShape, encoder_dir: Path | None = None, *, load_encoder: bool = False
+) -> list[LaverStage]:
+    """The pipeline stage of this rank, or its virtual stages under the interleaved schedule. Without encoder_dir
+    the model is text only."""
     megatron_config = transformer_config(config, shape)
     megatron_config.finalize_model_grads_func = finalise_gradients
     num_virtual = megatron_config.virtual_pipeline_model_parallel_size
@@ -32,7 +35,7 @@ def build_stages(config: Config, shape: ModelShape, encoder_dir: Path, *, load_e
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
         encoder = None
-        if first:
+        if first and encoder_dir is not None:
             encoder = ImageEncoder.from_directory(
                 encoder_dir, config.encoder_feature_layer, megatron_config.params_dtype, load_encoder
             )

@@ -10,36 +10,41 @@ A checkpoint is written into a temporary directory and renamed when it is comple
 named `iter_...` is always whole. The teacher is stored once, as its fp32 accumulators.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint import CheckpointException
 
-from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE
+from laver_megatron.inputs import RUN_FILE, has_encoder
+from laver_megatron.manifest import (
+    Entry,
+    check_files,
+    describe,
+    files_of,
+    read_manifest,
+    replace_text,
+    sync_directory,
+    sync_file,
+    write_manifest,
+)
 from laver_megatron.model.laver import LAVER_PARTS, LaverStage
+from laver_megatron.model.shape import TEXT_PART, VISION_PART
+from laver_megatron.model_files import copy_model_files
+from laver_megatron.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 from laver_megatron.teacher import Centre, TeacherAverage
 
-# What building the model needs besides the weights; copied as they are, never re-saved.
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json",
-)  # fmt: skip
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -77,8 +82,8 @@ def sharding_metadata() -> dict:
     }
 
 
-def _model_state(state: TrainingState, metadata: dict) -> dict:
-    return {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(state.stages)}
+def _model_state(stages: Sequence[LaverStage], metadata: dict) -> dict:
+    return {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(stages)}
 
 
 def _teacher_state(state: TrainingState, metadata: dict, is_loading: bool) -> dict:
@@ -106,22 +111,22 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     """
     final = directory / f"iter_{state.progress.iteration:07d}"
     temporary = directory / f".{final.name}.incomplete"
-    _on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
+    on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
     metadata = sharding_metadata()
-    sharded = _model_state(state, metadata)
+    sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
     sharded.update(progress=asdict(state.progress))
-    _all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
+    all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
 
-    def describe() -> None:
-        _copy_model_files(model_dir, temporary / "hf")
-        _copy_model_files(encoder_dir, temporary / "encoder")
-        _replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
+    def describe_run() -> None:
+        copy_model_files(model_dir, temporary / "hf", TEXT_PART)
+        copy_model_files(encoder_dir, temporary / "encoder", VISION_PART)
+        replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
 
-    _on_rank_0("write the checkpoint", describe)
+    on_rank_0("write the checkpoint", describe_run)
     _write_manifest(temporary)
-    _on_rank_0("put the checkpoint in place", lambda: _put_in_place(temporary, final, state.progress.iteration))
+    on_rank_0("put the checkpoint in place", lambda: _put_in_place(temporary, final, state.progress.iteration))
     return final
 
 
@@ -136,40 +141,28 @@ def _put_in_place(temporary: Path, final: Path, iteration: int) -> None:
     if final.exists():  # saved again at the same iteration: the old one goes last
         os.replace(final, replaced)
     os.replace(temporary, final)
-    _replace_text(final.with_name("latest"), str(iteration))
-    _sync_directory(final.parent)
+    replace_text(final.with_name("latest"), str(iteration))
+    sync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> dict:
-    """Fills `state` from a checkpoint written at any layout; returns its common facts.
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Fills `state` from a checkpoint written at any layout, to go on exactly where it stood.
 
-    weights_only (`--finetune`): student weights alone; optimizer, teacher and progress start anew, and parts
-    that the checkpoint lacks (a vision head, [MASK]) keep their start values.
+    Raises:
+        ValueError: damaged files, tensors that either side has no counterpart for, other data.
     """
     verify_manifest(path)
     metadata = sharding_metadata()
-    model_state = _model_state(state, metadata)
-    sharded = dict(model_state)
-    if not weights_only:
-        sharded.update(_optimizer_state(state, model_state, metadata, is_loading=True))
-        sharded.update(_teacher_state(state, metadata, is_loading=True))
-    may_lack = LAVER_PARTS if weights_only else ()
-    _check_keys(sharded, path, may_lack, (*LAVER_PARTS, "teacher.", "optimizer.") if weights_only else ())
-    loaded = _all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
-    for i, stage in enumerate(state.stages):
-        stage.load_state_dict(loaded[f"model{i}"], strict=False)
-    if weights_only:
-        state.optimizer.reload_model_params()
-        if state.teacher is not None:
-            state.teacher.copy_student()
-        return loaded
+    sharded = _model_state(state.stages, metadata)
+    sharded.update(_optimizer_state(state, sharded, metadata, is_loading=True))
+    sharded.update(_teacher_state(state, metadata, is_loading=True))
+    _check_keys(sharded, path)
+    loaded = all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
+    _fill_stages(state.stages, loaded)
     if "optimizer" in loaded:
         state.optimizer.load_state_dict(loaded["optimizer"])
-    if state.teacher is not None:
-        state.teacher.load_sharded_state(loaded["teacher"])
-    if state.centre is not None:
-        state.centre.value_K.copy_(loaded["centre"])
+    _fill_teacher(state, loaded)
     if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
         raise ValueError(
             f"{path} stands at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
@@ -178,7 +171,46 @@ def load_checkpoint(path: Path, state: TrainingState, *, weights_only: bool) -> 
         )
     for name, value in loaded["progress"].items():
         setattr(state.progress, name, value)
-    return loaded
+
+
+def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) -> None:
+    """Fills the student from a checkpoint; optimizer and progress stay new. Parts that the checkpoint lacks (a
+    vision head, [MASK]; encoder and connector of a text-only one) keep their start values.
+
+    take_teacher: the teacher goes on from the checkpoint's, where it has one, instead of from the student.
+    """
+    verify_manifest(path)
+    may_lack = LAVER_PARTS if has_encoder(path) else (*LAVER_PARTS, "encoder.", "connector.")
+    load_weights(state.stages, path, may_lack=may_lack)
+    state.optimizer.reload_model_params()
+    if state.teacher is None:
+        return
+    state.teacher.copy_student()
+    stored = _stored_keys(path)
+    if take_teacher and any(key.startswith("teacher.decoder.") for key in stored):
+        sharded = _teacher_state(state, sharding_metadata(), is_loading=True)
+        if "teacher.centre" not in stored:
+            sharded.pop("centre", None)
+        _fill_teacher(state, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+
+
+def load_weights(stages: Sequence[LaverStage], path: Path, *, may_lack: tuple[str, ...] = ()) -> None:
+    """Fills the student's weights of all stages; may_lack: beginnings of keys that then stay as they are."""
+    sharded = _model_state(stages, sharding_metadata())
+    _check_keys(sharded, path, may_lack, (*LAVER_PARTS, "teacher.", "optimizer."))
+    _fill_stages(stages, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+
+
+def _fill_stages(stages: Sequence[LaverStage], loaded: dict) -> None:
+    for i, stage in enumerate(stages):
+        stage.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def _fill_teacher(state: TrainingState, loaded: dict) -> None:
+    if state.teacher is not None:
+        state.teacher.load_sharded_state(loaded["teacher"])
+    if state.centre is not None and "centre" in loaded:
+        state.centre.value_K.copy_(loaded["centre"])
 
 
 def _load(sharded: dict, path: Path) -> dict:
@@ -187,16 +219,18 @@ def _load(sharded: dict, path: Path) -> dict:
     return loaded
 
 
-def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...], may_ignore: tuple[str, ...]) -> None:
+def _stored_keys(path: Path) -> set[str]:
+    return all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
+
+
+def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_ignore: tuple[str, ...] = ()) -> None:
     """Compares what all ranks together ask for with what the checkpoint holds; ValueError if either has more.
 
     may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of those nobody need ask for.
     """
-    stored = _all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
+    stored = _stored_keys(path)
     mine = {entry.key for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0])}
-    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    asked = set().union(*of_ranks)
+    asked = set().union(*gathered(mine))
     for keys, ignored, problem in (
         (asked - stored, may_lack, "lacks {} of the tensors that this run needs"),
         (stored - asked, may_ignore, "holds {} tensors that this run has no place for"),
@@ -210,105 +244,28 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...], may_ignore
             )
 
 
-def _all_ranks(action: str, work: Callable[[], Any]) -> Any:
-    """Runs `work` and, if it fails anywhere, fails everywhere with the first reason instead of hanging."""
-    result, problem = None, None
-    try:
-        result = work()
-    except (Exception, CheckpointingException, CheckpointException) as error:
-        problem = f"{type(error).__name__}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    failed = [(rank, text) for rank, text in enumerate(problems) if text]
-    if failed:
-        raise ValueError(f"could not {action}: rank {failed[0][0]}: {failed[0][1]}")
-    return result
-
-
-def _on_rank_0(action: str, work: Callable[[], None]) -> None:
-    """Runs `work` on rank 0 while the others wait; fails everywhere if it fails there."""
-    _all_ranks(action, work if dist.get_rank() == 0 else lambda: None)
-
-
-def _copy_model_files(source: Path, target: Path) -> None:
-    target.mkdir()
-    for name in _MODEL_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-# --- manifest: Megatron-Core loads corrupted payload bytes without a word ---
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _my_share(files: list[Path]) -> list[Path]:
-    """The ranks of a run divide reading the files among themselves."""
-    return files[dist.get_rank() :: dist.get_world_size()]
-
-
 def _write_manifest(path: Path) -> None:
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = _my_share(files_of(path))
 
-    def describe() -> dict[str, tuple[int, str]]:
-        for file in _my_share(files):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        return {str(p.relative_to(path)): (p.stat().st_size, _checksum(p)) for p in _my_share(files)}
+    def describe_files() -> dict[str, Entry]:
+        for file in files:
+            sync_file(file)
+        return {str(file.relative_to(path)): describe(file) for file in files}
 
-    mine = _all_ranks("checksum the checkpoint", describe)
-    parts: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-
-    def write() -> None:
-        merged = {name: entry for part in parts for name, entry in part.items()}
-        _replace_text(path / MANIFEST_FILE, json.dumps(dict(sorted(merged.items())), indent=1))
-        _sync_directory(path)
-
-    _on_rank_0("write the manifest", write)
+    parts = gathered(all_ranks("checksum the checkpoint", describe_files))
+    merged = {name: entry for part in parts for name, entry in part.items()}
+    on_rank_0("write the manifest", lambda: write_manifest(path, merged))
 
 
 def verify_manifest(path: Path) -> None:
     """Compares every file's size and checksum with the manifest; ValueError naming the first that differs."""
 
     def verify() -> None:
-        manifest_path = path / MANIFEST_FILE
-        if not manifest_path.is_file():
-            raise ValueError(f"{path} has no manifest.json: it is not a complete checkpoint of this program")
-        try:
-            manifest = json.loads(manifest_path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{manifest_path} is damaged: {error}") from error
-        for file in _my_share([path / name for name in manifest]):
-            size, checksum = manifest[str(file.relative_to(path))]
-            if not file.is_file():
-                raise ValueError(f"{file} is missing from the checkpoint")
-            if file.stat().st_size != size:
-                raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
-            if _checksum(file) != checksum:
-                raise ValueError(f"{file} is damaged: its checksum differs from the manifest's")
+        check_files(path, _my_share(list(read_manifest(path).items())))
 
-    _all_ranks(f"verify the checkpoint {path}", verify)
+    all_ranks(f"verify the checkpoint {path}", verify)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _my_share(items: list[Item]) -> list[Item]:
+    """The ranks of a run divide reading the files among themselves."""
+    return items[rank() :: num_ranks()]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.config import CHANGEABLE, Config
-from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs
+from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
 
 _HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
 _WHY = {
@@ -35,31 +36,31 @@ def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None)
 
     hidden_size: the model's, which is the vision head's output size where that is not given; None if unknown.
     """
-    checkpoint = inputs.checkpoint
-    if checkpoint is None:
+    start = inputs.checkpoint or inputs.export
+    if start is None:
         return
-    if not (checkpoint / MANIFEST_FILE).is_file():
-        yield f"{checkpoint / MANIFEST_FILE} does not exist: {checkpoint.name} is not a complete checkpoint"
-    written, problem = _read_run(checkpoint / RUN_FILE)
+    if inputs.checkpoint and not (inputs.checkpoint / MANIFEST_FILE).is_file():
+        yield f"{inputs.checkpoint / MANIFEST_FILE} does not exist: {start.name} is not a complete checkpoint"
+    written, problem = _read_run(inputs.checkpoint) if inputs.checkpoint else _read_export(start)
     if problem:
         yield problem
         return
-    then = {**written, "vision_head_output_size": written["vision_head_output_size"] or hidden_size}
+    then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
     now = {**vars(config), "vision_head_output_size": config.vision_head_output_size or hidden_size}
     for name in CHANGEABLE:
-        if now[name] != then[name] and name not in config.allow_change:
+        if name in then and now[name] != then[name] and name not in config.allow_change:
             yield (
-                f"{name} is {_shown(now[name])}, but {checkpoint} was trained with {_shown(then[name])}; "
+                f"{name} is {_shown(now[name])}, but {start} was trained with {_shown(then[name])}; "
                 f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
             )
-    weights_only = config.finetune and not inputs.is_resuming
+    weights_only = inputs.weights_only or inputs.export is not None
     for name in _differing(now, then, weights_only):
         other_way = "or train with --no-laver"
         if not weights_only:
-            start = "start another --run-dir with" if inputs.is_resuming else "give"
-            other_way = f"or {start} --load {checkpoint} --finetune, which takes the weights alone"
+            begin = "start another --run-dir with" if inputs.is_resuming else "give"
+            other_way = f"or {begin} --load {start} --finetune, which takes the weights alone"
         yield (
-            f"{name} is {_shown(now[name])}, but {checkpoint} was written with {_shown(then[name])}, and {_WHY[name]}; "
+            f"{name} is {_shown(now[name])}, but {start} was written with {_shown(then[name])}, and {_WHY[name]}; "
             f"set {_setting(name, then[name])}, {other_way}"
         )
 
@@ -82,8 +83,10 @@ def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bo
     yield from (name for name in ("seq_length", "visual_seq_length", "seed") if now[name] != then[name])
 
 
-def _read_run(file: Path) -> tuple[dict[str, Any], str]:
-    """The configuration a checkpoint was written with, and what is wrong with its file."""
+def _read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """The configuration a checkpoint was written with (of a converted one what is known of it), and what is wrong
+    with its file."""
+    file = checkpoint / RUN_FILE
     if not file.is_file():
         return {}, f"{file} does not exist, so nobody knows what the checkpoint was trained with; copy it whole"
     try:
@@ -91,8 +94,27 @@ def _read_run(file: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError) as error:
         return {}, f"{file} cannot be read ({error}); copy the checkpoint again"
     known = content if isinstance(content, dict) else {}
-    absent = [name for name in (*CHANGEABLE, *_WHY) if name not in known]
+    needed = (*CHANGEABLE, *_WHY)
+    if known.get("weights_only"):
+        needed = CHANGEABLE if has_encoder(checkpoint) else ()
+        known["laver"] = "vision_head_output_size" in known
+    absent = [name for name in needed if name not in known]
     return known, f"{file} does not say {', '.join(absent)}; copy the checkpoint again" if absent else ""
+
+
+def _read_export(directory: Path) -> tuple[dict[str, Any], str]:
+    """What a LaVer export was trained with, and what is wrong with its files."""
+    from laver_megatron.convert.parts import parts_of_hugging_face, training_of_export
+
+    try:
+        known: dict[str, Any] = asdict(training_of_export(directory))
+        head = parts_of_hugging_face(directory).vision_head
+    except ValueError as error:
+        return {}, str(error)
+    known["laver"] = head is not None
+    if head is not None:
+        known.update(zip(_HEAD_SIZES, head, strict=True))
+    return known, ""
 
 
 def _setting(name: str, value: Any) -> str:

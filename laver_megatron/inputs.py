@@ -13,7 +13,13 @@ from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
 from laver_megatron.data.shards import find_shards
-from laver_megatron.model.shape import EncoderShape, ModelShape, read_encoder_shape, read_model_shape
+from laver_megatron.model.shape import (
+    EncoderShape,
+    ModelShape,
+    is_laver_export,
+    read_encoder_shape,
+    read_model_shape,
+)
 
 HF_PREFIX = "hf:"
 RUN_FILE = "run.json"
@@ -29,12 +35,18 @@ _NOT_FOR_FILES = {
 @dataclass(frozen=True)
 class Inputs:
     """Where a run starts from. checkpoint: the iter_* folder it goes on from or loads, which brings its own
-    model_dir and encoder_dir: directories with config.json, tokenizer, preprocessor (None if not named)."""
+    model_dir and encoder_dir: directories with config.json, tokenizer, preprocessor (None if not named).
+    export: the LaVer export it starts from, which brings both, too. brings_encoder: whether the encoder's weights
+    come with the others. weights_only: whether a checkpoint gives weights alone, because that is all it has (it was
+    converted) or because --finetune asks for them."""
 
     checkpoint: Path | None
     is_resuming: bool
     model_dir: Path | None
     encoder_dir: Path | None
+    export: Path | None = None
+    brings_encoder: bool = False
+    weights_only: bool = False
 
 
 def find_inputs(config: Config) -> Inputs:
@@ -52,10 +64,34 @@ def find_inputs(config: Config) -> Inputs:
     elif config.load is not None and own is None:
         given = latest_checkpoint(Path(config.load))
     checkpoint = own or given
+    encoder_dir = Path(config.encoder) if config.encoder else None
     if checkpoint is not None:
-        return Inputs(checkpoint, own is not None, checkpoint / "hf", checkpoint / "encoder")
+        brings_encoder = has_encoder(checkpoint)
+        return Inputs(
+            checkpoint,
+            is_resuming=own is not None,
+            model_dir=checkpoint / "hf",
+            encoder_dir=checkpoint / "encoder" if brings_encoder else encoder_dir,
+            brings_encoder=brings_encoder,
+            weights_only=is_converted(checkpoint) or (config.finetune and own is None),
+        )
     model_dir = Path(config.model) if config.model else hf_dir
-    return Inputs(None, False, model_dir, Path(config.encoder) if config.encoder else None)
+    if hf_dir is not None and is_laver_export(hf_dir):
+        return Inputs(None, False, model_dir, hf_dir, export=hf_dir, brings_encoder=True)
+    return Inputs(None, False, model_dir, encoder_dir)
+
+
+def has_encoder(checkpoint: Path) -> bool:
+    """Whether a checkpoint brings its image encoder; one converted from a text-only model does not."""
+    return (checkpoint / "encoder").is_dir()
+
+
+def is_converted(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds weights alone because it was converted, not trained."""
+    try:
+        return json.loads((checkpoint / RUN_FILE).read_text()).get("weights_only") is True
+    except (OSError, ValueError, AttributeError):
+        return False  # what is wrong with the file is said where the rest of it is needed
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -236,7 +272,7 @@ def _shape_differences(model: Path, weights: Path) -> Iterator[str]:
 
 def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[EncoderShape | None, list[str]]:
     """The encoder's shape and what is wrong with its directory; its weights are asked for only when they are
-    to be read, that is without a checkpoint and outside a dry run."""
+    to be read from there, outside a dry run."""
     if inputs.encoder_dir is None:
         return None, ["encoder is missing: give --encoder DIR of a SigLIP vision model"]
     try:
@@ -244,7 +280,7 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
     problems = list(_preprocessor_problems(inputs.encoder_dir, shape))
-    if inputs.checkpoint is None and not dry_run:
+    if not inputs.brings_encoder and not dry_run:
         problems += weight_problems("encoder", inputs.encoder_dir)
     return shape, problems
 

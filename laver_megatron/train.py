@@ -34,10 +34,11 @@ from laver_megatron.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     sharding_metadata,
+    start_from_weights,
 )
 from laver_megatron.command_line import from_command_line
 from laver_megatron.config import Config
-from laver_megatron.convert.hugging_face import load_hugging_face
+from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
 from laver_megatron.data.broadcast import is_reader
 from laver_megatron.data.images import ImagePreprocessor
@@ -128,12 +129,12 @@ def setup(config: Config) -> Trainer:
     data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
     training_data = data(config.data_path, needs_images=config.laver)
     validation_data = data(config.valid_data_path) if config.valid_data_path else None
-    stages = build_stages(config, shape, encoder_dir, load_encoder=source is None)
+    stages = build_stages(config, shape, encoder_dir, load_encoder=not inputs.brings_encoder)
     for stage in stages:
         stage.initialise_new_parts(config.seed)
+    hf_dir = (config.load or "").removeprefix(HF_PREFIX)
     if source is None:
-        assert config.load is not None
-        load_hugging_face(stages, config.load.removeprefix(HF_PREFIX), shape, sharding_metadata())
+        load_hugging_face(stages, hf_dir, sharding_metadata())
     chunks, optimizer = wrap(config, stages)
     teacher = centre = None
     if config.laver:
@@ -158,7 +159,12 @@ def setup(config: Config) -> Trainer:
         progress=Progress(data_fingerprint=training_data.fingerprint),
     )
     if source is not None:
-        load_checkpoint(source, trainer.state, weights_only=config.finetune and not inputs.is_resuming)
+        if inputs.weights_only:
+            start_from_weights(source, trainer.state, take_teacher=not config.finetune)
+        else:
+            load_checkpoint(source, trainer.state)
+    elif teacher is not None and not config.finetune:
+        load_teacher(teacher, centre, hf_dir, sharding_metadata())
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
     return trainer

@@ -182,14 +182,14 @@ def build_model(config: Config, checkpoints: Checkpoints) -> list:
     """This rank's stages with the checkpoint's weights, the teacher equal to the student."""
     from laver_megatron.build import build_stages
     from laver_megatron.checkpoint import sharding_metadata
-    from laver_megatron.convert.hugging_face import load_hugging_face
+    from laver_megatron.convert.direct_start import load_hugging_face
     from laver_megatron.teacher import pair_by_name
 
     shape = checkpoints.shape
     stages = build_stages(config, shape, checkpoints.encoder, load_encoder=True)
     for stage in stages:
         stage.initialise_new_parts(config.seed)
-    load_hugging_face(stages, checkpoints.model, shape, sharding_metadata())
+    load_hugging_face(stages, checkpoints.model, sharding_metadata())
     with torch.no_grad():
         for stage in stages:
             for _, student, teacher in pair_by_name(stage) if config.laver else ():

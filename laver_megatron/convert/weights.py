@@ -1,103 +1,181 @@
-"""The name table: which Hugging Face tensors make up each Megatron tensor, and how, in both directions.
+"""The name table: which Hugging Face tensors make up each Megatron tensor, and how. Read in both directions.
 
 It speaks in Megatron's checkpoint keys (the same with and without TransformerEngine) and in whole tensors;
 how a tensor is sharded is Megatron's own knowledge (its sharded state dict) and appears nowhere here.
+
+    part of the model      Megatron keys                     Hugging Face names
+    decoder, embedding,    embedding. decoder. output_layer. model. lm_head.            (text only)
+    LM head                                                  language_model.            (with images)
+    connector              connector.                        multi_modal_projector.
+    image encoder          encoder.model.                    vision_tower.vision_model.
+    [MASK], vision head    mask_token vision_head.           the same, in the training state
+    teacher                teacher.                          the same beginning, in the training state
+
+Every join only moves rows: a Megatron tensor is a permutation of the rows of its Hugging Face tensors, which
+`laver_megatron.convert.rows` finds out by joining row numbers. So no inverse is written down anywhere.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from laver_megatron.model.shape import ModelShape
 
-Join = Callable[[Sequence[Tensor], ModelShape], Tensor]
-Split = Callable[[Tensor, ModelShape], list[Tensor]]
+Join = Callable[[Sequence[Tensor]], Tensor]
+Size = tuple[int, ...]
+
+TEACHER = "teacher."
+TIED_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class WeightRule:
-    """Megatron key (with `{layer}` where it is per layer), the Hugging Face names, and the pure, invertible
+class Weight:
+    """One Megatron tensor: its checkpoint key, the Hugging Face tensors it is made of with their sizes, and the
     operation between them on whole tensors."""
 
     megatron: str
     hugging_face: tuple[str, ...]
+    sizes: tuple[Size, ...]
     join: Join
-    split: Split
+
+    def hugging_face_sizes(self) -> Iterator[tuple[str, Size]]:
+        return zip(self.hugging_face, self.sizes, strict=True)
+
+    @property
+    def size(self) -> Size:
+        """Of the whole Megatron tensor: the rows of all parts."""
+        return (sum(size[0] for size in self.sizes), *self.sizes[0][1:])
 
 
-def _copy(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+@dataclass(frozen=True)
+class ModelParts:
+    """What a checkpoint consists of, apart from its values.
+
+    encoder: name and size of each tensor of the image encoder, None for a text-only model. feature_size: width
+    of the encoder's features. vision_head: (middle, output) width, None without [MASK] and vision head.
+    """
+
+    text: ModelShape
+    encoder: Mapping[str, Size] | None = None
+    feature_size: int = 0
+    vision_head: tuple[int, int] | None = None
+    teacher: bool = False
+    centre: bool = False
+
+
+def copy_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """A tensor that is the same on both sides."""
     (tensor,) = tensors
     return tensor
 
 
-def _same(tensor: Tensor, shape: ModelShape) -> list[Tensor]:
-    return [tensor]
-
-
-def join_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+def join_qkv(tensors: Sequence[Tensor], num_query_groups: int) -> Tensor:
     """Query, key, value to Megatron's fused order: for each key/value group its query heads, its key, its value.
 
     Works on weights `[rows, H]` and biases `[rows]`. With 4 query heads and 2 groups the rows become
     q0 q1 k0 v0 q2 q3 k1 v1.
     """
-    groups = shape.num_query_groups
-    return torch.cat([t.unflatten(0, (groups, -1)) for t in tensors], dim=1).flatten(0, 1)
+    return torch.cat([t.unflatten(0, (num_query_groups, -1)) for t in tensors], dim=1).flatten(0, 1)
 
 
-def split_qkv(fused: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Inverse of `join_qkv`."""
-    queries = shape.num_attention_heads // shape.num_query_groups * shape.kv_channels
-    parts = fused.unflatten(0, (shape.num_query_groups, -1)).split([queries, shape.kv_channels, shape.kv_channels], 1)
-    return [part.flatten(0, 1) for part in parts]
-
-
-def _join_rows(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+def join_gate_up(tensors: Sequence[Tensor]) -> Tensor:
+    """Gate and up projection one after the other."""
     return torch.cat(list(tensors))
 
 
-def _halve_rows(tensor: Tensor, shape: ModelShape) -> list[Tensor]:
-    return list(tensor.chunk(2))
+def weight_table(parts: ModelParts) -> dict[str, Weight]:
+    """Every tensor of a checkpoint with these parts, by Megatron key, in the order of the forward pass."""
+    with_images = parts.encoder is not None
+    weights = [*_language_model(parts.text, "language_model." if with_images else "")]
+    if parts.encoder is not None:
+        weights = [*_encoder(parts.encoder), *_connector(parts.feature_size, parts.text.hidden_size), *weights]
+    if parts.vision_head is not None:
+        assert with_images, "LaVer's parts need images"
+        weights += [_same("mask_token", (parts.text.hidden_size,)), *_vision_head("", parts)]
+    if parts.teacher:
+        weights += [*_decoder(parts.text, TEACHER, f"{TEACHER}model."), *_vision_head(TEACHER, parts)]
+    if parts.centre:
+        assert parts.vision_head is not None
+        weights.append(_same(f"{TEACHER}centre", parts.vision_head[1:]))
+    return {weight.megatron: weight for weight in weights}
 
 
-_HF_LAYER = "model.layers.{layer}."
-_MEGATRON_LAYER = "decoder.layers.{layer}."
+def is_training_state(hugging_face_name: str) -> bool:
+    """Whether only training goes on from this tensor: exports keep it apart from the model."""
+    return hugging_face_name.startswith((TEACHER, "vision_head.", "mask_token"))
 
 
-def _layer(megatron: str, names: Sequence[str], join: Join = _copy, split: Split = _same) -> WeightRule:
-    return WeightRule(_MEGATRON_LAYER + megatron, tuple(_HF_LAYER + name for name in names), join, split)
+def _language_model(shape: ModelShape, hf: str) -> Iterator[Weight]:
+    words = (shape.vocab_size, shape.hidden_size)
+    yield Weight("embedding.word_embeddings.weight", (f"{hf}model.embed_tokens.weight",), (words,), copy_rows)
+    yield from _decoder(shape, "", f"{hf}model.")
+    if not shape.tie_word_embeddings:
+        yield Weight("output_layer.weight", (hf + TIED_HEAD,), (words,), copy_rows)
 
 
-QWEN2_WEIGHTS: tuple[WeightRule, ...] = (
-    WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _copy, _same),
-    _layer("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"]),
-    _layer("self_attention.linear_qkv.weight", [f"self_attn.{x}_proj.weight" for x in "qkv"], join_qkv, split_qkv),
-    _layer("self_attention.linear_qkv.bias", [f"self_attn.{x}_proj.bias" for x in "qkv"], join_qkv, split_qkv),
-    _layer("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"]),
-    _layer("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"]),
-    _layer("mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], _join_rows, _halve_rows),
-    _layer("mlp.linear_fc2.weight", ["mlp.down_proj.weight"]),
-    WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), _copy, _same),
-    WeightRule("output_layer.weight", ("lm_head.weight",), _copy, _same),
-)
+def _decoder(shape: ModelShape, megatron: str, hf: str) -> Iterator[Weight]:
+    """Layers and final norm, of the student or of the teacher."""
+    for layer in range(shape.num_layers):
+        yield from _layer(shape, f"{megatron}decoder.layers.{layer}.", f"{hf}layers.{layer}.")
+    yield Weight(f"{megatron}decoder.final_layernorm.weight", (f"{hf}norm.weight",), ((shape.hidden_size,),), copy_rows)
 
 
-def rule_for(megatron_key: str) -> tuple[WeightRule, tuple[str, ...]] | None:
-    """The rule of a checkpoint key and its Hugging Face names with the layer filled in; None if there is none."""
-    layer = re.match(r"decoder\.layers\.(\d+)\.", megatron_key)
-    for rule in QWEN2_WEIGHTS:
-        if rule.megatron.format(layer=layer.group(1) if layer else "") == megatron_key:
-            return rule, tuple(name.format(layer=layer.group(1) if layer else "") for name in rule.hugging_face)
-    return None
+def _layer(shape: ModelShape, megatron: str, hf: str) -> Iterator[Weight]:
+    hidden, middle = shape.hidden_size, shape.ffn_hidden_size
+    query = shape.num_attention_heads * shape.kv_channels
+    key = shape.num_query_groups * shape.kv_channels
+    qkv = partial(join_qkv, num_query_groups=shape.num_query_groups)
+
+    def weight(name: str, hf_names: Sequence[str], sizes: Sequence[Size], join: Join = copy_rows) -> Weight:
+        return Weight(megatron + name, tuple(hf + hf_name for hf_name in hf_names), tuple(sizes), join)
+
+    projections = [f"self_attn.{letter}_proj" for letter in "qkv"]
+    yield weight("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"], [(hidden,)])
+    yield weight(
+        "self_attention.linear_qkv.weight",
+        [f"{name}.weight" for name in projections],
+        [(query, hidden), (key, hidden), (key, hidden)],
+        qkv,
+    )
+    yield weight(
+        "self_attention.linear_qkv.bias", [f"{name}.bias" for name in projections], [(query,), (key,), (key,)], qkv
+    )
+    yield weight("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"], [(hidden, query)])
+    yield weight("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"], [(hidden,)])
+    yield weight(
+        "mlp.linear_fc1.weight",
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        [(middle, hidden), (middle, hidden)],
+        join_gate_up,
+    )
+    yield weight("mlp.linear_fc2.weight", ["mlp.down_proj.weight"], [(hidden, middle)])
 
 
-def hugging_face_names(shape: ModelShape) -> set[str]:
-    """Every tensor a Qwen2 checkpoint of this shape may hold (the LM head also where it is tied)."""
-    return {
-        name.format(layer=layer)
-        for rule in QWEN2_WEIGHTS
-        for name in rule.hugging_face
-        for layer in (range(shape.num_layers) if "{layer}" in name else ("",))
-    }
+def _same(name: str, size: Size) -> Weight:
+    return Weight(name, (name,), (size,), copy_rows)
+
+
+def _encoder(sizes: Mapping[str, Size]) -> Iterator[Weight]:
+    for name, size in sizes.items():
+        published = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
+        yield Weight(f"encoder.model.{name}", (published,), (size,), copy_rows)
+
+
+def _connector(feature_size: int, hidden_size: int) -> Iterator[Weight]:
+    for layer, size in (("linear_1", (hidden_size, feature_size)), ("linear_2", (hidden_size, hidden_size))):
+        for kind, kind_size in (("weight", size), ("bias", size[:1])):
+            name = f"{layer}.{kind}"
+            yield Weight(f"connector.{name}", (f"multi_modal_projector.{name}",), (kind_size,), copy_rows)
+
+
+def _vision_head(prefix: str, parts: ModelParts) -> Iterator[Weight]:
+    assert parts.vision_head is not None
+    middle, output = parts.vision_head
+    yield _same(f"{prefix}vision_head.linear_1.weight", (middle, parts.text.hidden_size))
+    yield _same(f"{prefix}vision_head.linear_1.bias", (middle,))
+    yield _same(f"{prefix}vision_head.linear_2.weight", (middle, middle))
+    yield _same(f"{prefix}vision_head.linear_2.bias", (middle,))
+    yield _same(f"{prefix}vision_head.linear_3.weight", (output, middle))

@@ -77,7 +77,11 @@ class Teacher(nn.Module):
 
 
 class LaverStage(LanguageModule):
-    """One pipeline stage (or virtual stage) of LaVer. Built with NaN weights; `load` or a checkpoint fills them."""
+    """One pipeline stage (or virtual stage) of LaVer. Built with NaN weights; `load` or a checkpoint fills them.
+
+    encoder: on the first stage, the image encoder. Without one the model is text only: it has no connector
+    and refuses micro-batches with images, and there is no LaVer in it.
+    """
 
     def __init__(
         self,
@@ -116,8 +120,8 @@ class LaverStage(LanguageModule):
                 config.vision_head_output_size or shape.hidden_size,
             )
 
+        self.encoder: ImageEncoder | None = None
         if pre_process:
-            assert encoder is not None
             self._build_input_side(encoder)
         self.decoder = decoder(student_segments)
         if post_process:
@@ -131,7 +135,7 @@ class LaverStage(LanguageModule):
             self.setup_embeddings_and_output_layer()
         self.to(torch.cuda.current_device())
 
-    def _build_input_side(self, encoder: ImageEncoder) -> None:
+    def _build_input_side(self, encoder: ImageEncoder | None) -> None:
         self.embedding = LanguageModelEmbedding(
             config=self.config,
             vocab_size=self.shape.vocab_size,
@@ -140,6 +144,9 @@ class LaverStage(LanguageModule):
             scatter_to_sequence_parallel=False,
             tp_group=self.tp_group,
         )
+        if encoder is None:
+            assert not self.run_config.laver, "the visual objective needs an image encoder"
+            return
         self.encoder = encoder
         dtype = self.config.params_dtype
         self.connector = Connector(encoder.feature_size, self.shape.hidden_size, dtype)
@@ -165,7 +172,7 @@ class LaverStage(LanguageModule):
     @torch.no_grad()
     def initialise_new_parts(self, seed: int) -> None:
         """Start values of what no Qwen2.5 checkpoint has: connector, [MASK] (N(0, 0.02)) and vision head."""
-        if self.pre_process:
+        if self.encoder is not None:
             self.connector.initialise("connector.", seed)
             if self.run_config.laver:
                 self.mask_token.copy_(seeded_normal("mask_token", (self.shape.hidden_size,), 0.02, seed))
@@ -220,12 +227,15 @@ class LaverStage(LanguageModule):
 
     def _embed(self, batch: MicroBatch, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The three parts of the input: the student's `[S + V, B, H]` and the teacher's `[V, B, H]`."""
-        visual_VBH = self._visual_tokens(batch, pixels)
         words_SBH = self.embedding(input_ids=batch.tokens_BS, position_ids=None)
-        slot_SB = batch.slot_BS.t()
-        gathered_SBH = visual_VBH.gather(0, slot_SB.clamp(min=0).unsqueeze(-1).expand_as(words_SBH))
-        student_LBH = torch.where((slot_SB >= 0).unsqueeze(-1), gathered_SBH, words_SBH)
-        teacher_VBH = None
+        student_LBH, teacher_VBH = words_SBH, None
+        if self.encoder is None:
+            self._refuse_images(batch, pixels)
+        else:
+            visual_VBH = self._visual_tokens(batch, pixels)
+            slot_SB = batch.slot_BS.t()
+            gathered_SBH = visual_VBH.gather(0, slot_SB.clamp(min=0).unsqueeze(-1).expand_as(words_SBH))
+            student_LBH = torch.where((slot_SB >= 0).unsqueeze(-1), gathered_SBH, words_SBH)
         if self.teacher is not None:
             masked_VB1 = batch.masked_BV.t().unsqueeze(-1)
             masked_visual_VBH = torch.where(masked_VB1, self.mask_token, visual_VBH)
@@ -237,8 +247,17 @@ class LaverStage(LanguageModule):
                 teacher_VBH = scatter_to_sequence_parallel_region(teacher_VBH, group=self.tp_group)
         return student_LBH, teacher_VBH
 
+    def _refuse_images(self, batch: MicroBatch, pixels: list[Tensor]) -> None:
+        num_images = max(len(batch.image_slots), len(pixels))
+        if num_images:
+            raise ValueError(
+                f"the model has no image encoder, but the micro-batch holds {num_images} images; leave the images "
+                "out, or build the model with an encoder"
+            )
+
     def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
         """Encoder and connector on all images of the micro-batch, put into their slots: `[V, B, H]`."""
+        assert self.encoder is not None
         num_slots, num_packs = batch.image_BV.shape[1], batch.image_BV.shape[0]
         dtype = self.config.params_dtype
         visual_NH = torch.zeros(num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=batch.slot_BS.device)

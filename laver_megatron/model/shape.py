@@ -26,6 +26,10 @@ _DECODER_KEYS = {
 _ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 
 
+LAVER_EXPORT = "laver"  # model_type of an export of ours, whose config.json holds those of its two models
+TEXT_PART, VISION_PART = "text_config", "vision_config"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A Qwen2 decoder's sizes under Megatron-Core's names; kv_channels is the width of one head."""
@@ -62,12 +66,12 @@ class EncoderShape:
 
 
 def read_model_shape(directory: str | Path) -> ModelShape:
-    """The decoder described by `directory`/config.json.
+    """The decoder described by `directory`/config.json, of a text-only Qwen2.5 or of a LaVer export.
 
     Raises:
         ConfigError: all that is missing, is not Qwen2, or is a variant that the decoder does not implement.
     """
-    path, content = _read_config(directory)
+    path, content = read_part(directory, TEXT_PART)
     model_type = content.get("model_type")
     if model_type != "qwen2":
         raise ConfigError([f"{path}: model_type is {model_type!r}, but only 'qwen2' (Qwen2, Qwen2.5) is supported"])
@@ -97,12 +101,12 @@ def read_model_shape(directory: str | Path) -> ModelShape:
 
 def read_encoder_shape(directory: str | Path) -> EncoderShape:
     """The image encoder described by `directory`/config.json: a SigLIP vision model, with or without its text
-    part.
+    part, or that of a LaVer export.
 
     Raises:
         ConfigError: a missing file or size, or another kind of encoder.
     """
-    path, content = _read_config(directory)
+    path, content = read_part(directory, VISION_PART)
     model_type = content.get("model_type")
     if model_type not in ("siglip", "siglip_vision_model"):
         raise ConfigError(
@@ -127,7 +131,27 @@ def read_encoder_shape(directory: str | Path) -> EncoderShape:
     )
 
 
-def _read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
+def is_laver_export(directory: str | Path) -> bool:
+    """Whether a Hugging Face directory holds image encoder, connector and decoder in one, as our exports do."""
+    try:
+        return read_config(directory)[1].get("model_type") == LAVER_EXPORT
+    except ConfigError:
+        return False
+
+
+def read_part(directory: str | Path, part: str) -> tuple[Path, dict[str, Any]]:
+    """config.json of the decoder (TEXT_PART) or the image encoder (VISION_PART), taken out of a LaVer export's
+    where that is what the directory holds, and its path."""
+    path, content = read_config(directory)
+    if content.get("model_type") == LAVER_EXPORT:
+        of_part = content.get(part)
+        if not isinstance(of_part, dict):
+            raise ConfigError([f"{path}: no {part} in it; is this a whole LaVer export?"])
+        content = of_part
+    return path, content
+
+
+def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     directory = Path(directory)
     path = directory / "config.json"
     if not directory.is_dir():

@@ -8,7 +8,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from laver_megatron.model.shape import VISION_PART, read_part
+
+
+def vision_config(directory: str | Path) -> SiglipVisionConfig:
+    """transformers' settings of the image encoder in a Hugging Face directory, a LaVer export included."""
+    content = read_part(directory, VISION_PART)[1]
+    return SiglipVisionConfig.from_dict(content.get("vision_config", content))
+
+
+def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name and size of every tensor of the image encoder, as transformers builds it; nothing is allocated."""
+    with torch.device("meta"):
+        model = SiglipVisionModel(vision_config(directory))
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def _load_checked(directory: Path, dtype: torch.dtype) -> SiglipVisionModel:
@@ -64,9 +79,7 @@ class ImageEncoder(nn.Module):
         cls, directory: str | Path, feature_layer: int, dtype: torch.dtype, load_weights: bool
     ) -> "ImageEncoder":
         """Builds the encoder of a Hugging Face directory, with its weights or (to be loaded over) without."""
-        config = AutoConfig.from_pretrained(directory)
-        config = getattr(config, "vision_config", config)
-        encoder = cls(config, feature_layer, dtype)
+        encoder = cls(vision_config(directory), feature_layer, dtype)
         if load_weights:
             encoder.model = _load_checked(Path(directory), dtype)
         return encoder

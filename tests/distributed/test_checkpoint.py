@@ -206,7 +206,7 @@ def load_broken(layout, config, directories):
     before, messages = snapshot(trainer), {}
     for name, directory in directories.items():
         try:
-            checkpoint.load_checkpoint(Path(directory), trainer.state, weights_only=False)
+            checkpoint.load_checkpoint(Path(directory), trainer.state)
         except ValueError as error:
             messages[name] = str(error)
     assert_same_bits(snapshot(trainer), before)
@@ -235,13 +235,13 @@ def test_broken_checkpoints_are_refused_by_name(pool, assets, written, tmp_path)
 # (module, function, which of its calls): where `save_checkpoint` is stopped, in order.
 MOMENTS = (
     (checkpoint.dist_checkpointing, "save", 1),
-    (checkpoint, "_copy_model_files", 1),
-    (checkpoint, "_copy_model_files", 2),
+    (checkpoint, "copy_model_files", 1),
+    (checkpoint, "copy_model_files", 2),
     (checkpoint.os, "replace", 1),  # the run's settings
     (checkpoint.os, "replace", 2),  # the manifest
     (checkpoint.os, "replace", 3),  # the whole directory
     (checkpoint.os, "replace", 4),  # `latest`
-    (checkpoint, "_sync_directory", 2),
+    (checkpoint, "sync_directory", 1),
 )
 
 
@@ -271,7 +271,7 @@ def interrupted_saves(layout, config):
             train.save(trainer, run_dir)
         path = latest_checkpoint(run_dir / "checkpoints")
         found.append(path.name)
-        checkpoint.load_checkpoint(path, trainer.state, weights_only=False)
+        checkpoint.load_checkpoint(path, trainer.state)
         if trainer.progress.iteration == 1:
             train.train_step(trainer)
         assert_same_bits(snapshot(trainer), second)

@@ -1,78 +1,154 @@
-"""The name table: every rule goes both ways, and the fused orders are Megatron's."""
+"""The name table: every tensor of transformers' models once with its size, and fused orders that are Megatron's."""
 
 import dataclasses
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from laver_megatron.convert.weights import QWEN2_WEIGHTS, join_qkv, rule_for, split_qkv
+from laver_megatron.convert.weights import ModelParts, is_training_state, join_qkv, weight_table
 from laver_megatron.model.shape import ModelShape
-
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=24,
-    ffn_hidden_size=40,
-    num_attention_heads=6,
-    num_query_groups=3,
-    kv_channels=4,
-    vocab_size=50,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=128,
-)
+from laver_megatron.model.vision import encoder_tensor_sizes
+from tests.conversions import SHAPE, VISION_HEAD, numbered
 
 
-def hugging_face_sizes(shape):
-    """Sizes of transformers' Qwen2 tensors, by the last parts of their names."""
-    query, key = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
-    hidden, middle = shape.hidden_size, shape.ffn_hidden_size
-    return {
-        "embed_tokens.weight": (shape.vocab_size, hidden),
-        "lm_head.weight": (shape.vocab_size, hidden),
-        "norm.weight": (hidden,),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "q_proj.weight": (query, hidden), "k_proj.weight": (key, hidden), "v_proj.weight": (key, hidden),
-        "q_proj.bias": (query,), "k_proj.bias": (key,), "v_proj.bias": (key,),
-        "o_proj.weight": (hidden, query),
-        "gate_proj.weight": (middle, hidden), "up_proj.weight": (middle, hidden), "down_proj.weight": (hidden, middle),
-    }  # fmt: skip
+def qwen(shape: ModelShape) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_query_groups,
+            head_dim=shape.kv_channels,
+            tie_word_embeddings=shape.tie_word_embeddings,
+        )
+    )
 
 
-def numbered(names, shape):
-    """Tensors in which every element of every tensor is another number."""
-    sizes, tensors, first = hugging_face_sizes(shape), [], 0
-    for name in names:
-        (size,) = (size for end, size in sizes.items() if name.endswith(f".{end}") or name == end)
-        count = torch.Size(size).numel()
-        tensors.append(torch.arange(first, first + count, dtype=torch.float64).view(size))
-        first += count
-    return tensors
+def siglip() -> SiglipVisionModel:
+    return SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    )
 
 
+def sizes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the parameters as a checkpoint has them: a tied one once."""
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def named_by(table) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and sizes of a table, which must name each once."""
+    named = [pair for weight in table.values() for pair in weight.hugging_face_sizes()]
+    assert len({name for name, _ in named}) == len(named), "a tensor is named twice"
+    return dict(named)
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
-@pytest.mark.parametrize("rule", QWEN2_WEIGHTS, ids=lambda rule: rule.megatron)
-def test_split_undoes_join(rule, groups):
-    shape = dataclasses.replace(SHAPE, num_query_groups=groups)
-    parts = numbered(rule.hugging_face, shape)
-    joined = rule.join(parts, shape)
-    assert joined.numel() == sum(part.numel() for part in parts)
-    assert torch.equal(joined.flatten().sort().values, torch.cat([p.flatten() for p in parts]).sort().values)
-    back = rule.split(joined, shape)
-    assert len(back) == len(parts)
-    for part, again in zip(parts, back, strict=True):
-        assert torch.equal(part, again)
-    assert torch.equal(rule.join(back, shape), joined)
+def test_text_only_is_transformers_qwen2(tied, groups):
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied, num_query_groups=groups)
+    table = weight_table(ModelParts(shape))
+    assert named_by(table) == sizes_of(qwen(shape))
+    assert ("output_layer.weight" in table) == (not tied)
+
+
+def test_heads_wider_than_the_model():
+    """kv_channels need not be hidden_size / heads."""
+    shape = dataclasses.replace(SHAPE, kv_channels=16)
+    assert named_by(weight_table(ModelParts(shape))) == sizes_of(qwen(shape))
+
+
+@pytest.fixture(scope="module")
+def encoder_sizes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("encoder")
+    siglip().config.save_pretrained(directory)
+    return encoder_tensor_sizes(directory)
+
+
+def with_images(encoder_sizes, **changes) -> ModelParts:
+    parts = ModelParts(
+        SHAPE, encoder=encoder_sizes, feature_size=16, vision_head=VISION_HEAD, teacher=True, centre=True
+    )
+    return dataclasses.replace(parts, **changes)
+
+
+def test_an_export_is_llava_of_transformers_parts(encoder_sizes):
+    """The names of published llava checkpoints, from transformers' own modules under their prefixes."""
+    hidden = SHAPE.hidden_size
+    expected = {f"language_model.{name}": size for name, size in sizes_of(qwen(SHAPE)).items()}
+    for name, size in sizes_of(siglip()).items():
+        expected[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = size
+    for number, width in ((1, 16), (2, hidden)):
+        expected[f"multi_modal_projector.linear_{number}.weight"] = (hidden, width)
+        expected[f"multi_modal_projector.linear_{number}.bias"] = (hidden,)
+    found = named_by(weight_table(with_images(encoder_sizes)))
+    assert {name: size for name, size in found.items() if not is_training_state(name)} == expected
+    alone = with_images(encoder_sizes, vision_head=None, teacher=False, centre=False)
+    assert named_by(weight_table(alone)) == expected
+
+
+def vision_head(prefix: str) -> dict[str, tuple[int, ...]]:
+    (middle, output), hidden = VISION_HEAD, SHAPE.hidden_size
+    return {
+        f"{prefix}vision_head.linear_1.weight": (middle, hidden),
+        f"{prefix}vision_head.linear_1.bias": (middle,),
+        f"{prefix}vision_head.linear_2.weight": (middle, middle),
+        f"{prefix}vision_head.linear_2.bias": (middle,),
+        f"{prefix}vision_head.linear_3.weight": (output, middle),
+    }
+
+
+def test_training_state(encoder_sizes):
+    head = {"mask_token": (SHAPE.hidden_size,), **vision_head("")}
+    teacher = {f"teacher.{name}": size for name, size in sizes_of(qwen(SHAPE)).items() if ".layers." in name}
+    teacher |= {"teacher.model.norm.weight": (SHAPE.hidden_size,), **vision_head("teacher.")}
+    centre = {"teacher.centre": (VISION_HEAD[1],)}
+    for changes, expected in (
+        ({}, {**head, **teacher, **centre}),
+        ({"centre": False}, {**head, **teacher}),
+        ({"centre": False, "teacher": False}, head),
+    ):
+        table = weight_table(with_images(encoder_sizes, **changes))
+        assert {n: s for n, s in named_by(table).items() if is_training_state(n)} == expected
+
+
+def test_parts_that_need_others_are_our_own_mistakes(encoder_sizes):
+    for parts in (
+        dataclasses.replace(with_images(encoder_sizes), encoder=None),
+        with_images(encoder_sizes, vision_head=None, teacher=False),
+        with_images(encoder_sizes, vision_head=None, centre=False),
+    ):
+        with pytest.raises(AssertionError):
+            weight_table(parts)
+
+
+def test_sizes_of_whole_megatron_tensors(encoder_sizes):
+    """A weight's size is that of its joined parts, and nothing but order is changed."""
+    for weight in weight_table(with_images(encoder_sizes)).values():
+        parts = numbered(weight.sizes)
+        joined = weight.join(parts)
+        assert tuple(joined.shape) == weight.size, weight.megatron
+        elements = torch.cat([part.flatten() for part in parts])
+        assert torch.equal(joined.flatten().sort().values, elements), weight.megatron
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 def test_fused_qkv_row_by_row(kind, groups):
     """Each group's query heads, its key, its value; written as loops over groups, heads and rows."""
-    shape = dataclasses.replace(SHAPE, num_query_groups=groups)
-    query, key, value = numbered([f"{x}_proj.{kind}" for x in "qkv"], shape)
-    width, per_group = shape.kv_channels, shape.num_attention_heads // groups
+    width, per_group = SHAPE.kv_channels, SHAPE.num_attention_heads // groups
+    rest = (SHAPE.hidden_size,) if kind == "weight" else ()
+    num_rows = (SHAPE.num_attention_heads * width, groups * width, groups * width)
+    query, key, value = numbered([(rows, *rest) for rows in num_rows])
     rows = []
     for group in range(groups):
         for head in range(group * per_group, (group + 1) * per_group):
@@ -81,53 +157,25 @@ def test_fused_qkv_row_by_row(kind, groups):
         for tensor in (key, value):
             for channel in range(width):
                 rows.append(tensor[group * width + channel])
-    fused = join_qkv([query, key, value], shape)
-    assert torch.equal(fused, torch.stack(rows))
-    for part, again in zip((query, key, value), split_qkv(fused, shape), strict=True):
-        assert torch.equal(part, again)
-
-
-def test_heads_wider_than_the_model():
-    """kv_channels need not be hidden_size / heads."""
-    shape = dataclasses.replace(SHAPE, kv_channels=16)
-    parts = numbered([f"{x}_proj.weight" for x in "qkv"], shape)
-    fused = join_qkv(parts, shape)
-    assert fused.shape == ((6 + 2 * 3) * 16, 24)
-    assert all(torch.equal(a, b) for a, b in zip(parts, split_qkv(fused, shape), strict=True))
+    assert torch.equal(join_qkv([query, key, value], groups), torch.stack(rows))
+    shape = dataclasses.replace(SHAPE, num_query_groups=groups)
+    weight = weight_table(ModelParts(shape))[f"decoder.layers.1.self_attention.linear_qkv.{kind}"]
+    assert weight.hugging_face == tuple(f"model.layers.1.self_attn.{x}_proj.{kind}" for x in "qkv")
+    assert torch.equal(weight.join([query, key, value]), torch.stack(rows))
 
 
 def test_gate_stands_before_up():
-    rule, names = rule_for("decoder.layers.1.mlp.linear_fc1.weight")
-    assert names == ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight")
-    gate, up = numbered(names, SHAPE)
-    assert torch.equal(rule.join([gate, up], SHAPE), torch.cat([gate, up]))
+    weight = weight_table(ModelParts(SHAPE))["decoder.layers.1.mlp.linear_fc1.weight"]
+    assert weight.hugging_face == ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    gate, up = numbered(weight.sizes)
+    assert torch.equal(weight.join([gate, up]), torch.stack([*gate, *up]))
 
 
-def test_rules_by_key():
-    rule, names = rule_for("decoder.layers.12.self_attention.linear_qkv.bias")
-    assert names == tuple(f"model.layers.12.self_attn.{x}_proj.bias" for x in "qkv")
-    assert rule_for("embedding.word_embeddings.weight")[1] == ("model.embed_tokens.weight",)
-    assert rule_for("vision_head.linear_1.weight") is None
-    assert rule_for("decoder.layers.0.mlp.linear_fc3.weight") is None
-    assert rule_for("teacher.decoder.layers.0.mlp.linear_fc1.weight") is None
-
-
-def test_table_names_every_tensor_of_a_checkpoint_once():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=3, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-    named = [
-        name.format(layer=layer)
-        for rule in QWEN2_WEIGHTS
-        for layer in (range(2) if "{layer}" in rule.megatron else [None])
-        for name in rule.hugging_face
-    ]
-    assert sorted(named) == sorted(model.state_dict())
-    sizes = hugging_face_sizes(SHAPE)
-    for name, tensor in model.state_dict().items():
-        assert any(name.endswith(end) and tuple(tensor.shape) == size for end, size in sizes.items()), name
+def test_norms_of_a_layer_are_not_exchanged():
+    """Both are vectors of one size, so that nothing else would show it."""
+    table = weight_table(ModelParts(SHAPE))
+    norms = {key: weight.hugging_face for key, weight in table.items() if "layer_norm" in key and ".0." in key}
+    assert norms == {
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": ("model.layers.0.input_layernorm.weight",),
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": ("model.layers.0.post_attention_layernorm.weight",),
+    }

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from laver_megatron.convert.weights import rule_for
+from laver_megatron.convert.rows import split
+from laver_megatron.convert.weights import ModelParts, weight_table
 from laver_megatron.model.streams import StreamSettings, build_micro_batch
 from tests.parity import (
     Outputs,
@@ -119,7 +120,7 @@ def test_gradients(checkpoints, recompute):
     ((language * language_BSW.to(device)).mean() + (student * student_NK.to(device)).mean()).backward()
 
     expected = {name: p.grad for name, p in reference.language.named_parameters()}
-    compared = 0
+    weights, compared = weight_table(ModelParts(stage.shape)), 0
     for name, parameter in stage.named_parameters():
         if name.startswith(("teacher.", "encoder.")):
             assert parameter.grad is None, name
@@ -133,8 +134,8 @@ def test_gradients(checkpoints, recompute):
             found, wanted = [parameter.grad], [reference.mask_token.grad]
         else:
             key = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-            rule, names = rule_for(key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
-            found, wanted = rule.split(parameter.grad, stage.shape), [expected[n] for n in names]
+            weight = weights[key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")]
+            found, wanted = split(weight, parameter.grad), [expected[n] for n in weight.hugging_face]
         for mine, theirs_grad in zip(found, wanted, strict=True):
             compared += 1
             error = (mine.cpu() - theirs_grad).norm() / theirs_grad.norm()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from laver_megatron.build import build_stages
 from laver_megatron.checkpoint import sharding_metadata
-from laver_megatron.convert.hugging_face import HuggingFaceTensors, load_hugging_face
-from laver_megatron.convert.weights import rule_for
+from laver_megatron.convert.direct_start import load_hugging_face
+from laver_megatron.convert.rows import split
+from laver_megatron.convert.safetensors_reader import SafetensorsReader
+from laver_megatron.convert.weights import ModelParts, weight_table
 from tests.parity import Checkpoints, parity_config, write_checkpoints
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -41,7 +42,7 @@ def load(checkpoints, **changes):
     stages = build_stages(config, checkpoints.shape, checkpoints.encoder, load_encoder=True)
     for stage in stages:
         stage.initialise_new_parts(1)
-    load_hugging_face(stages, checkpoints.model, checkpoints.shape, sharding_metadata())
+    load_hugging_face(stages, checkpoints.model, sharding_metadata())
     return stages
 
 
@@ -59,13 +60,13 @@ def test_every_weight_arrives(written, files):
     theirs = {}
     for path in written["single"].model.glob("*.safetensors"):
         theirs.update(load_file(path))
-    seen = set()
+    weights, seen = weight_table(ModelParts(stage.shape)), set()
     for name, parameter in stage.named_parameters():
         if not name.startswith(("decoder.", "embedding.", "output_layer.")):
             continue
         key = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-        rule, names = rule_for(key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
-        for hf_name, part in zip(names, rule.split(parameter.detach().cpu(), stage.shape), strict=True):
+        weight = weights[key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")]
+        for hf_name, part in zip(weight.hugging_face, split(weight, parameter.detach().cpu()), strict=True):
             assert torch.equal(part, theirs[hf_name]), hf_name
             seen.add(hf_name)
     assert seen == set(theirs)
@@ -104,7 +105,7 @@ def test_surplus_layer(damaged):
         tensors["model.layers.2.input_layernorm.weight"] = tensors[NORM].clone()
 
     change(damaged, add_layer)
-    expect_error(damaged, "model.safetensors", "model.layers.2.input_layernorm.weight", "2 layers")
+    expect_error(damaged, "model.safetensors", "model.layers.2.input_layernorm.weight", "27 tensors")
 
 
 def test_missing_part_of_a_fused_tensor(damaged):
@@ -200,11 +201,23 @@ def test_no_weights_at_all(damaged):
     expect_error(damaged, damaged.model, "model.safetensors.index.json")
 
 
-def test_files_are_opened_when_needed_and_closed(written):
-    with HuggingFaceTensors(written["several"].model) as tensors:
+def test_files_are_opened_when_needed_and_bytes_counted(written):
+    with SafetensorsReader(written["several"].model) as tensors:
         assert tensors._open == {}
-        assert tensors[NORM].shape == (64,)
+        assert tensors.read(NORM, 0, 64).shape == (64,)
         assert len(tensors._open) == 1
+        assert tensors.read("model.embed_tokens.weight", 3, 5, slice(8, 24)).shape == (2, 16)
+        assert tensors.num_bytes_read == 4 * (64 + 2 * 16)
         with pytest.raises(ValueError, match="no tensor model.layers.9"):
-            tensors["model.layers.9.input_layernorm.weight"]
-    assert isinstance(tensors.directory, Path)
+            tensors.size("model.layers.9.input_layernorm.weight")
+
+
+def test_quantised_weights(damaged):
+    change(damaged, lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}))
+    expect_error(damaged, damaged.model, NORM, "I8", "quantised")
+
+
+def test_parts_of_one_tensor_in_different_types(damaged):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    change(damaged, lambda t: t.update({name: t[name].bfloat16()}))
+    expect_error(damaged, damaged.model, name, "bfloat16", "float32")

@@ -1,0 +1,159 @@
+"""Asks an exported model about pictures.
+
+    python examples/chat.py --model EXPORT --image photo.jpg --question "What is in the picture?"
+    python examples/chat.py --model EXPORT --image photo.jpg           # asks for questions; an empty line ends it
+
+EXPORT is a directory written by tools/megatron_to_hf.py. Needs torch, transformers and Pillow, and nothing of this
+repository. An export in laver format brings code of its own, which is run: use exports that you trust.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class UserError(Exception):
+    """Something on the command line that the user can put right."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the chat; 0, or 2 with a message where the command line is at fault."""
+    options = _parse(argv)
+    try:
+        format = _format_of(options.model)
+        pictures = [_open(path) for path in options.image]
+        device = _device(options.device)
+    except UserError as error:
+        print(f"chat.py: {error}", file=sys.stderr)
+        return 2
+    print(f"loading {options.model} on {device} ...", file=sys.stderr)
+    chat = Chat(options.model, format, pictures, device, options.dtype, options.max_new_tokens)
+    for question in _questions(options.question):
+        chat.ask(question)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Asks an exported model about pictures.")
+    parser.add_argument("--model", type=Path, required=True, help="directory written by tools/megatron_to_hf.py")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], help="pictures, shown before the first question")
+    parser.add_argument("--question", help="ask this and stop; without it, questions are read one after the other")
+    parser.add_argument("--max-new-tokens", type=_positive, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as exported)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _format_of(directory: Path) -> str:
+    """`laver` or `llava`; a UserError says what the directory is not."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json; is it an export of tools/megatron_to_hf.py?")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        format = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if format not in ("laver", "llava"):
+        raise UserError(
+            f"{directory} holds a model of type {format!r}, not an export that reads pictures (laver or llava); "
+            "export the checkpoint with tools/megatron_to_hf.py --format laver"
+        )
+    if format == "llava" and config.get("is_mm_prefix_lm"):
+        print(
+            "chat.py: this model was trained with mixed attention, which transformers does not compute for the llava "
+            "format; its answers will be worse than those of an export with --format laver",
+            file=sys.stderr,
+        )
+    return format
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they like on broken files
+        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _questions(question: str | None) -> Iterator[str]:
+    """The one of the command line, or those typed until an empty line or the end of the input."""
+    if question is not None:
+        yield question
+        return
+    while True:
+        try:
+            typed = input("? ").strip()
+        except EOFError:
+            return
+        if not typed:
+            return
+        yield typed
+
+
+class Chat:
+    """A conversation about some pictures; every answer sees all that was said before."""
+
+    def __init__(
+        self,
+        directory: Path,
+        format: str,
+        pictures: list[Image.Image],
+        device: torch.device,
+        dtype: str,
+        max_new_tokens: int,
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        trust = format == "laver"
+        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=trust, dtype=dtype)
+        self.model = model.to(device).eval()
+        self.pictures, self.max_new_tokens = pictures, max_new_tokens
+        self.messages: list[dict[str, Any]] = []
+
+    def ask(self, question: str) -> str:
+        """Prints the answer as it comes, and returns it."""
+        from transformers import TextStreamer
+
+        shown = [] if self.messages else [{"type": "image"} for _ in self.pictures]
+        self.messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        prompt = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
+        inputs = self.processor(text=prompt, images=self.pictures or None, return_tensors="pt").to(self.model.device)
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
+        answer = self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

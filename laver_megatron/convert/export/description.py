@@ -1,0 +1,268 @@
+"""What an exported checkpoint says of itself: config.json, processor_config.json, chat template and README.md.
+
+Functions of what the checkpoint's own files hold; nothing is read or written here. The two formats:
+
+    laver   comes with its own code (modeling_laver.py) and computes what was trained
+    llava   stock LlavaForConditionalGeneration, for tools that know no other code
+"""
+
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("laver", "llava")
+
+REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
+"""The one file of code that goes into a laver export."""
+
+_IMAGE_TOKEN = "<|image_pad|>"
+_ONE_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def laver_config(
+    text_config: dict[str, Any],
+    vision_config: dict[str, Any],
+    *,
+    attention: str,
+    positions: str,
+    feature_layer: int,
+    image_token_id: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """config.json of a laver export.
+
+    text_config: the decoder's config.json, which goes in unchanged. vision_config: the encoder's, of a vision model
+    or of a whole SigLIP. attention, positions, feature_layer: the run's. dtype: that of the tensors, such as
+    `bfloat16`.
+    """
+    return {
+        "architectures": ["LaverForConditionalGeneration"],
+        "model_type": "laver",
+        "auto_map": {
+            "AutoConfig": "modeling_laver.LaverConfig",
+            "AutoModelForImageTextToText": "modeling_laver.LaverForConditionalGeneration",
+            "AutoProcessor": "modeling_laver.LaverProcessor",
+        },
+        "text_config": dict(text_config),
+        "vision_config": _vision_part(vision_config),
+        "vision_feature_layer": feature_layer,
+        "attention": attention,
+        "positions": positions,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)),
+        "dtype": dtype,
+    }
+
+
+def llava_config(
+    text_config: dict[str, Any],
+    vision_config: dict[str, Any],
+    *,
+    attention: str,
+    positions: str,
+    feature_layer: int,
+    image_token_id: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """config.json of a llava export; the arguments are those of `laver_config`.
+
+    Raises:
+        ValueError: positions that Llava does not have.
+    """
+    if positions != "1d":
+        raise ValueError(
+            f"the model was trained with positions {positions}, and Llava has only 1d positions: it would compute "
+            "something else without saying so; export with --format laver"
+        )
+    vision = _vision_part(vision_config)
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": dict(text_config),
+        "vision_config": vision,
+        "vision_feature_layer": feature_layer,
+        "vision_feature_select_strategy": "full",
+        "image_token_index": image_token_id,
+        "image_seq_length": tokens_per_image(vision),
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)),
+        "dtype": dtype,
+    }
+    if attention == "mixed":
+        config["is_mm_prefix_lm"] = True
+    return config
+
+
+def tokens_per_image(vision_config: dict[str, Any]) -> int:
+    """Visual tokens of an image: whole patches, no class token."""
+    vision = _vision_part(vision_config)
+    size, patch = vision["image_size"], vision["patch_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (height // patch) * (width // patch)
+
+
+def processor_config(format: str, *, patch_size: int) -> dict[str, Any]:
+    """processor_config.json. patch_size: side in pixels of what becomes one visual token.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if format == "laver":
+        return {
+            "processor_class": "LaverProcessor",
+            "auto_map": {"AutoProcessor": "modeling_laver.LaverProcessor"},
+            "patch_size": patch_size,
+        }
+    if format == "llava":
+        return {
+            "processor_class": "LlavaProcessor",
+            "patch_size": patch_size,
+            "image_token": _IMAGE_TOKEN,
+            # SigLIP has no class token: every feature is a patch, and none is dropped.
+            "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": "full",
+        }
+    raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
+
+
+def _vision_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The vision model's settings, also of a whole SigLIP; with the type that such a part may leave out."""
+    vision = config["vision_config"] if config.get("model_type") == "siglip" else config
+    return {"model_type": "siglip_vision_model", **vision}
+
+
+# Turns contents that are lists of pictures and texts into one text each, under the name that the tokenizer's own
+# template reads. The last tag is an expression: Jinja drops the line break after a block, and the template that
+# follows must stay as it is to the letter.
+_PREAMBLE = (
+    """\
+{#- Contents may be lists of {"type": "image"} and {"type": "text", "text": ...}, which this part turns into text;
+    the tokenizer's own template follows. -#}
+{%- set laver = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+  {%- if message.content is defined and message.content is iterable
+         and message.content is not string and message.content is not mapping -%}
+    {%- set laver.text = '' -%}
+    {%- for part in message.content -%}
+      {%- if part is string -%}
+        {%- set laver.text = laver.text + part -%}
+      {%- elif part.type in ('image', 'image_url') -%}
+        {%- set laver.text = laver.text + '"""
+    + _ONE_PICTURE
+    + """' -%}
+      {%- elif part.type == 'text' -%}
+        {%- set laver.text = laver.text + part.text -%}
+      {%- else -%}
+        {{- raise_exception('a message may hold images and text, not ' + (part.type | string)) -}}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set laver.messages = laver.messages + [dict(message, content=laver.text)] -%}
+  {%- else -%}
+    {%- set laver.messages = laver.messages + [message] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = laver.messages -%}
+{{- '' }}"""
+)
+
+
+def chat_template(tokenizer_template: str) -> str:
+    """chat_template.jinja: the tokenizer's own template, which then also takes lists as contents. Contents that are
+    strings come out as before. A template that was wrapped already is left as it is."""
+    return tokenizer_template if tokenizer_template.startswith(_PREAMBLE) else _PREAMBLE + tokenizer_template
+
+
+_LOADING = {
+    "laver": (
+        "AutoModelForImageTextToText",
+        ", trust_remote_code=True",
+        "Loading runs `modeling_laver.py` of this directory, hence `trust_remote_code=True`: read it first if you do "
+        "not know where it comes from.",
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "",
+        "Stock transformers loads it; there is no code in this directory. Where torchvision is installed, transformers "
+        "resizes\npictures with it and not with Pillow as in training: pixels differ by up to 1 in 255.",
+    ),
+}
+
+_ATTENTION = {
+    "mixed": "mixed: the tokens of an image see all of their own image; a later image sees earlier ones, never the "
+    "reverse; text sees what stands before it",
+    "causal": "causal: every token sees what stands before it",
+}
+_POSITIONS = {
+    "1d": "1d: tokens are counted, those of images too",
+    "2d": "2d: visual tokens are rotated by row and column, interleaved over the frequencies",
+    "mrope": "mrope: visual tokens are rotated by row and column in the contiguous sections of Qwen2.5-VL",
+}
+
+_CAUSAL_IN_TRANSFORMERS = """\
+**This directory computes what was trained only where `is_mm_prefix_lm` is honoured.** config.json says
+`is_mm_prefix_lm: true`: the tokens of an image see all of their image. Recent versions of vLLM read it; older ones go
+by a list of model types and ignore it. Stock transformers does not know it, computes causal attention over images,
+which gives other logits, and does not warn. To use the model in transformers, export it with `--format laver`.
+"""
+
+
+def readme(
+    *, format: str, name: str, attention: str, positions: str, weights: str, dtype: str, training_state: bool = False
+) -> str:
+    """README.md of an export. name: what to call the model; weights: `student` or `teacher`; training_state: whether
+    training_state.safetensors lies beside the model.
+
+    Raises:
+        ValueError: an unknown format, attention, positions or weights.
+    """
+    for value, known in ((format, FORMATS), (attention, _ATTENTION), (positions, _POSITIONS)):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}")
+    if weights not in ("student", "teacher"):
+        raise ValueError(f"weights is {weights!r}; choose from student, teacher")
+    model_class, option, trust = _LOADING[format]
+    parts = [
+        f"# {name}\n",
+        "A multimodal language model trained with LaVer: a SigLIP image encoder, a connector of two layers and a "
+        "Qwen2.5\ndecoder. Written by `laver_megatron`.\n",
+        _facts(format, attention, positions, weights, dtype),
+        "## Use\n",
+        f"```python\n{_example(model_class, option)}```\n",
+        f"{trust}\n",
+    ]
+    if format == "llava" and attention == "mixed":
+        parts.append(_CAUSAL_IN_TRANSFORMERS)
+    if training_state:
+        parts.append(
+            "`training_state.safetensors` holds what only training uses ([MASK], vision head, teacher); loading the "
+            "model does\nnot read it.\n"
+        )
+    return "\n".join(parts)
+
+
+def _facts(format: str, attention: str, positions: str, weights: str, dtype: str) -> str:
+    source = {
+        "student": "the trained model itself (student)",
+        "teacher": "the teacher's decoder, an average of the student's over training; all else is the student's",
+    }[weights]
+    return (
+        f"- format: {format}\n- attention: {_ATTENTION[attention]}\n- positions: {_POSITIONS[positions]}\n"
+        f"- weights: {source}\n- dtype: {dtype}\n"
+    )
+
+
+def _example(model_class: str, option: str) -> str:
+    return f"""\
+from PIL import Image
+from transformers import {", ".join(sorted((model_class, "AutoProcessor")))}
+
+directory = "."  # this directory
+processor = AutoProcessor.from_pretrained(directory{option})
+model = {model_class}.from_pretrained(directory{option})
+
+content = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("photo.jpg"), return_tensors="pt").to(model.device)
+answer = model.generate(**inputs, max_new_tokens=128)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+"""

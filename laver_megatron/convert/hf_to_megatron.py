@@ -1,0 +1,187 @@
+"""From a Hugging Face directory to a Megatron checkpoint that loads at any TP x PP, a block of rows at a time."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.parts import has_training_state, parts_of_hugging_face, training_of_export
+from laver_megatron.convert.report import Conversion, Progress, warn
+from laver_megatron.convert.rows import row_blocks, runs_of_megatron_rows
+from laver_megatron.convert.safetensors_reader import (
+    TRAINING_STATE,
+    SafetensorsReader,
+    check_tensors,
+    num_not_finite,
+)
+from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
+from laver_megatron.convert.weights import TIED_HEAD, ModelParts, Size, Weight, is_training_state, weight_table
+from laver_megatron.inputs import RUN_FILE
+from laver_megatron.manifest import Entry, describe, files_of, write_manifest
+from laver_megatron.model.shape import TEXT_PART, VISION_PART
+from laver_megatron.model_files import copy_model_files
+from laver_megatron.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
+
+BLOCK_BYTES = 64 << 20
+FILE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened Hugging Face directory, and which of its two sets of files holds a weight."""
+
+    parts: ModelParts
+    weights: Mapping[str, Weight]
+    model: SafetensorsReader
+    training_state: SafetensorsReader | None
+
+    def reader(self, weight: Weight) -> SafetensorsReader:
+        if not is_training_state(weight.hugging_face[0]):
+            return self.model
+        assert self.training_state is not None
+        return self.training_state
+
+    def dtype(self, weight: Weight) -> torch.dtype:
+        return self.reader(weight).dtype(weight.hugging_face[0])
+
+    def num_bytes(self, weight: Weight) -> int:
+        return torch.Size(weight.size).numel() * self.dtype(weight).itemsize
+
+
+def open_source(directory: Path) -> Source:
+    """Opens a text-only Qwen2.5 or a LaVer export and holds its headers against its config.json.
+
+    Raises:
+        ValueError: see `check_tensors`, `SafetensorsReader` and `parts_of_hugging_face`.
+    """
+    parts = parts_of_hugging_face(directory)
+    weights = weight_table(parts)
+    model = SafetensorsReader(directory)
+    # A head beside tied embeddings is not read, neither here nor by transformers.
+    may_hold = {name for name in model.names() if name.endswith(TIED_HEAD) and parts.text.tie_word_embeddings}
+    check_tensors(model, _select(weights, lambda name: not is_training_state(name)), may_hold)
+    training_state = None
+    if has_training_state(directory):
+        training_state = SafetensorsReader(directory, TRAINING_STATE)
+        check_tensors(training_state, _select(weights, is_training_state))
+    return Source(parts, weights, model, training_state)
+
+
+def _select(weights: Mapping[str, Weight], which: Callable[[str], bool]) -> dict[str, Weight]:
+    return {key: weight for key, weight in weights.items() if which(weight.hugging_face[0])}
+
+
+def hf_to_megatron(
+    source_dir: Path,
+    target_dir: Path,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    num_threads: int | None = None,
+) -> None:
+    """Converts; under torchrun every rank writes its share of the files.
+
+    strict: a value that is NaN or infinite is an error, not a warning. dry_run: print what would be done.
+
+    Raises:
+        ValueError: a source that cannot be converted, a target that may not be written, too little space.
+        OSError: the disk's.
+    """
+    source = open_source(source_dir)
+    num_threads = num_threads or min(os.cpu_count() or 1, 4)
+    conversion = Conversion(
+        source_dir, target_dir, [(w, str(source.dtype(w)), source.num_bytes(w)) for w in source.weights.values()]
+    )
+    target = Target(target_dir, overwrite, conversion.num_bytes, [source_dir])
+    if dry_run:
+        conversion.describe(num_threads, BLOCK_BYTES)
+        check_target(target)
+        return
+    groups = _files(source)
+    mine = dict(list(groups.items())[rank() :: num_ranks()])
+    with (
+        new_directory(target) as directory,
+        Progress("to Megatron", sum(source.num_bytes(w) for group in mine.values() for w in group)) as progress,
+    ):
+        writer = _Writer(source, directory, progress, strict)
+        tasks = [partial(writer.write_file, file, group) for file, group in mine.items()]
+        all_ranks("write the weights", lambda: run_tasks(tasks, num_threads))
+        boxes = [box for of_rank in gathered(writer.boxes) for box in of_rank]
+        entries = {name: entry for of_rank in gathered(writer.entries) for name, entry in of_rank.items()}
+        on_rank_0("finish the checkpoint", lambda: _finish(source, source_dir, directory, boxes, entries))
+    conversion.finished(progress)
+
+
+def _files(source: Source) -> dict[str, list[Weight]]:
+    """The weights of each file, in order; files stay below FILE_BYTES unless one tensor is larger."""
+    groups: list[list[Weight]] = [[]]
+    size = 0
+    for weight in source.weights.values():
+        if groups[-1] and size + source.num_bytes(weight) > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(weight)
+        size += source.num_bytes(weight)
+    return {f"__{number}_0.distcp": group for number, group in enumerate(groups)}
+
+
+class _Writer:
+    """Writes files of boxes and remembers what is where. Files may be written by several threads."""
+
+    def __init__(self, source: Source, directory: Path, progress: Progress, strict: bool) -> None:
+        self.source, self.directory, self.progress, self.strict = source, directory, progress, strict
+        self.boxes: list[Box] = []
+        self.entries: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+
+    def write_file(self, file: str, weights: list[Weight]) -> None:
+        boxes = []
+        with (self.directory / file).open("wb") as stream:
+            for weight in weights:
+                row_bytes = self.source.num_bytes(weight) // weight.size[0]
+                for start, stop in row_blocks(weight.size[0], row_bytes, BLOCK_BYTES):
+                    values = self._read(weight, start, stop)
+                    offsets: Size = (start, *[0] * (len(weight.size) - 1))
+                    boxes.append(write_box(stream, file, weight.megatron, offsets, values))
+                    self.progress.add(values.nbytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+        entry = describe(self.directory / file)
+        with self._lock:
+            self.boxes += boxes
+            self.entries[file] = entry
+
+    def _read(self, weight: Weight, start: int, stop: int) -> Tensor:
+        """Megatron rows [start, stop) in memory of their own."""
+        reader = self.source.reader(weight)
+        values = torch.empty((stop - start, *weight.size[1:]), dtype=self.source.dtype(weight))
+        for run in runs_of_megatron_rows(weight, start, stop):
+            name = weight.hugging_face[run.part]
+            block = reader.read(name, run.part_row, run.part_row + run.num_rows)
+            if wrong := num_not_finite(block):
+                warn(f"{reader.where(name)} holds {wrong} NaN or infinite values", self.strict)
+            values[run.row - start : run.row - start + run.num_rows] = block
+        return values
+
+
+def _finish(source: Source, source_dir: Path, directory: Path, boxes: list[Box], entries: dict[str, Entry]) -> None:
+    """The small files: metadata, configuration, tokenizer, run.json, manifest."""
+    write_metadata(directory, [(w.megatron, w.size, source.dtype(w)) for w in source.weights.values()], boxes)
+    copy_model_files(source_dir, directory / "hf", TEXT_PART)
+    run: dict = {"weights_only": True}
+    if source.parts.encoder is not None:
+        copy_model_files(source_dir, directory / "encoder", VISION_PART)
+        run |= asdict(training_of_export(source_dir))
+    if source.parts.vision_head is not None:
+        run["vision_head_hidden_size"], run["vision_head_output_size"] = source.parts.vision_head
+    (directory / RUN_FILE).write_text(json.dumps(run, indent=1))
+    small = {str(path.relative_to(directory)): path for path in files_of(directory)}
+    write_manifest(directory, {name: entries.get(name) or describe(path) for name, path in small.items()})

@@ -1,0 +1,295 @@
+"""From a Megatron checkpoint, written at any layout, to a Hugging Face directory, a block of rows at a time.
+
+text-only checkpoint            stock Qwen2ForCausalLM, config.json as it came
+with images, format `laver`     our own modelling code beside the weights; computes what was trained
+with images, format `llava`     stock LlavaForConditionalGeneration, for runs with 1D positions
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from laver_megatron.convert.export import description
+from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.parts import Training, parts_of_megatron, training_of_checkpoint
+from laver_megatron.convert.report import Conversion, Progress, warn
+from laver_megatron.convert.rows import join_blocks, row_blocks, runs_of_part_rows
+from laver_megatron.convert.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
+from laver_megatron.convert.safetensors_writer import (
+    SafetensorsPlan,
+    SafetensorsWriter,
+    TensorPlace,
+    create_files,
+    plan_safetensors,
+)
+from laver_megatron.convert.torch_dist import TorchDistReader
+from laver_megatron.convert.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
+from laver_megatron.inputs import IMAGE_TOKENS, latest_checkpoint
+from laver_megatron.manifest import check_files, read_manifest
+from laver_megatron.model.shape import TEXT_PART, VISION_PART, read_encoder_shape, read_part
+from laver_megatron.model_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILES,
+    copy_files,
+)
+from laver_megatron.ranks import all_ranks, num_ranks, on_rank_0, rank
+
+BLOCK_BYTES = 32 << 20
+MAX_FILE_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened Megatron checkpoint that is whole as far as its keys tell. training: None for a text-only one."""
+
+    directory: Path
+    parts: ModelParts
+    weights: Mapping[str, Weight]
+    tensors: TorchDistReader
+    training: Training | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One Hugging Face tensor to be: part number `part` of a weight, read from Megatron key `key`."""
+
+    weight: Weight
+    part: int
+    key: str
+    place: TensorPlace
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Opens a checkpoint, or the newest of a checkpoints/ folder, and holds its keys and sizes against the name
+    table and its files against the manifest (of the large ones the size; their values are checked when read).
+
+    Raises:
+        ValueError: no checkpoint, missing or damaged files, missing or unknown tensors, wrong sizes.
+    """
+    found = latest_checkpoint(directory)
+    if found is None:
+        raise ValueError(f"{directory} is no checkpoint and holds none (an iter_* folder with hf/config.json)")
+    check_files(found, read_manifest(found).items(), whole=lambda name: not name.endswith(".distcp"))
+    tensors = TorchDistReader(found)
+    parts = parts_of_megatron(found, tensors.sizes)
+    weights = weight_table(parts)
+    _check_keys(found, tensors, weights)
+    return Checkpoint(found, parts, weights, tensors, training_of_checkpoint(found) if parts.encoder else None)
+
+
+def _check_keys(directory: Path, tensors: TorchDistReader, weights: Mapping[str, Weight]) -> None:
+    missing = sorted(weights.keys() - tensors.sizes.keys())
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} tensors of its model, such as {', '.join(missing[:3])}")
+    unknown = sorted(key for key in tensors.sizes.keys() - weights.keys() if not key.startswith("optimizer."))
+    if unknown:
+        raise ValueError(
+            f"{directory} holds {len(unknown)} tensors that its model has no place for, such as "
+            f"{', '.join(unknown[:3])}"
+        )
+    for key, weight in weights.items():
+        if tensors.sizes[key] != weight.size:
+            raise ValueError(f"{directory}: {key} is of shape {tensors.sizes[key]}, but its model needs {weight.size}")
+
+
+def megatron_to_hf(
+    source_dir: Path,
+    target_dir: Path,
+    *,
+    weights: str = "student",
+    format: str | None = None,
+    training_state: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    overwrite: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    num_threads: int | None = None,
+) -> None:
+    """Converts; under torchrun every rank writes its share of the tensors.
+
+    weights: `student`, or `teacher`: its decoder layers and final norm with the student's everything else, in the
+    student's types. format: `laver` (the default) or `llava` for a checkpoint with images, None for text only.
+    training_state: [MASK], vision head and teacher go along in files of their own. strict: a value that is NaN
+    or infinite is an error, not a warning. dry_run: print what would be done.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read or has not what is asked for, a target that may not be
+            written, too little space.
+        OSError: the disk's.
+    """
+    checkpoint = open_checkpoint(source_dir)
+    format = _format(checkpoint, format)
+    _check_asked(checkpoint, weights, training_state)
+    small_files = _small_files(checkpoint, format, weights, training_state)
+    num_threads = num_threads or min(os.cpu_count() or 1, 4)
+    outputs, plans = _plan(checkpoint, weights, training_state, max_file_bytes)
+    conversion = Conversion(
+        checkpoint.directory,
+        target_dir,
+        [
+            (Weight(o.key, (o.place.name,), (o.place.size,), o.weight.join), str(o.place.dtype), o.place.num_bytes)
+            for o in outputs
+        ],
+    )
+    target = Target(target_dir, overwrite, conversion.num_bytes, [source_dir, checkpoint.directory])
+    if dry_run:
+        conversion.describe(num_threads, BLOCK_BYTES)
+        check_target(target)
+        return
+    mine = outputs[rank() :: num_ranks()]
+    with (
+        new_directory(target) as directory,
+        Progress("to Hugging Face", sum(output.place.num_bytes for output in mine)) as progress,
+    ):
+        on_rank_0("create the files", lambda: create_files(plans, directory))
+        write = partial(_write, checkpoint, mine, plans, directory, progress, strict, num_threads)
+        all_ranks("write the weights", write)
+        on_rank_0("finish the export", lambda: small_files(directory))
+    conversion.finished(progress)
+
+
+def _format(checkpoint: Checkpoint, format: str | None) -> str | None:
+    if checkpoint.training is None:
+        if format is not None:
+            raise ValueError(
+                f"{checkpoint.directory} is text only and becomes a Qwen2ForCausalLM; leave --format {format} out"
+            )
+        return None
+    return format or "laver"
+
+
+def _check_asked(checkpoint: Checkpoint, weights: str, training_state: bool) -> None:
+    if weights not in ("student", "teacher"):
+        raise ValueError(f"weights is {weights!r}; choose from student, teacher")
+    if weights == "teacher" and not checkpoint.parts.teacher:
+        raise ValueError(f"{checkpoint.directory} has no teacher; export --weights student")
+    if training_state and not checkpoint.parts.vision_head:
+        raise ValueError(f"{checkpoint.directory} has no [MASK], vision head or teacher; leave --training-state out")
+    if training_state and weights == "teacher":
+        raise ValueError("training goes on from the student: give --training-state with --weights student")
+
+
+def _plan(
+    checkpoint: Checkpoint, weights: str, training_state: bool, max_file_bytes: int
+) -> tuple[list[Output], list[SafetensorsPlan]]:
+    """Every tensor to be written, and the files of the model and of the training state."""
+    outputs, plans = [], []
+    stems = (MODEL, TRAINING_STATE) if training_state else (MODEL,)
+    for stem in stems:
+        entries = [
+            (weight, part, _key(checkpoint, weight, weights))
+            for weight in checkpoint.weights.values()
+            if is_training_state(weight.hugging_face[0]) == (stem == TRAINING_STATE)
+            for part in range(len(weight.sizes))
+        ]
+        places = [
+            TensorPlace(weight.hugging_face[part], weight.sizes[part], checkpoint.tensors.dtypes[weight.megatron])
+            for weight, part, _ in entries
+        ]
+        plan = plan_safetensors(places, stem, max_file_bytes)
+        plans.append(plan)
+        outputs += [Output(*entry, place) for entry, place in zip(entries, plan.places, strict=True)]
+    return outputs, plans
+
+
+def _key(checkpoint: Checkpoint, weight: Weight, weights: str) -> str:
+    """Where the values of a weight are read: the teacher's, where it is asked for and has one."""
+    of_teacher = TEACHER + weight.megatron
+    is_student = not is_training_state(weight.hugging_face[0])
+    return of_teacher if weights == "teacher" and is_student and of_teacher in checkpoint.weights else weight.megatron
+
+
+def _write(
+    checkpoint: Checkpoint,
+    outputs: list[Output],
+    plans: list[SafetensorsPlan],
+    directory: Path,
+    progress: Progress,
+    strict: bool,
+    num_threads: int,
+) -> None:
+    writer = SafetensorsWriter(plans, directory)
+
+    def write(output: Output) -> None:
+        for start, stop, rows in _rows(checkpoint.tensors, output):
+            if wrong := num_not_finite(rows):
+                warn(f"{checkpoint.directory}, tensor {output.key}, holds {wrong} NaN or infinite values", strict)
+            writer.write_rows(output.place, start, rows)
+            progress.add((stop - start) * output.place.row_bytes)
+
+    written = False
+    try:
+        run_tasks([partial(write, output) for output in outputs], num_threads)
+        written = True
+    finally:
+        writer.close(flush=written)
+
+
+def _rows(tensors: TorchDistReader, output: Output) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(start, stop, rows) of a Hugging Face tensor, a block at a time, in its type."""
+    place = output.place
+    for start, stop in row_blocks(place.size[0], place.row_bytes, BLOCK_BYTES):
+        runs = runs_of_part_rows(output.weight, output.part, start, stop)
+        blocks = [tensors.read_rows(output.key, run.row, run.row + run.num_rows) for run in runs]
+        yield start, stop, join_blocks(blocks).to(place.dtype)
+
+
+def _small_files(
+    checkpoint: Checkpoint, format: str | None, weights: str, training_state: bool
+) -> Callable[[Path], None]:
+    """Works out config.json and what stands beside the weights, and returns what writes it."""
+    hf, encoder = checkpoint.directory / "hf", checkpoint.directory / "encoder"
+    if format is None:
+        return lambda directory: copy_files(hf, directory, (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES))
+    from transformers import AutoTokenizer  # here, because importing it takes seconds
+
+    assert checkpoint.training is not None
+    training = checkpoint.training
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
+    config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
+    config = config_of(
+        read_part(hf, TEXT_PART)[1],
+        read_part(encoder, VISION_PART)[1],
+        attention=training.attention,
+        positions=training.positions,
+        feature_layer=training.encoder_feature_layer,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[1]),
+        dtype=dtype,
+    )
+    texts = {
+        CONFIG_FILE: json.dumps(config, indent=2),
+        "processor_config.json": json.dumps(
+            description.processor_config(format, patch_size=read_encoder_shape(encoder).patch_size), indent=2
+        ),
+        CHAT_TEMPLATE_FILE: description.chat_template(tokenizer.chat_template),
+    }
+
+    def write(directory: Path) -> None:
+        copy_files(hf, directory, (GENERATION_FILE, *TOKENIZER_FILES))
+        copy_files(encoder, directory, (PREPROCESSOR_FILE,))
+        for name, text in texts.items():
+            (directory / name).write_text(text if name == CHAT_TEMPLATE_FILE else text + "\n")
+        if format == "laver":
+            shutil.copyfile(description.REMOTE_CODE, directory / description.REMOTE_CODE.name)
+        readme = description.readme(
+            format=format,
+            name=checkpoint.directory.name,
+            attention=training.attention,
+            positions=training.positions,
+            weights=weights,
+            dtype=dtype,
+            training_state=training_state,
+        )
+        (directory / "README.md").write_text(readme)
+
+    return write

@@ -1,0 +1,157 @@
+"""Building an output directory: beside its final name, and renamed when it is whole; nothing is left of a failure."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from laver_megatron.inputs import MANIFEST_FILE
+from laver_megatron.manifest import sync_directory, sync_file
+from laver_megatron.ranks import on_rank_0
+
+_MARKS_OF_WEIGHTS = ("config.json", MANIFEST_FILE)  # one of them is in every directory that may be overwritten
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output directory to be. num_bytes: what will be written, held against the free space. inputs: the
+    directories that are read meanwhile."""
+
+    path: Path
+    overwrite: bool
+    num_bytes: int
+    inputs: Sequence[Path]
+
+    @property
+    def final(self) -> Path:
+        return Path(os.path.abspath(self.path))
+
+    @property
+    def temporary(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.incomplete")
+
+
+@contextmanager
+def new_directory(target: Target) -> Iterator[Path]:
+    """A directory to fill, on all ranks the same; it gets its final name when the block ends without an error, and
+    is removed otherwise with the parents made for it, also on Ctrl-C and SIGTERM.
+
+    Raises:
+        ValueError: see `check_target`, or the temporary directory is there already.
+    """
+    made: list[Path] = []  # by this rank, outermost first
+    interrupted = tidying = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if not (interrupted or tidying):  # torchrun passes on what the terminal has sent already
+            interrupted = True
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        on_rank_0("begin", lambda: _begin(target, made))
+        yield target.temporary
+        on_rank_0("put the output in place", lambda: _put_in_place(target))
+    except BaseException:
+        tidying = True
+        _remove(target, made)
+        raise
+    finally:
+        for number, handler in before.items():
+            # The next signal is not to kill a program that the first has sent on its way out.
+            signal.signal(number, signal.SIG_IGN if interrupted else handler)
+
+
+def check_target(target: Target) -> None:
+    """Refuses, without touching anything, a target that exists and may not be overwritten, that is one of the inputs
+    or lies in or around one, that cannot be made, or that the disk has no room for.
+
+    Raises:
+        ValueError: which of these.
+    """
+    final, real = target.final, target.final.resolve()
+    for path in (path.resolve() for path in target.inputs):
+        if real == path or real in path.parents or path in real.parents:
+            raise ValueError(f"{final} is, or lies in or around, {path}, which is read; choose another directory")
+    if final.exists() or final.is_symlink():
+        if not target.overwrite:
+            raise ValueError(f"{final} exists; choose another directory, or replace it with --overwrite")
+        if not _may_be_replaced(final):
+            raise ValueError(f"{final} is no directory of weights: --overwrite does not replace it; remove it yourself")
+    nearest = final.parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{final} cannot be made: {nearest} is not a directory that you may write to")
+    free = shutil.disk_usage(nearest).free
+    if target.num_bytes > free:
+        raise ValueError(
+            f"{final} needs {target.num_bytes / 1e9:.2f} GB, but the disk of {nearest} has {free / 1e9:.2f} GB left"
+        )
+
+
+def _may_be_replaced(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return not any(path.iterdir()) or any((path / name).is_file() for name in _MARKS_OF_WEIGHTS)
+
+
+def _begin(target: Target, made: list[Path]) -> None:
+    check_target(target)
+    for parent in reversed([path for path in target.temporary.parents if not path.exists()]):
+        parent.mkdir(exist_ok=True)
+        made.append(parent)
+    try:
+        target.temporary.mkdir()
+        made.append(target.temporary)
+    except FileExistsError:
+        raise ValueError(
+            f"{target.temporary} exists: another conversion is writing it, or one was killed; if none is running, "
+            "remove it"
+        ) from None
+
+
+def _remove(target: Target, made: Sequence[Path]) -> None:
+    """What `_begin` made; of the parents only those in which nobody else has put anything."""
+    for path in reversed(made):
+        if path == target.temporary:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.exists() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _put_in_place(target: Target) -> None:
+    for path in target.temporary.rglob("*"):
+        (sync_directory if path.is_dir() else sync_file)(path)
+    sync_directory(target.temporary)
+    replaced = target.final.with_name(f".{target.final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.final.exists() and not target.overwrite:
+        raise ValueError(f"{target.final} has come to exist meanwhile; choose another directory, or give --overwrite")
+    try:
+        if target.final.exists():
+            os.replace(target.final, replaced)
+        os.replace(target.temporary, target.final)
+    except BaseException:
+        if replaced.exists() and not target.final.exists():
+            os.replace(replaced, target.final)
+        raise
+    sync_directory(target.final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def run_tasks(tasks: Sequence[Callable[[], None]], num_threads: int) -> None:
+    """Runs all tasks on threads; the first failure, or Ctrl-C, drops those not yet begun and is raised."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

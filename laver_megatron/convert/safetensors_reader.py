@@ -1,0 +1,169 @@
+"""The tensors of a Hugging Face directory: one safetensors file, or several with an index, read in slices.
+
+Files are mapped, so reading a slice touches only its own bytes, and none of them count as this process's
+memory until they are copied.
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from laver_megatron.convert.weights import Size, Weight
+
+MODEL = "model"
+TRAINING_STATE = "training_state"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class SafetensorsReader:
+    """The tensors of `directory` in `stem`.safetensors, or in the files that `stem`.safetensors.index.json names.
+
+    num_bytes_read: bytes of all slices asked for so far. Several threads may read.
+
+    Raises ValueError, naming the file and, where there is one, the tensor, for whatever cannot be read.
+    """
+
+    def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
+        self.directory = Path(directory)
+        self.num_bytes_read = 0
+        self._lock = threading.Lock()
+        self._stack = ExitStack()
+        index = self.directory / f"{stem}.safetensors.index.json"
+        single = f"{stem}.safetensors"
+        if index.is_file():
+            self._file_of = _read_index(index)
+        elif (self.directory / single).is_file():
+            with self._open_file(single) as tensors:
+                self._file_of = dict.fromkeys(tensors.keys(), single)
+        else:
+            message = f"{self.directory} has neither {single} nor {index.name}"
+            pickled = sorted(path.name for path in self.directory.glob("*.bin"))
+            if pickled:
+                message += (
+                    f", only pickles ({', '.join(pickled[:3])}), which can run code when they are opened; "
+                    "save the model again as safetensors with transformers' save_pretrained"
+                )
+            raise ValueError(message)
+        self._open: dict[str, Any] = {}
+
+    def _open_file(self, name: str) -> Any:
+        path = self.directory / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, though the index of {self.directory} names it")
+        try:
+            return safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}; download or copy it again") from error
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ValueError(f"{self.directory} has no tensor {name}")
+        file = self._file_of[name]
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(self._open_file(file))
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
+
+    def read(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, and of these the given columns: a view of the mapped file."""
+        whole = self._slice(name)
+        part = whole[start:stop] if columns is None else whole[start:stop, columns]
+        with self._lock:
+            self.num_bytes_read += part.nbytes
+        return part
+
+    def size(self, name: str) -> Size:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """bf16, fp16 or fp32; ValueError for anything else: those are quantised."""
+        name_of_dtype = self._slice(name).get_dtype()
+        if name_of_dtype not in DTYPES:
+            raise ValueError(
+                f"{self.where(name)} is of type {name_of_dtype}; only {', '.join(DTYPES)} can be converted: "
+                "use the original checkpoint, not a quantised one"
+            )
+        return DTYPES[name_of_dtype]
+
+    def names(self) -> set[str]:
+        """All tensors of the directory."""
+        return set(self._file_of)
+
+    def where(self, name: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self.directory / self._file_of[name]}, tensor {name},"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name; files lie in the index's own directory."""
+    try:
+        file_of = dict(json.loads(path.read_text())["weight_map"])
+        names = {Path(file).name: file for file in file_of.values()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files ({error!r}); copy it again") from error
+    for name, file in names.items():
+        if name != file:
+            raise ValueError(f"{path} names {file!r}, which is not in the directory of the index")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path} names {path.parent / file}, which is not there; download or copy it")
+    return file_of
+
+
+def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may_hold: set[str] | None = None) -> None:
+    """Holds the files' headers against the name table; nothing is read.
+
+    may_hold: names without a place in the model that are no mistake all the same.
+
+    Raises:
+        ValueError: a tensor that is missing, one that the model has no place for, a wrong shape, a type that is
+            no weight's, or parts of one Megatron tensor that differ in type.
+    """
+    expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}
+    config = tensors.directory / "config.json"
+    missing = sorted(expected.keys() - tensors.names())
+    if missing:
+        raise ValueError(
+            f"{tensors.directory} lacks {len(missing)} tensors of the model of {config}, such as "
+            f"{', '.join(missing[:3])}; download or copy it again"
+        )
+    surplus = sorted(tensors.names() - expected.keys() - (may_hold or set()))
+    if surplus:
+        raise ValueError(
+            f"{tensors.where(surplus[0])} and {len(surplus) - 1} more have no place in the model of {config} "
+            f"with its {len(expected)} tensors; do the two belong together?"
+        )
+    for weight in weights.values():
+        for name, size in weight.hugging_face_sizes():
+            if tensors.size(name) != size:
+                raise ValueError(
+                    f"{tensors.where(name)} is of shape {tensors.size(name)}, but the model of {config} needs {size}"
+                )
+        dtypes = {tensors.dtype(name) for name in weight.hugging_face}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{', '.join(weight.hugging_face)} of {tensors.directory} are of different types "
+                f"({', '.join(sorted(map(str, dtypes)))}), but Megatron keeps them in one tensor; save them in one type"
+            )
+
+
+def num_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite. The sum, which is fast, tells in nearly every case that none is."""
+    if torch.isfinite(tensor.sum()):
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())

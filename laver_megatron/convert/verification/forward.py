@@ -1,0 +1,324 @@
+"""Final hidden states and logits of one set of probes, by transformers and by Megatron, each in fp32.
+
+Both functions run in a process of their own (`laver_megatron.convert.verification.workers`). They share nothing but the
+files: transformers reads the Hugging Face directory, on the CPU and one probe at a time; Megatron reads the
+checkpoint at a layout, packs the probes, and runs them through its own pipeline schedule.
+
+Letters: T tokens of a probe, S tokens of a pack, B packs (one here), H hidden, W vocabulary.
+"""
+
+import datetime
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from laver_megatron.config import Config
+from laver_megatron.convert.parts import Training
+from laver_megatron.convert.verification.probes import PackedProbes, Probe
+from laver_megatron.convert.verification.workers import Worker
+from laver_megatron.data.samples import IMAGE_PLACEHOLDER
+from laver_megatron.inputs import has_encoder
+
+STUDENT, TEACHER = "student", "teacher"
+# A 7B model in fp32 is loaded from slow disks in some minutes.
+_TIMEOUT_MINUTES = 30
+# In every checkpoint, and of the type that the student was trained in.
+_LAST_NORM = "decoder.final_layernorm.weight"
+# Of normalising in another order; a pixel is a 255th apart from the next.
+_PIXEL_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of every probe, fp32 on the CPU; unread: weights that no tensor of the directory reached."""
+
+    hidden_TH: list[Tensor]
+    logits_TW: list[Tensor]
+    unread: list[str]
+
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """A checkpoint directory, the weights to take from it, and the settings that its tensors do not show."""
+
+    checkpoint: Path
+    weights: str
+    training: Training
+
+    @property
+    def encoder_dir(self) -> Path | None:
+        """None for a text-only checkpoint."""
+        return self.checkpoint / "encoder" if has_encoder(self.checkpoint) else None
+
+    def config(self, packed: PackedProbes, tensor_parallel: int, pipeline_parallel: int) -> Config:
+        """A run that only computes the student's language stream."""
+        return Config(
+            data_path=(),
+            run_dir="",
+            train_iters=1,
+            laver=False,
+            **asdict(self.training),
+            attention_kernel="dense",
+            seq_length=packed.seq_length,
+            visual_seq_length=packed.visual_seq_length,
+            tensor_model_parallel_size=tensor_parallel,
+            pipeline_model_parallel_size=pipeline_parallel,
+        )
+
+
+# --- transformers --------------------------------------------------------------------------------------
+
+
+def run_transformers(worker: Worker, directory: Path, probes: list[Probe]) -> tuple[Outputs, list[str]]:
+    """`transformers_outputs` and `input_problems`, in a process of their own."""
+    _quiet()
+    return transformers_outputs(directory, probes), input_problems(directory, probes)
+
+
+def is_text_only(directory: Path) -> bool:
+    """Whether a Hugging Face directory holds a plain Qwen2."""
+    return json.loads((directory / "config.json").read_text())["model_type"] == "qwen2"
+
+
+@torch.no_grad()
+def transformers_outputs(directory: Path, probes: list[Probe]) -> Outputs:
+    """A text-only Qwen2 or an export with images; the latter runs the code that came with it."""
+    from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
+
+    common: dict[str, Any] = {
+        "dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, "local_files_only": True,
+    }  # fmt: skip
+    if is_text_only(directory):
+        model, info = Qwen2ForCausalLM.from_pretrained(directory, **common)
+    else:
+        model, info = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **common)
+    model.eval()
+    hidden, logits = [], []
+    for probe in probes:
+        tokens_1T = probe.sample.tokens_T[None]
+        pixels = {"pixel_values": torch.stack(probe.pixels)} if probe.pixels else {}
+        output = model(
+            input_ids=tokens_1T,
+            attention_mask=torch.ones_like(tokens_1T),
+            output_hidden_states=True,
+            use_cache=False,
+            **pixels,
+        )
+        hidden.append(output.hidden_states[-1][0])
+        logits.append(output.logits[0])
+    return Outputs(hidden, logits, sorted(info["missing_keys"]))
+
+
+def input_problems(directory: Path, probes: list[Probe]) -> list[str]:
+    """What the directory's own tokenizer, chat template and image processor make of the prompts, where that is not
+    what training makes of them. An export without them cannot be used."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    load = AutoTokenizer if is_text_only(directory) else AutoProcessor
+    try:
+        processor = load.from_pretrained(directory, trust_remote_code=load is AutoProcessor, local_files_only=True)
+    except Exception as error:  # what is missing decides what is raised
+        return [f"{load.__name__} cannot load the directory: {type(error).__name__}: {error}"]
+    problems = []
+    for probe in probes:
+        if probe.pictures:
+            message = {"role": "user", "content": _parts(probe.prompt)}
+            text = processor.apply_chat_template([message], tokenize=False)
+            made = processor(text=[text], images=list(probe.pictures), return_tensors="pt")
+            gap = (made["pixel_values"] - torch.stack(probe.pixels)).abs().max().item()
+            if not gap <= _PIXEL_ROUNDING:
+                problems.append(f"pixels of {probe.prompt!r} differ by {gap:.1e}")
+        else:
+            made = getattr(processor, "tokenizer", processor)([probe.prompt], add_special_tokens=False)
+        tokens = torch.as_tensor(made["input_ids"])[0]
+        if not torch.equal(tokens, probe.sample.tokens_T):
+            problems.append(f"{probe.prompt!r} has other tokens: {len(tokens)}, not the {len(probe)} of training")
+    return problems
+
+
+def _parts(prompt: str) -> list[dict[str, str]]:
+    """A prompt as the words and pictures of a message."""
+    first, *others = prompt.split(IMAGE_PLACEHOLDER)
+    parts = [{"type": "text", "text": first}]
+    for words in others:
+        parts += [{"type": "image"}, {"type": "text", "text": words}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+# --- Megatron ------------------------------------------------------------------------------------------
+
+
+def run_megatron(
+    worker: Worker,
+    model: MegatronModel,
+    probes: list[Probe],
+    packed: PackedProbes,
+    layout: tuple[int, int],
+    check_files: bool,
+) -> Outputs | list[str]:
+    """`megatron_outputs` in a process group of all workers, which TP x PP `layout` divides. check_files: hold all
+    files of the checkpoint against its manifest first."""
+    from laver_megatron.backend import initialise_parallelism, use_backend
+    from laver_megatron.checkpoint import verify_manifest
+
+    _quiet()
+    dist.init_process_group(
+        use_backend().communication,
+        init_method=f"file://{worker.store}",
+        rank=worker.rank,
+        world_size=worker.num_workers,
+        timeout=datetime.timedelta(minutes=_TIMEOUT_MINUTES),
+    )
+    initialise_parallelism(
+        tensor_model_parallel_size=layout[0],
+        pipeline_model_parallel_size=layout[1],
+        virtual_pipeline_model_parallel_size=None,
+        timeout_minutes=_TIMEOUT_MINUTES,
+        seed=0,
+    )
+    if check_files:
+        verify_manifest(model.checkpoint)
+    outputs = megatron_outputs(model, probes, packed, layout)
+    dist.barrier()
+    return outputs
+
+
+def megatron_outputs(
+    model: MegatronModel, probes: list[Probe], packed: PackedProbes, layout: tuple[int, int]
+) -> Outputs | list[str]:
+    """The outputs on the first rank of the last stage; elsewhere only what this rank found unread. Call on every
+    rank of Megatron's parallel groups."""
+    from laver_megatron.build import build_stages
+    from laver_megatron.model.shape import read_model_shape
+
+    shape = read_model_shape(model.checkpoint / "hf")
+    (stage,) = build_stages(model.config(packed, *layout), shape, model.encoder_dir)
+    _fill_with_nan(stage)
+    unread = _load(stage, model)
+    outputs = _run_schedule(stage.eval(), packed)
+    if outputs is None:
+        return unread
+    hidden_BSH, logits_BSW = outputs
+    places = [(pack, slice(start, start + len(p))) for (pack, start), p in zip(packed.places, probes, strict=True)]
+    return Outputs(
+        [hidden_BSH[pack][slots].float().cpu() for pack, slots in places],
+        [logits_BSW[pack][slots].float().cpu() for pack, slots in places],
+        unread,
+    )
+
+
+@torch.no_grad()
+def _fill_with_nan(stage: torch.nn.Module) -> None:
+    """Encoder and connector, unlike the decoder, are built with numbers, which would hide a tensor not loaded."""
+    for parameter in stage.parameters():
+        parameter.fill_(float("nan"))
+
+
+def _load(stage: Any, model: MegatronModel) -> list[str]:
+    """Fills the stage; the checkpoint keys of weights that hold NaN afterwards. The teacher's weights take the
+    place of the student's, from under keys of their own, and as training uses them: stored in fp32, they are
+    rounded to the type of the student's."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from laver_megatron.checkpoint import sharding_metadata
+
+    def state() -> dict:
+        sharded = stage.sharded_state_dict(metadata=sharding_metadata())
+        for entry in nested_values(sharded):
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+                entry.key = stored_key(entry.key, model.weights)
+        return sharded
+
+    # Keys that the checkpoint lacks are left out: their weights stay NaN and are named.
+    loaded, *_ = dist_checkpointing.load(
+        {"model": state()}, str(model.checkpoint), strict=StrictHandling.RETURN_UNEXPECTED
+    )
+    stage.load_state_dict(loaded["model"], strict=False)
+    if model.weights == TEACHER:
+        _round(stage.decoder, load_sharded_metadata(str(model.checkpoint))[_LAST_NORM].dtype)
+    after = state()
+    apply_factories(after)
+    tensors = [entry for entry in nested_values(after) if isinstance(entry, ShardedTensor)]
+    return sorted({tensor.key for tensor in tensors if tensor.data.isnan().any()})
+
+
+@torch.no_grad()
+def _round(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def stored_key(key: str, weights: str) -> str:
+    """The checkpoint's key of a weight: the teacher has layers and final norm of its own, and no other part."""
+    return f"teacher.{key}" if weights == TEACHER and key.startswith("decoder.") else key
+
+
+@torch.no_grad()
+def _run_schedule(stage: Any, packed: PackedProbes) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Hidden states `[S, H]` and logits `[S, W]` of every pack, on the first tensor-parallel rank of the last
+    stage; None elsewhere."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+    hidden: list[Tensor] = []
+    logits: list[Tensor] = []
+    if stage.post_process:
+        stage.decoder.register_forward_hook(lambda module, args, output: hidden.append(output[:, 0]))
+    device = torch.device(torch.cuda.current_device())
+
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def keep(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        whole_SBW = gather_from_tensor_model_parallel_region(output.language_logits_SBW)
+        if is_first:  # a large vocabulary makes large logits
+            logits.append(whole_SBW[:, 0])
+        nothing = torch.zeros((), device=device)
+        return nothing, nothing.int(), nothing
+
+    def forward_step(batches: Iterator, module: Any) -> tuple[Any, Callable]:
+        batch, pixels = next(batches)
+        return module(batch, pixels), keep
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[_micro_batches(stage, packed, device)],
+        model=[stage],
+        num_microbatches=len(packed.packs),
+        seq_length=packed.seq_length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return (hidden, logits) if stage.post_process and is_first else None
+
+
+def _micro_batches(stage: Any, packed: PackedProbes, device: torch.device) -> Iterator[tuple[Any, list[Tensor]]]:
+    from laver_megatron.model.streams import StreamSettings, build_micro_batch
+
+    settings = StreamSettings.of(stage.run_config, stage.shape)
+    for pack in packed.packs:
+        masked_BS = torch.zeros_like(pack.image_BS, dtype=torch.bool)
+        pixels = [image.to(device) for images in pack.pixels for image in images]
+        yield build_micro_batch(pack, masked_BS, settings, device), pixels
+
+
+def _quiet() -> None:
+    """Warnings and notes of the libraries, which every process would repeat."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

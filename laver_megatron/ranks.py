@@ -1,0 +1,52 @@
+"""Doing something on several ranks so that a failure on one of them ends all, instead of leaving them waiting.
+
+Without torch.distributed there is one rank, and the functions just do it.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks."""
+    values = [value] * num_ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_ranks(action: str, work: Callable[[], Result]) -> Result:
+    """Runs `work` and, if it fails anywhere, fails everywhere with the first reason.
+
+    Raises:
+        ValueError: `could not {action}: rank N: reason`.
+    """
+    if not dist.is_initialized():
+        return work()
+    result, problem = None, None
+    try:
+        result = work()
+    except (Exception, CheckpointException) as error:  # the second is no Exception
+        problem = f"{type(error).__name__}: {error}"
+    failed = [(number, text) for number, text in enumerate(gathered(problem)) if text]
+    if failed:
+        raise ValueError(f"could not {action}: rank {failed[0][0]}: {failed[0][1]}")
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(action: str, work: Callable[[], None]) -> None:
+    """Runs `work` on rank 0 while the others wait; fails everywhere if it fails there."""
+    all_ranks(action, work if rank() == 0 else lambda: None)

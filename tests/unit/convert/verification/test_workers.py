@@ -1,0 +1,33 @@
+"""Functions in fresh processes: results by rank, and the first failure in its own words."""
+
+import os
+
+import pytest
+import torch
+
+from laver_megatron.convert.verification.workers import WorkerFailed, run_workers
+
+
+def rank_and_argument(worker, argument):
+    return worker.rank, worker.num_workers, argument
+
+
+def fail_on_rank_1(worker):
+    if worker.rank == 1:
+        raise ValueError("of its own")
+    torch.distributed.FileStore(str(worker.store), 2).wait(["never set"])
+
+
+def die(worker):
+    os._exit(3)
+
+
+def test_workers_answer_by_rank():
+    assert run_workers(rank_and_argument, 2, "x") == [(0, 2, "x"), (1, 2, "x")]
+
+
+def test_the_worker_that_failed_is_heard_and_the_others_are_ended():
+    with pytest.raises(WorkerFailed, match="^ValueError: of its own$"):
+        run_workers(fail_on_rank_1, 2)
+    with pytest.raises(WorkerFailed, match="without a word.*{0: 3}"):
+        run_workers(die, 1)
