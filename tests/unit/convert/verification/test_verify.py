@@ -39,7 +39,7 @@ from laver_megatron.manifest import describe, files_of, write_manifest
 from laver_megatron.model.shape import read_model_shape
 from tests.exports import add_processor
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 LAYER = "model.layers.2."
 
 
