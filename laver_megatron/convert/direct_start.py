@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from laver_megatron.convert.parts import has_training_state, parts_of_hugging_face
+from laver_megatron.convert.parts import copies_of_tied_embedding, has_training_state, parts_of_hugging_face
 from laver_megatron.convert.rows import join_blocks, runs_of_megatron_rows
 from laver_megatron.convert.safetensors_reader import (
     TRAINING_STATE,
@@ -21,12 +21,7 @@ from laver_megatron.convert.safetensors_reader import (
     check_tensors,
     num_not_finite,
 )
-from laver_megatron.convert.weights import (
-    TIED_HEAD,
-    Weight,
-    is_training_state,
-    weight_table,
-)
+from laver_megatron.convert.weights import Weight, is_training_state, weight_table
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.teacher import Centre, TeacherAverage
 
@@ -50,10 +45,11 @@ def load_hugging_face(stages: Sequence[LaverStage], directory: str | Path, metad
     place for, a wrong shape, a value that is not finite, and if a weight was left unwritten. Collective.
     """
     directory = Path(directory)
-    weights = weight_table(parts_of_hugging_face(directory))
+    parts = parts_of_hugging_face(directory)
+    weights = weight_table(parts)
     model = {key: weight for key, weight in weights.items() if not is_training_state(weight.hugging_face[0])}
     with SafetensorsReader(directory) as tensors:
-        check_tensors(tensors, model, may_hold={name for name in tensors.names() if name.endswith(TIED_HEAD)})
+        check_tensors(tensors, model, may_hold=copies_of_tied_embedding(tensors, parts.text))
         for stage in stages:
             _fill(sharded_tensors(stage.sharded_state_dict(metadata=metadata)), tensors, model)
         num_bytes = tensors.num_bytes_read

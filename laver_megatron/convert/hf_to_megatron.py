@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.parts import has_training_state, parts_of_hugging_face, training_of_export
+from laver_megatron.convert.parts import (
+    copies_of_tied_embedding,
+    has_training_state,
+    parts_of_hugging_face,
+    training_of_export,
+)
 from laver_megatron.convert.report import Conversion, Progress, warn
 from laver_megatron.convert.rows import row_blocks, runs_of_megatron_rows
 from laver_megatron.convert.safetensors_reader import (
@@ -22,7 +27,7 @@ from laver_megatron.convert.safetensors_reader import (
     num_not_finite,
 )
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
-from laver_megatron.convert.weights import TIED_HEAD, ModelParts, Size, Weight, is_training_state, weight_table
+from laver_megatron.convert.weights import ModelParts, Size, Weight, is_training_state, weight_table
 from laver_megatron.inputs import RUN_FILE
 from laver_megatron.manifest import Entry, describe, files_of, write_manifest
 from laver_megatron.model.shape import TEXT_PART, VISION_PART
@@ -59,14 +64,13 @@ def open_source(directory: Path) -> Source:
     """Opens a text-only Qwen2.5 or a LaVer export and holds its headers against its config.json.
 
     Raises:
-        ValueError: see `check_tensors`, `SafetensorsReader` and `parts_of_hugging_face`.
+        ValueError: see `check_tensors`, `copies_of_tied_embedding`, `SafetensorsReader` and `parts_of_hugging_face`.
     """
     parts = parts_of_hugging_face(directory)
     weights = weight_table(parts)
     model = SafetensorsReader(directory)
-    # A head beside tied embeddings is not read, neither here nor by transformers.
-    may_hold = {name for name in model.names() if name.endswith(TIED_HEAD) and parts.text.tie_word_embeddings}
-    check_tensors(model, _select(weights, lambda name: not is_training_state(name)), may_hold)
+    heads = copies_of_tied_embedding(model, parts.text)
+    check_tensors(model, _select(weights, lambda name: not is_training_state(name)), may_hold=heads)
     training_state = None
     if has_training_state(directory):
         training_state = SafetensorsReader(directory, TRAINING_STATE)

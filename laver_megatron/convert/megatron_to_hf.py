@@ -108,7 +108,7 @@ def megatron_to_hf(
     weights: str = "student",
     format: str | None = None,
     training_state: bool = False,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: float = MAX_FILE_BYTES,
     overwrite: bool = False,
     strict: bool = False,
     dry_run: bool = False,
@@ -126,6 +126,8 @@ def megatron_to_hf(
             written, too little space.
         OSError: the disk's.
     """
+    if not max_file_bytes >= 1:  # nor NaN
+        raise ValueError(f"--max-file-bytes is {max_file_bytes}; give at least 1 (the default is {MAX_FILE_BYTES:.0e})")
     checkpoint = open_checkpoint(source_dir)
     format = _format(checkpoint, format)
     _check_asked(checkpoint, weights, training_state)
@@ -179,7 +181,7 @@ def _check_asked(checkpoint: Checkpoint, weights: str, training_state: bool) -> 
 
 
 def _plan(
-    checkpoint: Checkpoint, weights: str, training_state: bool, max_file_bytes: int
+    checkpoint: Checkpoint, weights: str, training_state: bool, max_file_bytes: float
 ) -> tuple[list[Output], list[SafetensorsPlan]]:
     """Every tensor to be written, and the files of the model and of the training state."""
     outputs, plans = [], []

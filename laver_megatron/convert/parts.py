@@ -3,15 +3,21 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config import CHANGEABLE
-from laver_megatron.convert.safetensors_reader import TRAINING_STATE, SafetensorsReader
-from laver_megatron.convert.weights import TEACHER, ModelParts, Size
-from laver_megatron.inputs import RUN_FILE, has_encoder
-from laver_megatron.model.shape import is_laver_export, read_config, read_encoder_shape, read_model_shape
+import torch
 
+from laver_megatron.config import CHANGEABLE
+from laver_megatron.convert.rows import row_blocks
+from laver_megatron.convert.safetensors_reader import TRAINING_STATE, SafetensorsReader
+from laver_megatron.convert.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
+from laver_megatron.inputs import RUN_FILE, has_encoder
+from laver_megatron.model.shape import ModelShape, is_laver_export, read_config, read_encoder_shape, read_model_shape
+from laver_megatron.ranks import on_rank_0
+
+_COMPARED_BYTES = 32 << 20
 _HEAD = "vision_head.linear_3.weight"
 # The names under which a LaVer export's config.json has what a run calls CHANGEABLE.
 _EXPORTED_AS = {"encoder_feature_layer": "vision_feature_layer"}
@@ -64,6 +70,35 @@ def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], t
         teacher=teacher,
         centre=f"{TEACHER}centre" in sizes,
     )
+
+
+def copies_of_tied_embedding(tensors: SafetensorsReader, text: ModelShape) -> set[str]:
+    """LM heads that a checkpoint holds although its embeddings are tied, as some published ones do. Collective.
+
+    Raises:
+        ValueError: one that is not the embedding again: transformers would not tie it, whatever config.json says.
+    """
+    heads = {name for name in tensors.names() if text.tie_word_embeddings and name.endswith(TIED_HEAD)}
+    for head in heads:
+        on_rank_0("compare the LM head with the embedding", partial(_compare_with_embedding, tensors, head))
+    return heads
+
+
+def _compare_with_embedding(tensors: SafetensorsReader, head: str) -> None:
+    embedding = head.removesuffix(TIED_HEAD) + EMBEDDING
+    same = embedding in tensors.names() and tensors.size(head) == tensors.size(embedding)
+    if same:
+        num_rows, *width = tensors.size(head)
+        row_bytes = torch.Size(width).numel() * tensors.dtype(head).itemsize
+        same = all(
+            torch.equal(tensors.read(head, start, stop), tensors.read(embedding, start, stop))
+            for start, stop in row_blocks(num_rows, row_bytes, _COMPARED_BYTES)
+        )
+    if not same:
+        raise ValueError(
+            f"{tensors.where(head)} is not {embedding} again, though {tensors.directory / 'config.json'} ties the two; "
+            'set "tie_word_embeddings": false there if the head was trained apart, or remove it'
+        )
 
 
 def has_training_state(directory: Path) -> bool:

@@ -52,7 +52,7 @@ class SafetensorsPlan:
         return sum(place.num_bytes for place in self.places)
 
 
-def plan_safetensors(tensors: Sequence[TensorPlace], stem: str, max_file_bytes: int) -> SafetensorsPlan:
+def plan_safetensors(tensors: Sequence[TensorPlace], stem: str, max_file_bytes: float) -> SafetensorsPlan:
     """Divides the tensors, in their order, into files of at most `max_file_bytes` (or one larger tensor)."""
     groups: list[list[TensorPlace]] = [[]]
     for tensor in tensors:

@@ -28,6 +28,7 @@ Join = Callable[[Sequence[Tensor]], Tensor]
 Size = tuple[int, ...]
 
 TEACHER = "teacher."
+EMBEDDING = "model.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 
 
@@ -110,7 +111,7 @@ def is_training_state(hugging_face_name: str) -> bool:
 
 def _language_model(shape: ModelShape, hf: str) -> Iterator[Weight]:
     words = (shape.vocab_size, shape.hidden_size)
-    yield Weight("embedding.word_embeddings.weight", (f"{hf}model.embed_tokens.weight",), (words,), copy_rows)
+    yield Weight("embedding.word_embeddings.weight", (hf + EMBEDDING,), (words,), copy_rows)
     yield from _decoder(shape, "", f"{hf}model.")
     if not shape.tie_word_embeddings:
         yield Weight("output_layer.weight", (hf + TIED_HEAD,), (words,), copy_rows)

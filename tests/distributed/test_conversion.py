@@ -5,6 +5,7 @@ directory itself hold the same bits; what an export says in transformers is what
 """
 
 import gc
+import itertools
 import json
 import shutil
 from collections import defaultdict
@@ -35,7 +36,7 @@ from laver_megatron.convert.weights import ModelParts, weight_table
 from laver_megatron.inputs import latest_checkpoint
 from laver_megatron.manifest import describe, files_of, write_manifest
 from laver_megatron.model.shape import read_model_shape
-from tests.conversions import assert_same_files, assert_same_tensors, tensors_of
+from tests.conversions import assert_same_files, assert_same_tensors, tensors_of, write_qwen
 from tests.distributed.build import (
     GRID,
     IMAGE_SIZE,
@@ -172,6 +173,64 @@ def test_a_direct_start_reads_every_byte_once(pool, files, tmp_path):
             assert sum(name in by_name for _, by_name in results) == 1, name
             norms += 1
     assert norms == 2 * 4 + 1
+
+
+# --- there and back at every division -------------------------------------------------------------------
+
+
+def load_and_save(layout, config, pairs):
+    """Job: for each (checkpoint, target), loads the weights of a text-only checkpoint and writes them anew at a
+    layout; the bytes of this rank's weights."""
+    join(layout, num_layers=4 if layout.vpp_layers else None)
+    sizes = []
+    for source, target in pairs:
+        of_source = replace(config, model=str(source / "hf"), bf16=config.bf16 or "bfloat16" in source.name)
+        stages = build_stages(of_source, read_model_shape(source / "hf"))
+        load_weights(stages, source)
+        metadata = sharding_metadata()
+        state = {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(stages)}
+        if torch.distributed.get_rank() == 0:
+            target.mkdir()
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, str(target))
+        sizes.append(sum(parameter.nbytes for stage in stages for parameter in stage.parameters()))
+    return sizes
+
+
+def complete(target: Path, source: Path) -> None:
+    """Adds what stands beside the weights, so that the converter takes what `load_and_save` wrote."""
+    shutil.copytree(source / "hf", target / "hf")
+    shutil.copy(source / "run.json", target)
+    write_manifest(target, {str(path.relative_to(target)): describe(path) for path in files_of(target)})
+
+
+@pytest.fixture(scope="module")
+def shape_classes(tmp_path_factory) -> dict[Path, Path]:
+    """Converted checkpoint to its Hugging Face directory, for all of 2, 4 and 8 key/value heads, tied and untied,
+    fp32 and bf16."""
+    directory = tmp_path_factory.mktemp("classes")
+    found = {}
+    for kv_heads in (2, 4, 8):
+        for tied, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+            name = f"kv{kv_heads} {'tied' if tied else 'untied'} {str(dtype).removeprefix('torch.')}"
+            sizes = {"num_key_value_heads": kv_heads, "num_hidden_layers": 4}
+            source = write_qwen(directory / f"{name}.hf", tied=tied, dtype=dtype, **sizes)
+            hf_to_megatron(source, directory / name)
+            found[directory / name] = source
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_there_and_back_by_way_of_every_division(pool, files, shape_classes, tmp_path, layout):
+    """HF -> Megatron -> a run's ranks -> Megatron -> HF, bit by bit, config.json as it came."""
+    pairs = [(source, tmp_path / source.name) for source in shape_classes]
+    pool.run(load_and_save, layout, make_config(files, tmp_path, layout, laver=False), pairs)
+    for converted, target in pairs:
+        complete(target, converted)
+        back, source = tmp_path / "back" / target.name, shape_classes[converted]
+        megatron_to_hf(target, back)
+        assert_same_tensors(tensors_of(back), tensors_of(source))
+        assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 # --- trained checkpoints -------------------------------------------------------------------------------
@@ -395,20 +454,6 @@ def checksums_of(directory: Path) -> dict[str, str]:
     return checksums
 
 
-def load_and_save(layout, config, source, target):
-    """Job: the weights of a text-only checkpoint, loaded and written anew at a layout; bytes of this rank's."""
-    join(layout)
-    stages = build_stages(config, read_model_shape(source / "hf"))
-    load_weights(stages, source)
-    metadata = sharding_metadata()
-    state = {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(stages)}
-    if torch.distributed.get_rank() == 0:
-        target.mkdir()
-    torch.distributed.barrier()
-    dist_checkpointing.save(state, str(target))
-    return sum(parameter.nbytes for stage in stages for parameter in stage.parameters())
-
-
 @pytest.mark.slow
 def test_widths_of_72b(assets, tmp_path):
     """There and back by way of eight ranks at TP4 x PP2. Needs 17 GB of disk and 14 GB of memory;
@@ -420,17 +465,13 @@ def test_widths_of_72b(assets, tmp_path):
     config = make_config(assets, tmp_path, layout, laver=False, bf16=True)
     pool = Pool(layout.world_size)
     try:
-        sizes = pool.run(load_and_save, layout, config, tmp_path / "converted", tmp_path / "trained", timeout=1200)
+        pairs = [(tmp_path / "converted", tmp_path / "trained")]
+        sizes = [size for (size,) in pool.run(load_and_save, layout, config, pairs, timeout=1200)]
     finally:
         pool.close()
     assert sum(sizes) > 8.4e9 and max(sizes) < 1.1 * min(sizes), "every rank has an eighth"
-    for name in ("hf", "run.json"):
-        (tmp_path / "converted" / name).rename(tmp_path / "trained" / name)
+    complete(tmp_path / "trained", tmp_path / "converted")
     shutil.rmtree(tmp_path / "converted")
-    files = files_of(tmp_path / "trained")
-    write_manifest(
-        tmp_path / "trained", {str(path.relative_to(tmp_path / "trained")): describe(path) for path in files}
-    )
     megatron_to_hf(tmp_path / "trained", tmp_path / "back")
     shutil.rmtree(tmp_path / "trained")
     assert checksums_of(tmp_path / "back") == expected

@@ -119,11 +119,11 @@ def test_blocks_smaller_than_a_tensor(tmp_path, monkeypatch, num_threads):
         assert torch.equal(whole[key], weight.join([tensors_of(source)[name] for name in weight.hugging_face])), key
 
 
-def test_a_head_beside_tied_embeddings_is_left_out(tmp_path):
-    """Some published checkpoints have one; transformers does not read it either."""
+def test_a_copy_of_the_tied_embedding_is_left_out(tmp_path):
+    """Some published checkpoints have one; transformers ties it."""
     source = write_qwen(tmp_path / "hf", tied=True)
     tensors = load_file(source / "model.safetensors")
-    head = {"lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])}
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file({**tensors, **head}, source / "model.safetensors", metadata={"format": "pt"})
     back = there_and_back(source, tmp_path)
     assert_same_tensors(tensors_of(back), tensors)

@@ -160,6 +160,24 @@ def test_a_head_beside_embeddings_that_are_not_tied(hf, tmp_path):
     refused(hf_to_megatron, hf, tmp_path / "out", "lm_head.weight", hf / "config.json")
 
 
+@pytest.mark.parametrize("change_head", [lambda head: head * 2, lambda head: head[1:]])
+def test_a_head_that_is_not_the_tied_embedding(tmp_path, change_head):
+    """transformers does not tie such a head, so leaving it out would make another model."""
+    source = write_qwen(tmp_path / "hf", tied=True)
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = change_head(tensors["model.embed_tokens.weight"]).clone()
+
+    change(source, add_head)
+    words = "model.safetensors", "lm_head.weight", "config.json", "tie_word_embeddings"
+    refused(hf_to_megatron, source, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize("number", [0, -1, float("nan")])
+def test_file_sizes_that_are_none(megatron, tmp_path, number):
+    refused(megatron_to_hf, megatron, tmp_path / "out", "max-file-bytes", str(number), max_file_bytes=number)
+
+
 @pytest.mark.parametrize("size", [(63,), (64, 1), (65,)])
 def test_wrong_shape(hf, tmp_path, size):
     change(hf, lambda t: t.update({NORM: torch.ones(size)}))
