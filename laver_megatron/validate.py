@@ -7,7 +7,7 @@ arithmetic; those of files and directories are in `inputs.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -219,27 +219,33 @@ def _sequence_problems(config: Config) -> Iterator[str]:
             yield f"sequence_parallel splits {name} = {length} between {tp} ranks, but {rest}"
 
 
-def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str]:
-    tp = config.tensor_model_parallel_size
-    divided = {
+def decoder_sizes(shape: ModelShape) -> dict[str, int]:
+    """What tensor parallelism divides of the decoder, by a phrase for messages."""
+    return {
         f"the model's {shape.num_attention_heads} attention heads": shape.num_attention_heads,
         f"its vocabulary of {shape.vocab_size}": shape.vocab_size,
         f"its ffn_hidden_size {shape.ffn_hidden_size}": shape.ffn_hidden_size,
     }
+
+
+def tensor_parallel_faults(divided: Mapping[str, int], num_query_groups: int, tp: int) -> list[str]:
+    """What keeps sizes and key/value heads from being divided over `tp` ranks; empty if nothing does."""
+    faults = [f"does not divide {name}" for name, value in divided.items() if value % tp]
+    if num_query_groups % tp and tp % num_query_groups:
+        faults.append(f"neither divides nor is a multiple of its {num_query_groups} key/value heads")
+    return faults
+
+
+def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str]:
+    tp = config.tensor_model_parallel_size
+    divided = decoder_sizes(shape)
     if config.laver:
         output_size = config.vision_head_output_size or shape.hidden_size
         divided[f"vision_head_hidden_size {config.vision_head_hidden_size}"] = config.vision_head_hidden_size
         divided[f"the vision head's {output_size} logits"] = output_size
-    groups = shape.num_query_groups
-    fits = [
-        size
-        for size in range(1, shape.num_attention_heads + 1)
-        if all(value % size == 0 for value in divided.values()) and (groups % size == 0 or size % groups == 0)
-    ]
-    faults = [f"does not divide {name}" for name, value in divided.items() if value % tp]
-    if groups % tp and tp % groups:
-        faults.append(f"neither divides nor is a multiple of its {groups} key/value heads")
-    if faults:
+    if faults := tensor_parallel_faults(divided, shape.num_query_groups, tp):
+        candidates = range(1, shape.num_attention_heads + 1)
+        fits = [size for size in candidates if not tensor_parallel_faults(divided, shape.num_query_groups, size)]
         sizes = ", ".join(map(str, fits))
         yield f"tensor_model_parallel_size {tp} {', '.join(faults)}; sizes that fit this model: {sizes}"
 

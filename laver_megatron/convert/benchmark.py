@@ -135,13 +135,17 @@ def benchmark(directory: Path, depths: list[int], repeats: int) -> str:
                 shutil.rmtree(target, ignore_errors=True)
                 os.sync()
                 runs.append(measure(command))
+                print(
+                    f"{depth} layers, {name}: {runs[-1].seconds:.1f} s, cp + sync {copies[-1]:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             seconds, copied = statistics.median(run.seconds for run in runs), statistics.median(copies)
             memory = (max(run.peak_bytes for run in runs) - baseline) / 1e6
             lines.append(
                 f"| {depth} | {num_bytes / 1e9:.2f} | {name} | {memory:.0f} | {seconds:.1f} | {copied:.1f} "
                 f"| {seconds / copied:.2f} |"
             )
-            print(lines[-1], flush=True)
         shutil.rmtree(here)
     return "\n".join(lines)
 

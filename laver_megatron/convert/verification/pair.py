@@ -91,7 +91,7 @@ def key_problems(pair: Pair) -> tuple[str, ...]:
     beyond = [
         key for key in megatron.keys() - known if not key.startswith(_TRAINING_ONLY) and "_extra_state" not in key
     ]
-    # A tied head may be stored once more; nobody reads it.
+    # A tied head may be stored once more; if it is not the embedding again, the logits will show it.
     tied = {f"{prefix}{TIED_HEAD}" for prefix in ("", "language_model.")} if pair.shape.tie_word_embeddings else set()
     surplus = hugging_face.keys() - expected_here.keys() - tied
     for where, names in (("Megatron's checkpoint", beyond), ("the Hugging Face directory", surplus)):

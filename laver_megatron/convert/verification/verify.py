@@ -31,6 +31,7 @@ from laver_megatron.convert.verification.pair import Pair, key_problems, open_pa
 from laver_megatron.convert.verification.probes import Probe, make_probes, pack_probes
 from laver_megatron.convert.verification.workers import WorkerFailed, run_workers
 from laver_megatron.model.shape import ModelShape
+from laver_megatron.validate import decoder_sizes, tensor_parallel_faults
 
 Say = Callable[[str], None]
 Layout = tuple[int, int]
@@ -208,15 +209,8 @@ def layout_problem(shape: ModelShape, layout: Layout) -> str:
     tp, pp = layout
     if min(layout) < 1:
         return "sizes must be at least 1"
-    for name, size in (
-        ("attention heads", shape.num_attention_heads),
-        ("entries of the vocabulary", shape.vocab_size),
-        ("rows of the feed-forward layer", shape.ffn_hidden_size),
-    ):
-        if size % tp:
-            return f"{size} {name} do not divide into {tp} parts"
-    if shape.num_query_groups % tp and tp % shape.num_query_groups:
-        return f"{shape.num_query_groups} key/value heads and {tp} parts do not divide one another"
+    if faults := tensor_parallel_faults(decoder_sizes(shape), shape.num_query_groups, tp):
+        return f"{tp} {', '.join(faults)}"
     return f"{shape.num_layers} layers do not divide into {pp} stages" if shape.num_layers % pp else ""
 
 

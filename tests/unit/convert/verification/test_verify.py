@@ -468,7 +468,7 @@ def test_own_prompts_stand_in_for_those_of_their_kind(images, tmp_path):
         ({"megatron": Path("nowhere")}, "nowhere is not a checkpoint"),
         ({"tolerance": 0.0}, "must be above 0"),
         ({"tolerance": float("nan")}, "must be above 0"),
-        ({"layouts": [(3, 1)]}, "TP3 x PP1: 4 attention heads do not divide into 3 parts"),
+        ({"layouts": [(3, 1)]}, "TP3 x PP1: 3 does not divide the model's 4 attention heads"),
         ({"layouts": [(1, 3)]}, "TP1 x PP3: 4 layers do not divide into 3 stages"),
         ({"layouts": [(0, 1)]}, "at least 1"),
         ({"prompts": ["<image>"]}, "text only"),
@@ -503,7 +503,7 @@ def test_the_grid_has_what_fits(text):
     assert grid(shape, 4, said.append) == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
     assert len(said) == 12 - 6
     assert layout_problem(replace(shape, num_query_groups=3), (4, 1)) == (
-        "3 key/value heads and 4 parts do not divide one another"
+        "4 neither divides nor is a multiple of its 3 key/value heads"
     )
 
 
