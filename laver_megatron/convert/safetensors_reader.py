@@ -37,6 +37,11 @@ class SafetensorsReader:
         self._stack = ExitStack()
         index = self.directory / f"{stem}.safetensors.index.json"
         single = f"{stem}.safetensors"
+        if index.is_file() and (self.directory / single).is_file():
+            raise ValueError(
+                f"{self.directory} holds {single} and {index.name} both, and transformers would read the first; "
+                "remove the one that is not the model"
+            )
         if index.is_file():
             self._file_of = _read_index(index)
         elif (self.directory / single).is_file():
@@ -88,6 +93,22 @@ class SafetensorsReader:
             self.num_bytes_read += part.nbytes
         return part
 
+    def check_index(self) -> None:
+        """Holds every file's tensors against the index: transformers reads whole files.
+
+        Raises:
+            ValueError: a tensor that the index does not place in the file that holds it.
+        """
+        for file in sorted(set(self._file_of.values())):
+            with self._open_file(file) as tensors:
+                strays = sorted(name for name in tensors.keys() if self._file_of.get(name) != file)  # noqa: SIM118
+            if strays:
+                told = self._file_of.get(strays[0])
+                place = f"places it in {told}" if told else "does not name it"
+                raise ValueError(
+                    f"{self.directory / file}, tensor {strays[0]}: the index {place}; do the files belong together?"
+                )
+
     def size(self, name: str) -> Size:
         return tuple(self._slice(name).get_shape())
 
@@ -131,9 +152,10 @@ def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may
     may_hold: names without a place in the model that are no mistake all the same.
 
     Raises:
-        ValueError: a tensor that is missing, one that the model has no place for, a wrong shape, a type that is
-            no weight's, or parts of one Megatron tensor that differ in type.
+        ValueError: see `SafetensorsReader.check_index`; a tensor that is missing, one that the model has no place for, a
+            wrong shape, a type that is no weight's, or parts of one Megatron tensor that differ in type.
     """
+    tensors.check_index()
     expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}
     config = tensors.directory / "config.json"
     missing = sorted(expected.keys() - tensors.names())

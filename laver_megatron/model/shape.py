@@ -13,18 +13,18 @@ from typing import Any
 
 from laver_megatron.config import ConfigError
 
-_DECODER_KEYS = {
+_DECODER_SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
     "vocab_size": "vocab_size",
-    "rms_norm_eps": "rms_norm_eps",
     "max_position_embeddings": "max_position_embeddings",
 }
-_ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-
+_ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
+# More than any model has; a slip of the keyboard would otherwise fill the memory with names of weights.
+_MOST_LAYERS = 10_000
 
 LAVER_EXPORT = "laver"  # model_type of an export of ours, whose config.json holds those of its two models
 TEXT_PART, VISION_PART = "text_config", "vision_config"
@@ -75,17 +75,12 @@ def read_model_shape(directory: str | Path) -> ModelShape:
     model_type = content.get("model_type")
     if model_type != "qwen2":
         raise ConfigError([f"{path}: model_type is {model_type!r}, but only 'qwen2' (Qwen2, Qwen2.5) is supported"])
-    problems = [f"{path}: {problem}" for problem in _unsupported(content)]
-    rope_theta = _rope_theta(content)
-    missing = [key for key in _DECODER_KEYS.values() if not _is_number(content.get(key))]
-    missing += ["rope_theta"] if rope_theta is None else []
-    if missing:
-        problems.append(f"{path}: {', '.join(missing)} missing or not a number; copy the file from the original model")
-    if problems or rope_theta is None:
+    problems = [f"{path}: {problem}" for problem in (*_unsupported(content), *_decoder_faults(content))]
+    if problems:
         raise ConfigError(problems)
-    sizes = {name: content[key] for name, key in _DECODER_KEYS.items()}
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
-    if content.get("head_dim") is None and sizes["hidden_size"] % heads:
+    sizes = {name: content[key] for name, key in _DECODER_SIZES.items()}
+    heads, groups, head_dim = sizes["num_attention_heads"], sizes["num_query_groups"], content.get("head_dim")
+    if head_dim is None and sizes["hidden_size"] % heads:
         problems.append(f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads")
     if heads % groups:
         problems.append(f"{path}: {heads} attention heads are not a multiple of {groups} key/value heads")
@@ -93,9 +88,10 @@ def read_model_shape(directory: str | Path) -> ModelShape:
         raise ConfigError(problems)
     return ModelShape(
         **sizes,
-        kv_channels=content.get("head_dim") or sizes["hidden_size"] // heads,
-        rope_theta=rope_theta,
-        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        kv_channels=sizes["hidden_size"] // heads if head_dim is None else head_dim,
+        rms_norm_eps=float(content["rms_norm_eps"]),
+        rope_theta=float(_rope_theta(content)),
+        tie_word_embeddings=content.get("tie_word_embeddings", False),
     )
 
 
@@ -116,11 +112,15 @@ def read_encoder_shape(directory: str | Path) -> EncoderShape:
             ]
         )
     vision = content.get("vision_config", {}) if model_type == "siglip" else content
-    missing = [key for key in _ENCODER_KEYS if key not in vision]
-    if missing:
-        raise ConfigError([f"{path}: {', '.join(missing)} missing from the vision model's settings"])
-    size = vision["image_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    vision = vision if isinstance(vision, dict) else {}
+    size: Any = vision.get("image_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    faults = [key for key in _ENCODER_SIZES if not _is_size(vision.get(key))]
+    faults += [] if _is_size(height) and _is_size(width) else ["image_size"]
+    faults += [] if _is_size(vision.get("num_channels", 3)) else ["num_channels"]
+    if faults:
+        text = f"{path}: {', '.join(faults)} missing from the vision model's settings, or no whole number from 1 on"
+        raise ConfigError([text])
     return EncoderShape(
         hidden_size=vision["hidden_size"],
         intermediate_size=vision["intermediate_size"],
@@ -167,18 +167,38 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
+def _decoder_faults(content: dict[str, Any]) -> list[str]:
+    """Sizes that are missing or cannot be."""
+    faults = [key for key in _DECODER_SIZES.values() if not _is_size(content.get(key))]
+    if content.get("head_dim") is not None and not _is_size(content["head_dim"]):
+        faults.append("head_dim")
+    problems = []
+    if faults:
+        problems.append(f"{', '.join(faults)} missing or no whole number from 1 on")
+    elif content["num_hidden_layers"] > _MOST_LAYERS:
+        problems.append(f"num_hidden_layers is {content['num_hidden_layers']}, above {_MOST_LAYERS}")
+    numbers = {"rms_norm_eps": content.get("rms_norm_eps"), "rope_theta": _rope_theta(content)}
+    wrong = [name for name, value in numbers.items() if not _is_positive(value)]
+    if wrong:
+        problems.append(f"{', '.join(wrong)} missing or no number above 0")
+    if not isinstance(content.get("tie_word_embeddings", False), bool):
+        problems.append(f"tie_word_embeddings is {content['tie_word_embeddings']!r}, neither true nor false")
+    return [f"{problem}; copy the file from the original model" for problem in problems]
+
+
 def _unsupported(content: dict[str, Any]) -> list[str]:
     """Variants of Qwen2 that would silently compute something else here."""
     problems = []
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        problems.append(f"rotary scaling of type {rope_type!r} is not supported; train without it")
-    layer_types = set(content.get("layer_types") or ())
-    num_layers = content.get("num_hidden_layers") or 0
-    slides = content.get("use_sliding_window") and (content.get("max_window_layers") or 0) < num_layers
-    if slides or layer_types - {"full_attention"}:
-        problems.append("sliding-window attention is not supported; set use_sliding_window to false")
+    # transformers 5 writes rope_parameters, earlier versions rope_scaling; of both it takes the second.
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = content.get(name) or {}
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            problems.append(f"{name} asks for rotary scaling of type {rope_type!r}, which is not supported")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            problems.append(f"{name} asks for a partial rotary embedding, which is not supported")
+    problems += _sliding_problems(content)
     if content.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act is {content['hidden_act']!r}, but only 'silu' is supported")
     if content.get("quantization_config"):
@@ -186,11 +206,26 @@ def _unsupported(content: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _rope_theta(content: dict[str, Any]) -> float | None:
+def _sliding_problems(content: dict[str, Any]) -> list[str]:
+    layer_types, first_sliding = content.get("layer_types") or [], content.get("max_window_layers") or 0
+    num_layers = content.get("num_hidden_layers")
+    all_full = isinstance(first_sliding, int) and isinstance(num_layers, int) and first_sliding >= num_layers
+    slides = content.get("use_sliding_window") and not all_full
+    if slides or not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        return ["sliding-window attention is not supported; set use_sliding_window to false"]
+    return []
+
+
+def _rope_theta(content: dict[str, Any]) -> Any:
     # transformers 5 writes rope_parameters, earlier versions a plain rope_theta.
-    theta = (content.get("rope_parameters") or {}).get("rope_theta", content.get("rope_theta"))
-    return float(theta) if isinstance(theta, (int, float)) else None
+    rope = content.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    return content.get("rope_theta") if theta is None else theta
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

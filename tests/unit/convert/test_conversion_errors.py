@@ -132,6 +132,26 @@ def test_index_names_a_missing_file(sharded, tmp_path):
     refused(hf_to_megatron, sharded, tmp_path / "out", gone, sharded / "model.safetensors.index.json")
 
 
+def test_a_tensor_in_two_files(sharded, tmp_path):
+    """transformers would take the last one it reads."""
+    first, last = (sorted(sharded.glob("*.safetensors"))[place] for place in (0, -1))
+    tensors, name = load_file(last), next(iter(load_file(first)))
+    save_file({**tensors, name: load_file(first)[name] + 1}, last)
+    refused(hf_to_megatron, sharded, tmp_path / "out", last.name, name, f"the index places it in {first.name}")
+
+
+def test_a_tensor_that_the_index_does_not_name(sharded, tmp_path):
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    save_file({**load_file(last), "model.more": torch.zeros(3)}, last)
+    refused(hf_to_megatron, sharded, tmp_path / "out", last.name, "model.more", "the index does not name it")
+
+
+def test_one_file_and_an_index(sharded, whole, tmp_path):
+    """Which of the two is the model? transformers would take the one file."""
+    shutil.copy(whole / "hf/model.safetensors", sharded)
+    refused(hf_to_megatron, sharded, tmp_path / "out", "model.safetensors and model.safetensors.index.json both")
+
+
 def test_one_of_several_files_is_truncated(sharded, tmp_path):
     cut = sorted(sharded.glob("model-*.safetensors"))[2]
     cut.write_bytes(cut.read_bytes()[:-3])
