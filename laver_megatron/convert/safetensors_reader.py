@@ -152,8 +152,8 @@ def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may
     may_hold: names without a place in the model that are no mistake all the same.
 
     Raises:
-        ValueError: see `SafetensorsReader.check_index`; a tensor that is missing, one that the model has no place for, a
-            wrong shape, a type that is no weight's, or parts of one Megatron tensor that differ in type.
+        ValueError: see `SafetensorsReader.check_index`; a tensor that is missing, one that the model has no place for,
+            a wrong shape, a type that is no weight's, or parts of one Megatron tensor that differ in type.
     """
     tensors.check_index()
     expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}
