@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 GROUPS = ("model", "parallel", "data", "laver", "training", "run")
+ATTENTIONS = ("mixed", "causal")
+POSITIONS = ("2d", "1d", "mrope")
 FREEZABLE_MODULES = ("encoder", "connector", "decoder", "heads")
 # What the tensors of a checkpoint do not show: a later stage changes it only where it is asked to.
 CHANGEABLE = ("attention", "positions", "encoder_feature_layer")
@@ -96,14 +98,14 @@ class Config:
     attention: str = _option(
         "model",
         "mixed: visual tokens also see the rest of their own image; causal: every token sees only what precedes it",
-        choices=("mixed", "causal"),
+        choices=ATTENTIONS,
         default="mixed",
     )
     positions: str = _option(
         "model",
         "rotary positions of visual tokens: row and column interleaved over the "
         "frequencies (2d), the token's index (1d), or contiguous sections (mrope)",
-        choices=("2d", "1d", "mrope"),
+        choices=POSITIONS,
         default="2d",
     )
     attention_kernel: str = _option(

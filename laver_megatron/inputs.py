@@ -17,6 +17,7 @@ from laver_megatron.model.shape import (
     EncoderShape,
     ModelShape,
     is_laver_export,
+    read_config,
     read_encoder_shape,
     read_model_shape,
 )
@@ -213,7 +214,7 @@ def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, l
         shape = read_model_shape(inputs.model_dir)
     except ConfigError as error:
         return None, list(error.problems)
-    problems = list(_tokenizer_problems(inputs.model_dir, shape))
+    problems = list(tokenizer_problems(inputs.model_dir, shape))
     if config.model is not None and config.load not in (None, HF_PREFIX):
         assert config.load is not None
         weights = inputs.checkpoint / "hf" if inputs.checkpoint else Path(config.load.removeprefix(HF_PREFIX))
@@ -221,7 +222,8 @@ def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, l
     return shape, problems
 
 
-def _tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
+def tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
+    """What keeps a directory's tokenizer from serving a model with images."""
     file = directory / "tokenizer.json"
     has_words = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not file.is_file() and not has_words:
@@ -239,6 +241,10 @@ def _tokenizer_problems(directory: Path, shape: ModelShape) -> Iterator[str]:
     except (ValueError, KeyError, TypeError):
         yield f"{file}: cannot be read as a tokenizer"
         return
+    if is_laver_export(directory):
+        named, meant = read_config(directory)[1].get("image_token_id"), added.get(IMAGE_TOKENS[1])
+        if named != meant:
+            yield f"{directory}/config.json: image_token_id is {named!r}, but {IMAGE_TOKENS[1]} is {meant} in {file}"
     absent = [token for token in IMAGE_TOKENS if token not in added]
     if absent:
         yield f"{file}: no {', '.join(absent)} among the special tokens; use the tokenizer of Qwen2.5"
@@ -279,13 +285,14 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
         shape = read_encoder_shape(inputs.encoder_dir)
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
-    problems = list(_preprocessor_problems(inputs.encoder_dir, shape))
+    problems = list(preprocessor_problems(inputs.encoder_dir, shape))
     if not inputs.brings_encoder and not dry_run:
         problems += weight_problems("encoder", inputs.encoder_dir)
     return shape, problems
 
 
-def _preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]:
+def preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]:
+    """What keeps a directory's image processor from serving its encoder."""
     file = directory / "preprocessor_config.json"
     if not file.is_file():
         yield f"encoder {directory}: no preprocessor_config.json in it"
@@ -328,19 +335,21 @@ def run_dir_problems(config: Config) -> Iterator[str]:
             yield f"run_dir {config.run_dir}: {path} is in the way, it is not a directory"
         elif path.exists() and not os.access(path, os.W_OK | os.X_OK):
             yield f"run_dir {config.run_dir}: no permission to write in {path}"
-    if (kind := _file_system_type(nearest)) in _NOT_FOR_FILES:
+    if kind := kernel_file_system(nearest):
         yield f"run_dir {config.run_dir}: {nearest} belongs to the kernel's {kind}, where nothing can be written"
     written = run_dir / "config.yaml"
     if written.exists() and not os.access(written, os.W_OK):
         yield f"run_dir {config.run_dir}: no permission to write {written}"
 
 
-def _file_system_type(path: Path) -> str:
-    """What is mounted where `path` lies, empty where the system does not tell."""
+def kernel_file_system(path: Path) -> str:
+    """The file system in which `path` lies if it is one of the kernel's own, in which nobody can write files; else
+    empty, as where the system does not tell."""
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
         return ""
     kinds = {point: kind for _, point, kind, *_ in map(str.split, lines)}
     path = path.resolve()
-    return next((kinds[str(place)] for place in (path, *path.parents) if str(place) in kinds), "")
+    kind = next((kinds[str(place)] for place in (path, *path.parents) if str(place) in kinds), "")
+    return kind if kind in _NOT_FOR_FILES else ""

@@ -6,6 +6,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from laver_megatron.model.shape import is_laver_export, read_part
 
@@ -17,6 +18,16 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", CHAT_TEMPLATE_FILE, "chat_template.json",
 )  # fmt: skip
+
+SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, "processor_config.json", *TOKENIZER_FILES)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Qwen2.5, of a checkpoint's hf/ or of a LaVer export (whose code is not run for it)."""
+    from transformers import AutoTokenizer, Qwen2Config  # here, because importing it takes seconds
+
+    # Without a configuration transformers would read config.json, and ask to run the code that an export's names.
+    return AutoTokenizer.from_pretrained(directory, config=Qwen2Config(), local_files_only=True)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

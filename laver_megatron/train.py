@@ -23,7 +23,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from laver_megatron import schedules
 from laver_megatron.backend import Backend, initialise_parallelism, shut_down_parallelism, use_backend
@@ -50,6 +49,7 @@ from laver_megatron.model.laver import LaverStage, StageOutput
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
+from laver_megatron.model_files import load_tokenizer
 from laver_megatron.scaling.flops import ModelFlops, step_flops, tflops_per_gpu
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
@@ -186,7 +186,7 @@ def open_data(
     if is_reader():
         reader = open_dataset(
             paths,
-            AutoTokenizer.from_pretrained(model_dir),
+            load_tokenizer(model_dir),
             ImagePreprocessor.from_pretrained(encoder_dir),
             seq_length=config.seq_length,
             visual_seq_length=config.visual_seq_length,

@@ -7,13 +7,15 @@ The source is a text-only Qwen2.5 or a LaVer export of megatron_to_hf.py. Only a
 a time, whatever the model's size. (Training can also start from the Hugging Face directory: --load hf:DIR.)
 """
 
+import signal
 from pathlib import Path
-
-from laver_megatron.convert.command import run_conversion, start_parser
-from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds, and there is nothing to tidy yet
+    from laver_megatron.convert.command import run_conversion, start_parser
+    from laver_megatron.convert.hf_to_megatron import hf_to_megatron
+
     parser = start_parser(__doc__)
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory to read")
     parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")

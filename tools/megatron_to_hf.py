@@ -7,14 +7,16 @@ A text-only checkpoint becomes a stock Qwen2ForCausalLM. One with images becomes
 (--format laver), or a stock LlavaForConditionalGeneration (--format llava; for runs trained with --positions 1d).
 """
 
+import signal
 from pathlib import Path
-
-from laver_megatron.convert.command import run_conversion, start_parser
-from laver_megatron.convert.export.description import FORMATS
-from laver_megatron.convert.megatron_to_hf import MAX_FILE_BYTES, megatron_to_hf
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds, and there is nothing to tidy yet
+    from laver_megatron.convert.command import run_conversion, start_parser
+    from laver_megatron.convert.export.description import FORMATS
+    from laver_megatron.convert.megatron_to_hf import MAX_FILE_BYTES, megatron_to_hf
+
     parser = start_parser(__doc__)
     parser.add_argument(
         "--megatron", type=Path, required=True, metavar="DIR",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -21,15 +22,15 @@ def start_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def run_conversion(convert: Callable[[], None]) -> None:
     """Runs a conversion, on all ranks together under torchrun. Exit status 2 for what the user gave, 1 for a
     failure of the machine, 130 after Ctrl-C; each with one line that says why."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # while they import, the tools just stop
     torch.set_num_threads(1)  # the conversion's own threads divide the work
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
@@ -40,9 +41,9 @@ def run_conversion(convert: Callable[[], None]) -> None:
     except ValueError as error:
         _stop(f"error: {error}", 2)
     except OSError as error:
-        _stop(f"error: {error}; nothing was left behind", 1)
+        _stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _stop("stopped; nothing was left behind", 130)
+        _stop("stopped", 130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.output import Target, check_target, named_errors, new_directory, run_tasks
 from laver_megatron.convert.parts import (
+    check_companions,
     copies_of_tied_embedding,
     has_training_state,
     parts_of_hugging_face,
@@ -64,9 +65,13 @@ def open_source(directory: Path) -> Source:
     """Opens a text-only Qwen2.5 or a LaVer export and holds its headers against its config.json.
 
     Raises:
-        ValueError: see `check_tensors`, `copies_of_tied_embedding`, `SafetensorsReader` and `parts_of_hugging_face`.
+        ValueError: see `parts_of_hugging_face`, `training_of_export`, `check_companions`, `SafetensorsReader`,
+            `copies_of_tied_embedding` and `check_tensors`.
     """
     parts = parts_of_hugging_face(directory)
+    if parts.encoder is not None:
+        training_of_export(directory)
+        check_companions(directory, directory)
     weights = weight_table(parts)
     model = SafetensorsReader(directory)
     heads = copies_of_tied_embedding(model, parts.text)
@@ -148,7 +153,7 @@ class _Writer:
 
     def write_file(self, file: str, weights: list[Weight]) -> None:
         boxes = []
-        with (self.directory / file).open("wb") as stream:
+        with named_errors(self.directory / file), (self.directory / file).open("wb") as stream:
             for weight in weights:
                 row_bytes = self.source.num_bytes(weight) // weight.size[0]
                 for start, stop in row_blocks(weight.size[0], row_bytes, BLOCK_BYTES):

@@ -17,7 +17,7 @@ import torch
 
 from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.parts import Training, parts_of_megatron, training_of_checkpoint
+from laver_megatron.convert.parts import Training, check_companions, parts_of_megatron, training_of_checkpoint
 from laver_megatron.convert.report import Conversion, Progress, warn
 from laver_megatron.convert.rows import join_blocks, row_blocks, runs_of_part_rows
 from laver_megatron.convert.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
@@ -40,6 +40,7 @@ from laver_megatron.model_files import (
     PREPROCESSOR_FILE,
     TOKENIZER_FILES,
     copy_files,
+    load_tokenizer,
 )
 from laver_megatron.ranks import all_ranks, num_ranks, on_rank_0, rank
 
@@ -77,13 +78,19 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     found = latest_checkpoint(directory)
     if found is None:
-        raise ValueError(f"{directory} is no checkpoint and holds none (an iter_* folder with hf/config.json)")
+        folder = directory / "checkpoints"
+        hint = f"; {folder} does" if folder.is_dir() and latest_checkpoint(folder) else ""
+        raise ValueError(f"{directory} is no checkpoint and holds none (an iter_* folder with hf/config.json){hint}")
     check_files(found, read_manifest(found).items(), whole=lambda name: not name.endswith(".distcp"))
     tensors = TorchDistReader(found)
     parts = parts_of_megatron(found, tensors.sizes)
+    training = None
+    if parts.encoder is not None:
+        training = training_of_checkpoint(found)
+        check_companions(found / "hf", found / "encoder")
     weights = weight_table(parts)
     _check_keys(found, tensors, weights)
-    return Checkpoint(found, parts, weights, tensors, training_of_checkpoint(found) if parts.encoder else None)
+    return Checkpoint(found, parts, weights, tensors, training)
 
 
 def _check_keys(directory: Path, tensors: TorchDistReader, weights: Mapping[str, Weight]) -> None:
@@ -252,11 +259,9 @@ def _small_files(
     hf, encoder = checkpoint.directory / "hf", checkpoint.directory / "encoder"
     if format is None:
         return lambda directory: copy_files(hf, directory, (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES))
-    from transformers import AutoTokenizer  # here, because importing it takes seconds
-
     assert checkpoint.training is not None
     training = checkpoint.training
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer = load_tokenizer(hf)
     dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
     config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
     config = config_of(

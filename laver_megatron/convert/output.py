@@ -1,19 +1,30 @@
 """Building an output directory: beside its final name, and renamed when it is whole; nothing is left of a failure."""
 
+import fnmatch
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from laver_megatron.inputs import MANIFEST_FILE
+from laver_megatron.convert.export.description import REMOTE_CODE
+from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, is_converted, kernel_file_system
 from laver_megatron.manifest import sync_directory, sync_file
+from laver_megatron.model_files import CONFIG_FILE, SMALL_FILES
 from laver_megatron.ranks import on_rank_0
 
-_MARKS_OF_WEIGHTS = ("config.json", MANIFEST_FILE)  # one of them is in every directory that may be overwritten
+# All that may lie in a directory that --overwrite replaces.
+_OF_HUGGING_FACE = (
+    "*.safetensors", "*.safetensors.index.json", *SMALL_FILES, REMOTE_CODE.name, "README.md", "LICENSE*",
+    ".gitattributes",
+)  # fmt: skip
+_OF_MEGATRON = ("*.distcp", ".metadata", "metadata.json", "common.pt", "hf", "encoder", RUN_FILE, MANIFEST_FILE)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,9 @@ class Target:
     num_bytes: int
     inputs: Sequence[Path]
 
-    @property
+    @cached_property
     def final(self) -> Path:
+        # Once: the working directory may move along with what is replaced.
         return Path(os.path.abspath(self.path))
 
     @property
@@ -38,7 +50,7 @@ class Target:
 @contextmanager
 def new_directory(target: Target) -> Iterator[Path]:
     """A directory to fill, on all ranks the same; it gets its final name when the block ends without an error, and
-    is removed otherwise with the parents made for it, also on Ctrl-C and SIGTERM.
+    is removed otherwise with the parents made for it, also on Ctrl-C, SIGTERM and when the terminal is closed.
 
     Raises:
         ValueError: see `check_target`, or the temporary directory is there already.
@@ -52,7 +64,7 @@ def new_directory(target: Target) -> Iterator[Path]:
             interrupted = True
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         on_rank_0("begin", lambda: _begin(target, made))
         yield target.temporary
@@ -81,11 +93,16 @@ def check_target(target: Target) -> None:
     if final.exists() or final.is_symlink():
         if not target.overwrite:
             raise ValueError(f"{final} exists; choose another directory, or replace it with --overwrite")
-        if not _may_be_replaced(final):
-            raise ValueError(f"{final} is no directory of weights: --overwrite does not replace it; remove it yourself")
+        if reason := _why_not_replaced(final):
+            raise ValueError(f"{final} {reason}: --overwrite does not replace it; remove it yourself")
     nearest = final.parent
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
+    dangling = next((path for path in final.parents if path.is_symlink() and not path.exists()), None)
+    if dangling:
+        raise ValueError(f"{final} cannot be made: {dangling} is a link to nowhere")
+    if kind := kernel_file_system(nearest):
+        raise ValueError(f"{final} cannot be made: {nearest} belongs to the kernel's {kind}")
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{final} cannot be made: {nearest} is not a directory that you may write to")
     free = shutil.disk_usage(nearest).free
@@ -95,10 +112,25 @@ def check_target(target: Target) -> None:
         )
 
 
-def _may_be_replaced(path: Path) -> bool:
+def _why_not_replaced(path: Path) -> str:
+    """What keeps a path from being replaced; empty for an empty directory, and for one that holds converted weights
+    and nothing else."""
     if path.is_symlink() or not path.is_dir():
-        return False
-    return not any(path.iterdir()) or any((path / name).is_file() for name in _MARKS_OF_WEIGHTS)
+        return "is no directory of weights"
+    working_directory = Path.cwd().resolve()
+    if path.resolve() in (working_directory, *working_directory.parents):
+        return "is, or lies around, the working directory"
+    names = sorted(entry.name for entry in path.iterdir())
+    if (path / MANIFEST_FILE).is_file():
+        if not is_converted(path):
+            return "is no converted checkpoint (a run may go on from it)"
+        known: tuple[str, ...] = _OF_MEGATRON
+    elif not names or (path / CONFIG_FILE).is_file():
+        known = _OF_HUGGING_FACE
+    else:
+        return "is no directory of weights"
+    others = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
+    return f"holds other things than weights ({', '.join(others[:3])})" if others else ""
 
 
 def _begin(target: Target, made: list[Path]) -> None:
@@ -121,6 +153,8 @@ def _remove(target: Target, made: Sequence[Path]) -> None:
     for path in reversed(made):
         if path == target.temporary:
             shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                print(f"{path} could not be removed; remove it yourself", file=sys.stderr)
         elif path.exists() and not any(path.iterdir()):
             path.rmdir()
 
@@ -155,3 +189,14 @@ def run_tasks(tasks: Sequence[Callable[[], None]], num_threads: int) -> None:
                 future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Adds the file to errors of writing it, which do not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from laver_megatron.config import CHANGEABLE
+from laver_megatron.config import ATTENTIONS, CHANGEABLE, POSITIONS, ConfigError
 from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import TRAINING_STATE, SafetensorsReader
 from laver_megatron.convert.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
-from laver_megatron.inputs import RUN_FILE, has_encoder
+from laver_megatron.inputs import RUN_FILE, has_encoder, preprocessor_problems, tokenizer_problems
 from laver_megatron.model.shape import ModelShape, is_laver_export, read_config, read_encoder_shape, read_model_shape
 from laver_megatron.ranks import on_rank_0
 
@@ -43,6 +43,10 @@ def parts_of_hugging_face(directory: Path) -> ModelParts:
     sizes: dict[str, Size] = {}
     if has_training_state(directory):
         with SafetensorsReader(directory, TRAINING_STATE) as tensors:
+            if _HEAD not in tensors.names():
+                raise ValueError(f"the training state of {directory} lacks {_HEAD}; copy its files again")
+            if len(tensors.size(_HEAD)) != 2:
+                raise ValueError(f"{tensors.where(_HEAD)} is of shape {tensors.size(_HEAD)}, not a matrix")
             sizes = {name: tensors.size(name) for name in tensors.names() if name in (_HEAD, f"{TEACHER}centre")}
             teacher = any(name.startswith(f"{TEACHER}model.") for name in tensors.names())
             return _with_images(directory, directory, sizes, teacher)
@@ -61,11 +65,11 @@ def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], t
     # Importing transformers' encoder takes seconds, which text-only models need not wait for.
     from laver_megatron.model.vision import encoder_tensor_sizes
 
-    head = sizes.get(_HEAD)
+    head, feature_size = sizes.get(_HEAD), read_encoder_shape(encoder_dir).hidden_size
     return ModelParts(
         text=read_model_shape(text_dir),
         encoder=encoder_tensor_sizes(encoder_dir),
-        feature_size=read_encoder_shape(encoder_dir).hidden_size,
+        feature_size=feature_size,
         vision_head=(head[1], head[0]) if head else None,
         teacher=teacher,
         centre=f"{TEACHER}centre" in sizes,
@@ -103,13 +107,14 @@ def _compare_with_embedding(tensors: SafetensorsReader, head: str) -> None:
 
 def has_training_state(directory: Path) -> bool:
     """Whether an export brings [MASK], vision head and teacher."""
-    return any(directory.glob(f"{TRAINING_STATE}*.safetensors*"))
+    names = f"{TRAINING_STATE}.safetensors", f"{TRAINING_STATE}.safetensors.index.json"
+    return any((directory / name).is_file() for name in names)
 
 
 def training_of_export(directory: Path) -> Training:
     """How a LaVer export was trained, by its config.json."""
     path, content = read_config(directory)
-    return _training({name: content.get(_EXPORTED_AS.get(name, name)) for name in CHANGEABLE}, path)
+    return _training(content, _EXPORTED_AS, path, directory)
 
 
 def training_of_checkpoint(directory: Path) -> Training:
@@ -117,13 +122,40 @@ def training_of_checkpoint(directory: Path) -> Training:
     path = directory / RUN_FILE
     try:
         content = json.loads(path.read_text())
-        return _training({name: content.get(name) for name in CHANGEABLE}, path)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; copy the checkpoint again")
+    return _training(content, {}, path, directory / "encoder")
 
 
-def _training(found: dict[str, Any], path: Path) -> Training:
-    absent = [name for name, value in found.items() if value is None]
+def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path, encoder_dir: Path) -> Training:
+    """key_of: the file's name for what it does not call as a run does."""
+    keys = {name: key_of.get(name, name) for name in CHANGEABLE}
+    absent = [key for key in keys.values() if content.get(key) is None]
     if absent:
         raise ValueError(f"{path} does not say {', '.join(absent)}; copy it again")
-    return Training(**found)
+    found = Training(**{name: content[key] for name, key in keys.items()})
+    for name, value, known in (("attention", found.attention, ATTENTIONS), ("positions", found.positions, POSITIONS)):
+        if value not in known:
+            raise ValueError(f"{path}: {name} is {value!r}, but must be one of {', '.join(known)}")
+    layer, num_layers = found.encoder_feature_layer, read_encoder_shape(encoder_dir).num_hidden_layers
+    if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
+        key = keys["encoder_feature_layer"]
+        raise ValueError(f"{path}: {key} is {layer!r}, but must be from {-num_layers - 1} to {num_layers}")
+    return found
+
+
+def check_companions(text_dir: Path, encoder_dir: Path) -> None:
+    """Whether a model with images has beside it what using and training it needs: a tokenizer with the image tokens
+    and a chat template, and an image processor.
+
+    Raises:
+        ConfigError: all that is missing or does not fit.
+    """
+    problems = [
+        *tokenizer_problems(text_dir, read_model_shape(text_dir)),
+        *preprocessor_problems(encoder_dir, read_encoder_shape(encoder_dir)),
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -19,6 +19,7 @@ from laver_megatron.convert.weights import Size, Weight
 
 MODEL = "model"
 TRAINING_STATE = "training_state"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -31,7 +32,7 @@ class SafetensorsReader:
     """
 
     def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
-        self.directory = Path(directory)
+        self.directory, self.stem = Path(directory), stem
         self.num_bytes_read = 0
         self._lock = threading.Lock()
         self._stack = ExitStack()
@@ -49,7 +50,7 @@ class SafetensorsReader:
                 self._file_of = dict.fromkeys(tensors.keys(), single)
         else:
             message = f"{self.directory} has neither {single} nor {index.name}"
-            pickled = sorted(path.name for path in self.directory.glob("*.bin"))
+            pickled = sorted(path.name for path in self.directory.iterdir() if path.suffix in _PICKLES)
             if pickled:
                 message += (
                     f", only pickles ({', '.join(pickled[:3])}), which can run code when they are opened; "
@@ -158,24 +159,23 @@ def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may
     tensors.check_index()
     expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}
     config = tensors.directory / "config.json"
+    whole = f"the model of {config}" if tensors.stem == MODEL else f"the training state of {tensors.directory}"
     missing = sorted(expected.keys() - tensors.names())
     if missing:
         raise ValueError(
-            f"{tensors.directory} lacks {len(missing)} tensors of the model of {config}, such as "
-            f"{', '.join(missing[:3])}; download or copy it again"
+            f"{tensors.directory} lacks {len(missing)} tensors of {whole}, such as {', '.join(missing[:3])}; "
+            "download or copy it again"
         )
     surplus = sorted(tensors.names() - expected.keys() - (may_hold or set()))
     if surplus:
         raise ValueError(
-            f"{tensors.where(surplus[0])} and {len(surplus) - 1} more have no place in the model of {config} "
-            f"with its {len(expected)} tensors; do the two belong together?"
+            f"{tensors.where(surplus[0])} has no place in {whole} with its {len(expected)} tensors "
+            f"({len(surplus)} such); do the two belong together?"
         )
     for weight in weights.values():
         for name, size in weight.hugging_face_sizes():
             if tensors.size(name) != size:
-                raise ValueError(
-                    f"{tensors.where(name)} is of shape {tensors.size(name)}, but the model of {config} needs {size}"
-                )
+                raise ValueError(f"{tensors.where(name)} is of shape {tensors.size(name)}, but {whole} needs {size}")
         dtypes = {tensors.dtype(name) for name in weight.hugging_face}
         if len(dtypes) > 1:
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.convert.output import named_errors
 from laver_megatron.convert.safetensors_reader import DTYPES
 from laver_megatron.convert.weights import Size
 
@@ -88,7 +89,7 @@ def create_files(plans: Sequence[SafetensorsPlan], directory: Path) -> None:
 
 def _create_files(plan: SafetensorsPlan, directory: Path) -> None:
     for file, header in plan.headers.items():
-        with (directory / file).open("wb") as stream:
+        with named_errors(directory / file), (directory / file).open("wb") as stream:
             stream.write(header)
             values = sum(place.num_bytes for place in plan.places if place.file == file)
             stream.truncate(len(header) + values)
@@ -104,16 +105,24 @@ class SafetensorsWriter:
     """Writes rows into the files of plans. Several threads and processes may write different rows."""
 
     def __init__(self, plans: Sequence[SafetensorsPlan], directory: Path) -> None:
-        self._handles = {file: os.open(directory / file, os.O_WRONLY) for plan in plans for file in plan.headers}
+        self._directory = directory
+        self._handles: dict[str, int] = {}
+        try:
+            for file in (file for plan in plans for file in plan.headers):
+                self._handles[file] = os.open(directory / file, os.O_WRONLY)
+        except OSError:
+            self.close(flush=False)
+            raise
 
     def write_rows(self, place: TensorPlace, start: int, rows: Tensor) -> None:
         """rows: `[n, ...]` from row `start` on, in the type of the plan."""
         assert rows.dtype == place.dtype and rows.shape[1:] == place.size[1:]
         values = rows.contiguous().flatten().view(torch.uint8).numpy().data
         offset = place.offset + start * place.row_bytes
-        while values:
-            written = os.pwrite(self._handles[place.file], values, offset)
-            values, offset = values[written:], offset + written
+        with named_errors(self._directory / place.file):
+            while values:
+                written = os.pwrite(self._handles[place.file], values, offset)
+                values, offset = values[written:], offset + written
 
     def close(self, *, flush: bool = True) -> None:
         """flush: to disk, with everything that this process wrote."""

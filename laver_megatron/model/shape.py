@@ -22,7 +22,7 @@ _DECODER_SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-_ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
+_ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 # More than any model has; a slip of the keyboard would otherwise fill the memory with names of weights.
 _MOST_LAYERS = 10_000
 
@@ -113,10 +113,7 @@ def read_encoder_shape(directory: str | Path) -> EncoderShape:
         )
     vision = content.get("vision_config", {}) if model_type == "siglip" else content
     vision = vision if isinstance(vision, dict) else {}
-    size: Any = vision.get("image_size")
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
     faults = [key for key in _ENCODER_SIZES if not _is_size(vision.get(key))]
-    faults += [] if _is_size(height) and _is_size(width) else ["image_size"]
     faults += [] if _is_size(vision.get("num_channels", 3)) else ["num_channels"]
     if faults:
         text = f"{path}: {', '.join(faults)} missing from the vision model's settings, or no whole number from 1 on"
@@ -125,7 +122,7 @@ def read_encoder_shape(directory: str | Path) -> EncoderShape:
         hidden_size=vision["hidden_size"],
         intermediate_size=vision["intermediate_size"],
         num_hidden_layers=vision["num_hidden_layers"],
-        image_size=(height, width),
+        image_size=(vision["image_size"], vision["image_size"]),
         patch_size=vision["patch_size"],
         num_channels=vision.get("num_channels", 3),
     )

@@ -20,9 +20,17 @@ def vision_config(directory: str | Path) -> SiglipVisionConfig:
 
 
 def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name and size of every tensor of the image encoder, as transformers builds it; nothing is allocated."""
-    with torch.device("meta"):
-        model = SiglipVisionModel(vision_config(directory))
+    """Name and size of every tensor of the image encoder, as transformers builds it; nothing is allocated.
+
+    Raises:
+        ValueError: settings from which transformers builds none.
+    """
+    try:
+        with torch.device("meta"):
+            model = SiglipVisionModel(vision_config(directory))
+    except Exception as error:  # transformers raises what it likes on settings of other types
+        message = f"{directory}/config.json: transformers builds no image encoder from it: {error}"
+        raise ValueError(message) from error
     return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 

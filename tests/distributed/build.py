@@ -169,7 +169,7 @@ class SyntheticReader:
 def synthetic_data() -> Iterator[None]:
     """`train.setup` without a tokenizer, a preprocessor and shards."""
     with (
-        mock.patch.object(train, "AutoTokenizer"),
+        mock.patch.object(train, "load_tokenizer"),
         mock.patch.object(train, "ImagePreprocessor"),
         mock.patch.object(train, "open_dataset", lambda paths, *_, **__: SyntheticReader(paths[0])),
     ):

@@ -621,13 +621,13 @@ def test_readers_and_processes_are_told(assets, tmp_path):
     told = {"seq_length": SEQ_LENGTH, "visual_seq_length": VISUAL_SEQ_LENGTH, "seed": 5, "num_workers": 3}
     try:
         with (
-            mock.patch.object(train, "AutoTokenizer") as tokenizer,
+            mock.patch.object(train, "load_tokenizer") as tokenizer,
             mock.patch.object(train, "ImagePreprocessor") as preprocessor,
             mock.patch.object(train, "open_dataset") as open_dataset,
         ):
             open_dataset.return_value.fingerprint = "synthetic"
             train.setup(make_config(assets, "unused", **settings, distributed_timeout_minutes=7))
-        tokenizer.from_pretrained.assert_called_with(paths["model"])
+        tokenizer.assert_called_with(paths["model"])
         preprocessor.from_pretrained.assert_called_with(paths["encoder"])
         assert [call.args[0] for call in open_dataset.call_args_list] == [("a", "b"), ("c",)]
         assert all(told.items() <= call.kwargs.items() for call in open_dataset.call_args_list)

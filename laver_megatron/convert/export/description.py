@@ -96,9 +96,7 @@ def llava_config(
 def tokens_per_image(vision_config: dict[str, Any]) -> int:
     """Visual tokens of an image: whole patches, no class token."""
     vision = _vision_part(vision_config)
-    size, patch = vision["image_size"], vision["patch_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return (height // patch) * (width // patch)
+    return (vision["image_size"] // vision["patch_size"]) ** 2
 
 
 def processor_config(format: str, *, patch_size: int) -> dict[str, Any]:

@@ -110,9 +110,8 @@ class LaverConfig(PreTrainedConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the visual tokens of an image: whole patches, in raster order."""
-        size, patch = self.vision_config.image_size, self.vision_config.patch_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return height // patch, width // patch
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return side, side
 
 
 # --- where the images are, and what follows from it ------------------------------------------------------
@@ -287,11 +286,10 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: pixels of another size than the encoder's.
         """
         size = self.config.vision_config.image_size
-        expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
                 f"pixel_values are of shape {tuple(pixel_values.shape)}, but the encoder takes [images, 3, "
-                f"{expected[0]}, {expected[1]}]; let the processor prepare them"
+                f"{size}, {size}]; let the processor prepare them"
             )
         pixels = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
         hidden_states = self.vision_tower(pixels, output_hidden_states=True).hidden_states

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from laver_megatron.data.images import ImagePreprocessor, decode_image
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.samples import IMAGE_PLACEHOLDER, SampleEncoder
+from laver_megatron.model_files import load_tokenizer
 
 TEXT_PROMPTS = (
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Portugal is",
@@ -74,7 +74,7 @@ def make_probes(
     """
     given_text = [prompt for prompt in prompts if IMAGE_PLACEHOLDER not in prompt]
     given_pictures = [prompt for prompt in prompts if IMAGE_PLACEHOLDER in prompt]
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = load_tokenizer(model_dir)
     probes = [
         Probe(prompt, _text_sample(prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]))
         for prompt in given_text or TEXT_PROMPTS

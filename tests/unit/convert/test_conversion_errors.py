@@ -26,6 +26,7 @@ from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.manifest import check_files, describe, files_of, read_manifest, write_manifest
+from laver_megatron.model_files import load_tokenizer
 from tests.conversions import (
     ROOT,
     assert_same_files,
@@ -479,17 +480,135 @@ def test_files_that_the_system_does_not_let_grow(whole, tmp_path):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    for tool, *arguments in (
-        ("hf_to_megatron", "--hf", whole / "hf", "--megatron", tmp_path / "out/a"),
-        ("megatron_to_hf", "--megatron", whole / "megatron", "--hf", tmp_path / "out/b"),
+    for tool, file, *arguments in (
+        ("hf_to_megatron", ".a.incomplete/__0_0.distcp", "--hf", whole / "hf", "--megatron", tmp_path / "out/a"),
+        (
+            "megatron_to_hf",
+            ".b.incomplete/model.safetensors",
+            "--megatron",
+            whole / "megatron",
+            "--hf",
+            tmp_path / "out/b",
+        ),
     ):
         done = subprocess.run(
             command(tool, *arguments), env=environment(), capture_output=True, text=True, preexec_fn=limited, timeout=60
         )
         assert done.returncode == 1, done.stderr
-        assert "File too large" in done.stderr and "nothing was left behind" in done.stderr
+        assert "File too large: " in done.stderr and file in done.stderr
         assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+# --- exports and checkpoints that somebody has changed ---
+
+
+@pytest.fixture
+def export(tmp_path, demo_dir):
+    return write_laver(tmp_path / "export", demo_dir)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"positions": "3d"}, "positions is '3d', but must be one of 2d, 1d, mrope"),
+        ({"positions": [1]}, "positions is [1], but must be one of"),
+        ({"attention": "full"}, "attention is 'full', but must be one of mixed, causal"),
+        ({"attention": None}, "does not say attention"),
+        ({"vision_feature_layer": 50}, "vision_feature_layer is 50, but must be from -"),
+        ({"vision_feature_layer": "-2"}, "vision_feature_layer is '-2', but must be from"),
+        ({"vision_feature_layer": None}, "does not say vision_feature_layer"),
+        ({"image_token_id": 7}, "image_token_id is 7, but <|image_pad|> is "),
+        ({"image_token_id": None}, "image_token_id is None, but"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "hidden_size, intermediate_size, num_hidden_layers"),
+    ],
+)
+def test_settings_of_an_export(export, tmp_path, changes, words):
+    change_json(export / "config.json", **changes)
+    refused(hf_to_megatron, export, tmp_path / "out", "config.json", words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": "64"}, "hidden_size missing from the vision model's settings"),
+        ({"image_size": None}, "image_size missing"),
+        ({"image_size": [64, 64]}, "image_size missing"),
+        ({"patch_size": 0}, "patch_size missing"),
+        ({"num_attention_heads": 7}, "transformers builds no image encoder from it"),
+    ],
+)
+def test_vision_settings_of_an_export(export, tmp_path, changes, words):
+    vision = json.loads((export / "config.json").read_text())["vision_config"]
+    change_json(export / "config.json", vision_config={**vision, **changes})
+    refused(hf_to_megatron, export, tmp_path / "out", "config.json", words)
+
+
+COMPANIONS = [
+    ("preprocessor_config.json", None, "no preprocessor_config.json"),
+    ("chat_template.jinja", None, "no chat template"),
+    ("tokenizer.json", None, "no tokenizer in it"),
+    ("tokenizer.json", "{}", "tokenizer.json: cannot be read as a tokenizer"),
+    ("tokenizer.json", '{"added_tokens": []}', "no <|vision_start|>, <|image_pad|>, <|vision_end|>"),
+]
+
+
+@pytest.mark.parametrize("name, content, words", COMPANIONS)
+def test_an_export_needs_its_companions(export, tmp_path, name, content, words):
+    remove(export, name, content)
+    refused(hf_to_megatron, export, tmp_path / "out", words)
+
+
+@pytest.mark.parametrize("name, content, words", COMPANIONS)
+def test_a_checkpoint_with_images_needs_its_companions(laver, tmp_path, name, content, words):
+    checkpoint = copy(laver[0], tmp_path / "checkpoint")
+    remove(checkpoint / ("encoder" if name == "preprocessor_config.json" else "hf"), name, content)
+    write_manifest(checkpoint, {str(path.relative_to(checkpoint)): describe(path) for path in files_of(checkpoint)})
+    refused(megatron_to_hf, checkpoint, tmp_path / "out", words)
+
+
+def remove(directory, name, content):
+    """Takes a file away, or leaves other content in it; a tokenizer and a template stand in several."""
+    for other in (
+        name,
+        *{"tokenizer.json": ("vocab.json",), "chat_template.jinja": ("chat_template.json",)}.get(name, ()),
+    ):
+        (directory / other).unlink(missing_ok=True)
+    if name == "chat_template.jinja":
+        change_json(directory / "tokenizer_config.json", chat_template=None)
+    if content is not None:
+        (directory / name).write_text(content)
+
+
+def test_training_states(export, tmp_path):
+    """Each names the tensor; a file of another name beside it is nobody's."""
+    path, head = export / "training_state.safetensors", "vision_head.linear_3.weight"
+    tensors = load_file(path)
+    shutil.copy(path, export / "training_state.safetensors.bak")
+    shutil.copy(path, export / "training_state_old.safetensors")
+    hf_to_megatron(export, tmp_path / "fine")
+    save_file({**tensors, head: tensors[head].flatten().clone()}, path)
+    refused(hf_to_megatron, export, tmp_path / "out", head, "not a matrix")
+    save_file({name: tensor for name, tensor in tensors.items() if name != head}, path)
+    refused(hf_to_megatron, export, tmp_path / "out", "training state", f"lacks {head}")
+    save_file({**tensors, "teacher.more": torch.zeros(2)}, path)
+    refused(hf_to_megatron, export, tmp_path / "out", "teacher.more", "has no place in the training state of")
+
+
+def test_an_export_s_tokenizer_runs_no_code_of_it(export, monkeypatch):
+    """transformers would ask whether to run it, on every rank of a run."""
+
+    def ask(*_):
+        raise AssertionError("asked to run code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    (export / "modeling_laver.py").write_text("raise AssertionError('was run')")
+    assert load_tokenizer(export).convert_tokens_to_ids("<|image_pad|>") > 0
+
+
+def test_a_run_directory_is_told_where_its_checkpoints_are(whole, tmp_path):
+    copy(whole / "megatron", tmp_path / "run/checkpoints/iter_0000003")
+    refused(megatron_to_hf, tmp_path / "run", tmp_path / "out", f"{tmp_path / 'run/checkpoints'} does")
 
 
 # --- targets ---
@@ -502,7 +621,7 @@ def test_overwrite(whole, tmp_path, convert):
     convert(source, out)
     copy(out, tmp_path / "expected")
     refused(convert, source, out, out, "--overwrite")
-    (out / "left from before").write_text("")
+    (out / "model-00007-of-00009.safetensors" if convert is megatron_to_hf else out / "__9_0.distcp").write_text("")
     convert(source, out, overwrite=True)
     assert_same_files(out, tmp_path / "expected")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -522,6 +641,76 @@ def test_overwrite_spares_what_is_no_directory_of_weights(whole, tmp_path):
         refused(hf_to_megatron, hf, tmp_path / name, tmp_path / name, "exists")
         refused(hf_to_megatron, hf, tmp_path / name, tmp_path / name, "no directory of weights", overwrite=True)
     refused(hf_to_megatron, hf, tmp_path / "file/out", "not a directory that you may write to")
+
+
+def test_overwrite_spares_what_only_looks_like_weights(whole, tmp_path):
+    """A project and a web page with files of these names, weights with notes beside them, a run's own checkpoint."""
+    project, page, noted, trained = (tmp_path / name for name in ("project", "page", "noted", "run/iter_0000003"))
+    for directory, files in ((project, ("config.json", "src/thesis.txt")), (page, ("manifest.json", "app.js"))):
+        for file in files:
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / file).write_text("{}")
+    copy(whole / "hf", noted)
+    (noted / "notes.txt").write_text("mine")
+    copy(whole / "megatron", trained)
+    change_json(trained / "run.json", weights_only=False)
+    for directory, words in (
+        (project, "holds other things than weights (src)"),
+        (page, "is no converted checkpoint"),
+        (noted, "holds other things than weights (notes.txt)"),
+        (trained, "a run may go on from it"),
+    ):
+        refused(megatron_to_hf, whole / "megatron", directory, directory, words, overwrite=True)
+
+
+def test_the_working_directory_is_not_replaced(whole, tmp_path, monkeypatch):
+    hf_to_megatron(whole / "hf", tmp_path / "out")
+    for inside in ("out", "out/hf"):
+        monkeypatch.chdir(tmp_path / inside)
+        refused(hf_to_megatron, whole / "hf", tmp_path / "out", "the working directory", overwrite=True)
+
+
+def test_a_relative_target_means_what_it_meant_at_the_start(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finish = to_megatron_module.write_manifest
+
+    def finish_elsewhere(*arguments):
+        finish(*arguments)
+        monkeypatch.chdir("/")
+
+    monkeypatch.setattr(to_megatron_module, "write_manifest", finish_elsewhere)
+    hf_to_megatron(whole / "hf", Path("out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_places_where_nothing_can_be_made(whole, tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    refused(hf_to_megatron, whole / "hf", tmp_path / "dangling/out", "dangling is a link to nowhere")
+    with pytest.raises(ValueError, match="belongs to the kernel's proc"):
+        hf_to_megatron(whole / "hf", Path("/proc/out"))
+
+
+def test_too_many_open_files(whole, tmp_path, monkeypatch):
+    """What was opened before is closed again, so that the directory can be removed anywhere."""
+    opened, closed, open_file, close_file = [], [], os.open, os.close
+
+    def open_two(path, *arguments, **options):
+        if str(path).endswith(".safetensors"):
+            if len(opened) == 2:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+            opened.append(open_file(path, *arguments, **options))
+            return opened[-1]
+        return open_file(path, *arguments, **options)
+
+    def close(handle):
+        closed.append(handle)
+        close_file(handle)
+
+    monkeypatch.setattr(safetensors_writer.os, "open", open_two)
+    monkeypatch.setattr(safetensors_writer.os, "close", close)
+    words = "Too many open files", "model-00003-of-"
+    refused(megatron_to_hf, whole / "megatron", tmp_path / "out", *words, error=OSError, max_file_bytes=1)
+    assert set(opened) <= set(closed)
 
 
 def test_a_failure_spares_what_it_would_have_replaced(whole, tmp_path, monkeypatch):
@@ -589,8 +778,8 @@ def test_a_killed_conversion_is_not_mistaken_for_nothing(whole, tmp_path):
     "error, status, words",
     [
         (ValueError("wrong input"), 2, "error: wrong input"),
-        (OSError(errno.ENOSPC, "No space left"), 1, "No space left; nothing was left behind"),
-        (KeyboardInterrupt(), 130, "stopped; nothing was left behind"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
 def test_exit_status(capsys, error, status, words):
@@ -674,7 +863,7 @@ def test_stopped_in_the_middle(slow, tmp_path, tool, signals):
             time.sleep(0.05)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 130, said
-        assert "stopped; nothing was left behind" in said and "Traceback" not in said
+        assert "stopped" in said and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
