@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         format = _format_of(options.model)
         pictures = [_open(path) for path in options.image]
         device = _device(options.device)
+        print(f"loading {options.model} on {device} ...", file=sys.stderr)
+        try:
+            chat = Chat(options.model, format, pictures, device, options.dtype, options.max_new_tokens)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{options.model} cannot be loaded: {error}") from error
     except UserError as error:
         print(f"chat.py: {error}", file=sys.stderr)
         return 2
-    print(f"loading {options.model} on {device} ...", file=sys.stderr)
-    chat = Chat(options.model, format, pictures, device, options.dtype, options.max_new_tokens)
     for question in _questions(options.question):
         chat.ask(question)
     return 0

@@ -32,7 +32,7 @@ def all_ranks(action: str, work: Callable[[], Result]) -> Result:
     """Runs `work` and, if it fails anywhere, fails everywhere with the first reason.
 
     Raises:
-        ValueError: `could not {action}: rank N: reason`.
+        ValueError, or OSError if that is what the first was: `could not {action}: rank N: reason`.
     """
     if not dist.is_initialized():
         return work()
@@ -40,10 +40,12 @@ def all_ranks(action: str, work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except (Exception, CheckpointException) as error:  # the second is no Exception
-        problem = f"{type(error).__name__}: {error}"
-    failed = [(number, text) for number, text in enumerate(gathered(problem)) if text]
+        kind = OSError if isinstance(error, OSError) else ValueError
+        problem = kind, f"{type(error).__name__}: {error}"
+    failed = [(number, *found) for number, found in enumerate(gathered(problem)) if found]
     if failed:
-        raise ValueError(f"could not {action}: rank {failed[0][0]}: {failed[0][1]}")
+        number, kind, text = failed[0]
+        raise kind(f"could not {action}: rank {number}: {text}")
     return result  # type: ignore[return-value]
 
 

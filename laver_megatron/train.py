@@ -38,6 +38,7 @@ from laver_megatron.checkpoint import (
 from laver_megatron.command_line import from_command_line
 from laver_megatron.config import Config
 from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
+from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
 from laver_megatron.data.broadcast import is_reader
 from laver_megatron.data.images import ImagePreprocessor
@@ -165,6 +166,8 @@ def setup(config: Config) -> Trainer:
             load_checkpoint(source, trainer.state)
     elif teacher is not None and not config.finetune:
         load_teacher(teacher, centre, hf_dir, sharding_metadata())
+    if config.laver and inputs.export is not None and not has_training_state(inputs.export):
+        say(f"{inputs.export} brings no training state: [MASK], vision head and teacher begin anew")
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
     return trainer

@@ -29,7 +29,7 @@ def _positive(text: str) -> int:
 
 def run_conversion(convert: Callable[[], None]) -> None:
     """Runs a conversion, on all ranks together under torchrun. Exit status 2 for what the user gave, 1 for a
-    failure of the machine, 130 after Ctrl-C; each with one line that says why."""
+    failure of the machine, 130 after Ctrl-C or another signal to end; each with one line that says why."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # while they import, the tools just stop
     torch.set_num_threads(1)  # the conversion's own threads divide the work
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

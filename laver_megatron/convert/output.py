@@ -68,6 +68,7 @@ def new_directory(target: Target) -> Iterator[Path]:
     try:
         on_rank_0("begin", lambda: _begin(target, made))
         yield target.temporary
+        tidying = True  # a moment, and not to be left half done
         on_rank_0("put the output in place", lambda: _put_in_place(target))
     except BaseException:
         tidying = True

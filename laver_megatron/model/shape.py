@@ -186,15 +186,19 @@ def _decoder_faults(content: dict[str, Any]) -> list[str]:
 def _unsupported(content: dict[str, Any]) -> list[str]:
     """Variants of Qwen2 that would silently compute something else here."""
     problems = []
-    # transformers 5 writes rope_parameters, earlier versions rope_scaling; of both it takes the second.
+    # transformers 5 writes rope_parameters, earlier versions rope_scaling.
     for name in ("rope_parameters", "rope_scaling"):
         rope = content.get(name) or {}
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             problems.append(f"{name} asks for rotary scaling of type {rope_type!r}, which is not supported")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            problems.append(f"{name} asks for a partial rotary embedding, which is not supported")
+        others = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
+        if rope_type == "default" and others:
+            problems.append(f"{name} sets {', '.join(others)}, which is not supported")
+    theirs = content.get("rope_scaling")
+    if isinstance(theirs, dict) and (content.get("rope_parameters") or "rope_theta" in theirs):
+        problems.append("rope_scaling stands beside rope_parameters or sets rope_theta; say it in one place")
     problems += _sliding_problems(content)
     if content.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act is {content['hidden_act']!r}, but only 'silu' is supported")

@@ -4,9 +4,9 @@
     print(report.table())
     assert report.is_same
 
-Names and shapes are held against the name table, both ways. The outputs are computed from the files alone, by
-transformers on the one side and by Megatron's pipeline schedule on the other, at every layout in processes of
-its own, so that nothing which converted the weights is trusted to say that they are right.
+Names and shapes are held against the name table, both ways, and all values are compared by it. The outputs are
+computed from the files alone, by transformers on the one side and by Megatron's pipeline schedule on the other, at
+every layout in processes of its own, so that nothing which converted the weights is trusted to say that they are right.
 
 Letters: T tokens of a probe.
 """
@@ -29,6 +29,7 @@ from laver_megatron.convert.verification.forward import (
 )
 from laver_megatron.convert.verification.pair import Pair, key_problems, open_pair, setting_problems, some
 from laver_megatron.convert.verification.probes import Probe, make_probes, pack_probes
+from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.workers import WorkerFailed, run_workers
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.validate import decoder_sizes, tensor_parallel_faults
@@ -136,6 +137,11 @@ def verify(
             raise ValueError(f"{_name(layout)}: {problem}")
     probes = make_probes(pair.megatron.checkpoint / "hf", pair.megatron.encoder_dir, prompts, image_files)
     report = Report(tolerance, [Row("names and shapes", None, key_problems(pair))])
+    try:
+        with _step(say, "values of all tensors"):
+            report.rows.append(Row("values", None, value_problems(pair)))
+    except ValueError as error:  # a file is damaged: the layouts will say so, too
+        report.rows.append(Row("values", None, (str(error),)))
     if settings := setting_problems(pair):
         report.rows.append(Row("settings", None, settings))
     reference = _run_reference(pair, probes, report, say)

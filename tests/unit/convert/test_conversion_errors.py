@@ -222,9 +222,10 @@ def test_another_architecture(hf, tmp_path, model_type):
     refused(hf_to_megatron, hf, tmp_path / "out", hf / "config.json", repr(model_type), "qwen2")
 
 
-def test_pickles_alone(hf, tmp_path):
-    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
-    refused(hf_to_megatron, hf, tmp_path / "out", hf, "pytorch_model.bin", "save_pretrained")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickles_alone(hf, tmp_path, name):
+    (hf / "model.safetensors").rename(hf / name)
+    refused(hf_to_megatron, hf, tmp_path / "out", hf, name, "save_pretrained")
 
 
 def test_no_config(hf, tmp_path):
@@ -849,6 +850,7 @@ def started(directory, tool, target):
     "tool, signals",
     [
         ("hf_to_megatron", ["SIGTERM"]),
+        ("megatron_to_hf", ["SIGHUP"]),
         ("hf_to_megatron", ["SIGINT", "SIGTERM", "SIGINT"]),
         ("megatron_to_hf", ["SIGINT"]),
         ("megatron_to_hf", ["SIGTERM", "SIGTERM"]),

@@ -31,6 +31,7 @@ from laver_megatron.convert.verification.forward import (
 )
 from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems
 from laver_megatron.convert.verification.probes import PICTURE_PROMPTS, TEXT_PROMPTS, make_probes, pack_probes
+from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import compare_outputs, grid, layout_problem, verify
 from laver_megatron.convert.verification.workers import WorkerFailed
 from laver_megatron.convert.weights import ModelParts, weight_table
@@ -173,12 +174,12 @@ def test_the_tool(text, images, tmp_path, same):
     assert lines[-1] == ("the two hold the same model" if same else "the two DIFFER")
     if same:
         assert [row.split("  ")[0] for row in rows] == [
-            "names and shapes", "tokens and pixels", "TP1 x PP1", "TP1 x PP2", "TP2 x PP1",
+            "names and shapes", "values", "tokens and pixels", "TP1 x PP1", "TP1 x PP2", "TP2 x PP1",
         ]  # fmt: skip
         assert all(row.endswith("same") for row in rows)
         assert "leaving out TP2 x PP2: needs 4 processes, at most 2 are allowed" in lines
     else:
-        assert [row.split()[-1] for row in rows] == ["same", "same", "DIFFERS"]
+        assert [row.split()[-1] for row in rows] == ["same", "DIFFERS", "same", "DIFFERS"]
         assert any("those at images differ by" in line for line in lines)
 
 
@@ -517,5 +518,16 @@ def test_what_failed_is_a_difference_and_not_the_end(monkeypatch, text):
 
     monkeypatch.setattr(verify_module, "run_workers", answer)
     report = verify(**vars(text), layouts=[(1, 1), (2, 1)], say=lambda message: None)
-    assert [row.problems for row in report.rows[2:]] == [("no memory",)] * 2 and not report.is_same
+    assert [row.problems for row in report.rows[3:]] == [("no memory",)] * 2 and not report.is_same
     assert isinstance(report.table(), str) and report.table().endswith("the two DIFFER")
+
+
+def test_values_that_no_prompt_reaches(images, tmp_path):
+    """A tensor that the outputs do not depend on, and rows in the middle of one."""
+    assert value_problems(open_pair(images.hugging_face, images.megatron, "student")) == ()
+    for name in ("vision_tower.vision_model.post_layernorm.bias", "language_model.model.layers.3.mlp.up_proj.weight"):
+        export = changed(images, tmp_path / name, lambda tensors, name=name: tensors[name][7:8].add_(1))
+        problem = f"tensors of other values: 1, {name}"
+        assert value_problems(open_pair(export, images.megatron, "student")) == (problem,)
+    decoder = value_problems(open_pair(images.hugging_face, images.megatron, "teacher"))
+    assert "tensors of other values: 49, " in decoder[0], "four layers of twelve tensors, and the final norm"
