@@ -297,7 +297,7 @@ def failing_save(layout, config):
             raise OSError("No space left on device")
 
     failing = mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank)
-    with failing, pytest.raises(ValueError) as raised:
+    with failing, pytest.raises(OSError) as raised:
         train.save(trainer, Path(config.run_dir))
     after_failure = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     train.save(trainer, Path(config.run_dir))
