@@ -18,7 +18,9 @@ READY := .venv/installed
 endif
 
 export OMP_NUM_THREADS ?= 1
-CPU_TESTS := tests/unit tests/distributed
+# Unit tests run two at a time, file by file; distributed ones start processes of their own.
+PYTEST := HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q
+UNIT_TESTS := --numprocesses 2 --dist loadfile tests/unit
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 4 examples/pretrain_laver.sh \
 	--config examples/demo.yaml
@@ -44,13 +46,15 @@ demo: $(READY)
 	@echo "demo: done; see runs/demo/curves.png and runs/demo/metrics.jsonl"
 
 test: lint
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -m "not slow" $(CPU_TESTS)
+	$(PYTEST) -m "not slow" $(UNIT_TESTS)
+	$(PYTEST) -m "not slow" tests/distributed
 
 test-full: lint
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(CPU_TESTS)
+	$(PYTEST) $(UNIT_TESTS)
+	$(PYTEST) tests/distributed
 
 test-gpu: $(READY)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests/gpu
+	$(PYTEST) tests/gpu
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

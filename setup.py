@@ -22,12 +22,15 @@ setup(
         "numpy",
         "matplotlib",
         "xxhash",
+        "pyarrow",
+        "filelock",
+        "braceexpand",
     ],
     extras_require={
         # Megatron-Core uses these where it finds them. apex is not here: what pip finds under that name is
         # another project; NVIDIA's comes with the image of the Dockerfile, or from source.
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
-        "test": ["pytest", "ruff", "mypy", "hypothesis", "scikit-image", "scikit-learn"],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "scikit-image", "scikit-learn"],
         "demo": ["scikit-image", "scikit-learn"],
         "log": ["tensorboard", "wandb"],
         "analysis": ["matplotlib", "scikit-learn", "scipy"],

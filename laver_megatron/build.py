@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config import Config
+from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.model.shape import ModelShape, read_encoder_shape
@@ -70,6 +71,8 @@ def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
 
 def finalise_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reductions, without its division by tokens: the losses are divided already."""
+    for chunk in model:
+        sum_partial_gradients(chunk.parameters(), parallel_state.get_tensor_model_parallel_group())
     finalize_model_grads(model, None, **kwargs)
 
 

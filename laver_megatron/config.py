@@ -150,10 +150,43 @@ class Config:
     )
 
     # data
-    data_path: tuple[str, ...] = _option("data", "training shards: tar files, globs, or folders of tar files")
-    valid_data_path: tuple[str, ...] | None = _option("data", "held-out shards, in the same forms", default=None)
+    data_path: tuple[str, ...] = _option(
+        "data",
+        "training data: folders of shards, .parquet indexes (a subset, remote shards), tar files or globs of them",
+    )
+    data_weights: tuple[float, ...] | None = _option(
+        "data",
+        "how often each entry of --data-path is repeated in an epoch, such as 1 0.5 2 (default: each once)",
+        default=None,
+    )
+    valid_data_path: tuple[str, ...] | None = _option("data", "held-out data, in the same forms", default=None)
     seq_length: int = _option("data", "tokens of a pack in the language-model stream, visual tokens included")
-    visual_seq_length: int = _option("data", "visual tokens a pack can hold")
+    visual_seq_length: int = _option(
+        "data", "visual tokens a pack can hold; 0: as many as fill the packs best, proposed from the data", default=0
+    )
+    shuffle_window: int = _option(
+        "data",
+        "samples that are shuffled and packed together; more fill packs better and read from more shards at once",
+        default=10_000,
+    )
+    long_samples: str = _option(
+        "data",
+        "samples longer than a pack: left out and counted (skip), or without their last turns (drop_turns)",
+        choices=("skip", "drop_turns"),
+        default="skip",
+    )
+    max_bad_fraction: float = _option(
+        "data",
+        "share of the samples that may be unusable or turn out bad before the run ends with an error",
+        default=0.01,
+    )
+    shard_cache: str | None = _option(
+        "data",
+        "folder for copies of remote shards (default: below the system's folder for temporary files)",
+        default=None,
+    )
+    shard_cache_gb: float = _option("data", "GB that this folder may take", default=50.0)
+    allow_pipe: bool = _option("data", "shards named `pipe:COMMAND` may run that command in a shell", default=False)
     micro_batch_size: int = _option("data", "packs in one forward pass of one data-parallel replica", default=1)
     global_batch_size: int = _option("data", "packs in one iteration, all replicas together", default=1)
     num_workers: int = _option("data", "background readers of each replica; 0 reads in line", default=2)

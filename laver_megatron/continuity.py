@@ -65,6 +65,14 @@ def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None)
         )
 
 
+def as_before(config: Config, inputs: Inputs) -> Config:
+    """The configuration with what the data would propose anew (`visual_seq_length` 0) as it was in the run that is
+    gone on with: its position counts packs of that size."""
+    if config.visual_seq_length or inputs.checkpoint is None or inputs.weights_only:
+        return config
+    return config.replace(visual_seq_length=_read_run(inputs.checkpoint)[0]["visual_seq_length"])
+
+
 def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bool) -> Iterator[str]:
     """Fields of state and data that differ. The global batch size is not among them: the place in the data
     counts packs. Nor are data paths: shards may move, and the samples themselves are compared once read."""
@@ -80,7 +88,9 @@ def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bo
     there = {"encoder", "connector", "decoder"} | ({"heads"} if both_laver else set())
     if set(now["freeze"]) & there != set(then["freeze"]) & there:
         yield "freeze"
-    yield from (name for name in ("seq_length", "visual_seq_length", "seed") if now[name] != then[name])
+    # With 0 the run goes on with the checkpoint's visual_seq_length.
+    names = ("seq_length", "visual_seq_length", "seed") if now["visual_seq_length"] else ("seq_length", "seed")
+    yield from (name for name in names if now[name] != then[name])
 
 
 def _read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:

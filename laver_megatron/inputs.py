@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.data.shards import find_shards
+from laver_megatron.data.opening import path_problems
 from laver_megatron.model.shape import (
     EncoderShape,
     ModelShape,
@@ -314,14 +314,11 @@ def preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]
 
 
 def shard_problems(config: Config) -> Iterator[str]:
-    """Missing and empty shards."""
+    """Data that are missing or empty."""
     for name, paths in (("data_path", config.data_path), ("valid_data_path", config.valid_data_path)):
         if paths is None:
             continue
-        try:
-            find_shards(paths)
-        except ValueError as error:
-            yield f"{name}: {str(error).removeprefix('shards: ')}"
+        yield from (f"{name}: {problem}" for problem in path_problems(paths))
 
 
 def run_dir_problems(config: Config) -> Iterator[str]:

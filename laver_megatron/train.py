@@ -37,12 +37,11 @@ from laver_megatron.checkpoint import (
 )
 from laver_megatron.command_line import from_command_line
 from laver_megatron.config import Config
+from laver_megatron.continuity import as_before
 from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
-from laver_megatron.data.broadcast import is_reader
-from laver_megatron.data.images import ImagePreprocessor
-from laver_megatron.data.loader import open_dataset
+from laver_megatron.data.dataset import open_data
 from laver_megatron.inputs import HF_PREFIX, find_inputs
 from laver_megatron.losses import TERMS, count_of, micro_batch_losses
 from laver_megatron.metrics import RunLog, peak_memory_bytes
@@ -50,7 +49,6 @@ from laver_megatron.model.laver import LaverStage, StageOutput
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
-from laver_megatron.model_files import load_tokenizer
 from laver_megatron.scaling.flops import ModelFlops, step_flops, tflops_per_gpu
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
@@ -90,10 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
     try:
-        train(setup(config))
+        trainer = setup(config)
+        train(trainer)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
+    for data in filter(None, (trainer.training_data, trainer.validation_data)):
+        data.close()
     shut_down_parallelism()
 
 
@@ -125,11 +126,14 @@ def setup(config: Config) -> Trainer:
         timeout_minutes=config.distributed_timeout_minutes,
         seed=config.seed,
     )
+    config, reader, validation_reader = open_data(as_before(config, inputs), model_dir, encoder_dir)
     streams = StreamSettings.of(config, shape)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    data = partial(open_data, config, streams, model_dir, encoder_dir, dtype, backend.device)
-    training_data = data(config.data_path, needs_images=config.laver)
-    validation_data = data(config.valid_data_path) if config.valid_data_path else None
+    areas = partial(span_areas, settings=streams)
+    training_data = BatchSource(config, reader, areas, dtype, backend.device)
+    validation_data = None
+    if config.valid_data_path:
+        validation_data = BatchSource(config, validation_reader, areas, dtype, backend.device)
     stages = build_stages(config, shape, encoder_dir, load_encoder=not inputs.brings_encoder)
     for stage in stages:
         stage.initialise_new_parts(config.seed)
@@ -171,33 +175,6 @@ def setup(config: Config) -> Trainer:
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
     return trainer
-
-
-def open_data(
-    config: Config,
-    streams: StreamSettings,
-    model_dir: Path,
-    encoder_dir: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    paths: tuple[str, ...],
-    *,
-    needs_images: bool = False,
-) -> BatchSource:
-    """Batches from shards. Only the reader of each data-parallel replica opens them."""
-    reader = None
-    if is_reader():
-        reader = open_dataset(
-            paths,
-            load_tokenizer(model_dir),
-            ImagePreprocessor.from_pretrained(encoder_dir),
-            seq_length=config.seq_length,
-            visual_seq_length=config.visual_seq_length,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            needs_images=needs_images,
-        )
-    return BatchSource(config, reader, partial(span_areas, settings=streams), dtype, device)
 
 
 # --- one step ------------------------------------------------------------------------------------------
@@ -334,6 +311,7 @@ def record(
         "learning_rate": learning_rate,
         "visual_token_share": counts.visual_tokens / max(counts.tokens, 1),
         "num_samples": counts.samples,
+        "num_bad_samples": counts.bad_samples,
         "num_tokens": counts.tokens,
         "tokens_per_second": counts.tokens / seconds,
         "tflops_per_gpu": tflops_per_gpu(flops.total, seconds, dist.get_world_size()),

@@ -7,7 +7,7 @@ arithmetic; those of files and directories are in `inputs.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -30,15 +30,16 @@ from laver_megatron.objective.masking import num_masked_tokens
 _AT_LEAST_ONE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "distributed_timeout_minutes",
-    "seq_length", "visual_seq_length", "micro_batch_size", "global_batch_size", "vision_head_hidden_size",
+    "seq_length", "shuffle_window", "micro_batch_size", "global_batch_size", "vision_head_hidden_size",
     "vision_head_output_size", "train_iters", "exit_interval", "max_skipped_iterations", "save_interval",
     "eval_interval", "eval_iters", "log_interval",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
-    "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "mim_weight", "gram_weight",
+    "visual_seq_length", "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "mim_weight",
+    "gram_weight",
 )  # fmt: skip
-_ABOVE_ZERO = ("student_temperature", "teacher_temperature", "adam_eps")
-_FROM_ZERO_TO_ONE = ("mask_ratio", "ema_momentum", "centre_momentum")
+_ABOVE_ZERO = ("shard_cache_gb", "student_temperature", "teacher_temperature", "adam_eps")
+_FROM_ZERO_TO_ONE = ("max_bad_fraction", "mask_ratio", "ema_momentum", "centre_momentum")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
@@ -162,19 +163,31 @@ def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
         yield f"freeze names all of {', '.join(trainable)}: nothing is left to train{without}"
     if config.finetune and config.load is None:
         yield "finetune takes the weights of --load, but load is not given"
+    if config.data_weights is not None:
+        yield from _weight_problems(config.data_weights, config.data_path)
     if config.eval_interval is not None and config.valid_data_path is None:
         yield f"eval_interval is {config.eval_interval}, but there is no valid_data_path to evaluate on"
     if config.attention_kernel == "flex" and on_cuda is False:
         yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
 
 
+def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator[str]:
+    if len(weights) != len(paths):
+        yield f"data_weights has {len(weights)} numbers, but data_path {len(paths)} entries; give one for each"
+    wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
+    if wrong:
+        yield f"data_weights holds {wrong[0]}; each must be a number from 0 on"
+    elif not any(weights):
+        yield "data_weights are all 0: there is nothing to train on"
+
+
 def _layout_is_countable(config: Config) -> bool:
     sizes = (
         config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.micro_batch_size,
-        config.global_batch_size, config.seq_length, config.visual_seq_length, config.vision_head_hidden_size,
+        config.global_batch_size, config.seq_length, config.vision_head_hidden_size,
         config.num_layers_per_virtual_pipeline_stage, config.vision_head_output_size,
     )  # fmt: skip
-    return all(size is None or size >= 1 for size in sizes)
+    return all(size is None or size >= 1 for size in sizes) and config.visual_seq_length >= 0
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -211,7 +224,8 @@ def _sequence_problems(config: Config) -> Iterator[str]:
     if tp == 1:
         yield "sequence_parallel needs tensor_model_parallel_size above 1; use --no-sequence-parallel"
     streams = {"seq_length": seq}
-    if config.laver:
+    # A proposed visual_seq_length is a multiple of the ranks.
+    if config.laver and visual:
         streams = {"seq_length + visual_seq_length": seq + visual, "visual_seq_length": visual}
     for name, length in streams.items():
         if length % tp:
@@ -315,7 +329,7 @@ def _encoder_problems(config: Config, encoder: EncoderShape) -> Iterator[str]:
             f"encoder_feature_layer is {config.encoder_feature_layer}, but the encoder has {num_layers} "
             f"layers; use {-num_layers - 1} to {num_layers}"
         )
-    if config.visual_seq_length < num_tokens:
+    if 0 < config.visual_seq_length < num_tokens:
         yield f"visual_seq_length {config.visual_seq_length} cannot hold one image of {num_tokens} tokens"
     # The start and end token, and one token of text to learn.
     if config.seq_length < num_tokens + 3:
@@ -343,7 +357,7 @@ def _masking_problems(config: Config, encoder: EncoderShape | None) -> Iterator[
     elif config.mask_sampling == "bernoulli" and _expects_no_masked_token(config):
         yield (
             f"mask_ratio {ratio} masks less than one token in all {config.train_iters} iterations, even if every "
-            f"pack held {config.visual_seq_length} visual tokens; raise it, or set --mim-weight 0 or --no-laver"
+            f"pack held {_most_visual_tokens(config)} visual tokens; raise it, or set --mim-weight 0 or --no-laver"
         )
 
 
@@ -359,9 +373,14 @@ def _fixed_masking_problems(config: Config, num_tokens: int, last: float) -> Ite
     )
 
 
+def _most_visual_tokens(config: Config) -> int:
+    """What a pack can hold at most, also where the data will decide."""
+    return config.visual_seq_length if config.visual_seq_length > 0 else config.seq_length
+
+
 def _expects_no_masked_token(config: Config) -> bool:
     """Whether the expected number of masked tokens of the whole run is below one, with packs full of them."""
-    tokens_per_step = config.global_batch_size * config.visual_seq_length
+    tokens_per_step = config.global_batch_size * _most_visual_tokens(config)
     expected = 0.0
     for step in reversed(range(config.train_iters)):  # the schedule is highest at the end
         expected += tokens_per_step * schedules.mask_ratio(step, config)

@@ -207,6 +207,7 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
         gather_from_tensor_model_parallel_region,
     )
 
+    from laver_megatron.model.image_division import own_images
     from laver_megatron.model.streams import StreamSettings, build_micro_batch
 
     settings = StreamSettings.of(config, stages[0].shape)
@@ -221,7 +222,8 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
     def feed():
         for packs, masked_BS in micro_batches:
             pixels = [image.to(device) for images in packs.pixels for image in images]
-            yield build_micro_batch(packs, masked_BS, settings, device), pixels
+            batch = build_micro_batch(packs, masked_BS, settings, device)
+            yield batch, own_images(pixels, batch.image_num_tokens, stages[0].tp_group)
 
     def keep(batch, output):
         outputs.append((batch, output))

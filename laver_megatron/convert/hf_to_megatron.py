@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laver_megatron.convert.output import Target, check_target, named_errors, new_directory, run_tasks
+from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.parts import (
     check_companions,
     copies_of_tied_embedding,
@@ -29,6 +29,7 @@ from laver_megatron.convert.safetensors_reader import (
 )
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
 from laver_megatron.convert.weights import ModelParts, Size, Weight, is_training_state, weight_table
+from laver_megatron.files import named_errors
 from laver_megatron.inputs import RUN_FILE
 from laver_megatron.manifest import Entry, describe, files_of, write_manifest
 from laver_megatron.model.shape import TEXT_PART, VISION_PART

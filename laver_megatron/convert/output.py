@@ -190,14 +190,3 @@ def run_tasks(tasks: Sequence[Callable[[], None]], num_threads: int) -> None:
                 future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Adds the file to errors of writing it, which do not name it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error

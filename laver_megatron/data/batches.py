@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from laver_megatron.config import Config
-from laver_megatron.data.broadcast import share_metadata, share_pixels
+from laver_megatron.data.broadcast import scatter_pixels, share_metadata
 from laver_megatron.data.loader import PackReader
 from laver_megatron.data.packing import IGNORE_LABEL, PackBatch
 from laver_megatron.objective.masking import mask_visual_tokens
@@ -21,6 +21,7 @@ from laver_megatron.objective.masking import mask_visual_tokens
 @dataclass(frozen=True)
 class GlobalCounts:
     """What a global batch holds over all data-parallel ranks, padding excluded. labels: tokens with a label;
+    bad_samples: those that were planned and turned out bad when they were read;
     masked: tokens hidden from the reconstruction stream; the areas: (query, key) pairs attended to in the
     language stream and within images."""
 
@@ -30,6 +31,7 @@ class GlobalCounts:
     visual_tokens: int
     tokens: int
     samples: int
+    bad_samples: int
     language_span_area: int
     image_span_area: int
 
@@ -61,12 +63,19 @@ def count(
                 (pack.image_BS >= 0).sum(),
                 (pack.document_BS >= 0).sum(),
                 (pack.document_BS.amax(1) + 1).sum(),
+                num_bad_samples(pack),
                 *areas(pack),
             ]
         )
     local = local.to(device)
     dist.all_reduce(local, group=parallel_state.get_data_parallel_group())
     return GlobalCounts(*local.tolist())
+
+
+def num_bad_samples(packs: PackBatch) -> int:
+    """Samples whose slots are padding because they turned out bad."""
+    bad_BS = (packs.document_BS < 0) & (packs.sample_id_BS >= 0)
+    return sum(len(sample_id_S[bad_S].unique()) for sample_id_S, bad_S in zip(packs.sample_id_BS, bad_BS, strict=True))
 
 
 class BatchSource:
@@ -85,34 +94,51 @@ class BatchSource:
         told = [None if reader is None else reader.fingerprint]
         dist.broadcast_object_list(told, src=0)
         self.fingerprint = str(told[0])
+        self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks
         self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
+
+    def close(self) -> None:
+        """Ends the reader's processes."""
+        if self.reader is not None:
+            self.reader.close()
 
     def at(self, first_pack: int, *, mask_ratio: float, step: int) -> GlobalBatch:
         """The batch of packs `first_pack` to `first_pack + global_batch_size`, of which each data-parallel
-        rank takes a contiguous part. Without LaVer nothing is masked."""
+        rank takes a contiguous part. Without LaVer nothing is masked.
+
+        Raises:
+            ValueError: too many samples have turned out bad, on all ranks together; see `PackReader.read`.
+        """
         config = self.config
         packs = masked = None
         if self.reader is not None:
             start = first_pack + parallel_state.get_data_parallel_rank() * self.packs_per_rank
             packs = self.reader.read(start, self.packs_per_rank, config.micro_batch_size)
-            masked = [self._mask(pack, mask_ratio, step) for pack in packs]
+            masked = [mask_pack(pack, config, mask_ratio, step) for pack in packs]
         num_micro = self.packs_per_rank // config.micro_batch_size
         shape = (num_micro, config.micro_batch_size, config.seq_length)
         packs, masked = share_metadata(packs, masked, shape, self.device)
         pixels = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
-            pixels = share_pixels(packs, self.dtype, self.device)
-        return GlobalBatch(packs, masked, pixels, count(packs, masked, self.areas, self.device))
+            pixels = scatter_pixels(packs, self.dtype, self.device)
+        counts = count(packs, masked, self.areas, self.device)
+        self.num_samples += counts.samples + counts.bad_samples
+        self.num_bad_samples += counts.bad_samples
+        if self.reader is not None:
+            self.reader.check_bad(self.num_bad_samples, self.num_samples)
+        return GlobalBatch(packs, masked, pixels, counts)
 
-    def _mask(self, pack: PackBatch, mask_ratio: float, step: int) -> Tensor:
-        if not self.config.laver:
-            return torch.zeros_like(pack.image_BS, dtype=torch.bool)
-        return mask_visual_tokens(
-            pack.image_BS,
-            pack.sample_id_BS,
-            pack.image_number_BS,
-            mask_ratio=mask_ratio,
-            sampling=self.config.mask_sampling,
-            seed=self.config.seed,
-            step=step,
-        )
+
+def mask_pack(pack: PackBatch, config: Config, mask_ratio: float, step: int) -> Tensor:
+    """The visual tokens to hide from the student's reconstruction stream, bool `[B, S]`; none without LaVer."""
+    if not config.laver:
+        return torch.zeros_like(pack.image_BS, dtype=torch.bool)
+    return mask_visual_tokens(
+        pack.image_BS,
+        pack.sample_id_BS,
+        pack.image_number_BS,
+        mask_ratio=mask_ratio,
+        sampling=config.mask_sampling,
+        seed=config.seed,
+        step=step,
+    )

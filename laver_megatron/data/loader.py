@@ -1,130 +1,137 @@
-"""Packs by number: indexes the shards, plans, decodes in threads, and has the next call's samples under way.
+"""Packs by number: opens the indexes, counts, plans, makes packs in worker processes, and has the next calls' packs
+under way.
 
 Letters: I sample ids.
 """
 
+import hashlib
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.images import ImagePreprocessor, decode_image
-from laver_megatron.data.packing import IGNORE_LABEL, PackBatch, PackedSample, build_packs, check_features
-from laver_megatron.data.plan import PackPlan
-from laver_megatron.data.samples import SampleEncoder, parse_conversation
-from laver_megatron.data.shards import ShardSample, index_shards
+from laver_megatron.data.counts import SampleCounts, count_samples
+from laver_megatron.data.faults import FAULTS, Fault, FaultLog
+from laver_megatron.data.fill import propose_visual_budget
+from laver_megatron.data.images import ImagePreprocessor
+from laver_megatron.data.index import ShardIndex
+from laver_megatron.data.opening import open_indexes
+from laver_megatron.data.pack_maker import MadePack, PackMaker, SharedPack, join_packs
+from laver_megatron.data.packing import PackBatch
+from laver_megatron.data.plan import PackPlan, Source
+from laver_megatron.data.processes import WorkerPool
+from laver_megatron.data.reading import open_local
+from laver_megatron.data.remote import ShardCache
+from laver_megatron.data.samples import SampleEncoder
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class SampleSizes:
-    """Tokens, visual tokens, pictures and trained tokens of each sample; unusable ones have 0 tokens and are counted
-    by reason."""
-
-    tokens_I: list[int]
-    visual_I: list[int]
-    images_I: list[int]
-    labels_I: list[int]
-    unusable: Counter[str]
+_PACKS_A_WORKER = 2  # that are under way or wait to be read, at least
 
 
 class PackReader:
     """Reads packs of a plan, the same ones for any number of workers and in any order.
 
-    num_workers: threads that decode; with 0 everything happens in the caller and nothing in advance.
-    num_bad_samples counts the samples that turned out bad when they were decoded; the slots of such a sample
-    stay padding and the rest of its pack stays where it was planned.
+    num_workers: processes that make packs; with 0 everything happens in the caller and nothing in advance. faults: what
+    is known to be bad; samples that turn out bad when they are read join it, each once: their slots stay padding,
+    and the rest of their pack stays where it was planned. max_bad_fraction: share of all samples that may be bad,
+    judged by `check_bad`.
+    num_bad_samples: how often a sample was left as padding.
     """
 
     def __init__(
         self,
-        samples: Sequence[ShardSample],
-        encoder: SampleEncoder,
-        preprocessor: ImagePreprocessor,
+        maker: PackMaker,
         plan: PackPlan,
         num_workers: int = 0,
+        faults: FaultLog | None = None,
+        max_bad_fraction: float = 0.01,
     ) -> None:
-        self.samples, self.encoder, self.preprocessor, self.plan = samples, encoder, preprocessor, plan
+        self.maker, self.plan, self.max_bad_fraction = maker, plan, max_bad_fraction
+        self.faults = FaultLog(logger) if faults is None else faults
         self.num_bad_samples = 0
-        self._threads = ThreadPoolExecutor(num_workers, "reader") if num_workers > 0 else None
-        self._under_way: dict[int, list[Future[PackedSample]]] = {}
+        self._bad_ids: set[int] = set()
+        self._workers = WorkerPool(maker.make_shared, num_workers) if num_workers > 0 else None
+        self._num_ahead = _PACKS_A_WORKER * num_workers
+        self._under_way: dict[int, Future[SharedPack]] = {}
         self._last_first_pack: int | None = None
 
     def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
         """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order.
 
-        Meanwhile the samples of the likely next call are decoded: as far on from this call as this call is
-        from the one before, which is the global batch for any number of data-parallel ranks.
+        Meanwhile the packs of the likely next calls are made: as far on from this call as this call is from
+        the one before, which is the global batch for any number of data-parallel ranks.
 
         Raises:
-            ValueError: a picture's features do not match its tokens, or the shards have changed.
+            ValueError: an image's features do not match its tokens, or a sample is not as long
+                as planned; a worker was killed.
+            OSError: a shard cannot be opened or read.
         """
         assert num_packs % micro_batch_size == 0, (num_packs, micro_batch_size)
         numbers = range(first_pack, first_pack + num_packs)
-        if self._threads is None:
-            packs = [[self._decode(sample) for sample in self.plan.pack(number)] for number in numbers]
+        if self._workers is None:
+            packs = [self.maker.make(*self._task(number)) for number in numbers]
         else:
-            packs = self._read_ahead(numbers)
-        self.num_bad_samples += sum(sample.encoded is None for pack in packs for sample in pack)
-        return [
-            build_packs(
-                packs[start : start + micro_batch_size],
-                seq_length=self.plan.seq_length,
-                padding_token=self.encoder.padding,
-            )
-            for start in range(0, num_packs, micro_batch_size)
-        ]
+            packs = self._read_ahead(numbers, self._workers)
+        for pack in packs:
+            self._count_bad(pack)
+        return [join_packs(packs[start : start + micro_batch_size]) for start in range(0, num_packs, micro_batch_size)]
+
+    @property
+    def visual_seq_length(self) -> int:
+        """Visual tokens that a pack can hold: as given, or as proposed from the data."""
+        return self.plan.visual_seq_length
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever any pack could: a position counts packs and means nothing on other data."""
-        return self.plan.fingerprint()
+        """Changes whenever any pack could: a position counts packs and means nothing on other data. Data that were
+        moved, or named in another way, are the same data."""
+        parts = [self.plan.fingerprint(), *(index.fingerprint for index in self.maker.indexes)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+    def check_bad(self, num_bad: int, num_read: int) -> None:
+        """Whether `num_bad` bad samples among the `num_read` that all readers of a run have read are within bounds: a
+        share of an epoch, or of all that was read if that is more. (Those known beforehand are not planned.)
+
+        Raises:
+            ValueError: they are not; with a table of the faults that this reader has seen.
+        """
+        self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad)
 
     def close(self) -> None:
-        """Ends the threads; what is under way is dropped."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        """Ends the workers; what is under way is dropped."""
+        if self._workers is not None:
+            self._workers.close()
 
-    def _read_ahead(self, numbers: range) -> list[list[PackedSample]]:
+    def _task(self, number: int) -> tuple[list[int], list[int]]:
+        sample_ids = list(self.plan.pack(number))
+        return sample_ids, self.plan.token_counts_I[sample_ids].tolist()
+
+    def _read_ahead(self, numbers: range, workers: WorkerPool) -> list[MadePack]:
         last, self._last_first_pack = self._last_first_pack, numbers.start
         stride = len(numbers) if last is None or last >= numbers.start else numbers.start - last
-        ahead = [number + stride for number in numbers]
+        num_calls = max(1, -(-self._num_ahead // len(numbers)))
+        ahead = [number + call * stride for call in range(1, num_calls + 1) for number in numbers]
         for number in set(self._under_way).difference(numbers, ahead):  # guessed wrongly
-            for future in self._under_way.pop(number):
-                future.cancel()
-        for number in (*numbers, *ahead):  # threads take them in this order
+            self._under_way.pop(number).cancel()
+        for number in (*numbers, *ahead):  # workers take them in this order
             if number not in self._under_way:
-                self._under_way[number] = self._submit(number)
-        packs = [[future.result() for future in self._under_way[number]] for number in numbers]
+                self._under_way[number] = workers.submit(*self._task(number))
+        packs = [workers.result(self._under_way[number]).unpack() for number in numbers]
         for number in set(numbers).difference(ahead):
             del self._under_way[number]
         return packs
 
-    def _submit(self, number: int) -> list[Future[PackedSample]]:
-        assert self._threads is not None
-        return [self._threads.submit(self._decode, sample) for sample in self.plan.pack(number)]
-
-    def _decode(self, sample_id: int) -> PackedSample:
-        sample, num_tokens = self.samples[sample_id], int(self.plan.token_counts_I[sample_id])
-        contents = [sample.read(member) for member in sample.images]
-        try:
-            images = [decode_image(content) for content in contents]
-        except OSError as error:
-            logger.warning("%s stays padding: %s", sample.name, error)
-            return PackedSample(sample_id, num_tokens, None)
-        pixels = tuple(self.preprocessor(image) for image in images)
-        grids = [self.preprocessor.grid(*image.size) for image in images]
-        messages = parse_conversation(sample.read(sample.text), sample.name)
-        encoded = self.encoder.encode(messages, grids, sample.key)
-        check_features(encoded, [self.preprocessor.num_features(pixels_3HW) for pixels_3HW in pixels])
-        return PackedSample(sample_id, num_tokens, encoded, pixels)
+    def _count_bad(self, pack: MadePack) -> None:
+        self.num_bad_samples += len(pack.bad)
+        for bad in pack.bad:
+            if bad.sample_id not in self._bad_ids:
+                self._bad_ids.add(bad.sample_id)
+                self.faults.add(bad.fault, bad.shard, bad.key, f"it stays padding: {bad.detail}")
 
 
 def open_dataset(
@@ -136,63 +143,87 @@ def open_dataset(
     seed: int,
     num_workers: int,
     needs_images: bool = False,
+    *,
+    weights: Sequence[float] | None = None,
+    window: int = 10_000,
+    long_samples: str = "skip",
+    max_bad_fraction: float = 0.01,
+    visual_multiple_of: int = 1,
+    cache: ShardCache | None = None,
 ) -> PackReader:
-    """Indexes the shards, counts every sample's tokens, plans, and says in one line what it found.
+    """Opens the data, counts every sample's tokens, plans, and says in one line what it found.
 
-    needs_images: whether data without a single image that fits is an error (with LaVer it is).
+    needs_images: whether data without a single image that fits is an error (with LaVer it is). weights: repeats in an
+    epoch of each of `paths`. long_samples: "skip", or "drop_turns" to shorten samples that do not fit. With a
+    visual_seq_length of 0 a multiple of `visual_multiple_of` is proposed. cache: of remote shards; without it
+    there can be none.
 
     Raises:
-        ValueError: missing, empty or damaged shards; a sample whose `<image>` do not match its pictures; a
-            tokenizer that is not Qwen2.5's; no sample that fits; nothing to learn from.
+        ValueError: missing or damaged data; too many bad samples; a tokenizer that is not Qwen2.5's; no sample that
+            fits; nothing to learn from.
     """
+    assert long_samples in ("skip", "drop_turns"), long_samples
     encoder = SampleEncoder(tokenizer)
-    samples, skipped = index_shards(paths)
-    sizes = count_tokens(samples, encoder, preprocessor)
-    plan = PackPlan(sizes.tokens_I, sizes.visual_I, seq_length, visual_seq_length, seed)
-    skipped = skipped + sizes.unusable + plan.skipped
+    indexes = open_indexes(paths, max(num_workers, 1), cache)
+    open_shard = open_local if cache is None else cache.open
+    limits = (seq_length, visual_seq_length or seq_length) if long_samples == "drop_turns" else None
+    counts = [
+        count_samples(index, tokenizer, preprocessor, max(num_workers, 1), limits, open_shard) for index in indexes
+    ]
+    faults = _known_faults(indexes, counts)
+    maker = PackMaker(indexes, encoder, preprocessor, seq_length, limits, open_shard)
+    faults.check(max_bad_fraction, maker.num_samples)
+    weights = [1.0] * len(indexes) if weights is None else weights
+    sources = [
+        Source(part.tokens_I, part.visual_I, index.shard_I, weight)
+        for index, part, weight in zip(indexes, counts, weights, strict=True)
+    ]
+    if not visual_seq_length:
+        visual_seq_length = propose_visual_budget(sources, seq_length, visual_multiple_of)
+    plan = PackPlan(sources, seq_length, visual_seq_length, seed, window)
+    _report(plan, counts, faults, needs_images)
+    return PackReader(maker, plan, num_workers, faults, max_bad_fraction)
+
+
+def _known_faults(indexes: Sequence[ShardIndex], counts: Sequence[SampleCounts]) -> FaultLog:
+    """What indexing and counting found, logged with shard and key."""
+    log = FaultLog(logger)
+    for index, part in zip(indexes, counts, strict=True):
+        for row in np.flatnonzero(part.fault_I).tolist():
+            log.add(FAULTS[part.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+        log.counts.update({Fault(name): count for name, count in index.left_out.items()})
+    return log
+
+
+def _report(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:
+    """Says what there is to train on.
+
+    Raises:
+        ValueError: nothing to learn from.
+    """
     kept = plan.sample_ids
+    images, labels = (
+        int(np.concatenate([getattr(part, name) for part in counts])[kept].sum(dtype=np.int64))
+        for name in ("images_I", "labels_I")
+    )
+    dropped_I = np.concatenate([part.dropped_I for part in counts])[kept]
+    if dropped_I.any():
+        logger.info("%d samples lose their last %d turns: they were too long", (dropped_I > 0).sum(), dropped_I.sum())
+    skipped = Counter({str(fault): count for fault, count in faults.counts.items()}) + plan.skipped
     logger.info(
-        "data: %d samples, %d images, %d tokens (%d visual), %d packs in the first epoch; skipped: %s",
+        "data: %d samples, %d images, %d tokens (%d visual), %s%d packs in the first epoch; skipped: %s",
         len(kept),
-        sum(sizes.images_I[i] for i in kept),
-        plan.token_counts_I[kept].sum(),
-        plan.visual_counts_I[kept].sum(),
-        plan.num_packs(0),
+        images,
+        plan.token_counts_I[kept].sum(dtype=np.int64),
+        plan.visual_counts_I[kept].sum(dtype=np.int64),
+        "" if plan.num_windows == 1 else "about ",  # one window is packed now, the others when they are needed
+        plan.estimate_num_packs(),
         ", ".join(f"{count} ({reason})" for reason, count in skipped.items()) or "none",
     )
-    if not any(sizes.labels_I[i] for i in kept):
+    if not labels:
         raise ValueError(f"none of the {len(kept)} samples that fit has an answer to learn from (an assistant's turn)")
-    if needs_images and not any(sizes.images_I[i] for i in kept):
+    if needs_images and not images:
         raise ValueError(
             f"none of the {len(kept)} samples that fit has an image, so LaVer has nothing to reconstruct; "
             "raise --seq-length or --visual-seq-length, look at the data, or train with --no-laver"
         )
-    return PackReader(samples, encoder, preprocessor, plan, num_workers)
-
-
-def count_tokens(
-    samples: Sequence[ShardSample], encoder: SampleEncoder, preprocessor: ImagePreprocessor
-) -> SampleSizes:
-    """Tokenises every sample and reads its pictures' headers. A sample with an unreadable picture or
-    conversation is counted as unusable, and logged.
-
-    Raises:
-        ValueError: `<image>` in the text that do not match the pictures.
-    """
-    sizes = SampleSizes([], [], [], [], Counter())
-    for sample in tqdm(samples, "counting tokens", unit="sample", disable=not sys.stderr.isatty(), leave=False):
-        encoded, reason = None, "unreadable picture"
-        try:
-            grids = [preprocessor.grid(*size) for size in sample.image_sizes()]
-            reason = "unreadable conversation"
-            messages = parse_conversation(sample.read(sample.text), sample.name)
-        except Exception as error:  # Pillow raises what it likes on broken headers
-            sizes.unusable[reason] += 1
-            logger.warning("%s is left out: %s: %s", sample.name, reason, error)
-        else:
-            encoded = encoder.encode(messages, grids, sample.key)
-        sizes.tokens_I.append(0 if encoded is None else len(encoded))
-        sizes.visual_I.append(0 if encoded is None else encoded.num_visual_tokens)
-        sizes.images_I.append(len(sample.images))
-        sizes.labels_I.append(0 if encoded is None else int((encoded.labels_T != IGNORE_LABEL).sum()))
-    return sizes

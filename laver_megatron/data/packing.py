@@ -19,6 +19,7 @@ class EncodedSample:
     labels_T is already shifted: the token to predict from this position, IGNORE_LABEL where none is trained.
     image_number_T: number of the image within the sample at its visual tokens, -1 elsewhere; row_T, col_T:
     their place in the image's grid of patches, 0 elsewhere. grids: (rows, columns) of each image.
+    num_dropped_turns: turns left off at the end because the sample was too long.
     """
 
     key: str
@@ -28,6 +29,7 @@ class EncodedSample:
     row_T: Tensor
     col_T: Tensor
     grids: tuple[tuple[int, int], ...]
+    num_dropped_turns: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens_T)
@@ -56,7 +58,8 @@ class PackBatch:
     position, already shifted, IGNORE_LABEL elsewhere; document_BS: index of the document in its pack, -1
     padding (at the end, and where a bad sample was planned); image_BS: index of the image in its pack at its
     visual tokens, -1 elsewhere; row_BS, col_BS: place of a visual token in its image's grid of patches, 0
-    elsewhere; sample_id_BS: global sample id, -1 padding; image_number_BS: number of the image within its
+    elsewhere; sample_id_BS: global sample id, also where a bad
+    sample was planned, -1 other padding; image_number_BS: number of the image within its
     sample, -1 elsewhere. pixels: for each pack its images in order, float32 `[3, height, width]`; keys: for
     each pack the keys of its documents. Documents and images count from 0 without gaps.
     """
@@ -99,6 +102,7 @@ def build_packs(packs: Sequence[Sequence[PackedSample]], *, seq_length: int, pad
             slots = slice(start, start + sample.num_tokens)
             start += sample.num_tokens
             assert start <= seq_length, f"a pack of {start} tokens was planned for {seq_length}"
+            batch.sample_id_BS[row, slots] = sample.sample_id
             if sample.encoded is not None:
                 _place(batch, row, slots, sample, sample.encoded)
     return batch
@@ -117,7 +121,6 @@ def _place(batch: PackBatch, row: int, slots: slice, sample: PackedSample, encod
     batch.image_BS[row, slots] = torch.where(visual_T, encoded.image_number_T + len(batch.pixels[row]), -1)
     batch.row_BS[row, slots] = encoded.row_T
     batch.col_BS[row, slots] = encoded.col_T
-    batch.sample_id_BS[row, slots] = sample.sample_id
     batch.image_number_BS[row, slots] = encoded.image_number_T
     batch.keys[row].append(encoded.key)
     batch.pixels[row].extend(sample.pixels)

@@ -1,119 +1,205 @@
-"""Which samples make up which pack: a pure function of the samples' sizes, two budgets and a seed.
+"""Which samples make up which pack: a pure function of the samples' sizes, two budgets, a window and a seed.
 
-Letters: I sample ids. A pack's number counts through the epochs, so a position in the data is one integer.
+Letters: I sample ids, P packs of a window.
+
+A pack's number counts through the epochs, so a position in the data is one integer. An epoch's order is cut into
+windows, and each window is packed on its own when one of its packs is asked for.
 """
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-_OPEN_PACKS = 16  # packs that are filled side by side
-_EPOCHS_KEPT = 2  # batches run across the end of an epoch
+from laver_megatron.data.best_fit import ALGORITHM, Style, pack_window, rank_styles
+from laver_megatron.data.mixture import Mixture, Source, shuffle
+
+__all__ = ["PackPlan", "Source", "WindowPacks"]
+
+_WINDOW, _PACKS = 2, 3  # streams of random bits, after the mixture's
+_WINDOWS_KEPT = 4  # batches run across the end of a window, and what is read ahead does too
+_EPOCHS_KEPT = 2
+_STYLES_TRIED = 2  # in a window; the second only if the first wastes something
+
+
+@dataclass(frozen=True)
+class WindowPacks:
+    """A window's packs: sample ids, pack after pack, and where each pack begins and the last ends, `[P + 1]`."""
+
+    sample_id_I: NDArray[np.integer]
+    begin_P: NDArray[np.integer]
+
+    def __len__(self) -> int:
+        return len(self.begin_P) - 1
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        return tuple(self.sample_id_I[self.begin_P[index] : self.begin_P[index + 1]].tolist())
 
 
 class PackPlan:
-    """Every epoch is a permutation of the samples that fit, packed greedily under both budgets.
+    """Every epoch holds each sample as often as its source's weight says, in packs within both budgets.
 
-    token_counts, visual_counts: tokens and visual tokens of each sample; a sample with more than `seq_length`
-    or `visual_seq_length` is left out and counted in `skipped`. Nothing depends on how the plan is queried.
+    A sample with more than `seq_length` tokens or `visual_seq_length` visual tokens is left out and counted in
+    `skipped`. window: the most samples that are shuffled and packed together; larger ones mix and fill better and
+    keep more shards open. Nothing depends on how the plan is queried. Global sample ids count through the sources;
+    token_counts_I and visual_counts_I hold all sizes by them, sample_ids those that take part.
 
     Raises:
-        ValueError: no sample fits.
+        ValueError: no sample fits, or the weights leave none.
     """
 
     def __init__(
-        self,
-        token_counts: Sequence[int],
-        visual_counts: Sequence[int],
-        seq_length: int,
-        visual_seq_length: int,
-        seed: int,
+        self, sources: Sequence[Source], seq_length: int, visual_seq_length: int, seed: int, window: int = 10_000
     ) -> None:
-        self.token_counts_I = np.asarray(token_counts, dtype=np.int64)
-        self.visual_counts_I = np.asarray(visual_counts, dtype=np.int64)
-        assert self.token_counts_I.shape == self.visual_counts_I.shape
-        self.seq_length, self.visual_seq_length, self.seed = seq_length, visual_seq_length, seed
-        too_long_I = self.token_counts_I > seq_length
-        too_visual_I = ~too_long_I & (self.visual_counts_I > visual_seq_length)
-        # A sample with 0 tokens is one that could not be read when it was counted.
-        self.sample_ids = np.flatnonzero((self.token_counts_I > 0) & ~too_long_I & ~too_visual_I)
-        self.skipped: Counter[str] = Counter()
-        if too_long_I.any():
-            self.skipped[f"more than {seq_length} tokens"] = int(too_long_I.sum())
-        if too_visual_I.any():
-            self.skipped[f"more than {visual_seq_length} visual tokens"] = int(too_visual_I.sum())
+        if window < 1:
+            raise ValueError(f"a window of {window} samples holds none")
+        self.sources, self.seq_length, self.visual_seq_length = tuple(sources), seq_length, visual_seq_length
+        self.seed, self.window = seed, window
+        self.token_counts_I = _joined([source.tokens_I for source in self.sources])
+        self.visual_counts_I = _joined([source.visual_I for source in self.sources])
+        self._first_sample_ids = np.cumsum([0, *(len(source) for source in self.sources)])
+        fits_I = self._fitting()
+        self.sample_ids = np.flatnonzero(fits_I)
         if len(self.sample_ids) == 0:
             raise ValueError(self._nothing_fits())
-        self._first_packs = [0]  # number of each epoch's first pack, as far as epochs have been packed
-        self._epochs: OrderedDict[int, list[tuple[int, ...]]] = OrderedDict()
+        usable = np.split(fits_I, self._first_sample_ids[1:-1])
+        self._mixture = Mixture(self.sources, usable, seed)
+        if len(self._mixture) == 0:
+            raise ValueError(
+                f"the weights {[source.weight for source in self.sources]} leave none of {len(self.sample_ids)} samples"
+            )
+        for source, usable_I in zip(self.sources, usable, strict=True):
+            if source.weight > 0 and usable_I.any() and round(source.weight * usable_I.sum()) == 0:
+                raise ValueError(
+                    f"a weight of {source.weight} leaves none of a source's {usable_I.sum()} samples in any epoch; "
+                    "raise it, or leave the source out"
+                )
+        self.num_windows = -(-len(self._mixture) // window)  # of an epoch, all of the same size or one less
+        self._first_packs = [0]  # number of each window's first pack, through all epochs, as far as they are packed
+        self._orders: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
+        self._windows: OrderedDict[int, WindowPacks] = OrderedDict()
+        self._styles: tuple[Style, ...] | None = None
 
     def pack(self, number: int) -> tuple[int, ...]:
         """The sample ids of a pack, in the order of their places in it."""
-        epoch, index = self.locate(number)
-        return self._epoch(epoch)[index]
+        window = self._find(number)
+        return self.window_packs(window)[number - self._first_packs[window]]
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(epoch, index within the epoch) of a pack."""
-        assert number >= 0, number
-        while self._first_packs[-1] <= number:
-            self._epoch(len(self._first_packs) - 1)
-        epoch = bisect_right(self._first_packs, number) - 1
-        return epoch, number - self._first_packs[epoch]
+        """(epoch, index within the epoch) of a pack. Packs all windows before it, if they never were."""
+        epoch = self._find(number) // self.num_windows
+        return epoch, number - self._first_packs[epoch * self.num_windows]
 
     def num_packs(self, epoch: int = 0) -> int:
-        """Packs of an epoch; epochs differ a little."""
-        return len(self._epoch(epoch))
+        """Packs of an epoch; epochs differ a little. Packs all of its windows, if they never were."""
+        begin, end = epoch * self.num_windows, (epoch + 1) * self.num_windows
+        self._count_packs(end)
+        return self._first_packs[end] - self._first_packs[begin]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch, as often as their weights say."""
+        return len(self._mixture)
+
+    def estimate_num_packs(self) -> int:
+        """About how many packs an epoch has, judged by its first window."""
+        return len(self.window_packs(0)) * self.num_windows
+
+    def window_packs(self, window: int) -> WindowPacks:
+        """The packs of a window, by its number through all epochs; the last few asked for are kept."""
+        if window not in self._windows:
+            self._windows[window] = self._pack_window(window)
+            if len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(window)
+        return self._windows[window]
+
+    def locate_sample(self, sample_id: int) -> tuple[int, int]:
+        """(number of its source, row in it) of a global sample id."""
+        assert 0 <= sample_id < len(self.token_counts_I), sample_id
+        source = int(np.searchsorted(self._first_sample_ids, sample_id, side="right")) - 1
+        return source, sample_id - int(self._first_sample_ids[source])
 
     def fingerprint(self) -> str:
         """Changes whenever any pack could: to be kept with a position, and compared on resuming."""
-        digest = hashlib.sha256(np.array([self.seq_length, self.visual_seq_length, self.seed, _OPEN_PACKS]).tobytes())
-        digest.update(self.token_counts_I.tobytes())
-        digest.update(self.visual_counts_I.tobytes())
+        settings = [ALGORITHM, self.seq_length, self.visual_seq_length, self.seed, self.window]
+        sources = [(len(source), source.weight) for source in self.sources]
+        digest = hashlib.sha256(json.dumps([settings, sources]).encode())
+        for source in self.sources:
+            for values_I in (source.tokens_I, source.visual_I, source.shard_I):
+                digest.update(np.ascontiguousarray(values_I, dtype="<i4").data)
         return digest.hexdigest()[:16]
 
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        if epoch not in self._epochs:
-            packs = self._pack_greedily(self._order(epoch))
-            if epoch == len(self._first_packs) - 1:
-                self._first_packs.append(self._first_packs[-1] + len(packs))
-            self._epochs[epoch] = packs
-            if len(self._epochs) > _EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+    def _find(self, number: int) -> int:
+        """The window that a pack is in."""
+        assert number >= 0, number
+        while self._first_packs[-1] <= number:
+            self._count_packs(len(self._first_packs))
+        return bisect_right(self._first_packs, number) - 1
 
-    def _order(self, epoch: int) -> list[int]:
-        # Raw bits of a bit generator are the one stream that numpy promises not to change between versions.
-        raw_I = np.random.PCG64([self.seed, epoch]).random_raw(len(self.sample_ids))
-        return self.sample_ids[np.argsort(raw_I, kind="stable")].tolist()
+    def _count_packs(self, num_windows: int) -> None:
+        for window in range(len(self._first_packs) - 1, num_windows):
+            self._first_packs.append(self._first_packs[-1] + len(self.window_packs(window)))
 
-    def _pack_greedily(self, order: list[int]) -> list[tuple[int, ...]]:
-        """Each sample goes into the oldest open pack with room; too many open ones close the oldest."""
-        packs: list[tuple[int, ...]] = []
-        open_packs: list[tuple[list[int], int, int]] = []  # ids, tokens left, visual tokens left
-        tokens_of, visual_of = self.token_counts_I.tolist(), self.visual_counts_I.tolist()
-        for sample in order:
-            tokens, visual = tokens_of[sample], visual_of[sample]
-            for place, (ids, tokens_left, visual_left) in enumerate(open_packs):
-                if tokens <= tokens_left and visual <= visual_left:
-                    ids.append(sample)
-                    open_packs[place] = (ids, tokens_left - tokens, visual_left - visual)
-                    break
-            else:
-                if len(open_packs) == _OPEN_PACKS:
-                    packs.append(tuple(open_packs.pop(0)[0]))
-                open_packs.append(([sample], self.seq_length - tokens, self.visual_seq_length - visual))
-        return packs + [tuple(ids) for ids, *_ in open_packs]
+    def _pack_window(self, window: int) -> WindowPacks:
+        epoch, part = divmod(window, self.num_windows)
+        order_I = self._order(epoch)
+        begin, end = (len(order_I) * edge // self.num_windows for edge in (part, part + 1))
+        ids_I = order_I[begin:end][shuffle(end - begin, self.seed, epoch, _WINDOW, part)]
+        if self._styles is None:
+            self._styles = self._rank_styles()
+        pack_I = pack_window(
+            self.token_counts_I[ids_I], self.visual_counts_I[ids_I], self.seq_length, self.visual_seq_length,
+            self._styles,
+        )  # fmt: skip
+        place_P = shuffle(int(pack_I.max()) + 1, self.seed, epoch, _PACKS, part)
+        place_I = place_P[pack_I]
+        begin_P = np.concatenate([[0], np.cumsum(np.bincount(place_I))])
+        return WindowPacks(ids_I[np.argsort(place_I, kind="stable")], begin_P)
+
+    def _rank_styles(self) -> tuple[Style, ...]:
+        """The ways of packing that suit the first epoch best, judged by as many of its samples as a window holds."""
+        order_I = self._order(0)
+        num_samples = min(self.window, len(order_I))
+        ids_I = order_I[np.arange(num_samples) * len(order_I) // num_samples]  # spread over all shards
+        sizes = self.token_counts_I[ids_I], self.visual_counts_I[ids_I]
+        return rank_styles(*sizes, self.seq_length, self.visual_seq_length)[:_STYLES_TRIED]
+
+    def _order(self, epoch: int) -> NDArray[np.integer]:
+        if epoch not in self._orders:
+            self._orders[epoch] = self._mixture.order(epoch)
+            if len(self._orders) > _EPOCHS_KEPT:
+                self._orders.popitem(last=False)
+        self._orders.move_to_end(epoch)
+        return self._orders[epoch]
+
+    def _fitting(self) -> NDArray[np.bool_]:
+        """Which samples take part; counts the others, but for those that could not be read when they were counted."""
+        too_long_I = self.token_counts_I > self.seq_length
+        too_visual_I = ~too_long_I & (self.visual_counts_I > self.visual_seq_length)
+        self.skipped: Counter[str] = Counter()
+        if too_long_I.any():
+            self.skipped[f"more than {self.seq_length} tokens"] = int(too_long_I.sum())
+        if too_visual_I.any():
+            self.skipped[f"more than {self.visual_seq_length} visual tokens"] = int(too_visual_I.sum())
+        return (self.token_counts_I > 0) & ~too_long_I & ~too_visual_I
 
     def _nothing_fits(self) -> str:
-        tokens_I, visual_I = (part[self.token_counts_I > 0] for part in (self.token_counts_I, self.visual_counts_I))
-        if len(tokens_I) == 0:
-            return f"none of the {len(self.token_counts_I)} samples can be used"
+        usable_I = self.token_counts_I > 0
+        if not usable_I.any():
+            return f"none of the {len(usable_I)} samples can be used"
         return (
-            f"none of the {len(self.token_counts_I)} samples fits: the shortest has "
-            f"{tokens_I.min()} tokens (seq_length is {self.seq_length}), the fewest visual tokens are "
-            f"{visual_I.min()} (visual_seq_length is {self.visual_seq_length})"
+            f"none of the {len(usable_I)} samples fits: the shortest has "
+            f"{self.token_counts_I[usable_I].min()} tokens (seq_length is {self.seq_length}), the fewest visual "
+            f"tokens are {self.visual_counts_I[usable_I].min()} (visual_seq_length is {self.visual_seq_length})"
         )
+
+
+def _joined(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """One array; the only one there is without a copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])

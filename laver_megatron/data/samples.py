@@ -8,7 +8,6 @@ Only what an assistant says is trained, and the <|im_end|> after it. An `<image>
 <|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is ever trained.
 """
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,44 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from laver_megatron.data.conversations import IMAGE_PLACEHOLDER, Message
+from laver_megatron.data.conversations import parse_conversation as parse_conversation
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample
 
-IMAGE_PLACEHOLDER = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-
-Message = dict[str, str]
-
-
-def parse_conversation(content: bytes | str, name: str) -> list[Message]:
-    """The messages of a sample's JSON as [{"role": system|user|assistant, "content": text}, ...].
-
-    Accepts a bare list of turns or an object with `conversations` or `messages`, turns as {"from", "value"}
-    or {"role", "content"}, and human/gpt for user/assistant. name: shard and key, for messages.
-
-    Raises:
-        ValueError: not JSON, no turns, an unknown role, text that is not text.
-    """
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{name}: not valid JSON ({error})") from error
-    if isinstance(document, dict):
-        document = document.get("conversations", document.get("messages"))
-    if not isinstance(document, list) or not document:
-        raise ValueError(f"{name}: expected a list of turns, or an object with `conversations` or `messages`")
-    return [_message(turn, number, name) for number, turn in enumerate(document)]
-
-
-def _message(turn: object, number: int, name: str) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"{name}: turn {number} is not an object")
-    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"{name}: turn {number} has the role {role!r}; known are {', '.join(_ROLES)}")
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: the text of turn {number} is {type(text).__name__}, not a string")
-    return {"role": _ROLES[role], "content": text}
 
 
 class SampleEncoder:
@@ -77,16 +43,24 @@ class SampleEncoder:
         self.default_system = _default_system(tokenizer)
         self._check_template(tokenizer)
 
-    def encode(self, messages: Sequence[Message], grids: Sequence[tuple[int, int]], key: str) -> EncodedSample:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        grids: Sequence[tuple[int, int]],
+        key: str,
+        limits: tuple[int, int] | None = None,
+    ) -> EncodedSample:
         """Tokens, labels and image places of one sample.
 
         grids: (rows, columns) of the visual tokens of each of the sample's pictures. The tokens equal those
-        of the tokenizer's own `apply_chat_template` on the text with the image tokens written out.
+        of the tokenizer's own `apply_chat_template` on the text with the image tokens written out. limits: (tokens,
+        visual tokens); a longer sample loses its last turns, with their images, until it fits and ends with an
+        answer. If not even the first answer fits, it is returned whole: it is the plan's to leave it out.
 
         Raises:
             ValueError: more or fewer `<image>` in the text than pictures, or image tokens spelt out.
         """
-        text, assistant_spans = self._render(messages)
+        text, assistant_spans, ends = self._render(messages)
         found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
         if found != len(grids):
             raise ValueError(f"sample {key!r}: {found} {IMAGE_PLACEHOLDER} in the text but {len(grids)} pictures")
@@ -99,14 +73,21 @@ class SampleEncoder:
                 f"pictures; write {IMAGE_PLACEHOLDER} for a picture, and {_VISION_TOKENS[1]} never"
             )
         trained_T = self._trained(tokens_T, encoding.offsets, assistant_spans)
-        return _with_images(tokens_T, trained_T, self.image_pad, grids, key)
+        whole = _with_images(tokens_T, trained_T, self.image_pad, grids, key)
+        if limits is None or (len(whole) <= limits[0] and whole.num_visual_tokens <= limits[1]):
+            return whole
+        # Turns end with a special token and a line break, which never merge with what follows: the tokens of the
+        # first turns are the first tokens.
+        first_tokens = [sum(start < end for start, _ in encoding.offsets) for end in ends]
+        return _without_last_turns(whole, messages, first_tokens, limits)
 
-    def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as ChatML with one image token a picture, and where the assistant's words and
-        end-of-turn lie in it."""
-        if messages[0]["role"] != "system":
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The conversation as ChatML with one image token a picture, where the assistant's words and
+        end-of-turn lie in it, and where each of the given messages ends."""
+        added = messages[0]["role"] != "system"
+        if added:
             messages = [{"role": "system", "content": self.default_system}, *messages]
-        text, spans = "", []
+        text, spans, ends = "", [], []
         for message in messages:
             text += f"<|im_start|>{message['role']}\n"
             start = len(text)
@@ -114,7 +95,8 @@ class SampleEncoder:
             if message["role"] == "assistant":
                 spans.append((start, len(text)))
             text += "\n"
-        return text, spans
+            ends.append(len(text))
+        return text, spans, ends[added:]
 
     def _trained(
         self, tokens_T: Tensor, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
@@ -174,3 +156,26 @@ def _with_images(
     labels_T = torch.full_like(tokens_T, IGNORE_LABEL)
     labels_T[:-1] = torch.where(trained_T[1:], tokens_T[1:], IGNORE_LABEL)
     return EncodedSample(key, tokens_T, labels_T, number_T, row_T, col_T, tuple(grids))
+
+
+def _without_last_turns(
+    whole: EncodedSample, messages: Sequence[Message], first_tokens: Sequence[int], limits: tuple[int, int]
+) -> EncodedSample:
+    """As many turns as fit, the last of them an answer; the whole sample if there are none. first_tokens: tokens of
+    the first turns up to each, an image counting as one."""
+    is_image_T = whole.image_number_T >= 0
+    # Where a token before the images were spread out stands now: an image's is its first visual token.
+    begins_T = torch.ones_like(is_image_T)
+    begins_T[1:] = ~is_image_T[1:] | (whole.image_number_T[1:] != whole.image_number_T[:-1])
+    places = [*begins_T.nonzero().flatten().tolist(), len(whole)]
+    for number in reversed(range(len(messages))):
+        length = places[first_tokens[number]]
+        visual = int(is_image_T[:length].sum())
+        if messages[number]["role"] == "assistant" and length <= limits[0] and visual <= limits[1]:
+            num_images = int(whole.image_number_T[:length].max()) + 1
+            columns = whole.tokens_T, whole.labels_T, whole.image_number_T, whole.row_T, whole.col_T
+            tokens_T, labels_T, number_T, row_T, col_T = (column_T[:length] for column_T in columns)
+            num_dropped = len(messages) - number - 1
+            grids = whole.grids[:num_images]
+            return EncodedSample(whole.key, tokens_T, labels_T, number_T, row_T, col_T, grids, num_dropped)
+    return whole

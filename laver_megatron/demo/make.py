@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from laver_megatron.data.index_file import INDEX_NAME, write_index
+from laver_megatron.data.indexing import index_tars
 from laver_megatron.demo.models import save_encoder, save_language_model
 from laver_megatron.demo.questions import make_examples
 from laver_megatron.demo.shards import write_shards
@@ -19,7 +21,7 @@ def make_demo(
     num_train_samples: int = NUM_TRAIN_SAMPLES,
     num_valid_samples: int = NUM_VALID_SAMPLES,
 ) -> Path:
-    """Makes `model/`, `encoder/` and `shards/` (train-*.tar, valid-*.tar) in a directory, and returns it.
+    """Makes `model/`, `encoder/` and `shards/` (train-*.tar, valid-*.tar, their index) in a directory, and returns it.
 
     A part that is there is kept: each is built beside its place and renamed when it is complete, so a part
     is never half there. Which sample is which depends on nothing but its number and the versions of Pillow,
@@ -36,6 +38,7 @@ def make_demo(
         write_shards(place, "train", make_examples(0, num_train_samples), samples_per_shard=192)
         valid = make_examples(1_000_000, num_valid_samples)
         write_shards(place, "valid", valid, samples_per_shard=192)
+        write_index(index_tars(sorted(place.glob("*.tar"))), place / INDEX_NAME)
 
     _make_part(
         directory / "model",

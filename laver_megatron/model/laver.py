@@ -14,6 +14,7 @@ sequence, so a rank holds `[student part | teacher part]` and gathering restores
     last                                                  layers  ->  LM head, vision head, teacher's vision head
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from laver_megatron.config import Config
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
+from laver_megatron.model.image_division import divide_images, gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import MicroBatch
@@ -150,6 +152,7 @@ class LaverStage(LanguageModule):
         self.encoder = encoder
         dtype = self.config.params_dtype
         self.connector = Connector(encoder.feature_size, self.shape.hidden_size, dtype)
+        mark_partial([encoder, self.connector])
         if self.run_config.laver:
             self.mask_token = nn.Parameter(torch.full((self.shape.hidden_size,), float("nan"), dtype=dtype))
 
@@ -191,8 +194,8 @@ class LaverStage(LanguageModule):
         self.input_tensor = input_tensor[0]
 
     def forward(self, batch: MicroBatch, pixels: list[Tensor] | None) -> Tensor | StageOutput:
-        """batch: the micro-batch; pixels: its images in order, on the first stage only. Returns the stage's
-        output tensor, or a StageOutput on the last stage."""
+        """batch: the micro-batch; pixels: those of its images that this tensor-parallel rank encodes (`own_images`), in
+        order, on the first stage only. Returns the stage's output tensor, or a StageOutput on the last stage."""
         student_LBH, teacher_VBH = self._embed(batch, pixels or []) if self.pre_process else self._received()
         if self.training and torch.is_grad_enabled() and not student_LBH.requires_grad:
             # Activation recompute gives layers no gradient at all when their input needs none.
@@ -256,24 +259,41 @@ class LaverStage(LanguageModule):
             )
 
     def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
-        """Encoder and connector on all images of the micro-batch, put into their slots: `[V, B, H]`."""
-        assert self.encoder is not None
+        """Encoder and connector on the images of the micro-batch, divided over the tensor-parallel ranks, and all of
+        them put into their slots: `[V, B, H]`."""
         num_slots, num_packs = batch.image_BV.shape[1], batch.image_BV.shape[0]
-        dtype = self.config.params_dtype
-        visual_NH = torch.zeros(num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=batch.slot_BS.device)
-        if len(pixels) != len(batch.image_slots):
-            raise ValueError(f"got {len(pixels)} images for {len(batch.image_slots)} places in the micro-batch")
-        if pixels:
-            features_INE = self.encoder(torch.stack(pixels))
-            tokens_TH = self.connector(features_INE.flatten(0, 1))
-            if tokens_TH.shape[0] != batch.num_visual_tokens:
-                raise ValueError(
-                    f"the encoder yields {tokens_TH.shape[0]} visual tokens for {len(pixels)} images, but the text "
-                    f"holds {batch.num_visual_tokens} image tokens; was it prepared for another encoder?"
-                )
+        dtype, device = self.config.params_dtype, batch.slot_BS.device
+        visual_NH = torch.zeros(num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=device)
+        num_tokens = batch.image_num_tokens
+        if num_tokens:
+            own_tH = self._encode(pixels, num_tokens).to(dtype)
+            tokens_TH = gather_visual_tokens(own_tH, num_tokens, self.tp_group)
             filled = (batch.image_BV >= 0).flatten().nonzero().squeeze(1)
             visual_NH = visual_NH.index_put((filled,), tokens_TH)
+        elif pixels:
+            raise ValueError(f"got {len(pixels)} images for no place in the micro-batch")
         return visual_NH.view(num_packs, num_slots, -1).transpose(0, 1)
+
+    def _encode(self, pixels: list[Tensor], num_tokens: Sequence[int]) -> Tensor:
+        """The visual tokens of this rank's images: `[t, H]`. num_tokens: of all images of the micro-batch."""
+        assert self.encoder is not None
+        own = divide_images(num_tokens, self.tp_group.size())[self.tp_group.rank()]
+        if len(pixels) != len(own):
+            raise ValueError(f"got {len(pixels)} images for {len(own)} places in the micro-batch")
+        if pixels:
+            features_tE = self.encoder(torch.stack(pixels)).flatten(0, 1)
+        else:
+            # Without an image the graph must be there all the same: its backward pass holds collectives further on.
+            parameter = next(self.encoder.parameters())
+            features_tE = parameter.new_zeros(0, self.encoder.feature_size, requires_grad=parameter.requires_grad)
+        tokens_tH = self.connector(features_tE)
+        expected = sum(num_tokens[image] for image in own)
+        if tokens_tH.shape[0] != expected:
+            raise ValueError(
+                f"the encoder yields {tokens_tH.shape[0]} visual tokens for {len(pixels)} images, but the text "
+                f"holds {expected} image tokens; was it prepared for another encoder?"
+            )
+        return tokens_tH
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         """The sequence on every tensor-parallel rank. The column-parallel heads that read it leave its

@@ -64,8 +64,9 @@ class MicroBatch:
     image_slots: tuple[tuple[int, int, int], ...]
 
     @property
-    def num_visual_tokens(self) -> int:
-        return sum(end - start for _, start, end in self.image_slots)
+    def image_num_tokens(self) -> tuple[int, ...]:
+        """Visual tokens of every image, in order."""
+        return tuple(end - start for _, start, end in self.image_slots)
 
 
 def visual_slots(image_BS: Tensor, visual_seq_length: int) -> tuple[Tensor, Tensor, Tensor]:

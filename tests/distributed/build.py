@@ -21,6 +21,7 @@ from torch import Tensor
 from laver_megatron import train
 from laver_megatron.checkpoint import sharding_metadata
 from laver_megatron.config import Config
+from laver_megatron.data import dataset
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
 from tests.distributed.harness import Layout
 
@@ -125,6 +126,9 @@ class SyntheticReader:
             for i in range(0, num_packs, micro_batch_size)
         ]
 
+    def check_bad(self, num_bad: int, num_read: int) -> None:
+        assert num_bad == 0 < num_read
+
     def _pack(self, number: int) -> list[PackedSample]:
         step, place = divmod(number, PACKS_PER_STEP)
         images_of = tuple(0 if self.kind == "text" else number for number in IMAGES[step % 2][place])
@@ -169,9 +173,9 @@ class SyntheticReader:
 def synthetic_data() -> Iterator[None]:
     """`train.setup` without a tokenizer, a preprocessor and shards."""
     with (
-        mock.patch.object(train, "load_tokenizer"),
-        mock.patch.object(train, "ImagePreprocessor"),
-        mock.patch.object(train, "open_dataset", lambda paths, *_, **__: SyntheticReader(paths[0])),
+        mock.patch.object(dataset, "load_tokenizer"),
+        mock.patch.object(dataset, "ImagePreprocessor"),
+        mock.patch.object(dataset, "open_dataset", lambda paths, *_, **__: SyntheticReader(paths[0])),
     ):
         yield
 

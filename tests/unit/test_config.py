@@ -214,7 +214,7 @@ def test_flag_without_its_value(config_file):
     # Required ones are given badly, not missing; what else is missing is still said.
     assert problems_of(*required_flags()[2:], "--data-path") == ("--data-path: no value is given",)
     assert {problem.split()[0] for problem in problems_of("--train-iters")} == {
-        "--train-iters:", "data_path", "seq_length", "visual_seq_length", "run_dir"
+        "--train-iters:", "data_path", "seq_length", "run_dir"
     }  # fmt: skip
     assert problems_of("--lr", "x", "--config") == ("--config: no value is given", "--lr: expected a number, not 'x'")
     assert problems_of("--config", path, "--laver=yes") == (

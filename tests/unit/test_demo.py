@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from laver_megatron.data.opening import open_indexes
+from laver_megatron.data.reading import SampleFiles
 from laver_megatron.data.samples import parse_conversation
-from laver_megatron.data.shards import index_shards
 from laver_megatron.demo import make_demo
 from laver_megatron.demo.photographs import photographs
 
@@ -17,7 +18,8 @@ TOOL = Path(__file__).parents[2] / "tools" / "make_demo.py"
 
 
 def digests(directory):
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    # Runs keep the counts of tokens beside the index.
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and "counts-" not in path.name)
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -69,17 +71,21 @@ def test_the_template_is_qwens(demo_dir):
 
 
 def test_samples_of_every_kind(demo_dir):
-    samples, _ = index_shards([demo_dir / "shards"])
-    assert len(samples) == 96 + 24
+    (index,) = open_indexes(demo_dir / "shards")
+    samples = [index.sample(row) for row in range(len(index))]
+    assert index.path is not None, "the demo comes with an index"
+    assert len(samples) == 96 + 24 and not index.fault_I.any()
     assert {len(sample.images) for sample in samples} == {0, 1, 2}
     assert {member.extension.split(".")[-1] for sample in samples for member in sample.images} == {
         "jpg",
         "png",
     }
-    turns = [len(parse_conversation(sample.read(sample.text), sample.name)) for sample in samples]
+    files = SampleFiles()
+    contents = [files.read(index.shards[number], s) for number, s in zip(index.shard_I, samples, strict=True)]
+    turns = [len(parse_conversation(text, "name")) for text, *_ in contents]
     assert min(turns) == 2 and max(turns) >= 4
-    assert len({size for sample in samples for size in sample.image_sizes()}) > 50
-    texts = {split: {s.read(s.text) + b"".join(map(s.read, s.images)) for s in samples if split in s.key}
+    assert len({size for row in range(len(index)) for size in index.image_sizes(row)}) > 50
+    texts = {split: {b"".join(content) for s, content in zip(samples, contents, strict=True) if split in s.key}
              for split in ("train", "valid")}  # fmt: skip
     assert len(photographs()) >= 15 and not texts["train"] & texts["valid"]
 

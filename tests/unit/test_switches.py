@@ -22,7 +22,8 @@ from laver_megatron import train
 from laver_megatron.backend import shut_down_parallelism
 from laver_megatron.command_line import load_config
 from laver_megatron.config import FREEZABLE_MODULES, PRESETS, Config, field_names
-from laver_megatron.data.plan import PackPlan
+from laver_megatron.data import dataset
+from laver_megatron.data.plan import PackPlan, Source
 from laver_megatron.losses import TERMS
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.model.shape import read_model_shape
@@ -611,19 +612,25 @@ def test_the_global_batch_counts_packs(of):
 
 
 @shows("model", "encoder", "data_path", "valid_data_path", "seq_length", "num_workers", "distributed_timeout_minutes")
+@shows("data_weights", "shuffle_window", "long_samples", "max_bad_fraction")
+@shows("shard_cache", "shard_cache_gb", "allow_pipe")
 def test_readers_and_processes_are_told(assets, tmp_path):
     """Tokenizer, preprocessor, readers and process group get what the configuration says, by no other way."""
     paths = {"model": tmp_path / "model", "encoder": tmp_path / "encoder"}
     paths["model"].symlink_to(assets.tied)
     paths["encoder"].symlink_to(assets.encoder)
     settings = {"data_path": ("a", "b"), "valid_data_path": ("c",), "num_workers": 3, "seed": 5}
+    settings |= {"data_weights": (1.0, 0.5), "shuffle_window": 70}
+    settings |= {"long_samples": "drop_turns", "max_bad_fraction": 0.2}
+    settings |= {"shard_cache": str(tmp_path / "cache"), "shard_cache_gb": 0.25, "allow_pipe": True}
     settings |= {name: str(path) for name, path in paths.items()}
     told = {"seq_length": SEQ_LENGTH, "visual_seq_length": VISUAL_SEQ_LENGTH, "seed": 5, "num_workers": 3}
+    told |= {"window": 70, "long_samples": "drop_turns", "max_bad_fraction": 0.2, "visual_multiple_of": 1}
     try:
         with (
-            mock.patch.object(train, "load_tokenizer") as tokenizer,
-            mock.patch.object(train, "ImagePreprocessor") as preprocessor,
-            mock.patch.object(train, "open_dataset") as open_dataset,
+            mock.patch.object(dataset, "load_tokenizer") as tokenizer,
+            mock.patch.object(dataset, "ImagePreprocessor") as preprocessor,
+            mock.patch.object(dataset, "open_dataset") as open_dataset,
         ):
             open_dataset.return_value.fingerprint = "synthetic"
             train.setup(make_config(assets, "unused", **settings, distributed_timeout_minutes=7))
@@ -631,6 +638,9 @@ def test_readers_and_processes_are_told(assets, tmp_path):
         preprocessor.from_pretrained.assert_called_with(paths["encoder"])
         assert [call.args[0] for call in open_dataset.call_args_list] == [("a", "b"), ("c",)]
         assert all(told.items() <= call.kwargs.items() for call in open_dataset.call_args_list)
+        assert [call.kwargs["weights"] for call in open_dataset.call_args_list] == [(1.0, 0.5), None]
+        cache = open_dataset.call_args.kwargs["cache"]
+        assert (cache.folder, cache.max_bytes, cache.allow_pipe) == (tmp_path / "cache", 250_000_000, True)
         options = dist.group.WORLD._get_backend(torch.device("cpu")).options
         assert options._timeout == datetime.timedelta(minutes=7)
     finally:
@@ -638,7 +648,7 @@ def test_readers_and_processes_are_told(assets, tmp_path):
 
 
 def test_the_seed_orders_the_data():
-    plans = [PackPlan([10] * 40, [0] * 40, 64, 32, seed) for seed in (5, 5, 6)]
+    plans = [PackPlan([Source([10] * 40, [0] * 40, [0] * 40)], 64, 32, seed) for seed in (5, 5, 6)]
     orders = [[plan.pack(number) for number in range(plan.num_packs())] for plan in plans]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(sum(orders[0], ())) == sorted(sum(orders[2], ()))

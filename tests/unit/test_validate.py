@@ -67,6 +67,14 @@ def test_the_base_configuration_is_fine():
     assert problems_with() == []
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_visual_tokens_that_the_data_will_propose(tp):
+    changes = {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "global_batch_size": 2}
+    assert problems_with(tp, **changes, visual_seq_length=0) == []
+    (problem,) = problems_with(tp, **changes, visual_seq_length=0, mask_ratio=1e-5)
+    assert "even if every pack held 256 visual tokens" in problem
+
+
 # --- numbers -------------------------------------------------------------------------------------------
 
 
@@ -185,6 +193,14 @@ def test_the_base_configuration_is_fine():
             ["splits seq_length = 257 between 2 ranks"],
         ),
         ({"sequence_parallel": True}, 1, ["sequence_parallel needs tensor_model_parallel_size above 1"]),
+        ({"visual_seq_length": -1}, 1, ["visual_seq_length is -1, but must not be negative"]),
+        ({"shuffle_window": 0}, 1, ["shuffle_window is 0, but must be at least 1"]),
+        ({"max_bad_fraction": 1.5}, 1, ["max_bad_fraction is 1.5, but must be from 0 to 1"]),
+        ({"shard_cache_gb": 0.0}, 1, ["shard_cache_gb is 0.0, but must be above 0"]),
+        ({"data_weights": (1.0, 2.0)}, 1, ["data_weights has 2 numbers, but data_path 1 entries"]),
+        ({"data_weights": (-1.0,)}, 1, ["data_weights holds -1.0"]),
+        ({"data_weights": (float("nan"),)}, 1, ["data_weights holds nan"]),
+        ({"data_weights": (0.0,)}, 1, ["data_weights are all 0"]),
         ({"visual_seq_length": 300}, 1, ["visual_seq_length 300 is above seq_length 256"]),
         ({"visual_seq_length": 63}, 1, ["visual_seq_length 63 cannot hold one image of 64 tokens"]),
         (
@@ -773,7 +789,8 @@ def test_shards(run, tmp_path):
             data_path=(f"{tmp_path}/none-*.tar", f"{tmp_path}/gone.tar"), valid_data_path=(f"{tmp_path}/model",)
         )
     )
-    assert f"data_path: no file matches {tmp_path}/none-*.tar; {tmp_path}/gone.tar does not exist" in problems
+    assert f"data_path: no file matches {tmp_path}/none-*.tar" in problems
+    assert f"data_path: {tmp_path}/gone.tar does not exist" in problems
     assert f"valid_data_path: the directory {tmp_path}/model holds no .tar file" in problems
 
 

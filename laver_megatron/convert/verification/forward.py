@@ -305,13 +305,15 @@ def _run_schedule(stage: Any, packed: PackedProbes) -> tuple[list[Tensor], list[
 
 
 def _micro_batches(stage: Any, packed: PackedProbes, device: torch.device) -> Iterator[tuple[Any, list[Tensor]]]:
+    from laver_megatron.model.image_division import own_images
     from laver_megatron.model.streams import StreamSettings, build_micro_batch
 
     settings = StreamSettings.of(stage.run_config, stage.shape)
     for pack in packed.packs:
         masked_BS = torch.zeros_like(pack.image_BS, dtype=torch.bool)
         pixels = [image.to(device) for images in pack.pixels for image in images]
-        yield build_micro_batch(pack, masked_BS, settings, device), pixels
+        batch = build_micro_batch(pack, masked_BS, settings, device)
+        yield batch, own_images(pixels, batch.image_num_tokens, stage.tp_group)
 
 
 def _quiet() -> None:

@@ -113,7 +113,7 @@ def _pictures(files: Sequence[Path]) -> Iterator[Image.Image]:
         for file in files:
             try:
                 yield decode_image(file.read_bytes())
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"--image {file}: {error}") from error
         return
     from laver_megatron.demo.photographs import photographs

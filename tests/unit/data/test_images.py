@@ -1,13 +1,19 @@
 import io
 import json
 import shutil
+import struct
+import subprocess
+import sys
+import zlib
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import SiglipVisionModel
 
-from laver_megatron.data.images import ImagePreprocessor, decode_image
+from laver_megatron.data.faults import Fault, SampleFault
+from laver_megatron.data.images import ImagePreprocessor, decode_image, image_size
 from tests.unit.data.content import picture_bytes
 
 
@@ -49,8 +55,107 @@ def test_orientation_is_applied():
 
 @pytest.mark.parametrize("content", [b"", b"no picture", picture_bytes()[:400], picture_bytes(extension="png")[:-60]])
 def test_broken_pictures(content):
-    with pytest.raises(OSError, match="cannot decode a picture"):
+    with pytest.raises(SampleFault, match="cannot decode a picture") as caught:
         decode_image(content)
+    assert caught.value.fault is Fault.unreadable_image
+
+
+@pytest.mark.parametrize("extension", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_sizes_come_from_headers_alone(extension):
+    content = picture_bytes((40, 30), extension)
+    assert image_size(content) == decode_image(content).size == (40, 30)
+    assert decode_image(content).mode == "RGB"
+    if extension not in ("tiff", "webp"):  # whose headers Pillow reads with all the rest
+        assert image_size(content[: len(content) * 2 // 3]) == (40, 30)
+        with pytest.raises(SampleFault):
+            decode_image(content[: len(content) * 2 // 3])
+
+
+@pytest.mark.parametrize("extension", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_that_of_pillow(extension, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = picture_bytes((40, 30), extension, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    upright = decode_image(content)
+    assert upright.size == image_size(content) == expected.size
+    assert upright.tobytes() == expected.tobytes()
+
+
+def test_what_is_transparent_is_white():
+    layer = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
+    layer.putpixel((1, 0), (255, 0, 0, 0))
+    layer.putpixel((2, 0), (255, 0, 0, 127))
+    assert pixels_of(layer) == [(255, 0, 0), (255, 255, 255), (255, 128, 128)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 255, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    assert pixels_of(palette, transparency=1) == [(0, 0, 255), (255, 255, 255)]
+    assert pixels_of(Image.new("LA", (1, 1), (7, 0))) == [(255, 255, 255)]
+    assert pixels_of(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3)) == [(255, 255, 255)]
+
+
+def test_sixteen_bits_are_scaled_and_not_cut():
+    grey = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16))
+    assert pixels_of(grey) == [(v, v, v) for v in (0, 0, 1, 128, 255)]
+
+
+def test_cmyk_is_what_pillow_makes_of_it():
+    buffer = io.BytesIO()
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(buffer, "JPEG")
+    red, green, blue = decode_image(buffer.getvalue()).getpixel((4, 4))
+    assert red > 250 and green < 5 and blue < 5  # a lossy format
+
+
+def pixels_of(image, extension="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, extension, **options)
+    decoded = decode_image(buffer.getvalue())
+    return [decoded.getpixel((x, 0)) for x in range(decoded.width)]
+
+
+def test_caps_hold_before_anything_is_decoded(monkeypatch):
+    content = picture_bytes((40, 30), "png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert image_size(content, max_pixels=1200) == (40, 30)
+    for look in (image_size, decode_image):
+        with pytest.raises(SampleFault, match="40 x 30 pixels are more than 1199") as caught:
+            look(content, max_pixels=1199)
+        assert caught.value.fault is Fault.image_too_large
+
+
+@pytest.mark.parametrize("size, fault", [((30_000, 30_000), "image_too_large"), ((12_000, 9_000), "image_too_large")])
+def test_bombs_are_told_by_their_headers(size, fault, recwarn):
+    content = bytearray(picture_bytes((40, 30), "png"))
+    content[16:24] = struct.pack(">II", *size)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    with pytest.raises(SampleFault) as caught:
+        decode_image(bytes(content))
+    assert caught.value.fault == fault
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (402, 2)])
+def test_long_strips(size):
+    with pytest.raises(SampleFault, match="longer than 200:1") as caught:
+        image_size(picture_bytes(size, "png"))
+    assert caught.value.fault is Fault.image_shape
+    assert image_size(picture_bytes((200, 1), "png")) == (200, 1)
+
+
+def test_other_formats_are_never_tried():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PPM")
+    with pytest.raises(SampleFault, match="cannot decode"):
+        decode_image(buffer.getvalue())
+
+
+def test_indexing_imports_neither_torch_nor_transformers():
+    program = "import sys, laver_megatron.data.indexing; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def altered(demo_dir, tmp_path, name, **changes):

@@ -1,10 +1,17 @@
 import dataclasses
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+from laver_megatron.data.faults import Fault
+from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.loader import open_dataset
 from tests.unit.data.content import picture_bytes, question
 
@@ -13,8 +20,11 @@ from tests.unit.data.content import picture_bytes, question
 def open_shards(tokenizer, preprocessor):
     readers = []
 
-    def open_(paths, num_workers=0, seq_length=256, visual_seq_length=192):
-        readers.append(open_dataset(paths, tokenizer, preprocessor, seq_length, visual_seq_length, 1, num_workers))
+    def open_(paths, num_workers=0, seq_length=256, visual_seq_length=192, **options):
+        options = {"max_bad_fraction": 1.0, **options}
+        readers.append(
+            open_dataset(paths, tokenizer, preprocessor, seq_length, visual_seq_length, 1, num_workers, **options)
+        )
         return readers[-1]
 
     yield open_
@@ -42,7 +52,7 @@ def test_workers_change_nothing(demo_dir, open_shards):
     for first in (0, 4, 8, 16, 24, 2, packs_an_epoch - 2):
         for one, other in zip(plain.read(first, 4, 2), threaded.read(first, 4, 2), strict=True):
             same(one, other)
-    assert len(threaded._under_way) <= 4  # only what the next call is expected to ask for
+    assert len(threaded._under_way) == 8  # what the next two calls are expected to ask for: six packs for 3 workers
 
 
 def test_micro_batches_and_ranks_cut_the_same_packs(demo_dir, open_shards):
@@ -60,10 +70,10 @@ def test_packs_hold_what_the_plan_says(demo_dir, open_shards):
     for number in range(8):
         [batch] = reader.read(number, 1, 1)
         ids = plan.pack(number)
-        assert batch.keys == [[reader.samples[i].key for i in ids]]
+        assert batch.keys == [[index.key(row) for index, row in map(reader.maker.locate_sample, ids)]]
         assert (batch.document_BS >= 0).sum() == plan.token_counts_I[list(ids)].sum() <= 256
         assert (batch.image_BS >= 0).sum() == plan.visual_counts_I[list(ids)].sum() <= 192
-        assert torch.equal(batch.image_BS >= 0, batch.tokens_BS == reader.encoder.image_pad)
+        assert torch.equal(batch.image_BS >= 0, batch.tokens_BS == reader.maker.encoder.image_pad)
         assert len(batch.pixels[0]) == int(batch.image_BS.max()) + 1
         assert set(batch.sample_id_BS[0].tolist()) - {-1} == set(ids)
 
@@ -91,33 +101,89 @@ def test_a_corrupt_picture_leaves_padding(write_shard, open_shards, caplog, num_
     tokens = reader.plan.token_counts_I
     assert sum(int((batch.document_BS >= 0).sum()) for batch in batches) == tokens[0] + tokens[2]
     assert reader.num_bad_samples == 1
-    assert "train-00000.tar: 's1' stays padding" in caplog.text
+    assert "train-00000.tar: 's1' cannot be used (unreadable_image, 1 so far): it stays padding" in caplog.text
+    reader.read(0, 2, 1)
+    assert reader.num_bad_samples == 2 and reader.faults.counts == {Fault.unreadable_image: 1}
 
 
-def test_unreadable_samples_are_left_out_of_the_plan(write_shard, open_shards, caplog):
+def test_unusable_samples_are_left_out_of_the_plan(write_shard, open_shards, caplog):
     samples = {
         "good": {"json": question(), "jpg": picture_bytes()},
         "no-header": {"json": question(), "jpg": b"not a picture"},
         "no-json": {"json": b"{", "jpg": picture_bytes()},
+        "two/for-one": {"json": question("<image> <image>"), "jpg": picture_bytes()},
+        "spelt-out": {"json": question("<image> <|image_pad|>"), "jpg": picture_bytes()},
+        "alone": {"jpg": picture_bytes()},
     }
     caplog.set_level(logging.INFO, "laver_megatron")
     reader = open_shards(write_shard(samples))
     assert reader.plan.num_packs(0) == 1 and reader.read(0, 1, 1)[0].keys == [["good"]]
-    assert "'no-header' is left out: unreadable picture" in caplog.text
-    assert "'no-json' is left out: unreadable conversation" in caplog.text
-    assert "1 (unreadable picture), 1 (unreadable conversation)" in caplog.text
+    counts = {"unreadable_image": 1, "invalid_json": 1, "image_count": 2, "no_json": 1}
+    assert reader.faults.counts == counts
+    faults = ("unreadable_image", "invalid_json", "image_count", "image_count", "no_json")
+    for key, name in zip(list(samples)[1:], faults, strict=True):
+        assert f"{key!r} cannot be used ({name}" in caplog.text
+    assert all(f"{count} ({name})" in caplog.messages[-1] for name, count in counts.items())
 
 
-def test_placeholders_that_do_not_match_stop_the_start(write_shard, open_shards):
-    shard = write_shard({"a/b": {"json": question("<image> <image>"), "jpg": picture_bytes()}})
-    with pytest.raises(ValueError, match="'a/b': 2 <image> in the text but 1 pictures"):
-        open_shards(shard)
+def test_too_many_unusable_samples_stop_the_start(write_shard, open_shards):
+    bad = {"json": question("<image> <image>"), "jpg": picture_bytes()}
+    shard = write_shard({"a": bad, "b": {"json": question("?")}})
+    open_shards(shard, max_bad_fraction=0.5)
+    with pytest.raises(ValueError, match=r"1 of 2 samples cannot be used \(50.0%, allowed are 49.0%\)") as caught:
+        open_shards(shard, max_bad_fraction=0.49)
+    assert "1  image_count       not as many <image> in the text as images" in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_samples_that_turn_out_bad_stop_the_run(write_shard, open_shards, num_workers):
+    whole = picture_bytes((200, 200))
+    samples = {f"s{i}": {"json": question(), "jpg": whole[: len(whole) // (1 + i % 2)]} for i in range(4)}
+    reader = open_shards(write_shard(samples), num_workers, max_bad_fraction=0.25)
+    reader.read(0, reader.plan.num_packs(0), 1)
+    assert reader.num_bad_samples == 2
+    reader.check_bad(num_bad=1, num_read=4)
+    with pytest.raises(ValueError, match=r"2 of 4 samples cannot be used .*\n +2  unreadable_image"):
+        reader.check_bad(num_bad=2, num_read=4)
+    reader.check_bad(num_bad=2, num_read=8)  # two epochs
+
+
+def test_the_limit_is_a_share_of_an_epoch(write_shard, open_shards):
+    """Those known beforehand are not planned; a weight makes the epoch shorter."""
+    samples = {f"s{i}": {"json": question("?") if i else b"{"} for i in range(10)}
+    for weight, num_samples in ((1.0, 9), (1 / 3, 3)):
+        reader = open_shards(write_shard(samples), max_bad_fraction=0.34, weights=[weight])
+        assert reader.plan.num_samples == num_samples
+        reader.check_bad(num_bad=num_samples // 3, num_read=num_samples)
+        with pytest.raises(ValueError, match=f"{num_samples // 3 + 1} of {num_samples} samples cannot be used"):
+            reader.check_bad(num_bad=num_samples // 3 + 1, num_read=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_changes_under_the_run(write_shard, open_shards, num_workers):
+    shard = write_shard({f"s{i}": {"json": question("?", "word " * (10 + i))} for i in range(3)})
+    reader = open_shards(shard, num_workers, seq_length=80)
+    assert reader.plan.num_packs(0) == 3
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"word")] ^= 1
+    shard.write_bytes(content)
+    batches = reader.read(0, 3, 1)
+    assert sorted(key for batch in batches for key in batch.keys[0]) == ["s1", "s2"]
+    assert reader.faults.counts == {Fault.damaged_shard: 1}
+
+
+def test_a_shard_that_shrinks_under_the_run(write_shard, open_shards):
+    shard = write_shard({f"s{i}": {"json": question("?")} for i in range(3)})
+    reader = open_shards(shard)
+    os.truncate(shard, 3 * 512)  # within the second sample
+    [batch] = reader.read(0, 1, 1)
+    assert len(batch.keys[0]) < 3 and reader.faults.counts[Fault.damaged_shard] == 3 - len(batch.keys[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_that_do_not_match_are_an_error(write_shard, open_shards, monkeypatch, num_workers):
+    monkeypatch.setattr(ImagePreprocessor, "num_features", lambda self, pixels: 63)
     reader = open_shards(write_shard({"k": {"json": question(), "jpg": picture_bytes()}}), num_workers)
-    monkeypatch.setattr(reader.preprocessor, "num_features", lambda pixels: 63)
     with pytest.raises(ValueError, match="'k', image 0: 64 image tokens but 63 features"):
         reader.read(0, 1, 1)
 
@@ -133,8 +199,10 @@ def test_a_shard_that_vanishes_is_an_error_and_no_padding(write_shard, open_shar
 def test_data_without_answers_are_an_error(write_shard, open_shards):
     only_asks = json.dumps([{"role": "user", "content": "What is it?"}]).encode()
     shard = write_shard({"a": {"json": only_asks}, "b": {"json": only_asks}})
-    with pytest.raises(ValueError, match="none of the 2 samples that fit has an answer"):
+    with pytest.raises(ValueError, match="none of the 2 samples can be used"):
         open_shards(shard)
+    with pytest.raises(ValueError, match="2  no_answer"):
+        open_shards(shard, max_bad_fraction=0.01)
 
 
 def test_data_without_images_are_an_error_where_images_are_needed(write_shard, tokenizer, preprocessor):
@@ -148,3 +216,83 @@ def test_the_fingerprint_follows_what_a_pack_number_means(demo_dir, open_shards)
     shards = demo_dir / "shards" / "train-*.tar"
     assert open_shards(shards).fingerprint == open_shards(shards, num_workers=2).fingerprint
     assert open_shards(shards).fingerprint != open_shards(shards, seq_length=320).fingerprint
+
+
+def worker_ids(reader):
+    return [worker.pid for worker in reader._workers._workers]
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(demo_dir, open_shards):
+    reader = open_shards(demo_dir / "shards", num_workers=2)
+    reader.read(0, 2, 1)
+    for worker in worker_ids(reader):
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"a reader process died \(SIGKILL\).*memory ran out"):
+        for first in range(2, 40, 2):
+            reader.read(first, 2, 1)
+
+
+def test_workers_leave_signals_to_the_trainer(demo_dir, open_shards):
+    reader, plain = open_shards(demo_dir / "shards", num_workers=2), open_shards(demo_dir / "shards")
+    killer = "import os, sys; [os.kill(int(pid), number) for pid in sys.argv[1:] for number in (15, 2)]"
+    subprocess.run([sys.executable, "-c", killer, *map(str, worker_ids(reader))], check=True)
+    for first in (0, 2, 4, 6, 8, 10):
+        for one, other in zip(reader.read(first, 2, 1), plain.read(first, 2, 1), strict=True):
+            same(one, other)
+
+
+def test_close_ends_the_workers(demo_dir, open_shards):
+    reader = open_shards(demo_dir / "shards", num_workers=2)
+    reader.read(0, 2, 1)
+    workers = worker_ids(reader)
+    reader.close()
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_workers_end_with_the_trainer(tmp_path):
+    """Also if it is killed and cannot close anything."""
+    program = """
+import sys, time
+from laver_megatron.data import processes
+processes._WATCH_SECONDS = 0.1
+pool = processes.WorkerPool(print, 2)
+print(*(worker.pid for worker in pool._workers), flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    workers = trainer.stdout.readline().split()
+    assert len(workers) == 2
+    trainer.kill()
+    trainer.wait()
+    for _ in range(100):
+        if not any(is_running(worker) for worker in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{workers} outlive their parent")
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_long_samples_lose_their_last_turns(write_shard, open_shards):
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a b c"}]
+    long = [*turns, {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "d " * 300}]
+    pictures = {"0.jpg": picture_bytes(), "1.jpg": picture_bytes()}
+    shard = write_shard({"long": {"json": json.dumps(long).encode(), **pictures}, "short": {"json": question("?")}})
+    skipping = open_shards(shard)
+    assert skipping.read(0, 1, 1)[0].keys == [["short"]]
+    for num_workers in (0, 1):
+        reader = open_shards(shard, num_workers, long_samples="drop_turns")
+        [batch] = reader.read(0, 1, 1)
+        assert sorted(batch.keys[0]) == ["long", "short"] and len(batch.pixels[0]) == 1
+
+
+def test_entries_that_overlap_are_told(write_shard, open_shards, caplog):
+    shard = write_shard({f"s{i}": {"json": question("?")} for i in range(3)})
+    open_shards([shard, shard.parent])
+    assert "both have samples of" in caplog.text

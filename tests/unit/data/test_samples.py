@@ -128,3 +128,43 @@ def test_tokenizer_without_a_special_token_or_with_another_template(tokenizer):
     other.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         SampleEncoder(other)
+
+
+LONG = ["system: Be brief.", "user: <image> One?", "assistant: Yes.", "user: <image> Two? <image>", "assistant: No.",
+        "user: Three?", "assistant: Perhaps."]  # fmt: skip
+
+
+def assert_same_sample(found, expected):
+    assert found.grids == expected.grids and len(found) == len(expected)
+    for name in ("tokens_T", "labels_T", "image_number_T", "row_T", "col_T"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("num_turns", [3, 5])
+def test_last_turns_are_dropped_until_the_sample_fits(encoder, num_turns):
+    """What is left is what the first turns alone would give, up to one token less than two turns more need."""
+    messages = messages_of(LONG)
+    first, more = messages[:num_turns], messages[: num_turns + 2]
+    alone, longer = (encoder.encode(turns, grids_of(turns), "key") for turns in (first, more))
+    for num_tokens in (len(alone), len(longer) - 1):
+        found = encoder.encode(messages, grids_of(messages), "key", (num_tokens, 99))
+        assert_same_sample(found, alone)
+        assert found.num_dropped_turns == len(messages) - num_turns
+
+
+def test_turns_are_dropped_for_too_many_visual_tokens(encoder):
+    messages = messages_of(LONG)
+    whole, alone = (encoder.encode(turns, grids_of(turns), "key") for turns in (messages, messages[:3]))
+    assert whole.num_visual_tokens == 18 and alone.num_visual_tokens == 6
+    assert_same_sample(encoder.encode(messages, grids_of(messages), "key", (999, 17)), alone)
+    assert_same_sample(encoder.encode(messages, grids_of(messages), "key", (999, 18)), whole)
+
+
+def test_a_sample_of_which_no_answer_fits_stays_whole(encoder):
+    """The plan leaves it out and counts it; it is never cut."""
+    messages = messages_of(LONG)
+    whole = encoder.encode(messages, grids_of(messages), "key")
+    first_answer = len(encoder.encode(messages[:3], grids_of(messages[:3]), "key"))
+    for limits in ((first_answer - 1, 99), (999, 5)):
+        found = encoder.encode(messages, grids_of(messages), "key", limits)
+        assert len(found) == len(whole) and found.num_dropped_turns == 0

@@ -74,7 +74,7 @@ def test_micro_batch(positions):
     assert batch.image_BV.tolist()[1] == [0] * 4 + [-1] * 12
     assert batch.image_BV.tolist()[2] == [-1] * 16
     assert batch.image_slots == ((0, 0, 6), (0, 6, 11), (0, 11, 15), (1, 0, 4))
-    assert batch.num_visual_tokens == 19
+    assert sum(batch.image_num_tokens) == 19
     for b in range(3):
         visual = packs.image_BS[b] >= 0
         count = int(visual.sum())
@@ -114,7 +114,7 @@ def test_without_laver_there_is_the_language_stream_alone():
     assert batch.student_angles_LB1D.shape[0] == 24
     assert batch.teacher_spans_B2V is None and batch.teacher_angles_VB1D is None
     # Images still have to reach the language model.
-    assert batch.num_visual_tokens == 19
+    assert sum(batch.image_num_tokens) == 19
 
 
 def test_attention_and_positions_switch_the_parts_they_name():

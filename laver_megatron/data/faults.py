@@ -1,0 +1,124 @@
+"""What can be wrong with a sample, by name; counted and logged without flooding the log, up to a limit.
+
+A bad sample never ends a run by itself: it is left out, or stays padding, and is counted here. Only when the share of
+bad samples crosses a limit is the run ended, with a table of what was found.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+
+REMEDY = "look at these samples, or allow more with --max-bad-fraction"
+
+
+class Fault(StrEnum):
+    """Why a sample cannot be used. The names stand in indexes, logs and summaries."""
+
+    no_json = "no_json"
+    invalid_json = "invalid_json"
+    no_turns = "no_turns"
+    unknown_role = "unknown_role"
+    text_not_string = "text_not_string"
+    image_count = "image_count"
+    empty_answer = "empty_answer"
+    no_answer = "no_answer"
+    unreadable_image = "unreadable_image"
+    image_too_large = "image_too_large"
+    image_shape = "image_shape"
+    damaged_shard = "damaged_shard"
+    duplicate_key = "duplicate_key"
+    unsafe_key = "unsafe_key"
+
+    @property
+    def description(self) -> str:
+        """One line for a person."""
+        return _DESCRIPTIONS[self]
+
+    @property
+    def code(self) -> int:
+        """Number in columns of faults, where 0 is a usable sample; never written to a file."""
+        return _CODES[self]
+
+
+_DESCRIPTIONS = {
+    Fault.no_json: "files without a KEY.json of their key",
+    Fault.invalid_json: "the .json cannot be parsed",
+    Fault.no_turns: "no list of turns, bare or under `conversations` or `messages`",
+    Fault.unknown_role: "a turn is neither human/user, gpt/assistant nor system",
+    Fault.text_not_string: "the text of a turn is not a string",
+    Fault.image_count: "not as many <image> in the text as images",
+    Fault.empty_answer: "an answer without words",
+    Fault.no_answer: "no answer to learn from",
+    Fault.unreadable_image: "an image that cannot be read",
+    Fault.image_too_large: "an image with more pixels than allowed",
+    Fault.image_shape: "an image far longer than wide, or the other way round",
+    Fault.damaged_shard: "lost in a truncated, garbled or changed tar",
+    Fault.duplicate_key: "a key, or a file of it, comes twice in a tar",
+    Fault.unsafe_key: "a key that is absolute, climbs with .. or holds odd characters",
+}
+FAULTS = tuple(Fault)
+FAULT_NAMES = ("", *FAULTS)  # by code
+_CODES = {fault: code for code, fault in enumerate(FAULTS, start=1)}
+
+
+class SampleFault(ValueError):
+    """This one sample cannot be used. fault: why."""
+
+    def __init__(self, fault: Fault, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+    def __reduce__(self) -> tuple[type["SampleFault"], tuple[Fault, str]]:
+        return type(self), (self.fault, str(self))
+
+
+class FaultLog:
+    """Counts faults and logs them with shard and key: the first few of each, then every power of ten.
+
+    counts: how often each fault was added.
+    """
+
+    def __init__(self, logger: logging.Logger, first: int = 5) -> None:
+        self.counts: Counter[Fault] = Counter()
+        self._logger, self._first = logger, first
+
+    def add(self, fault: Fault, shard: str, key: str, detail: str = "", count: int = 1) -> None:
+        """key: of the sample, "" if it is not known. detail: what exactly is wrong; the fault's description if there is
+        none."""
+        before, self.counts[fault] = self.counts[fault], self.counts[fault] + count
+        now = self.counts[fault]
+        if before < self._first or len(str(now)) > len(str(before)):
+            last = "; more of these are counted and rarely logged" if now == self._first else ""
+            self._logger.warning(
+                "%s: %s cannot be used (%s, %d so far): %s%s",
+                shard,
+                repr(key) if key else "a part of it",
+                fault,
+                now,
+                detail or fault.description,
+                last,
+            )
+
+    def check(self, limit_fraction: float, num_samples: int, num_bad: int | None = None) -> None:
+        """Ends the run when too many samples are bad. num_samples: all samples of an epoch, bad ones included. num_bad:
+        if others have found some, too.
+
+        Raises:
+            ValueError: more than `limit_fraction` of the samples are bad; with the table of the faults.
+        """
+        num_bad = self.counts.total() if num_bad is None else num_bad
+        if num_bad > limit_fraction * num_samples:
+            raise ValueError(
+                f"{num_bad} of {num_samples} samples cannot be used ({num_bad / max(num_samples, 1):.1%}, allowed "
+                f"are {limit_fraction:.1%}); {REMEDY}\n{fault_table(self.counts)}"
+            )
+
+
+def fault_table(counts: Mapping[Fault, int] | Mapping[str, int]) -> str:
+    """Count, name and description of each fault, the most frequent first, one a line."""
+    lines = []
+    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        description = Fault(name).description if name in _CODES else ""
+        lines.append(f"{count:>12,}  {name:<17} {description}".rstrip())
+    return "\n".join(lines)

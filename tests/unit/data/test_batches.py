@@ -1,0 +1,112 @@
+"""Batches of a real reader: the same samples for any number of ranks and workers; bad ones are counted."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from laver_megatron.command_line import load_config
+from laver_megatron.data import batches
+from laver_megatron.data.batches import BatchSource, count, num_bad_samples
+from laver_megatron.data.dataset import open_reader
+from tests.packs import pack, padding
+from tests.unit.data.content import picture_bytes
+
+GLOBAL_BATCH_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def config(demo_dir):
+    arguments = ["--data-path", str(demo_dir / "shards"), "--run-dir", "unused", "--train-iters", "10"]
+    arguments += ["--seq-length", "256", "--visual-seq-length", "128", "--shuffle-window", "50"]
+    return load_config([*arguments, "--global-batch-size", str(GLOBAL_BATCH_SIZE)])
+
+
+def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
+    """The batches of one of several data-parallel ranks."""
+    source = BatchSource.__new__(BatchSource)
+    source.config, source.reader, source.areas = config, reader, lambda packs: (0, 0)
+    source.dtype, source.device = torch.float32, torch.device("cpu")
+    source.num_samples = source.num_bad_samples = 0
+    source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
+    return source
+
+
+def keys_at(source, rank, num_ranks, first_pack):
+    with (
+        mock.patch.object(batches, "parallel_state") as state,
+        mock.patch.object(batches, "share_metadata", lambda packs, masked, *_: (packs, masked)),
+        mock.patch.object(batches, "scatter_pixels", lambda packs, *_: [p.pixels for p in packs]),
+        mock.patch.object(batches.dist, "all_reduce"),
+    ):
+        state.get_data_parallel_rank.return_value = rank
+        batch = source.at(first_pack, mask_ratio=0.3, step=0)
+    return [(keys, masked.sum().item()) for p, masked in zip(batch.packs, batch.masked, strict=True) for keys in p.keys]
+
+
+@pytest.mark.parametrize("num_ranks, num_workers", [(1, 0), (2, 1), (4, 3)])
+def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
+    """Every sample once in each of two epochs, whatever the ranks and workers; batches run across the end of an epoch;
+    changing the number of ranks on the way changes nothing."""
+    config = config.replace(num_workers=num_workers)
+    model_dir, encoder_dir = demo_dir / "model", demo_dir / "encoder"
+    readers = [open_reader(config, config.data_path, model_dir, encoder_dir) for _ in range(num_ranks)]
+    sources = [source_on(config, reader, rank, num_ranks) for rank, reader in enumerate(readers)]
+    alone = source_on(
+        config, open_reader(config.replace(num_workers=0), config.data_path, model_dir, encoder_dir), 0, 1
+    )
+    plan = readers[0].plan
+    num_packs = plan.num_packs(0) + plan.num_packs(1)
+    found = []
+    for first in range(0, num_packs, GLOBAL_BATCH_SIZE):
+        together = [pair for rank, source in enumerate(sources) for pair in keys_at(source, rank, num_ranks, first)]
+        if first % 12 == 0:
+            assert together == keys_at(alone, 0, 1, first), "as one rank without workers reads them there"
+        found += together
+    epochs = found[: plan.num_packs(0)], found[plan.num_packs(0) : num_packs]
+    names = [sorted(key for keys, _ in epoch for key in keys) for epoch in epochs]
+    assert len(names[0]) == len(set(names[0])) == 96 + 24 and names[0] == names[1]
+    assert epochs[0] != epochs[1][: len(epochs[0])]
+    for reader in readers:
+        reader.close()
+
+
+def test_bad_samples_are_counted(write_shard, demo_dir, config):
+    """In the batch's counts, and up to the limit."""
+    whole = picture_bytes((64, 64))
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
+    samples = {
+        f"s{i}": {"json": json.dumps(turns).encode(), "jpg": whole[:-400] if i < 3 else whole} for i in range(12)
+    }
+    shard = write_shard(samples)
+    for limit, ends in ((0.26, False), (0.24, True)):
+        reader = open_reader(
+            config.replace(num_workers=0, max_bad_fraction=limit),
+            [str(shard)],
+            demo_dir / "model",
+            demo_dir / "encoder",
+        )
+        source = source_on(config, reader, 0, 1)
+        assert reader.plan.num_packs(0) > GLOBAL_BATCH_SIZE
+        if ends:
+            with pytest.raises(ValueError, match=r"samples cannot be used \(\d"):
+                for step in range(3):
+                    keys_at(source, 0, 1, step * GLOBAL_BATCH_SIZE)
+        else:
+            for step in range(3):
+                keys_at(source, 0, 1, step * GLOBAL_BATCH_SIZE)
+            assert source.num_bad_samples / source.num_samples == pytest.approx(0.25, abs=0.08)
+
+
+def test_counts_of_a_pack():
+    packs = pack([3, (2, 2), 2], padding(4), [2], padding(3))
+    packs.sample_id_BS[0, 9:11], packs.sample_id_BS[0, 11:13] = 77, 78
+    assert num_bad_samples(packs) == 2
+    with (
+        mock.patch.object(batches, "parallel_state"),
+        mock.patch.object(batches.dist, "all_reduce"),
+    ):
+        counts = count([packs], [packs.image_BS == 0], lambda packs: (5, 6), torch.device("cpu"))
+    assert (counts.tokens, counts.samples, counts.bad_samples, counts.images, counts.masked) == (11, 2, 2, 1, 4)
+    assert (counts.language_span_area, counts.image_span_area) == (5, 6)

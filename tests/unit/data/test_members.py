@@ -1,0 +1,147 @@
+import io
+import random
+import tarfile
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laver_megatron.data.members import Damage, MemberGroup, group_members, walk
+
+BLOCK = 512
+
+
+def tar_bytes(files, format=tarfile.USTAR_FORMAT, **attributes):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for attribute, value in attributes.items():
+                setattr(info, attribute, value)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def found(content):
+    return list(group_members(io.BytesIO(content), len(content)))
+
+
+def keys(content):
+    return [entry.key for entry in found(content) if isinstance(entry, MemberGroup)]
+
+
+def damages(content):
+    return [entry for entry in found(content) if isinstance(entry, Damage)]
+
+
+FILES = [(f"{i:03d}.{extension}", bytes([i]) * (100 + 300 * i)) for i in range(6) for extension in ("json", "jpg")]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_all_formats_with_long_and_foreign_names(format):
+    long = [(f"{'folder/' * 13}{'n' * 60}{i}.json", bytes([i]) * 700) for i in range(3)] + [("übung/é.0.JPG", b"x")]
+    if format != tarfile.USTAR_FORMAT:
+        long.append((f"{'n' * 300}.json", b"y"))
+    content = tar_bytes(long, format, mtime=1.5 if format == tarfile.PAX_FORMAT else 1)
+    groups = found(content)
+    assert [f"{group.key}.{group.members[0].extension}" for group in groups] == [
+        name.replace("JPG", "jpg") for name, _ in long
+    ]
+    for group, (_, expected) in zip(groups, long, strict=True):
+        [member] = group.members
+        assert content[member.offset : member.offset + member.size] == expected
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["json", "jpg", "0.png"]), st.binary(max_size=1100))))
+def test_walk_agrees_with_tarfile(parts):
+    content = tar_bytes([(f"{key}.{extension}", payload) for key, extension, payload in parts], tarfile.PAX_FORMAT)
+    members = list(walk(io.BytesIO(content), len(content)))
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        theirs = [(info.name, info.offset_data, info.size) for info in tar]
+    assert [(f"{key}.{m.extension}", m.offset, m.size) for key, m in members] == theirs
+
+
+def test_keys_and_groups_are_webdatasets(tmp_path):
+    names = ["a/b.c/x.0.png", "a/b.c/x.json", "y.tar.gz", "y.json", "z.json"]
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes([(name, b"{}") for name in names]))
+    theirs = webdataset.WebDataset(str(path), shardshuffle=False)
+    expected = [(s["__key__"], {e for e in s if not e.startswith("__")}) for s in theirs]
+    assert [(group.key, {m.extension for m in group.members}) for group in found(path.read_bytes())] == expected
+
+
+def test_links_and_folders_are_no_content():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("a.json")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    [group] = found(buffer.getvalue())
+    assert [member.extension for member in group.members] == ["(link)"] * 3
+
+
+@pytest.mark.parametrize("lost", [slice(0, 0), slice(100, 100), slice(0, 512), slice(3, 700)])
+@pytest.mark.parametrize("inserted", [b"garbage!" * 64, b"g" * 77, b"\0" * 1024])
+def test_the_walk_goes_on_behind_damage(lost, inserted):
+    """Also where bytes were lost or added, so that headers are no longer at multiples of 512."""
+    content = tar_bytes(FILES)
+    header = content.index(b"002.jpg")
+    broken = content[: header + lost.start] + inserted + content[header + lost.stop :]
+    if lost == slice(0, 0) and len(inserted) % BLOCK == 0 and not any(inserted):
+        expected = FILES  # zeros between two whole members: reported, and nothing is missing
+    else:
+        expected = [entry for entry in FILES if entry[0] != "002.jpg"]
+    groups = [entry for entry in found(broken) if isinstance(entry, MemberGroup)]
+    names = [f"{group.key}.{member.extension}" for group in groups for member in group.members]
+    assert names in ([name for name, _ in expected], [name for name, _ in FILES])
+    [damage] = damages(broken)
+    assert damage.start == header or lost.start > 0
+    assert f"readable again from byte {damage.end}" in damage.what
+    assert {group.key for group in groups if group.beside_damage} <= {"002", "003"} != set()
+    for group in groups:
+        for member in group.members:
+            payload = broken[member.offset : member.offset + member.size]
+            assert payload == bytes([int(group.key)]) * len(payload)
+
+
+@pytest.mark.parametrize("end", [1, 511, 512, 600, 3 * 512, 5 * 512 + 3, -BLOCK * 21, -10300])
+def test_a_truncated_tar_says_where(end):
+    content = tar_bytes(FILES)[:end]
+    entries = found(content)
+    assert isinstance(entries[-1], Damage) or entries[-1].beside_damage
+    [damage] = damages(content)
+    assert damage.end == len(content) and damage.what.startswith("cut off")
+    whole = [name for name, payload in FILES if payload in content]
+    assert len([m for e in entries if isinstance(e, MemberGroup) for m in e.members]) <= len(whole)
+
+
+def test_the_key_of_a_file_that_is_cut_off_is_known():
+    content = tar_bytes(FILES)
+    [damage] = damages(content[: content.index(b"002.jpg") + 600])
+    assert damage.key == "002"
+
+
+def test_garbage_up_to_the_end():
+    content = tar_bytes(FILES[:4]).rstrip(b"\0")
+    size = -(-len(content) // BLOCK) * BLOCK
+    [damage] = damages(content.ljust(size, b"\0") + b"garbage" * 1000)
+    assert damage.start == size and damage.end == size + 7000
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3000))
+def test_no_damage_hangs_or_escapes(seed, length):
+    source = random.Random(seed)
+    content = bytearray(tar_bytes(FILES, tarfile.PAX_FORMAT, mtime=0.5))
+    place = source.randrange(len(content) - length)
+    content[place : place + length] = source.randbytes(length)
+    for entry in found(bytes(content)):
+        if isinstance(entry, MemberGroup):
+            assert all(m.offset >= 0 and m.offset + m.size <= len(content) for m in entry.members)
+
+
+def test_what_is_no_tar_at_all():
+    for content in (b"", b"x" * 10, b"x" * 5000, random.Random(0).randbytes(100_000)):
+        assert keys(content) == [] and len(damages(content)) == 1

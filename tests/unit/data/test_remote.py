@@ -1,0 +1,234 @@
+import http.server
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from laver_megatron.data import remote
+from laver_megatron.data.index import Shard
+from laver_megatron.data.index_file import read_index, write_index
+from laver_megatron.data.indexing import index_tars
+from laver_megatron.data.loader import open_dataset
+from laver_megatron.data.opening import find_shards, open_indexes
+from laver_megatron.data.remote import ShardCache, expand_urls
+from tests.unit.data.test_loader import same
+
+TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        self.server.requests.append(self.path)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, its URL, the list of what was asked for)"""
+    (tmp_path / "served").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as server:
+        server.requests = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}", server.requests
+        server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ShardCache(tmp_path / "cache", 1000)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """files(3, 400) -> three shards of 400 bytes, each of its own letter, named by URLs."""
+
+    def make(number, num_bytes):
+        shards = []
+        for letter in "abcdefgh"[:number]:
+            (tmp_path / letter).write_bytes(letter.encode() * num_bytes)
+            shards.append(Shard(f"file://{tmp_path / letter}", num_bytes, 1))
+        return shards
+
+    return make
+
+
+def content(cache, shard):
+    file = cache.open(shard)
+    try:
+        return os.read(file, 10_000)
+    finally:
+        os.close(file)
+
+
+def copies(cache):
+    return sorted(path.read_bytes()[:1].decode() for path in cache.folder.glob("*.copy"))
+
+
+def test_the_least_recently_used_goes(cache, files):
+    a, b, c = files(3, 400)
+    assert content(cache, a) == b"a" * 400 and content(cache, b) == b"b" * 400
+    for path in cache.folder.glob("*.copy"):
+        os.utime(path, (1, 1) if path.read_bytes()[:1] == b"a" else (2, 2))
+    assert content(cache, a) == b"a" * 400  # used now
+    assert content(cache, c) == b"c" * 400
+    assert copies(cache) == ["a", "c"]
+    assert not list(cache.folder.glob("*.part"))
+
+
+def test_a_copy_is_fetched_once(cache, files, monkeypatch):
+    [shard] = files(1, 400)
+    content(cache, shard)
+    monkeypatch.setattr(remote, "open_url", lambda url: pytest.fail("fetched again"))
+    assert content(ShardCache(cache.folder, 1000), shard) == b"a" * 400
+
+
+def test_a_copy_that_goes_stays_readable(cache, files):
+    a, b, c = files(3, 400)
+    file = cache.open(a)
+    content(cache, b), content(cache, c)
+    assert copies(cache) == ["b", "c"] and os.read(file, 1000) == b"a" * 400
+    os.close(file)
+
+
+def test_another_size_than_in_the_index(cache, files, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    [shard] = files(1, 400)
+    with pytest.raises(
+        ValueError, match=r"file://.* cannot be fetched: it has 400 bytes, but 401 in the index \(tried 8"
+    ):
+        cache.open(Shard(shard.path, 401, 1))
+    with pytest.raises(ValueError, match="it has more than 399 bytes, but 399 in the index"):
+        cache.open(Shard(shard.path, 399, 1))
+    with pytest.raises(ValueError, match="gone cannot be fetched: .*No such file"):
+        cache.open(Shard("file:///gone", 1, 1))
+    assert not copies(cache) and not list(cache.folder.glob("*.part"))
+
+
+def test_what_a_killed_process_left(cache, files):
+    a, b = files(2, 600)
+    cache.folder.mkdir()
+    for shard in (a, b):
+        cache._part(cache._name(shard.path)).write_bytes(b"x" * 600)
+    assert content(cache, a) == b"a" * 600
+    assert not list(cache.folder.glob("*.part"))
+
+
+def read_all(cache, shards, number, failures):
+    for turn in range(10):
+        shard = shards[(turn * (number + 1) + number) % len(shards)]
+        expected = shard.path[-1].encode() * shard.num_bytes
+        if content(cache, shard) != expected:
+            failures.put((number, turn))
+
+
+def test_processes_share_a_folder_that_is_too_small_for_all(cache, files):
+    shards = files(5, 400)
+    context = multiprocessing.get_context("fork")
+    failures = context.Queue()
+    readers = [context.Process(target=read_all, args=(cache, shards, number, failures)) for number in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0, 0, 0] and failures.empty()
+    assert len(copies(cache)) <= 2
+
+
+def test_no_shell_unless_asked_for_and_allowed(cache, tmp_path, monkeypatch):
+    command = Shard(f"pipe:cat {tmp_path}/x; touch {tmp_path}/ran", 3, 1)
+    (tmp_path / "x").write_bytes(b"xyz")
+    with pytest.raises(ValueError, match="would run a command in a shell; allow it with --allow-pipe"):
+        cache.open(command)
+    assert not (tmp_path / "ran").exists()
+    allowed = ShardCache(cache.folder, 1000, allow_pipe=True)
+    assert content(allowed, command) == b"xyz" and (tmp_path / "ran").exists()
+    # A rewriting rule in the environment cannot make a command of an innocent name.
+    monkeypatch.setenv("GOPEN_REWRITE", "https://host/=pipe:cat /")
+    with pytest.raises(ValueError, match="would run a command"):
+        allowed.open(Shard("https://host/x", 3, 1))
+
+
+@pytest.mark.parametrize("url", ["https://h/$(id)", "https://h/;touch ran", "s3://b/`touch ran`", "gs://b/|touch ran"])
+def test_urls_are_never_part_of_a_command_line(cache, url, monkeypatch):
+    started = []
+
+    class Popen:
+        def __init__(self, command, **options):
+            started.append((command, options.get("shell", False)))
+            raise OSError("not started")
+
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys.modules["webdataset.gopen"], "Popen", Popen)
+    with pytest.raises(ValueError, match="cannot be fetched: not started"):
+        cache.open(Shard(url, 3, 1))
+    assert all(isinstance(command, list) and url in command and not shell for command, shell in started)
+
+
+def test_unknown_kinds_and_shards_that_are_too_large(cache, files):
+    with pytest.raises(ValueError, match="ftp: is not known; known are"):
+        cache.open(Shard("ftp://host/a.tar", 1, 1))
+    [index] = [index_of(files(1, 400)[0].path, 1001)]
+    with pytest.raises(ValueError, match="has 1001 bytes, more than the 1000 .*--shard-cache-gb"):
+        cache.check(index)
+
+
+def index_of(path, num_bytes):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(shards=[Shard(path, num_bytes, 1)])
+
+
+def test_braces():
+    numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
+    assert expand_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
+
+
+# --- all of it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_remote_shards_give_the_same_packs(served, demo_dir, tmp_path, tokenizer, preprocessor, num_workers):
+    folder, url, requests = served
+    shards = find_shards(demo_dir / "shards")
+    for shard in shards:
+        shutil.copy(shard, folder)
+    write_index(index_tars(find_shards(folder)), folder / "index.parquet")
+    cache = ShardCache(tmp_path / "cache", 10_000_000)
+    local = open_dataset(demo_dir / "shards", tokenizer, preprocessor, 256, 192, 1, 0)
+    far = open_dataset(f"{url}/index.parquet", tokenizer, preprocessor, 256, 192, 1, num_workers, cache=cache)
+    try:
+        assert far.fingerprint == local.fingerprint
+        for first in (0, 4, 8):
+            for one, other in zip(local.read(first, 4, 2), far.read(first, 4, 2), strict=True):
+                same(one, other)
+    finally:
+        far.close()
+    assert sorted(requests) == ["/index.parquet", *(f"/{shard.name}" for shard in shards)]  # each once
+
+
+def test_remote_data_need_a_cache_and_an_index(served):
+    _, url, _ = served
+    with pytest.raises(ValueError, match="is remote, but there is no folder"):
+        open_indexes(f"{url}/index.parquet")
+    with pytest.raises(ValueError, match="opened through an index of them"):
+        open_indexes(f"{url}/a.tar")
+
+
+def test_the_tool_indexes_remote_shards(served, demo_dir, tmp_path):
+    folder, url, _ = served
+    for number, shard in enumerate(find_shards(demo_dir / "shards")):
+        shutil.copy(shard, folder / f"{number}.tar")
+    output = tmp_path / "far.parquet"
+    command = [sys.executable, TOOL, "--shards", f"{url}/{{0..1}}.tar", f"pipe:cat {folder}/0.tar", "--output", output]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and "--allow-pipe" in refused.stderr and not output.exists()
+    done = subprocess.run([*command, "--allow-pipe"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    index = read_index(output)
+    assert [shard.path for shard in index.shards] == [f"{url}/0.tar", f"{url}/1.tar", f"pipe:cat {folder}/0.tar"]
+    assert len(index) == 96 + 24 + 96

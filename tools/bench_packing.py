@@ -1,0 +1,24 @@
+"""Measures how full packs get on data sets drawn from stated sizes, against what the sizes allow, and the time.
+
+    python tools/bench_packing.py                               # a million samples of each, about two minutes
+    python tools/bench_packing.py --data native --samples 20000
+"""
+
+import argparse
+
+from laver_megatron.data.packing_benchmark import DATA_SETS, benchmark
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=DATA_SETS, help="which ones (default: all)")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="of each (default: 1,000,000)")
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a pack (default: 4096)")
+    parser.add_argument("--window", type=int, default=10_000, help="samples packed together (default: 10,000)")
+    parser.add_argument("--multiple-of", type=int, default=8, help="of the proposed visual budget (default: 8)")
+    options = parser.parse_args()
+    print(benchmark(options.data, options.samples, options.seq_length, options.window, options.multiple_of))
+
+
+if __name__ == "__main__":
+    main()
