@@ -322,6 +322,7 @@ def record(
         "skipped_iterations": progress.skipped_iterations,
         "elapsed_seconds": seconds,
         "data_seconds": data_seconds,
+        "data_wait_seconds": trainer.training_data.wait_seconds,
         "global_batch_size": config.global_batch_size,
     }
 

@@ -3,6 +3,7 @@
 Letters: M micro-batches, B packs of a micro-batch, S tokens of a pack.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -95,6 +96,7 @@ class BatchSource:
         dist.broadcast_object_list(told, src=0)
         self.fingerprint = str(told[0])
         self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks
+        self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
         self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
 
     def close(self) -> None:
@@ -113,7 +115,9 @@ class BatchSource:
         packs = masked = None
         if self.reader is not None:
             start = first_pack + parallel_state.get_data_parallel_rank() * self.packs_per_rank
+            started = time.perf_counter()
             packs = self.reader.read(start, self.packs_per_rank, config.micro_batch_size)
+            self.wait_seconds = time.perf_counter() - started
             masked = [mask_pack(pack, config, mask_ratio, step) for pack in packs]
         num_micro = self.packs_per_rank // config.micro_batch_size
         shape = (num_micro, config.micro_batch_size, config.seq_length)
