@@ -48,7 +48,9 @@ REQUIRED_FIELDS = (
     "teacher_visual_similarity",
     "teacher_entropy",
 )
-OPTIONAL_FIELDS = ("consumed_tokens", "elapsed_seconds", "data_seconds", "global_batch_size")
+OPTIONAL_FIELDS = (
+    "num_bad_samples", "consumed_tokens", "elapsed_seconds", "data_seconds", "data_wait_seconds", "global_batch_size",
+)  # fmt: skip
 
 # (name in the line, field, format). Fields that are None or missing leave the line.
 LINE_FIELDS = (
