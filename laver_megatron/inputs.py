@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.data.opening import path_problems
 from laver_megatron.model.shape import (
     EncoderShape,
     ModelShape,
@@ -315,6 +314,8 @@ def preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]
 
 def shard_problems(config: Config) -> Iterator[str]:
     """Data that are missing or empty."""
+    from laver_megatron.data.opening import path_problems  # here, because pyarrow is slow, and only runs have data
+
     for name, paths in (("data_path", config.data_path), ("valid_data_path", config.valid_data_path)):
         if paths is None:
             continue

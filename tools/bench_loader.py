@@ -10,10 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from laver_megatron.data.benchmark import benchmark, make_shards
 from laver_megatron.data.images import ImagePreprocessor
+from laver_megatron.model_files import load_tokenizer
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     preprocessor.patch_size = options.patch_size or preprocessor.patch_size
     with tempfile.TemporaryDirectory() as directory:
         make_shards(Path(directory), 12, options.samples // 12)
-        tokenizer = AutoTokenizer.from_pretrained(options.dir / "model")
+        tokenizer = load_tokenizer(options.dir / "model")
         print(benchmark(Path(directory), tokenizer, preprocessor, options.num_workers, options.repeats))
 
 

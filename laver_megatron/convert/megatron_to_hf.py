@@ -19,7 +19,7 @@ from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.parts import Training, check_companions, parts_of_megatron, training_of_checkpoint
 from laver_megatron.convert.report import Conversion, Progress, warn
-from laver_megatron.convert.rows import join_blocks, row_blocks, runs_of_part_rows
+from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
 from laver_megatron.convert.safetensors_writer import (
     SafetensorsPlan,
@@ -247,9 +247,8 @@ def _rows(tensors: TorchDistReader, output: Output) -> Iterator[tuple[int, int, 
     """(start, stop, rows) of a Hugging Face tensor, a block at a time, in its type."""
     place = output.place
     for start, stop in row_blocks(place.size[0], place.row_bytes, BLOCK_BYTES):
-        runs = runs_of_part_rows(output.weight, output.part, start, stop)
-        blocks = [tensors.read_rows(output.key, run.row, run.row + run.num_rows) for run in runs]
-        yield start, stop, join_blocks(blocks).to(place.dtype)
+        rows = tensors.read_part_rows(output.key, output.weight, output.part, start, stop)
+        yield start, stop, rows.to(place.dtype)
 
 
 def _small_files(

@@ -36,6 +36,7 @@ class SafetensorsReader:
         self.num_bytes_read = 0
         self._lock = threading.Lock()
         self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
         index = self.directory / f"{stem}.safetensors.index.json"
         single = f"{stem}.safetensors"
         if index.is_file() and (self.directory / single).is_file():
@@ -46,8 +47,7 @@ class SafetensorsReader:
         if index.is_file():
             self._file_of = _read_index(index)
         elif (self.directory / single).is_file():
-            with self._open_file(single) as tensors:
-                self._file_of = dict.fromkeys(tensors.keys(), single)
+            self._file_of = dict.fromkeys(self._opened(single).keys(), single)
         else:
             message = f"{self.directory} has neither {single} nor {index.name}"
             pickled = sorted(path.name for path in self.directory.iterdir() if path.suffix in _PICKLES)
@@ -57,16 +57,19 @@ class SafetensorsReader:
                     "save the model again as safetensors with transformers' save_pretrained"
                 )
             raise ValueError(message)
-        self._open: dict[str, Any] = {}
 
-    def _open_file(self, name: str) -> Any:
-        path = self.directory / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, though the index of {self.directory} names it")
-        try:
-            return safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}; download or copy it again") from error
+    def _opened(self, file: str) -> Any:
+        """A file, opened when it is first asked for: its header is read once."""
+        path = self.directory / file
+        with self._lock:
+            if file not in self._open:
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing, though the index of {self.directory} names it")
+                try:
+                    self._open[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"{path} is damaged: {error}; download or copy it again") from error
+            return self._open[file]
 
     def __enter__(self) -> "SafetensorsReader":
         return self
@@ -77,12 +80,9 @@ class SafetensorsReader:
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise ValueError(f"{self.directory} has no tensor {name}")
-        file = self._file_of[name]
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(self._open_file(file))
+        tensors = self._opened(self._file_of[name])
         try:
-            return self._open[file].get_slice(name)
+            return tensors.get_slice(name)
         except SafetensorError as error:
             raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
 
@@ -101,8 +101,7 @@ class SafetensorsReader:
             ValueError: a tensor that the index does not place in the file that holds it.
         """
         for file in sorted(set(self._file_of.values())):
-            with self._open_file(file) as tensors:
-                strays = sorted(name for name in tensors.keys() if self._file_of.get(name) != file)  # noqa: SIM118
+            strays = sorted(name for name in self._opened(file).keys() if self._file_of.get(name) != file)  # noqa: SIM118
             if strays:
                 told = self._file_of.get(strays[0])
                 place = f"places it in {told}" if told else "does not name it"

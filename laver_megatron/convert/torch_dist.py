@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from laver_megatron.convert.weights import Size
+from laver_megatron.convert.rows import join_blocks, runs_of_part_rows
+from laver_megatron.convert.weights import Size, Weight
 
 # How Megatron-Core names the format, in metadata.json. (Its own function would take seconds to import.)
 _FORMAT = {
@@ -106,6 +107,11 @@ class TorchDistReader:
         if num_written != rows.numel():
             raise ValueError(f"{self.directory}: {key} is not stored whole ({num_written} of {rows.numel()} values)")
         return rows
+
+    def read_part_rows(self, key: str, weight: Weight, part: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of Hugging Face tensor number `part` of a weight that is stored under `key`."""
+        runs = runs_of_part_rows(weight, part, start, stop)
+        return join_blocks([self.read_rows(key, run.row, run.row + run.num_rows) for run in runs])
 
     def _values(self, box: Box) -> Tensor:
         """A stored box as a view of its mapped file; checked when it is first used."""

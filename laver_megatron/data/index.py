@@ -62,22 +62,6 @@ class ShardSample:
         """All files in the order of the checksum."""
         return (self.text, *self.images)
 
-    def read(self, member: Member) -> bytes:
-        """A member's bytes, from a local shard.
-
-        Raises:
-            ValueError: the shard is shorter than when it was indexed.
-        """
-        with open(self.shard, "rb") as file:
-            file.seek(member.offset)
-            content = file.read(member.size)
-        if len(content) != member.size:
-            raise ValueError(
-                f"{self.name}: .{member.extension} has {member.size} bytes in the index but {len(content)} "
-                "could be read: the shard has changed since it was indexed"
-            )
-        return content
-
 
 @dataclass(frozen=True)
 class ShardIndex:

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.conversations import IMAGE_PLACEHOLDER, Message
-from laver_megatron.data.conversations import parse_conversation as parse_conversation
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample
 
 _VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

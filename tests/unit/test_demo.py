@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.opening import open_indexes
 from laver_megatron.data.reading import SampleFiles
-from laver_megatron.data.samples import parse_conversation
 from laver_megatron.demo import make_demo
 from laver_megatron.demo.photographs import photographs
 

@@ -9,13 +9,15 @@ Functions of what the checkpoint's own files hold; nothing is read or written he
 from pathlib import Path
 from typing import Any
 
+from laver_megatron.inputs import IMAGE_TOKENS
+
 FORMATS = ("laver", "llava")
 
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
 """The one file of code that goes into a laver export."""
 
-_IMAGE_TOKEN = "<|image_pad|>"
-_ONE_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+_IMAGE_TOKEN = IMAGE_TOKENS[1]
+_ONE_PICTURE = "".join(IMAGE_TOKENS)
 
 
 def laver_config(

@@ -6,7 +6,7 @@ Outputs do not show everything: a word that no prompt has, a layer of the encode
 import torch
 
 from laver_megatron.convert.parts import parts_of_megatron
-from laver_megatron.convert.rows import join_blocks, row_blocks, runs_of_part_rows
+from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import SafetensorsReader
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.verification.forward import stored_key
@@ -37,8 +37,7 @@ def _is_same(megatron: TorchDistReader, key: str, hugging_face: SafetensorsReade
     name, (num_rows, *rest) = weight.hugging_face[part], weight.sizes[part]
     row_bytes = torch.Size(rest).numel() * hugging_face.dtype(name).itemsize
     for start, stop in row_blocks(num_rows, row_bytes, _BLOCK_BYTES):
-        runs = runs_of_part_rows(weight, part, start, stop)
-        ours = join_blocks([megatron.read_rows(key, run.row, run.row + run.num_rows) for run in runs])
+        ours = megatron.read_part_rows(key, weight, part, start, stop)
         theirs = hugging_face.read(name, start, stop)
         if not torch.equal(ours.to(theirs.dtype), theirs):
             return False

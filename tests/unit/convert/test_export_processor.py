@@ -28,8 +28,9 @@ from transformers import (
 
 from laver_megatron.convert.export import description, modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverProcessor
+from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.images import ImagePreprocessor, decode_image
-from laver_megatron.data.samples import SampleEncoder, parse_conversation
+from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.demo.models import save_encoder, save_language_model
 from tests.exports import add_processor, write_export
 

@@ -14,3 +14,10 @@ def picture_bytes(size: tuple[int, int] = (40, 30), extension: str = "jpeg", **o
 
 def question(text: str = "<image>\nWhat is it?", answer: str = "Noise.") -> bytes:
     return json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": answer}]).encode()
+
+
+def read_member(sample, member) -> bytes:
+    """The bytes of a member of an indexed sample, from its local shard."""
+    with open(sample.shard, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)

@@ -13,7 +13,7 @@ from laver_megatron.data.index_file import read_index, write_index
 from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.opening import find_shards
 from laver_megatron.data.packing import IGNORE_LABEL
-from tests.unit.data.content import picture_bytes, question
+from tests.unit.data.content import picture_bytes, question, read_member
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_encoder(index, count, encoder, preprocessor):
     assert {getattr(counts, f"{name}_I").dtype for name in ("tokens", "visual", "images", "labels")} == {np.dtype("i4")}
     for row in range(len(index)):
         sample = index.sample(row)
-        messages = parse_conversation(sample.read(sample.text), sample.name)
+        messages = parse_conversation(read_member(sample, sample.text), sample.name)
         encoded = encoder.encode(messages, [preprocessor.grid(*size) for size in index.image_sizes(row)], sample.key)
         assert counts.tokens_I[row] == len(encoded) and counts.images_I[row] == len(sample.images)
         assert counts.visual_I[row] == encoded.num_visual_tokens

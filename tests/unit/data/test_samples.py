@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Qwen2Tokenizer
 
+from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.packing import IGNORE_LABEL
-from laver_megatron.data.samples import SampleEncoder, parse_conversation
+from laver_megatron.data.samples import SampleEncoder
 
 GRID = (2, 3)
 PADS = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"

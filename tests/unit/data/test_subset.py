@@ -13,7 +13,7 @@ from laver_megatron.data.index_file import check_index, read_index, write_index
 from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.opening import open_indexes
 from laver_megatron.data.subset import choose, manifest_hash, read_manifest, write_subset
-from tests.unit.data.content import picture_bytes, question
+from tests.unit.data.content import picture_bytes, question, read_member
 
 TOOL = Path(__file__).parents[3] / "tools" / "subset_shards.py"
 NUM_SAMPLES = 40
@@ -102,7 +102,7 @@ def test_paths_are_those_of_the_tars_from_wherever_the_subset_lies(index, shards
     assert {Path(shard.path) for shard in subset.shards} <= set(shards)
     for row in range(len(subset)):
         sample = subset.sample(row)
-        assert b"Answer" in sample.read(sample.text)
+        assert b"Answer" in read_member(sample, sample.text)
     assert manifest.hash == manifest_hash(subset)
     assert read_manifest(tmp_path / "studies" / "a" / "subset.parquet") == manifest
     assert (manifest.num_samples, manifest.of_samples, manifest.of_fingerprint) == (12, 38, index.fingerprint)

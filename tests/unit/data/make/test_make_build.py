@@ -20,6 +20,7 @@ from laver_megatron.data.make.found import Source
 from laver_megatron.data.make.report import Report
 from laver_megatron.data.make.slices import SliceMaker
 from laver_megatron.data.opening import open_indexes
+from tests.unit.data.content import read_member
 from tests.unit.data.make.form import encoded, noise, turns, write_llava
 from tests.unit.data.make.test_make_pictures import CONVERTED, COPIED
 
@@ -121,7 +122,11 @@ def test_folders_of_sources_are_read_in_the_order_of_their_names(tmp_path):
     make_shards(MakeSettings((folder / "sub" / "c.json", folder), tmp_path / "out", max_bad_fraction=0))
     [index] = open_indexes(tmp_path / "out")
     samples = [index.sample(row) for row in range(len(index))]
-    assert [json.loads(sample.read(sample.text))["id"] for sample in samples] == ["sub/c.json", "a.json", "b.jsonl"]
+    assert [json.loads(read_member(sample, sample.text))["id"] for sample in samples] == [
+        "sub/c.json",
+        "a.json",
+        "b.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("change", ["source", "max_shard_bytes", "decode_images"])
@@ -242,7 +247,7 @@ def test_pictures_of_all_kinds(tmp_path):
     assert len(index) == len(records) and not index.fault_I.any()
     for row in range(len(index)):
         sample = index.sample(row)
-        [image] = [decode_image(sample.read(member)) for member in sample.images]
+        [image] = [decode_image(read_member(sample, member)) for member in sample.images]
         assert image.mode == "RGB" and index.image_sizes(row) == [image.size]
     assert {index.sample(row).images[0].extension for row in range(len(index))} == {"jpg", "png", "webp"}
 
@@ -307,6 +312,7 @@ def test_options_of_the_command_line(tmp_path):
     assert tool.main(["--source", str(path), *common]) == 0
     assert tool.main(["--source", str(path), "--min-formatting", "5", *common]) == 0
     [index] = open_indexes(tmp_path / "out")
-    assert b'"R"' in index.sample(0).read(index.sample(0).text) and index.sample(0).text.size < 130
+    sample = index.sample(0)
+    assert b'"R"' in read_member(sample, sample.text) and sample.text.size < 130
     assert tool.main(["--source", str(path), "--min-relevance", "5", *common]) == 1
     assert tool.main(["--source", str(path), "--format", "llava", *common]) == 1
