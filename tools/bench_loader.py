@@ -2,8 +2,8 @@
 
     python tools/bench_loader.py --dir runs/demo --image-size 384 --patch-size 16     # the size of many encoders
 
-Makes shards of photographs (640 x 480, JPEG) in a temporary folder. Both sides use the encoder's own preprocessing and
-the same number of processes; the files are in the system's cache.
+Makes shards of photographs (640 x 480, JPEG) in a temporary folder. Both sides make the pixels that the encoder's image
+processor makes, in the same number of processes; the files are in the system's cache.
 """
 
 import argparse

@@ -68,6 +68,9 @@ class ImagePreprocessor:
 
     def __init__(self, processor: BaseImageProcessor, *, height: int, width: int, patch_size: int) -> None:
         self.processor, self.height, self.width, self.patch_size = processor, height, width, patch_size
+        from laver_megatron.data.pixel_table import PixelTable
+
+        self._table = PixelTable(processor)
 
     @classmethod
     def from_pretrained(cls, encoder_dir: str | Path) -> ImagePreprocessor:
@@ -99,7 +102,13 @@ class ImagePreprocessor:
                 f"{directory}: preprocessor_config.json makes images of {height} pixels, but the encoder "
                 f"of config.json takes {size}"
             )
-        return cls(processor, height=height, width=width, patch_size=vision["patch_size"])
+        preprocessor = cls(processor, height=height, width=width, patch_size=vision["patch_size"])
+        if not preprocessor.agrees_with_processor():
+            raise ValueError(
+                f"{type(processor).__name__} of {directory} does something to pictures besides resizing, cutting out "
+                "the centre, rescaling and normalising, which is not supported"
+            )
+        return preprocessor
 
     @property
     def settings(self) -> str:
@@ -115,14 +124,43 @@ class ImagePreprocessor:
         rows, columns = self.grid(width, height)
         return rows * columns
 
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels that the encoder sees for a visual token, at most."""
+        rows, columns = self.grid(self.width, self.height)
+        return -(-self.height * self.width // (rows * columns))
+
     def num_features(self, pixels_3HW: Tensor) -> int:
         """Features the encoder makes of these pixels."""
         _, height, width = pixels_3HW.shape
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Normalised pixels, float32 `[3, height, width]`."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+    def __call__(self, image: Image.Image, memory: Tensor | None = None) -> Tensor:
+        """Normalised pixels of an RGB picture, float32 `[3, height, width]`, equal to the processor's own to the bit.
+        memory: float32, flat; the pixels are put at its beginning, or into memory of their own."""
+        return self._table(self._fitted(image), memory)
+
+    def agrees_with_processor(self) -> bool:
+        """Whether a picture of noise gets the same pixels here as from the processor itself."""
+        noise_HW3 = np.random.default_rng(0).integers(0, 256, (53, 37, 3), np.uint8)
+        picture = Image.fromarray(noise_HW3)
+        return self(picture).equal(self.processor(images=picture, return_tensors="pt")["pixel_values"][0])
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        processor = self.processor
+        if processor.do_resize:
+            size, resample = processor.size, processor.resample
+            height, width = size.get("height"), size.get("width")
+            if size.get("shortest_edge"):
+                shortest = size["shortest_edge"]
+                # The longer edge is rounded down, as transformers does it.
+                width, height = (int(shortest * edge / min(image.size)) for edge in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR if resample is None else resample)
+        if getattr(processor, "do_center_crop", False):
+            # What is cut out beyond the picture is black, as with transformers.
+            left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return image
 
 
 def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

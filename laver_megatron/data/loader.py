@@ -20,13 +20,14 @@ from laver_megatron.data.fill import propose_visual_budget
 from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.index import ShardIndex
 from laver_megatron.data.opening import open_indexes
-from laver_megatron.data.pack_maker import MadePack, PackMaker, SharedPack, join_packs
+from laver_megatron.data.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
 from laver_megatron.data.packing import PackBatch
 from laver_megatron.data.plan import PackPlan, Source
 from laver_megatron.data.processes import WorkerPool
 from laver_megatron.data.reading import open_local
 from laver_megatron.data.remote import ShardCache
 from laver_megatron.data.samples import SampleEncoder
+from laver_megatron.data.shared_buffers import SharedBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,17 @@ class PackReader:
         self.faults = FaultLog(logger) if faults is None else faults
         self.num_bad_samples = 0
         self._bad_ids: set[int] = set()
-        self._workers = WorkerPool(maker.make_shared, num_workers) if num_workers > 0 else None
+        num_pixels = plan.visual_seq_length * maker.preprocessor.pixels_per_token
+        self._buffers = SharedBuffers(PackBuffer.num_bytes(maker.seq_length, num_pixels))
+        self._workers = WorkerPool(self._make, num_workers) if num_workers > 0 else None
         self._num_ahead = _PACKS_A_WORKER * num_workers
-        self._under_way: dict[int, Future[SharedPack]] = {}
+        self._under_way: dict[int, tuple[int, Future[PackContent]]] = {}  # pack: its buffer, and what will be in it
+        self._lent: list[int] = []  # buffers that hold what was read last
         self._last_first_pack: int | None = None
 
     def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
-        """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order.
+        """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order. Their pixels
+        are valid until the next call, which uses their memory again.
 
         Meanwhile the packs of the likely next calls are made: as far on from this call as this call is from
         the one before, which is the global batch for any number of data-parallel ranks.
@@ -73,13 +78,14 @@ class PackReader:
         """
         assert num_packs % micro_batch_size == 0, (num_packs, micro_batch_size)
         numbers = range(first_pack, first_pack + num_packs)
-        if self._workers is None:
-            packs = [self.maker.make(*self._task(number)) for number in numbers]
-        else:
-            packs = self._read_ahead(numbers, self._workers)
-        for pack in packs:
-            self._count_bad(pack)
-        return [join_packs(packs[start : start + micro_batch_size]) for start in range(0, num_packs, micro_batch_size)]
+        while self._lent:
+            self._buffers.give_back(self._lent.pop())
+        contents = self._make_now(numbers) if self._workers is None else self._read_ahead(numbers, self._workers)
+        for content in contents:
+            self._count_bad(content)
+        packs = [PackBuffer(self._buffers.memory(number), self.maker.seq_length) for number in self._lent]
+        cuts = [slice(start, start + micro_batch_size) for start in range(0, num_packs, micro_batch_size)]
+        return [join_packs(packs[cut], contents[cut]) for cut in cuts]
 
     @property
     def visual_seq_length(self) -> int:
@@ -106,29 +112,50 @@ class PackReader:
         """Ends the workers; what is under way is dropped."""
         if self._workers is not None:
             self._workers.close()
+        self._buffers.close()
 
-    def _task(self, number: int) -> tuple[list[int], list[int]]:
+    def _make(self, buffer: int, sample_ids: list[int], num_tokens: list[int]) -> PackContent:
+        return self.maker.make(sample_ids, num_tokens, PackBuffer(self._buffers.memory(buffer), self.maker.seq_length))
+
+    def _task(self, number: int) -> tuple[int, list[int], list[int]]:
+        """The arguments of `_make` for a pack."""
         sample_ids = list(self.plan.pack(number))
-        return sample_ids, self.plan.token_counts_I[sample_ids].tolist()
+        return self._buffers.take(), sample_ids, self.plan.token_counts_I[sample_ids].tolist()
 
-    def _read_ahead(self, numbers: range, workers: WorkerPool) -> list[MadePack]:
+    def _make_now(self, numbers: range) -> list[PackContent]:
+        contents = []
+        for number in numbers:
+            task = self._task(number)
+            self._lent.append(task[0])
+            contents.append(self._make(*task))
+        return contents
+
+    def _read_ahead(self, numbers: range, workers: WorkerPool) -> list[PackContent]:
         last, self._last_first_pack = self._last_first_pack, numbers.start
         stride = len(numbers) if last is None or last >= numbers.start else numbers.start - last
         num_calls = max(1, -(-self._num_ahead // len(numbers)))
         ahead = [number + call * stride for call in range(1, num_calls + 1) for number in numbers]
         for number in set(self._under_way).difference(numbers, ahead):  # guessed wrongly
-            self._under_way.pop(number).cancel()
+            self._drop(*self._under_way.pop(number))
         for number in (*numbers, *ahead):  # workers take them in this order
             if number not in self._under_way:
-                self._under_way[number] = workers.submit(*self._task(number))
-        packs = [workers.result(self._under_way[number]).unpack() for number in numbers]
-        for number in set(numbers).difference(ahead):
-            del self._under_way[number]
-        return packs
+                task = self._task(number)
+                self._under_way[number] = task[0], workers.submit(*task)
+        contents = []
+        for number in numbers:
+            buffer, future = self._under_way.pop(number)
+            self._lent.append(buffer)
+            contents.append(workers.result(future))
+        return contents
 
-    def _count_bad(self, pack: MadePack) -> None:
-        self.num_bad_samples += len(pack.bad)
-        for bad in pack.bad:
+    def _drop(self, buffer: int, future: Future[PackContent]) -> None:
+        future.cancel()
+        # A worker that has begun goes on writing: the buffer is free when it is done.
+        future.add_done_callback(lambda _: self._buffers.give_back(buffer))
+
+    def _count_bad(self, content: PackContent) -> None:
+        self.num_bad_samples += len(content.bad)
+        for bad in content.bad:
             if bad.sample_id not in self._bad_ids:
                 self._bad_ids.add(bad.sample_id)
                 self.faults.add(bad.fault, bad.shard, bad.key, f"it stays padding: {bad.detail}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +18,12 @@ from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.counts import Limits
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.images import ImagePreprocessor, decode_image
-from laver_megatron.data.index import Shard, ShardIndex, ShardSample
-from laver_megatron.data.packing import PackBatch, PackedSample, build_packs, check_features
+from laver_megatron.data.index import Shard, ShardIndex
+from laver_megatron.data.packing import EncodedSample, PackBatch, PackedSample, build_packs, check_features
 from laver_megatron.data.reading import SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
+
+Result = TypeVar("Result")
 
 _TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
 
@@ -36,51 +40,47 @@ class BadSample:
 
 
 @dataclass(frozen=True)
-class MadePack:
-    """A pack on its own. table_FS: the tensors of PackBatch in their order; images: float32 `[3, height, width]`; keys:
-    of its documents; bad: what is missing in it."""
+class PackContent:
+    """What is in a `PackBuffer`, and what is not. image_sizes: (height, width) of each; keys: of its documents; bad:
+    what is missing in it."""
 
-    table_FS: Tensor
-    images: list[Tensor]
+    image_sizes: list[tuple[int, int]]
     keys: list[str]
     bad: list[BadSample]
 
 
-@dataclass(frozen=True)
-class SharedPack:
-    """A pack in two tensors in shared memory, so that it passes between processes at little cost. pixels: all images
-    one after the other, flat; sizes: (height, width) of each."""
+class PackBuffer:
+    """A pack's tensors as views of a block of memory, which may be shared between processes.
 
-    table_FS: Tensor
-    pixels: Tensor
+    table_FS: the tensors of PackBatch in their order, int64; pixels: float32, flat, of all images one after the other.
+    """
+
+    def __init__(self, memory: Tensor, seq_length: int) -> None:
+        """memory: uint8, `num_bytes` of it at least."""
+        table_bytes = self.num_bytes(seq_length, 0)
+        self.table_FS = memory[:table_bytes].view(torch.int64).view(len(_TENSORS), seq_length)
+        self.pixels = memory[table_bytes:].view(torch.float32)
+
+    @staticmethod
+    def num_bytes(seq_length: int, num_pixels: int) -> int:
+        """What a pack of so many tokens and so many pixels, of three colours each, takes."""
+        return 8 * len(_TENSORS) * seq_length + 4 * 3 * num_pixels
+
+    def images(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Its images, float32 `[3, height, width]`."""
+        parts = self.pixels.split([*(3 * height * width for height, width in sizes), self._unused(sizes)])
+        return [part.view(3, *size) for part, size in zip(parts, sizes, strict=False)]
+
+    def _unused(self, sizes: Sequence[tuple[int, int]]) -> int:
+        return len(self.pixels) - sum(3 * height * width for height, width in sizes)
+
+
+class _Text(NamedTuple):
+    """A sample before its pictures (the bytes of their files, and their sizes in pixels) are decoded."""
+
+    encoded: EncodedSample
+    pictures: list[bytes]
     sizes: list[tuple[int, int]]
-    keys: list[str]
-    bad: list[BadSample]
-
-    @classmethod
-    def of(cls, pack: MadePack) -> SharedPack:
-        """A copy of a pack; its pixels are copied once, right to where the other process finds them."""
-        sizes = [(image.shape[1], image.shape[2]) for image in pack.images]
-        # As torch's own collation does it: share_memory_() would first make the tensor elsewhere and then copy it.
-        num_values = sum(image.numel() for image in pack.images)
-        try:
-            storage = torch.UntypedStorage._new_shared(max(4 * num_values, 4))
-        except RuntimeError as error:
-            raise OSError(
-                f"no shared memory for the {4 * num_values / 1e6:.0f} MB of a pack's images ({error}); use fewer "
-                "--num-workers, or give the job more of it (docker run --shm-size)"
-            ) from error
-        pixels = torch.empty(0).set_(storage)[:num_values]
-        parts = pixels.split([image.numel() for image in pack.images])
-        for part, image in zip(parts, pack.images, strict=True):
-            part.view(image.shape).copy_(image)
-        return cls(pack.table_FS.share_memory_(), pixels, sizes, pack.keys, pack.bad)
-
-    def unpack(self) -> MadePack:
-        """The pack; its images are views."""
-        parts = self.pixels.split([3 * height * width for height, width in self.sizes])
-        images = [part.view(3, *size) for part, size in zip(parts, self.sizes, strict=True)]
-        return MadePack(self.table_FS, images, self.keys, self.bad)
 
 
 class PackMaker:
@@ -110,39 +110,43 @@ class PackMaker:
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         return self.indexes[number], sample_id - int(self._starts[number])
 
-    def make(self, sample_ids: Sequence[int], num_tokens: Sequence[int]) -> MadePack:
-        """num_tokens: what each sample was planned with. A bad sample's slots stay padding.
+    def make(self, sample_ids: Sequence[int], num_tokens: Sequence[int], buffer: PackBuffer) -> PackContent:
+        """Makes a pack in `buffer`. num_tokens: what each sample was planned with. A bad sample's slots stay padding.
 
         Raises:
             ValueError: a sample's tokens or features are not as many as planned.
             OSError: a shard cannot be opened or read.
         """
         bad: list[BadSample] = []
-        samples = []
-        for sample_id, planned in zip(sample_ids, num_tokens, strict=True):
-            index, row = self.locate_sample(sample_id)
-            sample = index.sample(row)
+
+        def try_(sample_id: int, work: Callable[[], Result]) -> Result | None:
             try:
-                samples.append(self._make_sample(index, row, sample, sample_id, planned))
+                return work()
             except SampleFault as error:
+                index, row = self.locate_sample(sample_id)
+                sample = index.sample(row)
                 bad.append(BadSample(sample_id, error.fault, sample.shard, sample.key, str(error)))
+                return None
+
+        # All texts before all pictures: pictures drive everything else out of the caches.
+        texts = [try_(sample_id, partial(self._read_text, sample_id)) for sample_id in sample_ids]
+        samples = []
+        end = 0  # of the pixels so far
+        for sample_id, planned, text in zip(sample_ids, num_tokens, texts, strict=True):
+            pixels = text and try_(sample_id, partial(self._make_pixels, text, buffer.pixels[end:]))
+            if text is None or pixels is None:
                 samples.append(PackedSample(sample_id, planned, None))
+            else:
+                samples.append(PackedSample(sample_id, planned, text.encoded, pixels))
+                end += sum(map(torch.numel, pixels))
         batch = build_packs([samples], seq_length=self.seq_length, padding_token=self.encoder.padding)
+        torch.cat([getattr(batch, name) for name in _TENSORS], out=buffer.table_FS)
         [images], [keys] = batch.pixels, batch.keys
-        return MadePack(
-            table_FS=torch.cat([getattr(batch, name) for name in _TENSORS]),
-            images=images,
-            keys=keys,
-            bad=bad,
-        )
+        return PackContent([(image.shape[1], image.shape[2]) for image in images], keys, bad)
 
-    def make_shared(self, sample_ids: Sequence[int], num_tokens: Sequence[int]) -> SharedPack:
-        """`make` for another process."""
-        return SharedPack.of(self.make(sample_ids, num_tokens))
-
-    def _make_sample(
-        self, index: ShardIndex, row: int, sample: ShardSample, sample_id: int, planned: int
-    ) -> PackedSample:
+    def _read_text(self, sample_id: int) -> _Text:
+        index, row = self.locate_sample(sample_id)
+        sample = index.sample(row)
         text, *contents = self._files.read(index.shards[index.shard_I[row]], sample)
         messages = parse_conversation(text, sample.name)
         sizes = index.image_sizes(row)
@@ -150,22 +154,26 @@ class PackMaker:
             messages, [self.preprocessor.grid(*size) for size in sizes], sample.key, self.limits
         )
         num_images = len(encoded.grids)  # turns that were dropped take their images with them
-        pixels = tuple(map(self._pixels, contents[:num_images], sizes[:num_images]))
-        check_features(encoded, [self.preprocessor.num_features(pixels_3HW) for pixels_3HW in pixels])
-        return PackedSample(sample_id, planned, encoded, pixels)
+        return _Text(encoded, contents[:num_images], sizes[:num_images])
 
-    def _pixels(self, content: bytes, size: tuple[int, int]) -> Tensor:
-        image = decode_image(content)
-        if image.size != size:
-            raise SampleFault(Fault.unreadable_image, f"the picture is {image.size}, but its header says {size}")
-        return self.preprocessor(image)
+    def _make_pixels(self, text: _Text, memory: Tensor) -> tuple[Tensor, ...]:
+        """The pixels of a sample's pictures, float32 `[3, height, width]`, one after the other in `memory`."""
+        pixels: list[Tensor] = []
+        for content, size in zip(text.pictures, text.sizes, strict=True):
+            image = decode_image(content)
+            if image.size != size:
+                raise SampleFault(Fault.unreadable_image, f"the picture is {image.size}, but its header says {size}")
+            pixels.append(self.preprocessor(image, memory))
+            memory = memory[pixels[-1].numel() :]
+        check_features(text.encoded, [self.preprocessor.num_features(pixels_3HW) for pixels_3HW in pixels])
+        return tuple(pixels)
 
 
-def join_packs(packs: Sequence[MadePack]) -> PackBatch:
-    """Packs as one micro-batch."""
-    tables = torch.stack([pack.table_FS for pack in packs], dim=1).unbind(0)
+def join_packs(buffers: Sequence[PackBuffer], contents: Sequence[PackContent]) -> PackBatch:
+    """Packs as one micro-batch, whose pixels are views of the buffers."""
+    tables = torch.stack([buffer.table_FS for buffer in buffers], dim=1).unbind(0)
     return PackBatch(
         **dict(zip(_TENSORS, tables, strict=True)),
-        pixels=[pack.images for pack in packs],
-        keys=[pack.keys for pack in packs],
+        pixels=[buffer.images(content.image_sizes) for buffer, content in zip(buffers, contents, strict=True)],
+        keys=[content.keys for content in contents],
     )

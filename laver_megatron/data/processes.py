@@ -136,8 +136,8 @@ class WorkerPool:
         exits = {worker.exitcode or 0 for worker in self._workers}
         signals = sorted(signal.Signals(-code).name for code in exits if code < 0) or ["it is not known why"]
         return ValueError(
-            f"a reader process died ({', '.join(signals)}); SIGKILL mostly means that memory ran out and SIGBUS that "
-            "/dev/shm is full: use fewer with --num-workers, or give the job more (docker run --shm-size)"
+            f"a reader process died ({', '.join(signals)}); SIGKILL and SIGBUS mostly mean that memory ran out: use "
+            "fewer with --num-workers, or give the job more"
         )
 
 

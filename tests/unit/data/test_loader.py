@@ -296,3 +296,16 @@ def test_entries_that_overlap_are_told(write_shard, open_shards, caplog):
     shard = write_shard({f"s{i}": {"json": question("?")} for i in range(3)})
     open_shards([shard, shard.parent])
     assert "both have samples of" in caplog.text
+
+
+def test_memory_is_used_again_but_not_while_it_is_lent(demo_dir, open_shards):
+    """However long a run is, the memory is that of one call and of what is under way."""
+    reader = open_shards(demo_dir / "shards" / "train-*.tar", num_workers=2)
+    plain = open_shards(demo_dir / "shards" / "train-*.tar")
+    for first in (*range(0, 24, 2), 3, 9, 1):  # straight on, then wrong guesses
+        batches = reader.read(first, 2, 1)
+        time.sleep(0.02)  # workers are at what may come next
+        for one, other in zip(batches, plain.read(first, 2, 1), strict=True):
+            same(one, other)
+    assert reader._buffers._num_buffers <= 2 + 4 + 4  # lent, ahead, and guessed wrongly while a worker was at it
+    assert plain._buffers._num_buffers == 2
