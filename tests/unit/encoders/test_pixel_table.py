@@ -8,7 +8,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from laver_megatron.data.images import ImagePreprocessor
+from laver_megatron.encoders.fixed import FixedPreprocessor
 
 SQUARE = {"height": 48, "width": 48}
 PROCESSORS = {
@@ -21,12 +21,13 @@ PROCESSORS = {
     "not normalised": SiglipImageProcessorPil(size=SQUARE, do_normalize=False),
     "not rescaled": SiglipImageProcessorPil(size=SQUARE, do_rescale=False),
     "another filter": SiglipImageProcessorPil(size=SQUARE, resample=0),
+    "no filter named": SiglipImageProcessorPil(size=SQUARE, resample=None),
 }
 
 
 def preprocessor_of(processor):
     cut = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    return ImagePreprocessor(processor, height=cut["height"], width=cut["width"], patch_size=8)
+    return FixedPreprocessor(processor, height=cut["height"], width=cut["width"], patch_size=8)
 
 
 def noise(width, height):

@@ -1,0 +1,98 @@
+"""Fixed resolution: every picture becomes as many pixels and as many visual tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from laver_megatron.encoders.hidden_states import HiddenStateFamily
+from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+
+class FixedPreprocessor(ImagePreprocessor):
+    """What the image processor of an encoder of fixed resolution does. height, width: pixels the encoder sees;
+    patch_size: side of a patch, which is a visual token."""
+
+    def __init__(self, processor: BaseImageProcessor, *, height: int, width: int, patch_size: int) -> None:
+        super().__init__(processor, patch_size)
+        self.height, self.width = height, width
+
+    @property
+    def settings(self) -> str:
+        return f"{self.height} x {self.width} pixels in patches of {self.token_size}"
+
+    @property
+    def most_tokens(self) -> int:
+        return self.num_tokens(self.width, self.height)
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def pixels_per_token(self) -> int:
+        return -(-self.height * self.width // self.most_tokens)  # with the border that no token sees
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        processor = self.processor
+        if processor.do_resize:
+            size = processor.size
+            height, width = size.get("height"), size.get("width")
+            if size.get("shortest_edge"):
+                shortest = size["shortest_edge"]
+                # The longer edge is rounded down, as transformers does it.
+                width, height = (int(shortest * edge / min(image.size)) for edge in image.size)
+            image = image.resize((width, height), self.resample)
+        if getattr(processor, "do_center_crop", False):
+            # What is cut out beyond the picture is black, as with transformers.
+            left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return image
+
+    def agrees_with_processor(self) -> bool:
+        """Whether a picture of noise gets the same pixels here as from the processor itself."""
+        noise_HW3 = np.random.default_rng(0).integers(0, 256, (53, 37, 3), np.uint8)
+        picture = Image.fromarray(noise_HW3)
+        return self(picture).equal(self.processor(images=picture, return_tensors="pt")["pixel_values"][0])
+
+
+class FixedFamily(HiddenStateFamily):
+    """Families of fixed resolution."""
+
+    def preprocessor(
+        self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
+    ) -> ImagePreprocessor:
+        crops = getattr(processor, "do_center_crop", False)
+        size = processor.crop_size if crops else processor.size
+        if not (crops or processor.do_resize) or not (size.get("height") and size.get("width")):
+            said = dict(size) if crops or processor.do_resize else "do_resize is false"
+            raise ValueError(f"{file}: no fixed height and width ({said}), but the encoder is of fixed resolution")
+        height, width = size["height"], size["width"]
+        if shape.interpolates_positions:
+            if height % shape.patch_size or width % shape.patch_size:
+                raise ValueError(
+                    f"{file}: makes images of {height} x {width} pixels, which patches of {shape.patch_size} pixels "
+                    "(config.json) do not divide; set size or crop_size to a multiple"
+                )
+        elif shape.image_size != (height, width):
+            taken = " x ".join(map(str, shape.image_size or ()))
+            raise ValueError(
+                f"{file}: makes images of {height} x {width} pixels, but the encoder of config.json takes {taken}"
+            )
+        preprocessor = FixedPreprocessor(processor, height=height, width=width, patch_size=shape.patch_size)
+        if not preprocessor.agrees_with_processor():
+            raise ValueError(
+                f"{file}: {type(processor).__name__} does something to pictures besides resizing, cutting out the "
+                "centre, rescaling and normalising, which is not supported"
+            )
+        if max_image_tokens is not None and preprocessor.most_tokens > max_image_tokens:
+            raise ValueError(
+                f"{file}: every image has {preprocessor.most_tokens} visual tokens, above max_image_tokens "
+                f"{max_image_tokens}; raise it or leave it out (an encoder of fixed resolution cannot shrink images)"
+            )
+        return preprocessor
