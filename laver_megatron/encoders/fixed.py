@@ -47,7 +47,7 @@ class FixedPreprocessor(ImagePreprocessor):
                 shortest = size["shortest_edge"]
                 # The longer edge is rounded down, as transformers does it.
                 width, height = (int(shortest * edge / min(image.size)) for edge in image.size)
-            image = image.resize((width, height), self.resample)
+            image = image.resize((width, height), self.processor.resample)
         if getattr(processor, "do_center_crop", False):
             # What is cut out beyond the picture is black, as with transformers.
             left, top = (image.width - self.width) // 2, (image.height - self.height) // 2

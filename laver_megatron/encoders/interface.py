@@ -111,9 +111,6 @@ class EncoderShape:
         return layer
 
 
-BILINEAR = 2  # as Pillow counts its filters
-
-
 class ImagePreprocessor(ABC):
     """Pictures to pixels as the encoder's own image processor makes them, and what a picture costs in tokens.
 
@@ -142,11 +139,6 @@ class ImagePreprocessor(ABC):
     @abstractmethod
     def fitted(self, image: Image.Image) -> Image.Image:
         """A picture resized, and cropped where the encoder wants that, to its `size`."""
-
-    @property
-    def resample(self) -> int:
-        """Pillow's filter for resizing; transformers takes the bilinear one where the processor names none."""
-        return BILINEAR if self.processor.resample is None else self.processor.resample
 
     @property
     def pixels_per_token(self) -> int:

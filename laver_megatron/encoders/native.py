@@ -40,7 +40,7 @@ class NativePreprocessor(ImagePreprocessor):
 
     def fitted(self, image: Image.Image) -> Image.Image:
         height, width = self.size(*image.size)
-        return image.resize((width, height), self.resample)
+        return image.resize((width, height), self.processor.resample)
 
 
 def native_preprocessor(

@@ -21,7 +21,6 @@ PROCESSORS = {
     "not normalised": SiglipImageProcessorPil(size=SQUARE, do_normalize=False),
     "not rescaled": SiglipImageProcessorPil(size=SQUARE, do_rescale=False),
     "another filter": SiglipImageProcessorPil(size=SQUARE, resample=0),
-    "no filter named": SiglipImageProcessorPil(size=SQUARE, resample=None),
 }
 
 
