@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,26 +35,34 @@ _NUM_EXAMPLES = 5
 _SAFE_KEY = re.compile(r"[^\x00-\x1f\x7f\\]+")
 
 
+def open_path(path: str) -> int:
+    """A file descriptor of a local tar. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def index_tars(
     paths: Iterable[str | Path],
     num_workers: int = 1,
     on_progress: Progress | None = None,
     max_pixels: int = MAX_PIXELS,
+    open_tar: Callable[[str], int] = open_path,
 ) -> ShardIndex:
-    """The index of local tars, in their order; the same for any number of worker processes.
+    """The index of tars, in their order; the same for any number of worker processes.
 
-    on_progress: called with the number of bytes that were gone through since it was called last. What is wrong with
-    samples stands in the index, and is logged with shard and key, a few of each kind.
+    on_progress: called with the number of bytes that were gone through since it was called last. open_tar: gives a file
+    descriptor of what a path names; `ShardCache.open_once` fetches remote tars. What is wrong with samples stands in
+    the index, and is logged with shard and key, a few of each kind.
 
     Raises:
         ValueError: a tar that cannot be read; no sample in any of them; a worker process that was killed.
     """
-    tasks = [(str(path), max_pixels) for path in paths]
+    tasks = [str(path) for path in paths]
     if not tasks:
         raise ValueError("there are no tars to index")
-    results = map_in_processes(_index_tar, tasks, num_workers, on_progress or (lambda num_bytes: None))
+    index_one = partial(_index_tar, max_pixels=max_pixels, open_tar=open_tar)
+    results = map_in_processes(index_one, tasks, num_workers, on_progress or (lambda num_bytes: None))
     log, empty = FaultLog(logger), []
-    for (path, _), (index, examples) in zip(tasks, results, strict=True):
+    for path, (index, examples) in zip(tasks, results, strict=True):
         for fault, key, detail in examples:
             log.add(fault, path, key, detail)
         if not len(index):
@@ -68,12 +77,13 @@ def _found(index: ShardIndex) -> str:
     return ", ".join(f"{count} {what}" for what, count in (index.left_out + index.ignored).items()) or "no files"
 
 
-def _index_tar(task: tuple[str, int], progress: Progress) -> tuple[ShardIndex, list[Example]]:
+def _index_tar(
+    path: str, progress: Progress, max_pixels: int, open_tar: Callable[[str], int]
+) -> tuple[ShardIndex, list[Example]]:
     """The index of one tar, and a few examples of what is wrong in it."""
-    path, max_pixels = task
     try:
-        num_bytes = os.stat(path).st_size
-        with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+        with open(open_tar(path), "rb", buffering=_BUFFER_BYTES) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             builder = _IndexBuilder(file, max_pixels)
             position = 0
             for found in group_members(file, num_bytes):
