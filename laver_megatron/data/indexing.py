@@ -21,7 +21,15 @@ from laver_megatron.data.conversations import check_conversation, parse_conversa
 from laver_megatron.data.faults import Fault, FaultLog, SampleFault
 from laver_megatron.data.images import MAX_PIXELS, image_size
 from laver_megatron.data.index import Shard, ShardIndex, concatenate
-from laver_megatron.data.members import IMAGE_EXTENSION, Damage, Member, MemberGroup, group_members
+from laver_megatron.data.members import (
+    IMAGE_EXTENSION,
+    MAX_PICTURE_BYTES,
+    MAX_RECORD_BYTES,
+    Damage,
+    Member,
+    MemberGroup,
+    group_members,
+)
 from laver_megatron.data.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
@@ -30,7 +38,7 @@ Progress = Callable[[int], object]
 Example = tuple[Fault, str, str]  # key, what is wrong
 
 _BUFFER_BYTES = 1 << 20
-_MAX_MEMBER_BYTES = (1 << 31) - 1
+_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
 _NUM_EXAMPLES = 5
 _SAFE_KEY = re.compile(r"[^\x00-\x1f\x7f\\]+")
 
@@ -238,15 +246,17 @@ class _IndexBuilder:
             raise first
 
     def _content(self, member: Member) -> bytes:
-        if member.size > _MAX_MEMBER_BYTES:
-            fault = Fault.invalid_json if member.extension == "json" else Fault.image_too_large
-            raise SampleFault(fault, f".{member.extension} has {member.size} bytes")
+        is_text = member.extension == "json"
+        limit = MAX_RECORD_BYTES if is_text else MAX_PICTURE_BYTES
+        if member.size > limit:
+            fault = Fault.invalid_json if is_text else Fault.image_too_large
+            raise SampleFault(fault, f".{member.extension} has {member.size:,} bytes; at most {limit:,} are read")
         self._file.seek(member.offset)
         return self._file.read(member.size)
 
     def _add_picture(self, member: Member, size: tuple[int, int]) -> None:
         number = self._extensions.setdefault(member.extension, len(self._extensions))
-        self._pictures.append((member.offset, min(member.size, _MAX_MEMBER_BYTES), number, *size))
+        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
 
     def _note(self, fault: Fault, key: str, detail: str) -> None:
         self._counts[fault] += 1
