@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -50,7 +50,7 @@ Item = TypeVar("Item")
 @dataclass
 class Progress:
     """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
-    names the order of packs that `consumed_packs` counts in."""
+    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`."""
 
     iteration: int = 0
     consumed_packs: int = 0
@@ -58,6 +58,7 @@ class Progress:
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     data_fingerprint: str = ""
+    data_mark: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -177,6 +177,7 @@ def setup(config: Config) -> Trainer:
             start_from_weights(source, trainer.state, take_teacher=not config.finetune)
         else:
             load_checkpoint(source, trainer.state)
+            training_data.go_on_from(trainer.progress.data_mark)
     elif teacher is not None and not config.finetune:
         load_teacher(teacher, centre, hf_dir, sharding_metadata())
     if config.laver and inputs.export is not None and not has_training_state(inputs.export):
@@ -431,6 +432,7 @@ def evaluate(trainer: Trainer) -> dict:
 def save(trainer: Trainer, run_dir: Path) -> None:
     """A checkpoint of everything, under run_dir/checkpoints."""
     started = time.perf_counter()
+    trainer.progress.data_mark = trainer.training_data.mark(trainer.progress.consumed_packs)
     path = save_checkpoint(
         run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, asdict(trainer.config)
     )

@@ -1,7 +1,9 @@
 """Measures how full packs get on data sets drawn from stated sizes, against what the sizes allow, and the time.
 
-    python tools/bench_packing.py                               # a million samples of each, about two minutes
-    python tools/bench_packing.py --data native --samples 20000
+python tools/bench_packing.py                               # a million samples of each, some minutes
+python tools/bench_packing.py --data native --samples 20000
+
+Where packs are far from each budget's own bound, that of both together takes seconds more, and scipy.
 """
 
 import argparse

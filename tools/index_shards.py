@@ -17,13 +17,13 @@ from pathlib import Path
 
 from laver_megatron.data.index_file import INDEX_NAME, is_url, write_index
 from laver_megatron.data.index_summary import summary
-from laver_megatron.data.opening import find_shards, index_remote, index_with_bar
+from laver_megatron.data.opening import find_shards_and_urls, index_with_bar
 from laver_megatron.data.remote import ShardCache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", nargs="+", required=True, help="folder, glob or tars")
+    parser.add_argument("--shards", nargs="+", required=True, help="folders, globs, tars or URLs")
     parser.add_argument("--output", type=Path, help="the index file (default: index.parquet in the shards' folder)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an index that is there")
@@ -31,12 +31,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        remote = all(is_url(shard) for shard in options.shards)
-        shards = [] if remote else find_shards(options.shards)
-        folders = {shard.absolute().parent for shard in shards}
-        if options.output is None and len(folders) != 1:
+        shards = find_shards_and_urls(options.shards)
+        folders = {"a server" if is_url(shard) else Path(shard).absolute().parent for shard in shards}
+        if options.output is None and (len(folders) != 1 or "a server" in folders):
             raise ValueError(
-                f"the shards lie in {len(folders) or 'remote'} folders; say where the index goes with --output"
+                f"the shards lie in {', '.join(map(str, folders))}; say where the index goes with --output"
             )
         output = options.output or folders.pop() / INDEX_NAME
         if output.suffix != ".parquet":
@@ -44,12 +43,10 @@ def main() -> None:
         if output.exists() and not options.overwrite:
             raise ValueError(f"{output} is there already; replace it with --overwrite")
         output.parent.mkdir(parents=True, exist_ok=True)
-        if remote:
-            with tempfile.TemporaryDirectory() as folder:
-                cache = ShardCache(folder, shutil.disk_usage(folder).free // 2, options.allow_pipe)
-                index = index_remote(options.shards, cache, options.num_workers)
-        else:
-            index = index_with_bar(shards, options.num_workers)
+        with tempfile.TemporaryDirectory() as folder:
+            cache = ShardCache(folder, shutil.disk_usage(folder).free // 2, options.allow_pipe)
+            cache.check_urls(shards)
+            index = index_with_bar(shards, options.num_workers, cache.open_once)
         write_index(index, output)
     except (ValueError, OSError) as error:
         sys.exit(f"index_shards: {error}")

@@ -4,8 +4,10 @@ Letters: M micro-batches, B packs of a micro-batch, S tokens of a pack.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from laver_megatron.config import Config
 from laver_megatron.data.broadcast import scatter_pixels, share_metadata
+from laver_megatron.data.faults import FAULTS, Fault
 from laver_megatron.data.loader import PackReader
 from laver_megatron.data.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.plan import PlanMark
 from laver_megatron.model.image_division import BY_TOKENS, ImageCost
 from laver_megatron.objective.masking import mask_visual_tokens
 
@@ -54,11 +58,16 @@ def count(
     masked: list[Tensor],
     areas: Callable[[PackBatch], tuple[int, int, int]],
     device: torch.device,
-) -> GlobalCounts:
-    """Counts this rank's packs and sums over the data-parallel group, once a step, before the schedule runs."""
-    local = torch.zeros(len(fields(GlobalCounts)), dtype=torch.int64)
+    faults: Counter[Fault] | None = None,
+) -> tuple[GlobalCounts, Counter[Fault]]:
+    """Counts this rank's packs and sums over the data-parallel group, once a step, before the schedule runs. faults:
+    what this rank's reader has found since it was asked last, which is summed along with them."""
+    num_counts = len(fields(GlobalCounts))
+    local = torch.zeros(num_counts + len(FAULTS), dtype=torch.int64)
+    if faults:
+        local[num_counts:] = torch.tensor([faults[fault] for fault in FAULTS])
     for pack, masked_BS in zip(packs, masked, strict=True):
-        local += torch.tensor(
+        local[:num_counts] += torch.tensor(
             [
                 (pack.labels_BS != IGNORE_LABEL).sum(),
                 masked_BS.sum(),
@@ -72,7 +81,8 @@ def count(
         )
     local = local.to(device)
     dist.all_reduce(local, group=parallel_state.get_data_parallel_group())
-    return GlobalCounts(*local.tolist())
+    totals = local.tolist()
+    return GlobalCounts(*totals[:num_counts]), +Counter(dict(zip(FAULTS, totals[num_counts:], strict=True)))
 
 
 def num_bad_samples(packs: PackBatch) -> int:
@@ -96,12 +106,30 @@ class BatchSource:
         self.config, self.reader, self.areas, self.dtype, self.device = config, reader, areas, dtype, device
         self.image_cost = image_cost
         # Rank 0 reads; what it reads is told to all, so that all can compare it with a checkpoint's.
-        told = [None if reader is None else reader.fingerprint]
-        dist.broadcast_object_list(told, src=0)
-        self.fingerprint = str(told[0])
+        self.fingerprint = str(_told_by_rank_0(None if reader is None else reader.fingerprint))
+        if reader is not None and reader.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"this rank's data have the fingerprint {reader.fingerprint}, those of rank 0 {self.fingerprint}: the "
+                "indexes or shards under --data-path are not the same on all nodes"
+            )
         self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks
+        self._told_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
+        self.faults = Counter[Fault]()  # what all readers have found since the start; on ranks that read
         self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
         self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
+
+    def mark(self, first_pack: int) -> dict[str, Any]:
+        """What `go_on_from` needs so that reading from `first_pack` on starts at once. Collective."""
+        return _told_by_rank_0(None if self.reader is None else asdict(self.reader.plan.mark(first_pack)))
+
+    def go_on_from(self, mark: dict[str, Any]) -> None:
+        """Makes going on cheap where a mark was kept; without one all packs up to there are counted anew.
+
+        Raises:
+            ValueError: it is damaged or belongs to other data.
+        """
+        if self.reader is not None and mark:
+            self.reader.plan.go_on_from(PlanMark(**mark))
 
     def close(self) -> None:
         """Ends the reader's processes."""
@@ -113,7 +141,8 @@ class BatchSource:
         rank takes a contiguous part. Without LaVer nothing is masked.
 
         Raises:
-            ValueError: too many samples have turned out bad, on all ranks together; see `PackReader.read`.
+            ValueError: too many samples have turned out bad, on all ranks together, with the table of what all readers
+                have found; see `PackReader.read`.
         """
         config = self.config
         packs = masked = None
@@ -129,12 +158,27 @@ class BatchSource:
         pixels = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
             pixels = scatter_pixels(packs, self.dtype, self.device, self.image_cost)
-        counts = count(packs, masked, self.areas, self.device)
+        counts, faults = count(packs, masked, self.areas, self.device, self._new_faults())
         self.num_samples += counts.samples + counts.bad_samples
         self.num_bad_samples += counts.bad_samples
+        self.faults += faults
         if self.reader is not None:
-            self.reader.check_bad(self.num_bad_samples, self.num_samples)
+            self.reader.check_bad(self.num_bad_samples, self.num_samples, self.faults)
         return GlobalBatch(packs, masked, pixels, counts)
+
+    def _new_faults(self) -> Counter[Fault] | None:
+        """What this rank's reader has found since the last call."""
+        if self.reader is None:
+            return None
+        found = self.reader.faults.counts - self._told_faults
+        self._told_faults += found
+        return found
+
+
+def _told_by_rank_0(value: Any) -> Any:
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def mask_pack(pack: PackBatch, config: Config, mask_ratio: float, step: int) -> Tensor:

@@ -3,6 +3,7 @@
 Letters: I samples of one index.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 Limits = tuple[int, int] | None  # tokens and visual tokens that longer samples are shortened to
 
 _SAMPLES_A_TASK = 1000
+_METADATA_KEY = b"laver_counts"
 _VERSION = 2  # of what is counted, and how
 
 
@@ -80,7 +82,7 @@ def count_samples(
             counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard)
             # A shard that is being damaged or replaced is not remembered.
             if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
-                write_table(_table(counts), path)
+                write_counts(counts, path)
     except OSError as error:
         logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
         if counts is None:
@@ -93,7 +95,7 @@ def _kept_counts(path: Path, num_samples: int) -> SampleCounts | None:
     if not path.is_file():
         return None
     try:
-        return _read_counts(path, num_samples)
+        return read_counts(path, num_samples)
     except ValueError as error:
         logger.warning("%s", error)
         return None
@@ -179,15 +181,26 @@ def _settings_hash(
     return digest.hexdigest()[:16]
 
 
-def _table(counts: SampleCounts) -> pa.Table:
+def write_counts(counts: SampleCounts, path: Path) -> None:
+    """Writes counts; the file is there whole or not at all."""
     columns = {field.name: pa.array(getattr(counts, field.name)) for field in fields(counts)}
     columns["fault_I"] = pa.DictionaryArray.from_arrays(columns["fault_I"], pa.array(FAULT_NAMES, pa.string()))
-    return pa.table({name.removesuffix("_I"): column for name, column in columns.items()})
+    table = pa.table({name.removesuffix("_I"): column for name, column in columns.items()})
+    write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps({"version": _VERSION}).encode()}), path)
 
 
-def _read_counts(path: Path, num_samples: int) -> SampleCounts:
+def read_counts(path: Path, num_samples: int) -> SampleCounts:
+    """Counts from their file.
+
+    Raises:
+        ValueError: it is damaged, of another version, or of another number of samples.
+    """
     try:
         table = read_table(path)
+        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+        version = metadata.get("version", 2)  # which the first files of that version do not say
+        if version != _VERSION:
+            raise ValueError(f"they are of version {version}, not {_VERSION}")
         columns = [table.column(field.name.removesuffix("_I")).combine_chunks() for field in fields(SampleCounts)]
         if len(table) != num_samples:
             raise ValueError(f"it has {len(table)} rows for {num_samples} samples")
@@ -198,4 +211,4 @@ def _read_counts(path: Path, num_samples: int) -> SampleCounts:
         fault_I = codes(faults, list(FAULT_NAMES)).astype(np.int8)
         return SampleCounts(tokens_I, visual_I, images_I, labels_I, dropped_I, fault_I)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"the counts {path} are damaged ({error}); they are made anew") from error
+        raise ValueError(f"the counts {path} cannot be used ({error}); they are made anew") from error

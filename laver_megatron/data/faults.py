@@ -100,9 +100,15 @@ class FaultLog:
                 last,
             )
 
-    def check(self, limit_fraction: float, num_samples: int, num_bad: int | None = None) -> None:
-        """Ends the run when too many samples are bad. num_samples: all samples of an epoch, bad ones included. num_bad:
-        if others have found some, too.
+    def check(
+        self,
+        limit_fraction: float,
+        num_samples: int,
+        num_bad: int | None = None,
+        found: Mapping[Fault, int] | None = None,
+    ) -> None:
+        """Ends the run when too many samples are bad. num_samples: all samples of an epoch, bad ones included. num_bad,
+        found: how many there are and what is wrong with them, if others have found some, too.
 
         Raises:
             ValueError: more than `limit_fraction` of the samples are bad; with the table of the faults.
@@ -111,7 +117,7 @@ class FaultLog:
         if num_bad > limit_fraction * num_samples:
             raise ValueError(
                 f"{num_bad} of {num_samples} samples cannot be used ({num_bad / max(num_samples, 1):.1%}, allowed "
-                f"are {limit_fraction:.1%}); {REMEDY}\n{fault_table(self.counts)}"
+                f"are {limit_fraction:.1%}); {REMEDY}\n{fault_table(self.counts if found is None else found)}"
             )
 
 

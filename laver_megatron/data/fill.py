@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from laver_megatron.data.best_fit import STYLES, pack_window
 from laver_megatron.data.bound import least_packs
+from laver_megatron.data.joint_bound import least_packs_jointly
 from laver_megatron.data.mixture import Source
 from laver_megatron.data.plan import PackPlan
 
 _BEST_FIT = STYLES[:1]  # quick, and wrong by much the same for neighbouring budgets
+_GOOD_ENOUGH = 1.005  # packs over the budgets' own bounds: no better one is looked for
 _SAMPLES_TRIED = 5_000
 _BUDGETS_TRIED = 24  # first over all that come into question, then as many between the best one's neighbours
 
@@ -61,14 +63,19 @@ class FillReport:
 
 
 def measure_fill(plan: PackPlan, first_window: int = 0, num_windows: int = 1) -> FillReport:
-    """The fill of `num_windows` windows; the bound is that of all their samples packed together."""
+    """The fill of `num_windows` windows. The bound is that of all their samples packed together: the larger one of each
+    budget's own, and where these leave open whether the packs are good, of both together, which takes seconds and needs
+    scipy."""
     parts = [plan.window_packs(window) for window in range(first_window, first_window + num_windows)]
     ids_I = np.concatenate([part.sample_id_I for part in parts])
     num_packs = sum(len(part) for part in parts)
-    tokens_I, visual_I = plan.token_counts_I[ids_I], plan.visual_counts_I[ids_I]
+    sizes = tokens_I, visual_I = plan.token_counts_I[ids_I], plan.visual_counts_I[ids_I]
+    least = least_packs(*sizes, plan.seq_length, plan.visual_seq_length)
+    if num_packs > least * _GOOD_ENOUGH:
+        least = max(least, least_packs_jointly(*sizes, plan.seq_length, plan.visual_seq_length))
     return FillReport(
         num_packs=num_packs,
-        least_packs=least_packs(tokens_I, visual_I, plan.seq_length, plan.visual_seq_length),
+        least_packs=least,
         tokens_used=int(tokens_I.sum(dtype=np.int64)),
         tokens_available=num_packs * plan.seq_length,
         visual_used=int(visual_I.sum(dtype=np.int64)),

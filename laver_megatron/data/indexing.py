@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,15 @@ from laver_megatron.data.conversations import check_conversation, parse_conversa
 from laver_megatron.data.faults import Fault, FaultLog, SampleFault
 from laver_megatron.data.images import MAX_PIXELS, image_size
 from laver_megatron.data.index import Shard, ShardIndex, concatenate
-from laver_megatron.data.members import IMAGE_EXTENSION, Damage, Member, MemberGroup, group_members
+from laver_megatron.data.members import (
+    IMAGE_EXTENSION,
+    MAX_PICTURE_BYTES,
+    MAX_RECORD_BYTES,
+    Damage,
+    Member,
+    MemberGroup,
+    group_members,
+)
 from laver_megatron.data.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
@@ -29,9 +38,14 @@ Progress = Callable[[int], object]
 Example = tuple[Fault, str, str]  # key, what is wrong
 
 _BUFFER_BYTES = 1 << 20
-_MAX_MEMBER_BYTES = (1 << 31) - 1
+_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
 _NUM_EXAMPLES = 5
 _SAFE_KEY = re.compile(r"[^\x00-\x1f\x7f\\]+")
+
+
+def open_path(path: str) -> int:
+    """A file descriptor of a local tar. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def index_tars(
@@ -39,21 +53,24 @@ def index_tars(
     num_workers: int = 1,
     on_progress: Progress | None = None,
     max_pixels: int = MAX_PIXELS,
+    open_tar: Callable[[str], int] = open_path,
 ) -> ShardIndex:
-    """The index of local tars, in their order; the same for any number of worker processes.
+    """The index of tars, in their order; the same for any number of worker processes.
 
-    on_progress: called with the number of bytes that were gone through since it was called last. What is wrong with
-    samples stands in the index, and is logged with shard and key, a few of each kind.
+    on_progress: called with the number of bytes that were gone through since it was called last. open_tar: gives a file
+    descriptor of what a path names; `ShardCache.open_once` fetches remote tars. What is wrong with samples stands in
+    the index, and is logged with shard and key, a few of each kind.
 
     Raises:
         ValueError: a tar that cannot be read; no sample in any of them; a worker process that was killed.
     """
-    tasks = [(str(path), max_pixels) for path in paths]
+    tasks = [str(path) for path in paths]
     if not tasks:
         raise ValueError("there are no tars to index")
-    results = map_in_processes(_index_tar, tasks, num_workers, on_progress or (lambda num_bytes: None))
+    index_one = partial(_index_tar, max_pixels=max_pixels, open_tar=open_tar)
+    results = map_in_processes(index_one, tasks, num_workers, on_progress or (lambda num_bytes: None))
     log, empty = FaultLog(logger), []
-    for (path, _), (index, examples) in zip(tasks, results, strict=True):
+    for path, (index, examples) in zip(tasks, results, strict=True):
         for fault, key, detail in examples:
             log.add(fault, path, key, detail)
         if not len(index):
@@ -68,12 +85,13 @@ def _found(index: ShardIndex) -> str:
     return ", ".join(f"{count} {what}" for what, count in (index.left_out + index.ignored).items()) or "no files"
 
 
-def _index_tar(task: tuple[str, int], progress: Progress) -> tuple[ShardIndex, list[Example]]:
+def _index_tar(
+    path: str, progress: Progress, max_pixels: int, open_tar: Callable[[str], int]
+) -> tuple[ShardIndex, list[Example]]:
     """The index of one tar, and a few examples of what is wrong in it."""
-    path, max_pixels = task
     try:
-        num_bytes = os.stat(path).st_size
-        with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+        with open(open_tar(path), "rb", buffering=_BUFFER_BYTES) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             builder = _IndexBuilder(file, max_pixels)
             position = 0
             for found in group_members(file, num_bytes):
@@ -228,15 +246,17 @@ class _IndexBuilder:
             raise first
 
     def _content(self, member: Member) -> bytes:
-        if member.size > _MAX_MEMBER_BYTES:
-            fault = Fault.invalid_json if member.extension == "json" else Fault.image_too_large
-            raise SampleFault(fault, f".{member.extension} has {member.size} bytes")
+        is_text = member.extension == "json"
+        limit = MAX_RECORD_BYTES if is_text else MAX_PICTURE_BYTES
+        if member.size > limit:
+            fault = Fault.invalid_json if is_text else Fault.image_too_large
+            raise SampleFault(fault, f".{member.extension} has {member.size:,} bytes; at most {limit:,} are read")
         self._file.seek(member.offset)
         return self._file.read(member.size)
 
     def _add_picture(self, member: Member, size: tuple[int, int]) -> None:
         number = self._extensions.setdefault(member.extension, len(self._extensions))
-        self._pictures.append((member.offset, min(member.size, _MAX_MEMBER_BYTES), number, *size))
+        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
 
     def _note(self, fault: Fault, key: str, detail: str) -> None:
         self._counts[fault] += 1

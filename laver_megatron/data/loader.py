@@ -7,7 +7,7 @@ Letters: I sample ids.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -99,14 +99,14 @@ class PackReader:
         parts = [self.plan.fingerprint(), *(index.fingerprint for index in self.maker.indexes)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
-    def check_bad(self, num_bad: int, num_read: int) -> None:
+    def check_bad(self, num_bad: int, num_read: int, found: Mapping[Fault, int]) -> None:
         """Whether `num_bad` bad samples among the `num_read` that all readers of a run have read are within bounds: a
         share of an epoch, or of all that was read if that is more. (Those known beforehand are not planned.)
 
         Raises:
-            ValueError: they are not; with a table of the faults that this reader has seen.
+            ValueError: they are not; with the table of what the readers have `found`.
         """
-        self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad)
+        self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad, found)
 
     def close(self) -> None:
         """Ends the workers; what is under way is dropped."""

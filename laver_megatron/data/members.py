@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+# Of one file of a sample, wherever it comes from: larger than any conversation and any picture that is not a bomb. What
+# is above is an accident or an attack, and is never read.
+MAX_RECORD_BYTES, MAX_PICTURE_BYTES = 64 << 20, 256 << 20
 IMAGE_EXTENSION = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257

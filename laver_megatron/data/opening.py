@@ -3,7 +3,7 @@
 import glob
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from laver_megatron.data.index import ShardIndex, concatenate, select
 from laver_megatron.data.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, read_index
-from laver_megatron.data.indexing import index_tars
+from laver_megatron.data.indexing import index_tars, open_path
 from laver_megatron.data.remote import ShardCache, expand_urls
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,13 @@ def find_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     if problems:
         raise ValueError("shards: " + "; ".join(problems))
     return list(shards.values())
+
+
+def find_shards_and_urls(entries: Sequence[str]) -> list[str]:
+    """As `find_shards`, and then those that are named by URLs, with `{00000..00099}` written out."""
+    urls = [entry for entry in entries if is_url(entry)]
+    local = [entry for entry in entries if not is_url(entry)]
+    return [*(map(str, find_shards(local)) if local or not urls else ()), *expand_urls(urls)]
 
 
 def path_problems(paths: Sequence[str]) -> list[str]:
@@ -84,12 +91,15 @@ def open_indexes(
     return indexes
 
 
-def index_with_bar(shards: Sequence[str | Path], num_workers: int) -> ShardIndex:
+def index_with_bar(
+    shards: Sequence[str | Path], num_workers: int, open_tar: Callable[[str], int] = open_path
+) -> ShardIndex:
     """`index_tars` with a progress bar over bytes, where there is a terminal."""
-    total = sum(Path(shard).stat().st_size for shard in shards)
+    are_local = not any(is_url(str(shard)) for shard in shards)
+    total = sum(Path(shard).stat().st_size for shard in shards) if are_local else None
     hidden = not sys.stderr.isatty()
     with tqdm(total=total, desc="indexing", unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-        return index_tars(shards, num_workers, bar.update)
+        return index_tars(shards, num_workers, bar.update, open_tar=open_tar)
 
 
 def _entries(paths: str | Path | Iterable[str | Path]) -> list[str]:
@@ -184,16 +194,3 @@ def _expand(entry: str) -> tuple[list[Path], str]:
         found = sorted(Path(match) for match in glob.glob(entry, recursive=True) if Path(match).is_file())
         return found, "" if found else f"no file matches {entry}"
     return [], f"{entry} does not exist"
-
-
-def index_remote(patterns: Sequence[str], cache: ShardCache, num_workers: int) -> ShardIndex:
-    """The index of tars that are named by URLs (`{00000..00099}` is written out), each of which is fetched once.
-
-    Raises:
-        ValueError: what cannot be fetched; see `index_tars`.
-    """
-    parts = []
-    for url in tqdm(expand_urls(patterns), "fetching", unit="shard", disable=not sys.stderr.isatty(), leave=False):
-        part = index_tars([cache.fetch(url)], num_workers)
-        parts.append(replace(part, shards=(replace(part.shards[0], path=url),)))
-    return concatenate(parts)

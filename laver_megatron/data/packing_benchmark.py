@@ -10,6 +10,7 @@ Text: tokens log-normal as in conversations about pictures (median 220, the long
   median 700; the short side half of it to all of it), 20% pages (long side median 1400; short side 65 to 80%).
 - 729, 576: every image is that many tokens, as with an encoder of a fixed resolution; 15% of the samples have no
   image, 75% one, 6% two, 3% three, 1% four.
+- many 729, many 576: the same with as many images in a sample as in native.
 - captions 729, 576: one image in each sample and a caption of a sentence (median 30 tokens), as in alignment data.
 """
 
@@ -25,7 +26,7 @@ from laver_megatron.data.fill import measure_fill, propose_visual_budget
 from laver_megatron.data.mixture import Source
 from laver_megatron.data.plan import PackPlan
 
-DATA_SETS = ("native", "729", "576", "captions 729", "captions 576")
+DATA_SETS = ("native", "729", "576", "many 729", "many 576", "captions 729", "captions 576")
 _NATIVE_SHARES, _FIXED_SHARES = (0.15, 0.70, 0.08, 0.04, 0.03), (0.15, 0.75, 0.06, 0.03, 0.01)
 _SAMPLES_A_SHARD, _PATCH, _MOST_PATCHES = 2_000, 28, 1_024
 
@@ -64,7 +65,8 @@ def draw_source(name: str, num_samples: int, seed: int) -> Source:
         num_images_I = np.ones(num_samples, np.int64)
         text_I = _log_normal(rng, 30, 0.5, num_samples, 8, 200)
     else:
-        num_images_I = rng.choice(5, num_samples, p=_NATIVE_SHARES if name == "native" else _FIXED_SHARES)
+        shares = _NATIVE_SHARES if name.startswith(("native", "many")) else _FIXED_SHARES
+        num_images_I = rng.choice(5, num_samples, p=shares)
         text_I = _log_normal(rng, 220, 0.9, num_samples, 12, 3_000)
     if name == "native":
         used_IM = np.arange(4) < num_images_I[:, None]

@@ -3,7 +3,8 @@
 Letters: I sample ids, P packs of a window.
 
 A pack's number counts through the epochs, so a position in the data is one integer. An epoch's order is cut into
-windows, and each window is packed on its own when one of its packs is asked for.
+windows, and each window is packed on its own when one of its packs is asked for. Where a window's packs begin is known
+once all windows before it have been packed; a *mark*, kept beside a position, says it without that.
 """
 
 import hashlib
@@ -39,6 +40,16 @@ class WindowPacks:
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
         return tuple(self.sample_id_I[self.begin_P[index] : self.begin_P[index + 1]].tolist())
+
+
+@dataclass(frozen=True)
+class PlanMark:
+    """Where a window's packs begin: its number and that of its first pack, both through all epochs. digest: of both, of
+    the plan's fingerprint, and of all packs of the window, so that a mark of anything else is noticed."""
+
+    window: int
+    first_pack: int
+    digest: str
 
 
 class PackPlan:
@@ -80,26 +91,46 @@ class PackPlan:
                     "raise it, or leave the source out"
                 )
         self.num_windows = -(-len(self._mixture) // window)  # of an epoch, all of the same size or one less
-        self._first_packs = [0]  # number of each window's first pack, through all epochs, as far as they are packed
+        # The number of each window's first pack, through all epochs, as far as they are packed, and which window's
+        # is the first one.
+        self._first_packs, self._first_window = [0], 0
         self._orders: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
         self._windows: OrderedDict[int, WindowPacks] = OrderedDict()
         self._styles: tuple[Style, ...] | None = None
 
+    def mark(self, number: int) -> PlanMark:
+        """Where the last window begins that is known to begin at or before a pack; packs none anew, or one."""
+        assert number >= self._first_packs[0], (number, self._first_packs[0])
+        place = bisect_right(self._first_packs, number) - 1
+        return self._mark(self._first_window + place, self._first_packs[place])
+
+    def go_on_from(self, mark: PlanMark) -> None:
+        """Counts packs from a mark on. What is asked for before it is counted from the start, and held against it.
+
+        Raises:
+            ValueError: the mark is none of this plan.
+        """
+        if mark.window < 0 or mark.first_pack < 0 or mark != self._mark(mark.window, mark.first_pack):
+            raise ValueError(
+                f"this plan has no window {mark.window} that begins at pack {mark.first_pack} as it was noted: the "
+                "note is damaged, or belongs to other data or to another version of laver_megatron"
+            )
+        self._first_window, self._first_packs = mark.window, [mark.first_pack]
+
     def pack(self, number: int) -> tuple[int, ...]:
         """The sample ids of a pack, in the order of their places in it."""
         window = self._find(number)
-        return self.window_packs(window)[number - self._first_packs[window]]
+        return self.window_packs(window)[number - self._first_pack(window)]
 
     def locate(self, number: int) -> tuple[int, int]:
         """(epoch, index within the epoch) of a pack. Packs all windows before it, if they never were."""
         epoch = self._find(number) // self.num_windows
-        return epoch, number - self._first_packs[epoch * self.num_windows]
+        return epoch, number - self._first_pack(epoch * self.num_windows)
 
     def num_packs(self, epoch: int = 0) -> int:
         """Packs of an epoch; epochs differ a little. Packs all of its windows, if they never were."""
         begin, end = epoch * self.num_windows, (epoch + 1) * self.num_windows
-        self._count_packs(end)
-        return self._first_packs[end] - self._first_packs[begin]
+        return self._first_pack(end) - self._first_pack(begin)
 
     @property
     def num_samples(self) -> int:
@@ -138,13 +169,43 @@ class PackPlan:
     def _find(self, number: int) -> int:
         """The window that a pack is in."""
         assert number >= 0, number
+        if number < self._first_packs[0]:
+            self._count_from_the_start()
         while self._first_packs[-1] <= number:
-            self._count_packs(len(self._first_packs))
-        return bisect_right(self._first_packs, number) - 1
+            self._count_next_window()
+        return self._first_window + bisect_right(self._first_packs, number) - 1
 
-    def _count_packs(self, num_windows: int) -> None:
-        for window in range(len(self._first_packs) - 1, num_windows):
-            self._first_packs.append(self._first_packs[-1] + len(self.window_packs(window)))
+    def _first_pack(self, window: int) -> int:
+        """The number of a window's first pack."""
+        if window < self._first_window:
+            self._count_from_the_start()
+        while self._first_window + len(self._first_packs) <= window:
+            self._count_next_window()
+        return self._first_packs[window - self._first_window]
+
+    def _count_next_window(self) -> None:
+        window = self._first_window + len(self._first_packs) - 1
+        self._first_packs.append(self._first_packs[-1] + len(self.window_packs(window)))
+
+    def _count_from_the_start(self) -> None:
+        """Counts the windows before a mark, too.
+
+        Raises:
+            ValueError: they do not lead to it.
+        """
+        window, noted = self._first_window, self._first_packs
+        self._first_window, self._first_packs = 0, [0]
+        found = self._first_pack(window)
+        if found != noted[0]:
+            raise ValueError(f"window {window} begins at pack {found}, but {noted[0]} was noted")
+        self._first_packs += noted[1:]
+
+    def _mark(self, window: int, first_pack: int) -> PlanMark:
+        packs = self.window_packs(window)
+        digest = hashlib.sha256(f"{self.fingerprint()} {window} {first_pack}".encode())
+        for values in (packs.sample_id_I, packs.begin_P):
+            digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+        return PlanMark(window, first_pack, digest.hexdigest()[:16])
 
     def _pack_window(self, window: int) -> WindowPacks:
         epoch, part = divmod(window, self.num_windows)

@@ -4,23 +4,28 @@ What is used least recently goes first. A copy that goes while someone reads it 
 keeps a removed file until it is closed.
 """
 
+import logging
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlparse
 
 import xxhash
 from filelock import BaseFileLock, FileLock, Timeout
 
+from laver_megatron.data.fetching import RefusedError, fetch_into
 from laver_megatron.data.index import Shard, ShardIndex
 from laver_megatron.data.index_file import is_url
 
+logger = logging.getLogger(__name__)
+
 _ATTEMPTS = 8
 _LONGEST_PAUSE_SECONDS = 60  # with as many attempts: an outage of some three minutes is waited for
-_CHUNK_BYTES = 1 << 20
 _WAIT_SECONDS = 0.2
+_REMEDY = "look at the server and the network; a run that ends here goes on from its last checkpoint"
+_REMEDY_REFUSED = "look at the URL, and whether it may be read from here (signed URLs expire)"
+_REMEDY_SIZE = "if it has been replaced, index it again with tools/index_shards.py --overwrite"
 
 
 class ShardCache:
@@ -39,10 +44,16 @@ class ShardCache:
         Raises:
             ValueError: a URL that is not allowed or of an unknown kind; a shard that is larger than the cache.
         """
+        self.check_urls([shard.path for shard in index.shards])
         for shard in index.shards:
             if is_url(shard.path):
-                self._check_url(shard.path)
                 self._check_size(shard)
+
+    def check_urls(self, paths: Sequence[str]) -> None:
+        """Looks at those paths that are URLs. Raises ValueError for one that is not allowed or of an unknown kind."""
+        for path in paths:
+            if is_url(path):
+                self._check_url(path)
 
     def open(self, shard: Shard) -> int:
         """A file descriptor to read a shard from: itself if it is local, else its copy, which is fetched if need be.
@@ -59,6 +70,22 @@ class ShardCache:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:  # another process made room in between
                 continue
+
+    def open_once(self, path: str) -> int:
+        """A file descriptor to read a shard from that is in no index yet. Of a remote one no copy is kept.
+
+        Raises: as `open` does.
+        """
+        if not is_url(path):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        while True:
+            copy = self.fetch(path)
+            try:
+                file = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another process made room in between
+                continue
+            copy.unlink(missing_ok=True)
+            return file
 
     def fetch(self, url: str, num_bytes: int | None = None) -> Path:
         """The path of a copy. num_bytes: its size; if it is not known, the copy is fetched anew.
@@ -93,20 +120,26 @@ class ShardCache:
         return True
 
     def _download(self, url: str, part: Path, num_bytes: int | None) -> None:
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            time.sleep(min(2**attempt - 1, _LONGEST_PAUSE_SECONDS))
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
-                with open_url(url) as source, open(part, "r+b") as target:
-                    found = _copy(source, target, num_bytes)
+                with open(part, "r+b") as target:
+                    found = fetch_into(url, target, num_bytes)
+            except RefusedError as error:
+                raise ValueError(f"{url} cannot be fetched: {error}; {_REMEDY_REFUSED}") from error
             except (OSError, ValueError) as error:
-                problem = str(error)
-                continue
-            if num_bytes is None or found == num_bytes:
-                return
-            counted = f"more than {num_bytes}" if found > num_bytes else str(found)
-            problem = f"it has {counted} bytes, but {num_bytes} in the index"
-        raise ValueError(f"{url} cannot be fetched: {problem} (tried {_ATTEMPTS} times)")
+                problem, remedy = str(error), _REMEDY
+            else:
+                if num_bytes is None or found == num_bytes:
+                    return
+                counted = f"more than {num_bytes}" if found > num_bytes else str(found)
+                problem, remedy = f"it has {counted} bytes, but {num_bytes} in the index", _REMEDY_SIZE
+            if attempt < _ATTEMPTS:
+                pause = min(2**attempt - 1, _LONGEST_PAUSE_SECONDS)
+                logger.warning(
+                    "%s cannot be fetched: %s; once more in %d s (%d of %d)", url, problem, pause, attempt, _ATTEMPTS
+                )
+                time.sleep(pause)
+        raise ValueError(f"{url} cannot be fetched: {problem} (tried {_ATTEMPTS} times); {remedy}")
 
     def _make_room(self, part: Path, num_bytes: int) -> None:
         """Reserves room: `part` has its final size from the start, so that others count it."""
@@ -161,30 +194,6 @@ class ShardCache:
                 f"{shard.path} has {shard.num_bytes} bytes, more than the {self.max_bytes} that copies may take; "
                 "raise --shard-cache-gb"
             )
-
-
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int | None) -> int:
-    """Copies to the end, or to the first byte too many; the number of bytes."""
-    found = 0
-    while num_bytes is None or found <= num_bytes:
-        wanted = _CHUNK_BYTES if num_bytes is None else min(_CHUNK_BYTES, num_bytes + 1 - found)
-        chunk = source.read(wanted)
-        if not chunk:
-            break
-        target.write(chunk)
-        found += len(chunk)
-    target.truncate()
-    return found
-
-
-def open_url(url: str) -> BinaryIO:
-    """A stream of what a URL names, by webdataset's openers, and by `aws s3 cp` for s3:, which it leaves to others."""
-    from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url  # takes torch along, which takes seconds
-
-    url = rewrite_url(url)
-    if urlparse(url).scheme == "s3" and "s3" not in gopen_schemes:
-        return Pipe(["aws", "s3", "cp", url, "-"], mode="rb", bufsize=8192)
-    return gopen(url, "rb")
 
 
 def expand_urls(names: Sequence[str]) -> list[str]:

@@ -6,7 +6,8 @@ from their number alone. A step has eight packs; they hold one document or two, 
 even steps the second half has no image at all, so that one of two data-parallel ranks sees none.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from laver_megatron import train
 from laver_megatron.checkpoint import sharding_metadata
 from laver_megatron.config import Config
 from laver_megatron.data import dataset
+from laver_megatron.data.faults import Fault, FaultLog
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
+from laver_megatron.data.plan import PlanMark
 from tests.distributed.harness import Layout
 
 VOCABULARY, SEQ_LENGTH, VISUAL_SEQ_LENGTH, PACKS_PER_STEP = 128, 64, 32, 8
@@ -107,6 +110,18 @@ def make_config(assets: Assets, run_dir: Path | str, layout: Layout = ONE_PROCES
 # --- packs ---------------------------------------------------------------------------------------------
 
 
+class SyntheticPlan:
+    """Remembers the mark that it was to go on from."""
+
+    went_on_from: PlanMark | None = None
+
+    def mark(self, number: int) -> PlanMark:
+        return PlanMark(number // 2, number, "synthetic")
+
+    def go_on_from(self, mark: PlanMark) -> None:
+        self.went_on_from = mark
+
+
 class SyntheticReader:
     """Packs by number, in place of `PackReader`. `kind` (the run's `data_path`) chooses among
 
@@ -119,7 +134,7 @@ class SyntheticReader:
     fingerprint = "synthetic"
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
+        self.kind, self.plan, self.faults = kind, SyntheticPlan(), FaultLog(logging.getLogger("laver_megatron.test"))
 
     def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
         packs = [self._pack(number) for number in range(first_pack, first_pack + num_packs)]
@@ -128,8 +143,8 @@ class SyntheticReader:
             for i in range(0, num_packs, micro_batch_size)
         ]
 
-    def check_bad(self, num_bad: int, num_read: int) -> None:
-        assert num_bad == 0 < num_read
+    def check_bad(self, num_bad: int, num_read: int, found: Mapping[Fault, int]) -> None:
+        assert num_bad == 0 < num_read and not found
 
     def _pack(self, number: int) -> list[PackedSample]:
         step, place = divmod(number, PACKS_PER_STEP)

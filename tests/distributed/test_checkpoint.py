@@ -12,6 +12,7 @@ import torch.distributed as dist
 from laver_megatron import checkpoint, train
 from laver_megatron.inputs import latest_checkpoint
 from tests.distributed.build import (
+    PACKS_PER_STEP,
     assert_same_bits,
     make_config,
     make_trainer,
@@ -104,6 +105,8 @@ def load_and_go_on(layout, config):
     """Job: what the checkpoint of the run directory holds, and five steps from there."""
     trainer = make_trainer(config)
     assert trainer.progress.iteration == WRITTEN_AT
+    if (reader := trainer.training_data.reader) is not None:  # it need not plan what lies before
+        assert reader.plan.went_on_from == reader.plan.mark(WRITTEN_AT * PACKS_PER_STEP)
     state = whole_state(trainer)
     records = [train.train_step(trainer) for _ in range(WRITTEN_AT)]
     return state, records, whole_state(trainer)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def make_shards(settings: MakeSettings) -> Report:
     _check_apart(settings.sources, source, output)
     samples = SampleMaker(settings.decode_images, load_tokenizer(settings.tokenizer))
     with Ledger(output, _fingerprint(settings, source), settings.mode) as ledger:
-        report = ledger.made()
+        report = ledger.made(lambda: _stamps(settings, source))
         if report is not None:
             logger.info("%s is complete already", settings.output)
             return report
@@ -150,11 +151,10 @@ class _Work:
 
     def _missing_slices(self) -> Iterator[Slice]:
         """Slices of the source, less those that were finished earlier, which are added to the report."""
-        references = self.maker.source.references()
-        while members := list(islice(references, self.settings.samples_per_shard)):
-            piece = Slice(self.num_slices, self.num_slices * self.settings.samples_per_shard, members)
+        source = self.maker.source
+        for piece in _slices(self.settings, source):
             self.num_slices += 1
-            report = self.ledger.finished(piece.number)
+            report = self.ledger.finished(piece.number, partial(source.stamp, piece.references))
             if report is None:
                 yield piece
             else:
@@ -176,6 +176,18 @@ class _Work:
         self._num_bytes += num_bytes
         self.bar.set_postfix_str(f"{self._num_bytes / 1e6:,.0f} MB", refresh=False)
         self.bar.update(num_samples)
+
+
+def _slices(settings: MakeSettings, source: Source) -> Iterator[Slice]:
+    references = source.references()
+    parts = iter(lambda: list(islice(references, settings.samples_per_shard)), [])
+    for number, members in enumerate(parts):
+        yield Slice(number, number * settings.samples_per_shard, members)
+
+
+def _stamps(settings: MakeSettings, source: Source) -> Iterator[str]:
+    if source.has_files_apart:
+        yield from (source.stamp(piece.references) for piece in _slices(settings, source))
 
 
 def _fingerprint(settings: MakeSettings, source: Source) -> str:

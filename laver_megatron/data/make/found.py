@@ -57,6 +57,15 @@ class Source(ABC):
         """What decides, beside the files, what is loaded; part of the fingerprint of a run."""
         return {}
 
+    @property
+    def has_files_apart(self) -> bool:
+        """Whether samples also consist of files that are not among `paths`."""
+        return False
+
+    def stamp(self, references: Sequence[Any]) -> str:
+        """Changes whenever a file apart that these references name does; "" if there are none."""
+        return ""
+
 
 def identity(document: object, fallback: str | int | None = None) -> str | int | None:
     """The `id` of an object, if it is a text or a number."""

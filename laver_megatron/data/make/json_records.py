@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_RECORD_BYTES = 64 << 20  # larger than any conversation; what is above it is an accident or an attack
+from laver_megatron.data.members import MAX_RECORD_BYTES
+
 _CHUNK_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"

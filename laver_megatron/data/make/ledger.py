@@ -5,10 +5,11 @@ the index of its shards. When all is done, the folder gets `made.json` and, last
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,11 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def made(self) -> Report | None:
-        """The report of the whole work if it had been finished before.
+    def made(self, stamps: Callable[[], Iterable[str]]) -> Report | None:
+        """The report of the whole work if it had been finished before. stamps: those of all slices, see `Source.stamp`.
 
         Raises:
-            ValueError: it had, but a shard has been removed or changed since.
+            ValueError: it had, but a shard, or one of the files apart, has been removed or changed since.
         """
         if not self._is_made():
             return None
@@ -85,22 +86,31 @@ class Ledger:
             raise ValueError(
                 f"{self.folder} was finished, but has changed; start anew with --overwrite: {error}"
             ) from error
-        return Report.from_json(json.loads((self.folder / _MADE).read_text())["report"])
+        made = json.loads((self.folder / _MADE).read_text())
+        if made["files_apart"] != _together(stamps()):
+            raise ValueError(
+                f"{self.folder} was finished, but pictures that it was made from have changed since; start anew with "
+                "--overwrite"
+            )
+        return Report.from_json(made["report"])
 
     def _is_made(self) -> bool:
         return (self.folder / _MADE).exists() and (self.folder / INDEX_NAME).exists()
 
-    def finished(self, number: int) -> Report | None:
-        """The report of a slice whose shards are there, whole."""
+    def finished(self, number: int, stamp: Callable[[], str]) -> Report | None:
+        """The report of a slice whose shards are there, whole, and whose files apart are still those of then (see
+        `Source.stamp`). What there is of another one is removed."""
         path = self._progress / f"{number:06d}.json"
         if not path.exists():
             return None
         document = json.loads(path.read_text())
-        for name, num_bytes in document["shards"].items():
-            shard = self.folder / name
-            if not shard.exists() or shard.stat().st_size != num_bytes:
-                return None
-        return Report.from_json(document["report"])
+        shards = {self.folder / name: num_bytes for name, num_bytes in document["shards"].items()}
+        are_whole = all(path.exists() and path.stat().st_size == num_bytes for path, num_bytes in shards.items())
+        if are_whole and document["stamp"] == stamp():
+            return Report.from_json(document["report"])
+        for file in (path, path.with_suffix(".parquet"), *shards):
+            file.unlink(missing_ok=True)
+        return None
 
     def finish(self, report: Report, num_slices: int) -> ShardIndex:
         """Writes the index of all shards, and tidies up.
@@ -113,7 +123,9 @@ class Ledger:
         if not indexes:
             raise ValueError(f"{self.folder}: no sample can be used\n{report.summary(has_tokenizer=False)}")
         index = concatenate(indexes)
-        _write_json(self.folder / _MADE, {"fingerprint": self._fingerprint, "report": report.to_json()})
+        stamps = (json.loads(path.with_suffix(".json").read_text())["stamp"] for path in parts)
+        made = {"fingerprint": self._fingerprint, "files_apart": _together(stamps), "report": report.to_json()}
+        _write_json(self.folder / _MADE, made)
         write_index(index, self.folder / INDEX_NAME)
         shutil.rmtree(self._progress)
         return index
@@ -137,13 +149,18 @@ class Ledger:
         raise ValueError(f"{self.folder} holds shards, but not what they were made from; start anew with --overwrite")
 
 
-def record_slice(folder: Path, number: int, indexes: Sequence[ShardIndex], report: Report) -> None:
-    """Notes in an output folder that a slice and its shards are finished; called by the worker that made them."""
+def record_slice(folder: Path, number: int, indexes: Sequence[ShardIndex], report: Report, stamp: str) -> None:
+    """Notes in an output folder that a slice and its shards are finished, of files with this stamp; called by the
+    worker that made them."""
     progress = folder / PROGRESS_NAME
     if indexes:
         write_index(concatenate(indexes), progress / f"{number:06d}.parquet")
     shards = {Path(shard.path).name: shard.num_bytes for index in indexes for shard in index.shards}
-    _write_json(progress / f"{number:06d}.json", {"shards": shards, "report": report.to_json()})
+    _write_json(progress / f"{number:06d}.json", {"shards": shards, "report": report.to_json(), "stamp": stamp})
+
+
+def _together(stamps: Iterable[str]) -> str:
+    return hashlib.sha256("/".join(filter(None, stamps)).encode()).hexdigest()
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

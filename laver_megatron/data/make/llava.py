@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import xxhash
+
 from laver_megatron.data.conversations import parse_json, turns_of
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.data.make.json_records import read_records
+from laver_megatron.data.members import MAX_PICTURE_BYTES
 
-MAX_PICTURE_BYTES = 256 << 20
 _PART_NAMES = ("image", "path", "url", "image_url")  # keys under which a part of a message names its picture
 
 
@@ -40,6 +42,24 @@ class LlavaSource(Source):
 
     def settings(self) -> dict[str, object]:
         return {"images": str(self.images.resolve()) if self.images else None}
+
+    @property
+    def has_files_apart(self) -> bool:
+        return self.images is not None
+
+    def stamp(self, references: Sequence[tuple[int, bytes]]) -> str:
+        """Of the names, sizes and times of the pictures, and of which are missing."""
+        if self.images is None:
+            return ""
+        digest = xxhash.xxh3_128()
+        for _, record in references:
+            try:
+                names = picture_names(parse_json(record, ""), "")
+            except SampleFault:
+                continue
+            for file in names:
+                digest.update(f"{file!r} {_size_and_time(self.images, file)}".encode())
+        return digest.hexdigest()
 
     def _sample(self, record: bytes, path: Path) -> FoundSample:
         document = parse_json(record, path.name)
@@ -117,6 +137,14 @@ def _read_below(folder: str, file: str, name: str) -> bytes:
             message = f"{name}: {file[:200]!r} has {status.st_size:,} bytes; at most {MAX_PICTURE_BYTES:,} are read"
             raise SampleFault(Fault.image_too_large, message)
         return opened.read()
+
+
+def _size_and_time(folder: Path, file: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(os.path.join(folder, file))
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=65536)

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, Unwanted, identity, origin
-from laver_megatron.data.make.llava import MAX_PICTURE_BYTES
+from laver_megatron.data.members import MAX_PICTURE_BYTES
 
 # What may be asked for, and the column that answers it.
 RATINGS = {

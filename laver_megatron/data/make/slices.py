@@ -38,12 +38,13 @@ class SliceMaker:
     def make(self, piece: Slice, progress: Progress) -> Report:
         """Writes a slice's shards and notes them as finished."""
         report = Report()
+        stamp = self.source.stamp(piece.references)  # before they are read: what changes meanwhile is noticed
         with SliceWriter(self.output, f"shard-{piece.number:06d}", self.max_shard_bytes) as writer:
             for number, founds in enumerate(self.source.load(piece.references), piece.first):
                 for part, found in enumerate(founds):
                     key = f"{number:09d}-{part:03d}" if len(founds) > 1 else f"{number:09d}"
                     self._add(found, key, writer, report, progress)
-        record_slice(self.output, piece.number, writer.indexes, report)
+        record_slice(self.output, piece.number, writer.indexes, report, stamp)
         return report
 
     def _add(self, found: Found, key: str, writer: SliceWriter, report: Report, progress: Progress) -> None:

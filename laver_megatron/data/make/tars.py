@@ -17,9 +17,14 @@ from typing import BinaryIO
 from laver_megatron.data.conversations import count_placeholders, parse_json, read_conversation
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
-from laver_megatron.data.make.json_records import MAX_RECORD_BYTES
-from laver_megatron.data.make.llava import MAX_PICTURE_BYTES
-from laver_megatron.data.members import Damage, Member, MemberGroup, group_members
+from laver_megatron.data.members import (
+    MAX_PICTURE_BYTES,
+    MAX_RECORD_BYTES,
+    Damage,
+    Member,
+    MemberGroup,
+    group_members,
+)
 
 # Also names that are no numbers (KEY.left.jpg), which training would not take for pictures.
 _PICTURE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)", re.DOTALL)

@@ -1,6 +1,9 @@
 """Batches of a real reader: the same samples for any number of ranks and workers; bad ones are counted."""
 
+import contextlib
 import json
+import threading
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -10,6 +13,7 @@ from laver_megatron.command_line import load_config
 from laver_megatron.data import batches
 from laver_megatron.data.batches import BatchSource, count, num_bad_samples
 from laver_megatron.data.dataset import open_reader
+from laver_megatron.data.faults import Fault
 from laver_megatron.model.image_division import BY_TOKENS
 from tests.packs import pack, padding
 from tests.unit.data.content import picture_bytes
@@ -31,18 +35,26 @@ def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     source.image_cost = BY_TOKENS
     source.dtype, source.device = torch.float32, torch.device("cpu")
     source.num_samples = source.num_bad_samples = 0
+    source.faults, source._told_faults = Counter(), Counter(reader.faults.counts)
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
     return source
 
 
-def keys_at(source, rank, num_ranks, first_pack):
+@contextlib.contextmanager
+def on_ranks(all_reduce, data_parallel_rank):
+    """Without process groups."""
     with (
         mock.patch.object(batches, "parallel_state") as state,
         mock.patch.object(batches, "share_metadata", lambda packs, masked, *_: (packs, masked)),
         mock.patch.object(batches, "scatter_pixels", lambda packs, *_: [p.pixels for p in packs]),
-        mock.patch.object(batches.dist, "all_reduce"),
+        mock.patch.object(batches.dist, "all_reduce", all_reduce),
     ):
-        state.get_data_parallel_rank.return_value = rank
+        state.get_data_parallel_rank.side_effect = data_parallel_rank
+        yield
+
+
+def keys_at(source, rank, num_ranks, first_pack):
+    with on_ranks(mock.Mock(), lambda: rank):
         batch = source.at(first_pack, mask_ratio=0.3, step=0)
     return [(keys, masked.sum().item()) for p, masked in zip(batch.packs, batch.masked, strict=True) for keys in p.keys]
 
@@ -101,6 +113,41 @@ def test_bad_samples_are_counted(write_shard, demo_dir, config):
             assert source.num_bad_samples / source.num_samples == pytest.approx(0.25, abs=0.08)
 
 
+def test_the_table_holds_what_all_readers_have_found(write_shard, demo_dir, config):
+    whole = picture_bytes((64, 64))
+    contents = {"cut": whole[:-400], "none": whole[:20]}  # the second is known before the start
+    turns = json.dumps([{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]).encode()
+    kinds = ["none", *["cut"] * 6, *["whole"] * 17]
+    shard = write_shard({f"s{i}": {"json": turns, "jpg": contents.get(kind, whole)} for i, kind in enumerate(kinds)})
+    config = config.replace(num_workers=0, max_bad_fraction=0.2)
+    readers = [open_reader(config, [str(shard)], demo_dir / "model", demo_dir / "encoder") for _ in range(2)]
+    sources = [source_on(config, reader, rank, 2) for rank, reader in enumerate(readers)]
+    barrier, tables, found = threading.Barrier(2), {}, []
+
+    def all_reduce(table, group):
+        tables[threading.current_thread().name] = table.clone()
+        barrier.wait(60)
+        table.copy_(sum(tables.values()))
+        barrier.wait(60)
+
+    def read(source):
+        try:
+            for step in range(20):
+                source.at(step * GLOBAL_BATCH_SIZE, mask_ratio=0.3, step=step)
+        except ValueError as error:
+            found.append(str(error))
+
+    with on_ranks(all_reduce, lambda: int(threading.current_thread().name)):
+        threads = [threading.Thread(target=read, args=[s], name=str(rank)) for rank, s in enumerate(sources)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 2 and found[0] == found[1], "both readers stop, and say the same"
+    own = [reader.faults.counts[Fault.unreadable_image] - 1 for reader in readers]
+    assert min(own) > 0 and f"\n{sum(own):>12,}  unreadable_image" in found[0]
+
+
 def test_counts_of_a_pack():
     packs = pack([3, (2, 2), 2], padding(4), [2], padding(3))
     packs.sample_id_BS[0, 9:11], packs.sample_id_BS[0, 11:13] = 77, 78
@@ -109,6 +156,13 @@ def test_counts_of_a_pack():
         mock.patch.object(batches, "parallel_state"),
         mock.patch.object(batches.dist, "all_reduce"),
     ):
-        counts = count([packs], [packs.image_BS == 0], lambda packs: (5, 6, 7), torch.device("cpu"))
+        counts, faults = count(
+            [packs],
+            [packs.image_BS == 0],
+            lambda packs: (5, 6, 7),
+            torch.device("cpu"),
+            Counter({Fault.image_shape: 3}),
+        )
     assert (counts.tokens, counts.samples, counts.bad_samples, counts.images, counts.masked) == (11, 2, 2, 1, 4)
     assert (counts.language_span_area, counts.image_span_area, counts.image_window_area) == (5, 6, 7)
+    assert faults == {Fault.image_shape: 3}

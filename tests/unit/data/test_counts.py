@@ -112,7 +112,7 @@ def test_a_damaged_file_is_made_anew(index, count, caplog):
     path = index.path.with_name(name)
     path.write_bytes(path.read_bytes()[:-20])
     assert (count(index).tokens_I == whole.tokens_I).all()
-    assert f"{name} are damaged" in caplog.text
+    assert f"{name} cannot be used" in caplog.text
     caplog.clear()
     assert (count(index).tokens_I == whole.tokens_I).all() and not caplog.text
 

@@ -51,8 +51,9 @@ def test_check(log):
         log.check(0.01, 100)
     assert "1  invalid_json" in str(caught.value)
     log.check(0.02, 100)
-    with pytest.raises(ValueError, match="3 of 100 samples"):
-        log.check(0.02, 100, num_bad=3)
+    with pytest.raises(ValueError, match="3 of 100 samples") as caught:
+        log.check(0.02, 100, num_bad=3, found={Fault.no_json: 3})
+    assert "3  no_json" in str(caught.value) and "invalid_json" not in str(caught.value)
 
 
 def test_the_table_is_sorted_and_takes_names_of_its_own():

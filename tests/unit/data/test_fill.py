@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from laver_megatron.data import joint_bound
+from laver_megatron.data.bound import least_packs
 from laver_megatron.data.fill import measure_fill, propose_visual_budget
 from laver_megatron.data.mixture import Source
 from laver_megatron.data.packing_benchmark import DATA_SETS, benchmark, draw_source
@@ -17,7 +19,7 @@ def test_native_resolutions_fill_both_budgets():
     assert fill.token_fill >= 0.98 and fill.visual_fill >= 0.90  # what a plan has to reach
 
 
-@pytest.mark.parametrize("name", ["729", "576", "captions 729", "captions 576"])
+@pytest.mark.parametrize("name", ["729", "576", "many 729", "many 576", "captions 729", "captions 576"])
 def test_fixed_resolutions_come_within_a_hundredth_of_the_bound(name):
     fill = measure_fill(planned(name))
     assert fill.share_of_bound >= 0.99
@@ -64,11 +66,20 @@ def test_the_budget_follows_the_weights():
     assert propose_visual_budget([text, none], 1000) == 0
 
 
+def test_the_bound_is_of_both_budgets_together_where_packs_are_far_from_each_ones():
+    # Of two kinds that share no pack, neither with its own: each budget alone would let some do so.
+    plan = PackPlan([Source([70, 40] * 20, [20, 70] * 20, [0] * 40)], 100, 100, seed=0)
+    assert least_packs(plan.token_counts_I, plan.visual_counts_I, 100, 100) < 35
+    fill = measure_fill(plan)
+    assert fill.num_packs == fill.least_packs == 40
+
+
 def test_no_budget_without_samples():
     with pytest.raises(ValueError, match="none of the 2 samples has between 1 and 40 tokens"):
         propose_visual_budget([Source([0, 41], [0, 0], [0, 0])], 40)
 
 
-def test_the_benchmark_prints_a_row_for_each_data_set():
+def test_the_benchmark_prints_a_row_for_each_data_set(monkeypatch):
+    monkeypatch.setattr(joint_bound, "_GRAINS", 32)  # quick, and loose
     table = benchmark(DATA_SETS, 400, seq_length=4096, window=100, multiple_of=8)
     assert all(f"\n| {name} | " in table for name in DATA_SETS)

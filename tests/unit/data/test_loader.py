@@ -142,10 +142,10 @@ def test_too_many_samples_that_turn_out_bad_stop_the_run(write_shard, open_shard
     reader = open_shards(write_shard(samples), num_workers, max_bad_fraction=0.25)
     reader.read(0, reader.plan.num_packs(0), 1)
     assert reader.num_bad_samples == 2
-    reader.check_bad(num_bad=1, num_read=4)
+    reader.check_bad(num_bad=1, num_read=4, found=reader.faults.counts)
     with pytest.raises(ValueError, match=r"2 of 4 samples cannot be used .*\n +2  unreadable_image"):
-        reader.check_bad(num_bad=2, num_read=4)
-    reader.check_bad(num_bad=2, num_read=8)  # two epochs
+        reader.check_bad(num_bad=2, num_read=4, found=reader.faults.counts)
+    reader.check_bad(num_bad=2, num_read=8, found=reader.faults.counts)  # two epochs
 
 
 def test_the_limit_is_a_share_of_an_epoch(write_shard, open_shards):
@@ -154,9 +154,9 @@ def test_the_limit_is_a_share_of_an_epoch(write_shard, open_shards):
     for weight, num_samples in ((1.0, 9), (1 / 3, 3)):
         reader = open_shards(write_shard(samples), max_bad_fraction=0.34, weights=[weight])
         assert reader.plan.num_samples == num_samples
-        reader.check_bad(num_bad=num_samples // 3, num_read=num_samples)
+        reader.check_bad(num_bad=num_samples // 3, num_read=num_samples, found={})
         with pytest.raises(ValueError, match=f"{num_samples // 3 + 1} of {num_samples} samples cannot be used"):
-            reader.check_bad(num_bad=num_samples // 3 + 1, num_read=2)
+            reader.check_bad(num_bad=num_samples // 3 + 1, num_read=2, found={})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -2,6 +2,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -215,3 +216,71 @@ def test_a_weight_that_leaves_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"weight of 0.001 leaves none of a source's 66 samples"):
         PackPlan(sources, 64, 32, seed=1)
     assert PackPlan([sources[0], Source(sizes, [0] * 66, [0] * 66, weight=0.02)], 64, 32, seed=1).num_samples == 67
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """The windows that plans have packed, in order."""
+    windows, pack_window = [], PackPlan._pack_window
+    monkeypatch.setattr(
+        PackPlan, "_pack_window", lambda self, number: windows.append(number) or pack_window(self, number)
+    )
+    return windows
+
+
+@pytest.mark.parametrize("epoch, share", [(0, 0.0), (0, 0.5), (0, 0.99), (2, 0.3)])
+def test_from_a_mark_on_nothing_before_it_is_packed(packed, epoch, share):
+    whole = plan(source(2000, longest=90))
+    position = sum(whole.num_packs(e) for e in range(epoch)) + int(share * whole.num_packs(epoch))
+    expected = [whole.pack(position + i) for i in range(60)]
+    mark = whole.mark(position)
+    resumed = plan(source(2000, longest=90))
+    packed.clear()
+    resumed.go_on_from(mark)
+    assert [resumed.pack(position + i) for i in range(60)] == expected
+    assert min(packed) == mark.window == whole._find(position) and len(packed) <= 4
+    assert resumed.mark(position) == mark
+    assert resumed.locate(position) == whole.locate(position)
+    packed.clear()
+    assert resumed.pack(3) == whole.pack(3) and resumed.mark(3) == whole.mark(3)
+    assert resumed.num_packs(epoch) == whole.num_packs(epoch)
+
+
+def test_a_mark_packs_one_window_at_most(packed):
+    p = plan(source(2000, longest=90))
+    p.num_packs(0)
+    packed.clear()
+    p.mark(200)
+    assert len(packed) == 1
+    fresh = plan(source(2000, longest=90))
+    assert fresh.mark(200).window == 0  # nothing is known yet beyond the first
+
+
+def test_a_mark_of_anything_else_is_noticed():
+    p = plan(source(2000, longest=90))
+    p.num_packs(0)
+    mark = p.mark(100)
+    wrong = [
+        replace(mark, first_pack=mark.first_pack + 1), replace(mark, window=mark.window + 1),
+        replace(mark, digest="0" * 16), plan(source(2000, longest=90), seed=6).mark(0), replace(mark, window=-1),
+    ]  # fmt: skip
+    for one in wrong:
+        with pytest.raises(ValueError, match="other data or to another version"):
+            plan(source(2000, longest=90)).go_on_from(one)
+
+
+def test_other_packs_than_those_of_a_mark_are_noticed(monkeypatch):
+    p = plan(source(2000, longest=90))
+    p.num_packs(0)
+    mark = p.mark(100)
+    monkeypatch.setattr("laver_megatron.data.plan.pack_window", lambda tokens_I, *_: np.arange(len(tokens_I)))
+    with pytest.raises(ValueError, match="another version of laver_megatron"):
+        plan(source(2000, longest=90)).go_on_from(mark)
+
+
+def test_what_lies_before_a_mark_is_held_against_it():
+    p = plan(source(2000, longest=90))
+    p.go_on_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
+    p.pack(100)
+    with pytest.raises(ValueError, match=r"window 5 begins at pack \d+, but 77 was noted"):
+        p.pack(10)

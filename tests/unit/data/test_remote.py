@@ -17,6 +17,7 @@ from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.data.opening import find_shards, open_indexes
 from laver_megatron.data.remote import ShardCache, expand_urls
+from tests.unit.data.content import question
 from tests.unit.data.test_loader import same
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
@@ -83,7 +84,7 @@ def test_the_least_recently_used_goes(cache, files):
 def test_a_copy_is_fetched_once(cache, files, monkeypatch):
     [shard] = files(1, 400)
     content(cache, shard)
-    monkeypatch.setattr(remote, "open_url", lambda url: pytest.fail("fetched again"))
+    monkeypatch.setattr(remote, "fetch_into", lambda *_: pytest.fail("fetched again"))
     assert content(ShardCache(cache.folder, 1000), shard) == b"a" * 400
 
 
@@ -103,6 +104,10 @@ def test_another_size_than_in_the_index(cache, files, monkeypatch):
     ):
         cache.open(Shard(shard.path, 401, 1))
     with pytest.raises(ValueError, match="it has more than 399 bytes, but 399 in the index"):
+        cache.open(Shard(shard.path, 399, 1))
+    with pytest.raises(
+        ValueError, match=r"index \(tried 8 times\); if it has been replaced, index it again with tools/"
+    ):
         cache.open(Shard(shard.path, 399, 1))
     with pytest.raises(ValueError, match="gone cannot be fetched: .*No such file"):
         cache.open(Shard("file:///gone", 1, 1))
@@ -224,11 +229,31 @@ def test_the_tool_indexes_remote_shards(served, demo_dir, tmp_path):
     for number, shard in enumerate(find_shards(demo_dir / "shards")):
         shutil.copy(shard, folder / f"{number}.tar")
     output = tmp_path / "far.parquet"
-    command = [sys.executable, TOOL, "--shards", f"{url}/{{0..1}}.tar", f"pipe:cat {folder}/0.tar", "--output", output]
+    local = shutil.copy(folder / "1.tar", tmp_path / "here.tar")
+    names = [f"{url}/{{0..1}}.tar", local, f"pipe:cat {folder}/0.tar"]
+    command = [sys.executable, TOOL, "--shards", *names, "--output", output, "--num-workers", "2"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1 and "--allow-pipe" in refused.stderr and not output.exists()
     done = subprocess.run([*command, "--allow-pipe"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     index = read_index(output)
-    assert [shard.path for shard in index.shards] == [f"{url}/0.tar", f"{url}/1.tar", f"pipe:cat {folder}/0.tar"]
-    assert len(index) == 96 + 24 + 96
+    names = [str(local), f"{url}/0.tar", f"{url}/1.tar", f"pipe:cat {folder}/0.tar"]
+    assert [shard.path for shard in index.shards] == names
+    assert len(index) == 24 + 96 + 24 + 96
+    local_index = index_tars([local, folder / "0.tar", folder / "1.tar", folder / "0.tar"])
+    assert index.checksum_I.tolist() == local_index.checksum_I.tolist()
+
+
+def test_messages_name_the_url_and_not_its_copy(served, write_shard, tmp_path):
+    folder, url, _ = served
+    write_shard({"bad": {"json": b"{"}, "good": {"json": question("?")}}).rename(folder / "0.tar")
+    command = [sys.executable, TOOL, "--shards", f"{url}/0.tar", "--output", tmp_path / "far.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f"{url}/0.tar: 'bad' cannot be used (invalid_json" in done.stderr
+    assert read_index(tmp_path / "far.parquet").shards[0].path == f"{url}/0.tar"
+    missing = subprocess.run(
+        [*command[:3], f"{url}/1.tar", *command[4:], "--overwrite"], capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and f"{url}/1.tar cannot be fetched: the server answers 404" in missing.stderr
+    unplaced = subprocess.run([*command[:4]], capture_output=True, text=True)
+    assert "with --output" in unplaced.stderr

@@ -41,17 +41,17 @@ def settings(tmp_path, source):
     return settings
 
 
-def content(folder):
+def content_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".tar", ".parquet")}
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, settings):
     report = make_shards(settings())
-    first = content(tmp_path / "out")
+    first = content_of(tmp_path / "out")
     assert list(first) == ["index.parquet", *(f"shard-00000{number}-00.tar" for number in range(4))]
     for num_workers in (1, 3):
         again = make_shards(settings(output=tmp_path / str(num_workers), num_workers=num_workers))
-        assert content(tmp_path / str(num_workers)) == first
+        assert content_of(tmp_path / str(num_workers)) == first
         assert again.to_json() == report.to_json()
 
 
@@ -101,8 +101,41 @@ def test_work_that_was_interrupted_goes_on(tmp_path, settings, monkeypatch):
         make_shards(settings(mode="resume", samples_per_shard=2))
     make_shards(settings(mode="resume"))
     assert made[3:] == [1, 2, 3]
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".partial") == []
+
+
+@pytest.mark.parametrize("change", ["other", "gone", "new"])
+def test_pictures_that_have_changed_since_are_taken_anew(tmp_path, settings, source, monkeypatch, change):
+    picture = tmp_path / "images" / "4-0.jpg"  # of the second slice, which is finished
+    if change == "new":
+        content = picture.read_bytes()
+        picture.unlink()
+    made = []
+
+    def fail_third(self, piece, progress, _make=SliceMaker.make):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(piece.number)
+        return _make(self, piece, progress)
+
+    # A sample a shard, so that the slice has fewer shards when a picture is gone.
+    common = {"max_bad_fraction": 1, "max_shard_bytes": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SliceMaker, "make", fail_third)
+        make_shards(settings(**common))
+    if change == "gone":
+        picture.unlink()
+    else:
+        picture.write_bytes(encoded(noise((30, 30)), "JPEG") if change == "other" else content)
+    make_shards(settings(mode="resume", **common))
+    make_shards(settings(output=tmp_path / "anew", **common))
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "anew")
+    assert len(read_index(tmp_path / "out" / "index.parquet")) == (10 if change == "gone" else 11)
+
+    os.utime(picture.with_name("10-0.jpg"), (1, 1))
+    with pytest.raises(ValueError, match="pictures that it was made from have changed since; .*--overwrite"):
+        make_shards(settings(mode="resume", **common))
 
 
 def test_finished_work_is_not_done_again(tmp_path, settings, monkeypatch):
