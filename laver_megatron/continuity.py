@@ -13,9 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config import CHANGEABLE, Config
+from laver_megatron.config import CHANGEABLE, Config, ConfigError
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
+from laver_megatron.model.shape import VISION_PART, read_config
 
+_LAVER_NAMES = ("[MASK]", "vision head")
+# By these two encoders' config.json tell that they are not the same.
+_ENCODER_FACTS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
 _HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
 _WHY = {
     "laver": "its teacher and optimizer are those of its own parts",
@@ -47,12 +51,8 @@ def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None)
         return
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
     now = {**vars(config), "vision_head_output_size": config.vision_head_output_size or hidden_size}
-    for name in CHANGEABLE:
-        if name in then and now[name] != then[name] and name not in config.allow_change:
-            yield (
-                f"{name} is {_shown(now[name])}, but {start} was trained with {_shown(then[name])}; "
-                f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
-            )
+    yield from unasked_changes(config, then, f"{start} was trained with")
+    yield from _encoder_problems(config, inputs)
     weights_only = inputs.weights_only or inputs.export is not None
     for name in _differing(now, then, weights_only):
         other_way = "or train with --no-laver"
@@ -63,6 +63,61 @@ def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None)
             f"{name} is {_shown(now[name])}, but {start} was written with {_shown(then[name])}, and {_WHY[name]}; "
             f"set {_setting(name, then[name])}, {other_way}"
         )
+
+
+def unasked_changes(config: Config, then: Mapping[str, Any], before: str) -> Iterator[str]:
+    """Settings of the model (CHANGEABLE) that differ from those of an earlier stage without --allow-change. before:
+    whose they are, up to the verb."""
+    for name in CHANGEABLE:
+        now = getattr(config, name)
+        if name in then and now != then[name] and name not in config.allow_change:
+            yield (
+                f"{name} is {_shown(now)}, but {before} {_shown(then[name])}; "
+                f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
+            )
+
+
+def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    """An --encoder that is not the one that comes with the weights and is used."""
+    if config.encoder is None or not inputs.brings_encoder:
+        return
+    assert inputs.encoder_dir is not None
+    try:
+        named, brought = (_encoder_facts(directory) for directory in (Path(config.encoder), inputs.encoder_dir))
+    except ConfigError:  # not there any more, which is no fault; or unreadable, which is said where it is read
+        return
+    differing = [f"{name} {named[name]} against {brought[name]}" for name in named if named[name] != brought[name]]
+    if differing:
+        yield (
+            f"encoder {config.encoder} is not the encoder of {inputs.encoder_dir}, which comes with the other weights: "
+            f"{', '.join(differing)}; drop --encoder, or start from a model that was aligned with it"
+        )
+
+
+def _encoder_facts(directory: Path) -> dict[str, Any]:
+    content = read_config(directory)[1]
+    part = content.get(VISION_PART, content)
+    return {name: part.get(name) for name in _ENCODER_FACTS}
+
+
+def start_message(config: Config, inputs: Inputs) -> str:
+    """For people: what a run that takes weights alone takes over, makes anew and leaves behind; empty for others."""
+    start = inputs.checkpoint or inputs.export
+    if start is None or not (inputs.weights_only or inputs.export):
+        return ""
+    then = (_read_run(start) if inputs.checkpoint else _read_export(start))[0]
+    taken = ["encoder", "connector"] * inputs.brings_encoder + ["decoder"]
+    made = [] if inputs.brings_encoder else ["connector"]
+    made += ["optimizer", "place in the data"]
+    left = []
+    if config.laver:
+        (taken if then["laver"] else made).extend(_LAVER_NAMES)
+        if config.finetune or not then["laver"]:
+            made.append("teacher (the student's weights)")
+    elif then["laver"]:
+        left = [*_LAVER_NAMES, "teacher"]
+    parts = (("taken over", taken), ("new", made), ("left behind", left))
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
 
 
 def as_before(config: Config, inputs: Inputs) -> Config:

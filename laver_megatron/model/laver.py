@@ -42,6 +42,13 @@ from laver_megatron.model.vision import ImageEncoder
 
 # Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
 LAVER_PARTS = ("vision_head.", "mask_token")
+# And of the names of each module that can be frozen, under the configuration's word for it.
+MODULES = {
+    "encoder": ("encoder.",),
+    "connector": ("connector.",),
+    "decoder": ("embedding.", "decoder.", "output_layer."),
+    "heads": LAVER_PARTS,
+}
 
 
 @dataclass(frozen=True)
