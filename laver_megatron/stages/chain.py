@@ -10,6 +10,7 @@ same in both arms up to the first that has not; once finished in the one, they a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ BASELINE = "-baseline"
 EXIT_UNFINISHED = 3
 # A stage has its own in its file, or they follow from the order of the stages and from --runs and --baseline.
 _OF_EACH_STAGE = (
-    "--config", "--run-dir", "--load", "--finetune", "--no-finetune", "--laver", "--no-laver", "--print-config",
+    "--config", "--run-dir", "--finetune", "--no-finetune", "--laver", "--no-laver", "--print-config",
 )  # fmt: skip
 # They change where and how fast a stage runs, not what comes out.
 _WITHOUT_EFFECT = {item.name for group in ("parallel", "run") for item in fields_of(group)} | {
@@ -66,45 +67,58 @@ class Stage:
 def read_stages(
     files: Sequence[str], flags: Sequence[str] = (), *, baseline: bool = False, runs: str | None = None
 ) -> list[Stage]:
-    """The stages that configuration files and flags for all of them describe.
+    """The stages that configuration files and flags for all of them describe; the flag --load is the first one's.
 
     runs: a folder that takes the place of the files' run directories: RUNS/STEM-OF-THE-FILE for each.
 
     Raises:
         ConfigError: all that is wrong with the files as a chain, whatever is there to start from.
     """
-    problems = [
-        f"{flag.split('=', 1)[0]} belongs to each stage and cannot be given to all of them; write it in the files"
-        + (" (or use --baseline or --runs)" if "laver" in flag or "run-dir" in flag else "")
-        for flag in flags
-        if flag.split("=", 1)[0] in _OF_EACH_STAGE
-    ]
-    given: list[Config] = []
-    for file in files:
-        try:
-            given.append(read_command_line(["--config", file, *flags]).config)
-        except ConfigError as error:
-            # Those of the file name it; those of the flags come once.
-            problems += error.problems
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    problems = [problem for pair in zip(files[1:], given, given[1:], strict=False) for problem in _link_problems(*pair)]
-    if problems:
-        raise ConfigError(problems)
+    own_flags = _flags_of_stages(flags, len(files))
+    given = _read_configs(files, flags, own_flags)
     names = [Path(file).stem for file in files]
     own_dirs = [str(Path(runs) / name) if runs else config.run_dir for name, config in zip(names, given, strict=True)]
-    stages = _place(names, files, flags, given, own_dirs)
+    stages = _place(names, files, own_flags, given, own_dirs)
     if baseline:
         beside = [f"{os.path.normpath(run_dir)}{BASELINE}" for run_dir in own_dirs]
         num_shared = 0
         while num_shared < len(stages) and _serves_both(stages[num_shared], beside[num_shared]):
             num_shared += 1
         run_dirs = own_dirs[:num_shared] + beside[num_shared:]
-        stages = _place(names, files, flags, given, run_dirs, baseline_from=num_shared)
+        stages = _place(names, files, own_flags, given, run_dirs, baseline_from=num_shared)
     run_dirs = [os.path.normpath(stage.config.run_dir) for stage in stages]
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError([f"the run directories of the stages must differ, but they are {', '.join(run_dirs)}"])
     return stages
+
+
+def _read_configs(files: Sequence[str], flags: Sequence[str], own_flags: Sequence[Sequence[str]]) -> list[Config]:
+    """Each file with its flags; ConfigError for what is wrong with one of them, or with two that follow each other."""
+    problems = [
+        f"{flag} belongs to each stage and cannot be given to all of them; write it in the files"
+        + (" (or use --baseline or --runs)" if "laver" in flag or "run-dir" in flag else "")
+        for flag in (word.split("=", 1)[0] for word in flags)
+        if flag in _OF_EACH_STAGE
+    ]
+    given: list[Config] = []
+    for file, own in zip(files, own_flags, strict=True):
+        try:
+            given.append(read_command_line(["--config", file, *own]).config)
+        except ConfigError as error:
+            problems += error.problems
+    if not problems:
+        pairs = zip(files[1:], given, given[1:], strict=False)
+        problems = [problem for file, before, config in pairs for problem in _link_problems(file, before, config)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong with a flag is found with every file
+    return given
+
+
+def _flags_of_stages(flags: Sequence[str], num_stages: int) -> list[list[str]]:
+    """The flags of each stage: all of them for the first, all but --load for the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load", nargs="?")
+    return [list(flags), *([parser.parse_known_args(flags)[1]] * (num_stages - 1))]
 
 
 def _link_problems(file: str, before: Config, config: Config) -> list[str]:
@@ -138,7 +152,7 @@ def _serves_both(stage: Stage, beside: str) -> bool:
 def _place(
     names: Sequence[str],
     files: Sequence[str],
-    flags: Sequence[str],
+    flags: Sequence[Sequence[str]],
     given: Sequence[Config],
     run_dirs: Sequence[str],
     *,
@@ -148,7 +162,7 @@ def _place(
     that is the baseline's own, those before being shared; None: none is."""
     stages = []
     for i, (name, file, config) in enumerate(zip(names, files, given, strict=True)):
-        arguments = ["--config", file, *flags]
+        arguments = ["--config", file, *flags[i]]
         if run_dirs[i] != config.run_dir:
             arguments += ["--run-dir", run_dirs[i]]
         if i > 0 and run_dirs[i - 1] != given[i - 1].run_dir:
