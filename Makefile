@@ -50,7 +50,7 @@ demo-stages: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo
 	@echo "demo-stages: starting over; the results of an earlier call are removed"
 	rm -rf runs/stages
-	PATH="$(abspath $(dir $(PYTHON))):$$PATH" NPROC_PER_NODE=4 $(PYTHON) tools/train_stages.py \
+	NPROC_PER_NODE=4 $(PYTHON) tools/train_stages.py \
 		examples/demo_stages/stage1_align.yaml examples/demo_stages/stage2_laver.yaml \
 		examples/demo_stages/stage3_instruct.yaml --log-interval 5 --compare-weights
 

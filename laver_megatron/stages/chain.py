@@ -239,7 +239,9 @@ def run_stages(stages: Sequence[Stage]) -> int:
 
 def _launch(arguments: Sequence[str]) -> int:
     """Runs the launcher; its exit status, 128 + n if signal n ended it."""
-    process = subprocess.Popen(["bash", str(LAUNCHER), *arguments])
+    # The launcher looks for torchrun and python3: those of this environment, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(["bash", str(LAUNCHER), *arguments], env={**os.environ, "PATH": path})
 
     def pass_on(number: int, frame: object) -> None:
         # Ctrl-C reaches the launcher, which shares the terminal, by itself.

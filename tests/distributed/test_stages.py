@@ -2,6 +2,9 @@
 taken over is the same to the last bit, what is frozen stays so, and the rest begins anew.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from laver_megatron.config import ConfigError
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.inputs import latest_checkpoint
 from laver_megatron.model.laver import LAVER_PARTS, MODULES
+from laver_megatron.records import read_records
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
 from laver_megatron.train import setup, train, train_step
@@ -102,7 +106,7 @@ def is_of_laver(key):
 def test_weights_are_taken_over_to_the_last_bit(chain):
     for number in (1, 2):
         ended, started = whole(chain.after[number - 1], "student"), whole(chain.before[number], "student")
-        new = {key for key in started.keys() ^ ended.keys()}
+        new = started.keys() ^ ended.keys()
         assert new and all(map(is_of_laver, new)), "made at the start of stage 2, dropped in stage 3"
         assert all(torch.equal(started[key], ended[key]) for key in started.keys() & ended.keys())
     assert any(map(is_of_laver, whole(chain.before[1], "student")))
@@ -190,6 +194,52 @@ def test_attention_and_positions_are_carried(chain, tmp_path):
             with pytest.raises(ConfigError, match=f"^1 problem .*\n.*--allow-change {setting}$"):
                 check(Invocation(config, dry_run_world_size=4))
             check(Invocation(config.replace(allow_change=(setting,)), dry_run_world_size=4))
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_command_in_processes_of_its_own(demo_dir, tmp_path):
+    """Stopped, gone on with, called again, and the other arm."""
+    flags = {
+        "--load": f"hf:{demo_dir}/model", "--encoder": demo_dir / "encoder", "--runs": tmp_path,
+        "--data-path": demo_dir / "shards" / "train-*.tar", "--train-iters": NUM_STEPS, "--lr-warmup-iters": 0,
+        "--tensor-model-parallel-size": 1, "--pipeline-model-parallel-size": 1,
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    command = [sys.executable, ROOT / "tools" / "train_stages.py", *FILES[:2], *words, "--no-sequence-parallel"]
+    environment = {**os.environ, "NPROC_PER_NODE": "1"}
+
+    def call(*more):
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+
+    def names():
+        return sorted(path.name for path in tmp_path.iterdir() if latest_checkpoint(path / "checkpoints"))
+
+    stopped = call("--exit-interval", "2")
+    assert stopped.returncode == 3, stopped.stderr
+    assert "stage 1 of 2, stage1_align: stopped at iteration 2 of 3" in stopped.stderr and names() == ["stage1_align"]
+    finished = call("--compare-weights")
+    assert finished.returncode == 0, finished.stderr
+    assert "stage1_align: going on at iteration 2" in finished.stderr
+    lines = [line for line in finished.stdout.splitlines() if "LM loss" in line]
+    assert len(lines) == 2 and all("frozen and the same to the last bit: encoder" in line for line in lines)
+    assert "decoder" in lines[0].split("changed:")[0] and "heads (new)" in lines[1]
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert call().returncode == 0 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    other = call("--baseline")
+    assert other.returncode == 0 and "stage1_align: finished at iteration 3" in other.stderr, other.stderr
+    assert names() == ["stage1_align", "stage2_laver", "stage2_laver-baseline"]
+    with_laver, without = (
+        [
+            (record["consumed_samples"], record["num_tokens"])
+            for record in read_records(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in names()[1:]
+    )
+    assert with_laver == without and len(without) == NUM_STEPS
 
 
 # --- stage 1 from converted weights --------------------------------------------------------------------
