@@ -1,10 +1,10 @@
 # Everything works on a fresh clone with Python >= 3.11 and a shell; .venv is made on first use.
 #
-#   make demo       train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
-#   make demo-stages  the three stages (connector, LaVer, instruction tuning) on the same model; results in runs/stages
-#   make test       lint, types and the CPU tests
-#   make test-full  the same with the slow tests
-#   make test-gpu   the tests that need CUDA
+#   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
+#   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
+#   make test         lint, types and the CPU tests
+#   make test-full    the same with the slow tests
+#   make test-gpu     the tests that need CUDA
 #
 # PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
