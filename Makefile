@@ -1,15 +1,16 @@
 # Everything works on a fresh clone with Python >= 3.11 and a shell; .venv is made on first use.
 #
-#   make demo       train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
-#   make test       lint, types and the CPU tests
-#   make test-full  the same with the slow tests
-#   make test-gpu   the tests that need CUDA
+#   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
+#   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
+#   make test         lint, types and the CPU tests
+#   make test-full    the same with the slow tests
+#   make test-gpu     the tests that need CUDA
 #
 # PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu lint clean
+.PHONY: help demo demo-stages test test-full test-gpu lint clean
 
 BASE_PYTHON ?= python3
 ifeq ($(origin PYTHON), undefined)
@@ -44,6 +45,14 @@ demo: $(READY)
 	@echo "demo: the same command again goes on from the checkpoint"
 	$(DEMO)
 	@echo "demo: done; see runs/demo/curves.png and runs/demo/metrics.jsonl"
+
+demo-stages: $(READY)
+	$(PYTHON) tools/make_demo.py --dir runs/demo
+	@echo "demo-stages: starting over; the results of an earlier call are removed"
+	rm -rf runs/stages
+	NPROC_PER_NODE=4 $(PYTHON) tools/train_stages.py \
+		examples/demo_stages/stage1_align.yaml examples/demo_stages/stage2_laver.yaml \
+		examples/demo_stages/stage3_instruct.yaml --log-interval 5 --compare-weights
 
 test: lint
 	$(PYTEST) -m "not slow" $(UNIT_TESTS)

@@ -33,10 +33,11 @@ class ResumableAdam(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
+            # Also where nothing of the group is on this rank: a checkpoint keeps the count of one rank for all.
+            group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            group["step"] = group.get("step", 0) + 1
             for param in params:
                 if not self.state[param]:
                     self.state[param]["exp_avg"] = torch.zeros_like(param)

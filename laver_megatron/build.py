@@ -16,7 +16,7 @@ from torch import Tensor
 from laver_megatron.config import Config
 from laver_megatron.encoders import EncoderShape, build_encoder, read_encoder
 from laver_megatron.model.image_division import BY_TOKENS, ImageCost, sum_partial_gradients
-from laver_megatron.model.laver import LAVER_PARTS, LaverStage
+from laver_megatron.model.laver import MODULES, LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.encoder_flops import image_cost
@@ -64,13 +64,7 @@ def build_stages(
 def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
     """Stops training of whole modules: `decoder` means the language model with its embedding and LM head,
     `heads` the vision head and [MASK]."""
-    prefixes = {
-        "encoder": ("encoder.",),
-        "connector": ("connector.",),
-        "decoder": ("embedding.", "decoder.", "output_layer."),
-        "heads": LAVER_PARTS,
-    }
-    frozen = tuple(prefix for part in parts for prefix in prefixes[part])
+    frozen = tuple(prefix for part in parts for prefix in MODULES[part])
     for name, parameter in stage.named_parameters():
         if name.startswith(frozen or ("\0",)):
             parameter.requires_grad_(False)

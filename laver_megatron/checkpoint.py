@@ -101,7 +101,11 @@ def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is
     if state.optimizer.is_stub_optimizer:
         return {}
     # Megatron's optimizer knows its parameters by the sharded tensors of the chunks it was built from.
-    return {"optimizer": state.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
+    sharded = state.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    if not is_loading and not sharded.get("param_state", True):
+        # Nothing trains here. An empty entry would count as a setting, in which the ranks must not differ.
+        del sharded["param_state"]
+    return {"optimizer": sharded}
 
 
 def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict) -> Path:

@@ -84,7 +84,13 @@ class Config:
         "program (its checkpoints/ folder, or one iter_* folder in it)",
         default=None,
     )
-    finetune: bool = _option("model", "take only the weights of --load and start at iteration 0", default=False)
+    finetune: bool = _option(
+        "model",
+        "begin the next stage: take only the weights of --load, connector included, and start at iteration 0 with a "
+        "new optimizer and, with LaVer, the student's weights for a teacher; a run directory with a checkpoint of its "
+        "own goes on from that as ever",
+        default=False,
+    )
     encoder: str | None = _option(
         "model",
         "Hugging Face directory of the image encoder (docs/encoders.md lists the kinds); without it, encoder/ in the "

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config import CHANGEABLE, Config
-from laver_megatron.encoders import EncoderShape
+from laver_megatron.config import CHANGEABLE, Config, ConfigError
+from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
 
+_LAVER_NAMES = ("[MASK]", "vision head")
 _HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
 _WHY = {
     "laver": "its teacher and optimizer are those of its own parts",
@@ -50,18 +51,11 @@ def continuity_problems(
         yield problem
         return
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
+    now = {**vars(config), "vision_head_output_size": config.vision_head_output_size or hidden_size}
     layer = _feature_layer(config, encoder)
-    now = {
-        **vars(config),
-        "vision_head_output_size": config.vision_head_output_size or hidden_size,
-        "encoder_feature_layer": then.get("encoder_feature_layer") if layer is None else layer,
-    }
-    for name in CHANGEABLE:
-        if name in then and now[name] != then[name] and name not in config.allow_change:
-            yield (
-                f"{name} is {_shown(now[name])}, but {start} was trained with {_shown(then[name])}; "
-                f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
-            )
+    layer = then.get("encoder_feature_layer") if layer is None else layer
+    yield from unasked_changes(config.replace(encoder_feature_layer=layer), then, f"{start} was trained with")
+    yield from _encoder_problems(config, inputs)
     weights_only = inputs.weights_only or inputs.export is not None
     for name in _differing(now, then, weights_only):
         other_way = "or train with --no-laver"
@@ -72,6 +66,55 @@ def continuity_problems(
             f"{name} is {_shown(now[name])}, but {start} was written with {_shown(then[name])}, and {_WHY[name]}; "
             f"set {_setting(name, then[name])}, {other_way}"
         )
+
+
+def unasked_changes(config: Config, then: Mapping[str, Any], before: str) -> Iterator[str]:
+    """Settings of the model (CHANGEABLE) that differ from those of an earlier stage without --allow-change. before:
+    whose they are, up to the verb."""
+    for name in CHANGEABLE:
+        now = getattr(config, name)
+        if name in then and now != then[name] and name not in config.allow_change:
+            yield (
+                f"{name} is {_shown(now)}, but {before} {_shown(then[name])}; "
+                f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
+            )
+
+
+def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    """An --encoder that is not the one that comes with the weights and is used."""
+    if config.encoder is None or not inputs.brings_encoder:
+        return
+    assert inputs.encoder_dir is not None
+    try:
+        named, brought = (asdict(read_encoder(directory)) for directory in (Path(config.encoder), inputs.encoder_dir))
+    except ConfigError:  # not there any more, which is no fault; or unreadable, which is said where it is read
+        return
+    differing = [f"{name} {named[name]} against {brought[name]}" for name in named if named[name] != brought[name]]
+    if differing:
+        yield (
+            f"encoder {config.encoder} is not the encoder of {inputs.encoder_dir}, which comes with the other weights: "
+            f"{', '.join(differing)}; drop --encoder, or start from a model that was aligned with it"
+        )
+
+
+def start_message(config: Config, inputs: Inputs) -> str:
+    """For people: what a run that takes weights alone takes over, makes anew and leaves behind; empty for others."""
+    start = inputs.checkpoint or inputs.export
+    if start is None or not (inputs.weights_only or inputs.export):
+        return ""
+    then = (_read_run(start) if inputs.checkpoint else _read_export(start))[0]
+    taken = ["encoder", "connector"] * inputs.brings_encoder + ["decoder"]
+    made = [] if inputs.brings_encoder else ["connector"]
+    made += ["optimizer", "place in the data"]
+    left = []
+    if config.laver:
+        (taken if then["laver"] else made).extend(_LAVER_NAMES)
+        if config.finetune or not then["laver"]:
+            made.append("teacher (the student's weights)")
+    elif then["laver"]:
+        left = [*_LAVER_NAMES, "teacher"]
+    parts = (("taken over", taken), ("new", made), ("left behind", left))
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
 
 
 def as_before(config: Config, inputs: Inputs) -> Config:

@@ -85,6 +85,15 @@ def has_encoder(checkpoint: Path) -> bool:
     return (checkpoint / "encoder").is_dir()
 
 
+def is_text_only(config: Config, inputs: Inputs) -> bool:
+    """Whether the weights of --load, as far as they are there, are a language model's alone."""
+    if inputs.checkpoint is not None:
+        return not inputs.brings_encoder
+    assert config.load is not None
+    hf_dir = Path(config.load.removeprefix(HF_PREFIX))
+    return config.load.startswith(HF_PREFIX) and inputs.export is None and (hf_dir / "config.json").is_file()
+
+
 def is_converted(checkpoint: Path) -> bool:
     """Whether a checkpoint holds weights alone because it was converted, not trained."""
     try:
@@ -133,6 +142,12 @@ def load_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> Iterator[
     if config.load == HF_PREFIX:
         yield f"load {HF_PREFIX} names no directory; write --load {HF_PREFIX}DIR"
         return
+    if config.finetune and is_text_only(config, inputs):
+        yield (
+            f"finetune goes on with a model that has learnt to see, but {config.load} is text only: it brings no "
+            "encoder and no connector; load what an earlier stage has trained (RUN_DIR/checkpoints) or a LaVer export, "
+            "or drop --finetune to begin with a new connector, best with --freeze encoder decoder at first"
+        )
     if dry_run:
         return
     if config.load.startswith(HF_PREFIX):

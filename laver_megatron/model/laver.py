@@ -42,6 +42,13 @@ from laver_megatron.model.streams import MicroBatch
 
 # Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
 LAVER_PARTS = ("vision_head.", "mask_token")
+# And of the names of each module that can be frozen, under the configuration's word for it.
+MODULES = {
+    "encoder": ("encoder.",),
+    "connector": ("connector.",),
+    "decoder": ("embedding.", "decoder.", "output_layer."),
+    "heads": LAVER_PARTS,
+}
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,8 @@ class LaverStage(LanguageModule):
             self._refuse_images(batch, pixels)
         else:
             visual_VBH = self._visual_tokens(batch, pixels)
-            slot_SB = batch.slot_BS.t()
+            # Contiguous, so that the hidden states are: torch.where takes over the layout of its condition.
+            slot_SB = batch.slot_BS.t().contiguous()
             gathered_SBH = visual_VBH.gather(0, slot_SB.clamp(min=0).unsqueeze(-1).expand_as(words_SBH))
             student_LBH = torch.where((slot_SB >= 0).unsqueeze(-1), gathered_SBH, words_SBH)
         if self.teacher is not None:

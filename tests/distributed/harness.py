@@ -38,7 +38,7 @@ GRACE_SECONDS = 5
 @dataclass(frozen=True)
 class Layout:
     """How a job divides its processes. vpp_layers: layers of a virtual stage, None without interleaving;
-    first_layers: layers of the first stage of an uneven split."""
+    first_layers, last_layers: layers of the first and of the last stage of an uneven split."""
 
     tp: int = 1
     pp: int = 1
@@ -46,6 +46,7 @@ class Layout:
     sp: bool = False
     vpp_layers: int | None = None
     first_layers: int | None = None
+    last_layers: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -60,11 +61,13 @@ class Layout:
             "sequence_parallel": self.sp,
             "num_layers_per_virtual_pipeline_stage": self.vpp_layers,
             "decoder_first_pipeline_num_layers": self.first_layers,
+            "decoder_last_pipeline_num_layers": self.last_layers,
         }
 
     def __str__(self) -> str:
         interleaved = "" if self.vpp_layers is None else f"-VPP of {self.vpp_layers}"
-        uneven = "" if self.first_layers is None else f"-first {self.first_layers}"
+        ends = (("first", self.first_layers), ("last", self.last_layers))
+        uneven = "".join(f"-{end} {layers}" for end, layers in ends if layers is not None)
         return f"TP{self.tp}{'+SP' if self.sp else ''}-PP{self.pp}{uneven}{interleaved}-DP{self.dp}"
 
 

@@ -53,14 +53,21 @@ SCHEDULED = {
     "ema_momentum_schedule": "cosine", "ema_interval": 2, "mask_ratio_schedule": "cosine", "mask_ratio": 0.9,
     "lr_warmup_iters": 3, "weight_decay": 0.1,
 }  # fmt: skip
-# Only the connector trains: the second pipeline stage has nothing to optimize, and still has to save and load.
+# Only the connector trains: later pipeline stages, also virtual ones, have nothing to optimize, and still have to save
+# and load.
 CONNECTOR_ONLY = {"laver": False, "freeze": ("encoder", "decoder")}
 
 
 @pytest.mark.parametrize(
     "layout, settings",
-    [(ALL_FOUR, SCHEDULED), (Layout(dp=2, pp=2, vpp_layers=1), SCHEDULED), (Layout(pp=2), CONNECTOR_ONLY)],
-    ids=["TP2-PP2-SP", "PP2-VPP-DP2", "connector-only"],
+    [
+        (ALL_FOUR, SCHEDULED),
+        (Layout(dp=2, pp=2, vpp_layers=1), SCHEDULED),
+        (Layout(pp=2), CONNECTOR_ONLY),
+        (ALL_FOUR, CONNECTOR_ONLY),
+        (Layout(dp=2, pp=2, vpp_layers=1), CONNECTOR_ONLY),
+    ],
+    ids=["TP2-PP2-SP", "PP2-VPP-DP2", "connector-only-PP2", "connector-only-TP2-PP2-SP", "connector-only-PP2-VPP-DP2"],
 )
 def test_ten_steps_are_five_and_five(pool, assets, tmp_path, layout, settings):
     def config(name, **changes):

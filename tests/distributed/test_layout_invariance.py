@@ -40,6 +40,7 @@ DIVISIONS = {
         (Layout(tp=2, dp=2, sp=True), 2),
         (Layout(pp=2, vpp_layers=1, dp=2), 2),
         (Layout(pp=2, first_layers=1), 1),
+        (Layout(pp=3, first_layers=1, last_layers=1), 1),
         (Layout(tp=4), 2),
         (Layout(dp=4), 2),
     ),
@@ -54,13 +55,23 @@ DIVISIONS = {
     # those of the language loss could hide.
     "no-laver": (
         (Layout(tp=2, pp=2, sp=True), 1),
+        (Layout(pp=2), 2),
         (Layout(pp=2, vpp_layers=1), 1),
         (Layout(tp=2, dp=2), 2),
     ),
     # Only the connector trains: the later stages have no parameter to train, its gradients cross them.
     "connector-only": (
         (Layout(pp=2), 1),
+        (Layout(dp=2), 2),
         (Layout(tp=2, dp=2, sp=True), 1),
+        (Layout(tp=2, pp=2, sp=True), 2),
+        (Layout(pp=2, dp=2, vpp_layers=1), 2),
+        (Layout(pp=3, first_layers=1, last_layers=1), 1),
+    ),
+    # The same with an LM head of its own, the last stage's only weight beside layers.
+    "connector-only-untied": (
+        (Layout(pp=2, last_layers=1), 1),
+        (Layout(tp=2, pp=2), 1),
     ),
 }
 SETTINGS = {
@@ -68,6 +79,7 @@ SETTINGS = {
     "untied": {"freeze": ()},
     "no-laver": {"freeze": (), "laver": False},
     "connector-only": {"freeze": ("encoder", "decoder"), "laver": False},
+    "connector-only-untied": {"freeze": ("encoder", "decoder"), "laver": False},
 }
 
 
@@ -94,7 +106,7 @@ def run(layout, config):
 
 
 def launch(pool, assets, variant, layout, micro_batch_size):
-    weights = assets.untied if variant == "untied" else assets.tied
+    weights = assets.untied if variant.endswith("untied") else assets.tied
     config = make_config(
         assets, Path("unused"), layout, micro_batch_size=micro_batch_size, load=f"hf:{weights}", **SETTINGS[variant]
     )
@@ -165,7 +177,7 @@ def test_layouts_agree(pool, assets, reference, variant, layout, micro_batch_siz
 
 def is_compared(key, variant):
     """Not what is frozen; nor the encoder, of which a part has no gradient but rounding."""
-    return not key.startswith("encoder.") and (variant != "connector-only" or key.startswith("connector."))
+    return not key.startswith("encoder.") and (not variant.startswith("connector-only") or key.startswith("connector."))
 
 
 def test_the_reference_is_a_real_run(reference):

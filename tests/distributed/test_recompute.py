@@ -34,6 +34,8 @@ CASES = [
     (Layout(tp=2, sp=True), "nothing"),
     (Layout(tp=2, sp=True), "inputs"),
     (Layout(tp=2, pp=2, sp=True), "inputs"),
+    (Layout(tp=2, pp=2, sp=True), "all but connector"),
+    (Layout(pp=2, vpp_layers=1), "all but connector"),
 ]
 freeze_parts = build.freeze
 

@@ -110,6 +110,7 @@ def test_parameters_do_not_share_a_step():
 def test_nothing_to_train():
     optimizer = ResumableAdam([{"params": []}], **SETTINGS)
     optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 1, "counted as on ranks that have something"
     state = optimizer.state_dict()
     again = ResumableAdam([{"params": []}], **SETTINGS)
     again.load_state_dict(state)

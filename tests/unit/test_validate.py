@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from laver_megatron import inputs, metrics
 from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError
+from laver_megatron.continuity import start_message
 from laver_megatron.encoders import EncoderShape, read_encoder
-from laver_megatron.inputs import EncoderInputs
+from laver_megatron.inputs import EncoderInputs, find_inputs
 from laver_megatron.model.shape import ModelShape, read_model_shape
 from laver_megatron.validate import check, check_run, validate
 
@@ -682,6 +684,80 @@ def test_finetune_compares_only_what_it_takes(run, tmp_path):
     assert check_one(config.replace(laver=False))
     write_run(path, **OTHER_STATE, laver=False)
     assert check_one(config)
+
+
+def text_only(run: Config, tmp_path: Path, start: str) -> Config:
+    """A run from weights without an encoder: of a published model, or of its conversion."""
+    if start == "hf":
+        return run
+    path = write_checkpoint(tmp_path / "converted")
+    shutil.rmtree(path / "encoder")
+    (path / inputs.RUN_FILE).write_text(json.dumps({"weights_only": True}))
+    return run.replace(load=str(tmp_path / "converted"))
+
+
+@pytest.mark.parametrize("start", ["hf", "converted"])
+@pytest.mark.parametrize("laver", [True, False])
+def test_a_later_stage_needs_weights_that_have_learnt_to_see(run, tmp_path, start, laver):
+    config = text_only(run, tmp_path, start).replace(laver=laver)
+    assert check_one(config), "a first stage makes the connector"
+    (problem,) = found(config.replace(finetune=True))
+    assert f"but {config.load} is text only: it brings no encoder and no connector; load what an earlier" in problem
+    assert found(config.replace(finetune=True), dry_run=True) == (problem,)
+    write_checkpoint(tmp_path / "run" / "checkpoints", laver=laver)
+    assert check_one(config.replace(finetune=True)), "a run of its own goes on"
+
+
+@pytest.mark.parametrize("how", ["resume", "load", "finetune"])
+def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
+    config, path = going_on(run, tmp_path, how)
+    write_encoder(tmp_path / "deeper", num_hidden_layers=5)
+    (problem,) = found(config.replace(encoder=f"{tmp_path}/deeper"))
+    assert problem.startswith(f"encoder {tmp_path}/deeper is not the encoder of {path}/encoder, which comes with the")
+    assert "num_hidden_layers 5 against 3; drop --encoder" in problem
+    assert check_one(config.replace(encoder=None)) and check_one(config.replace(encoder="/gone"))
+
+
+@pytest.mark.parametrize(
+    ("then", "changes", "expected"),
+    [
+        (
+            {"laver": False},
+            {},
+            "taken over: encoder, connector, decoder; new: optimizer, place in the data, [MASK], vision head, teacher "
+            "(the student's weights)",
+        ),
+        (
+            {},
+            {},
+            "taken over: encoder, connector, decoder, [MASK], vision head; new: optimizer, place in the data, teacher "
+            "(the student's weights)",
+        ),
+        (
+            {},
+            {"laver": False},
+            "taken over: encoder, connector, decoder; new: optimizer, place in the data; left behind: [MASK], vision "
+            "head, teacher",
+        ),
+        (
+            {"laver": False},
+            {"laver": False},
+            "taken over: encoder, connector, decoder; new: optimizer, place in the data",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_stage_takes_over(run, tmp_path, then, changes, expected):
+    config, _ = going_on(run, tmp_path, "finetune", **then)
+    config = config.replace(**changes)
+    assert start_message(config, find_inputs(config)) == expected
+    without = config.replace(finetune=False)
+    assert start_message(without, find_inputs(without)) == ""
+
+
+def test_what_is_taken_over_from_text_only_weights(run, tmp_path):
+    config = text_only(run, tmp_path, "converted").replace(laver=False)
+    message = "taken over: decoder; new: connector, optimizer, place in the data"
+    assert start_message(config, find_inputs(config)) == message
 
 
 def test_finetune_says_nothing_on_resuming(run, tmp_path):

@@ -1,0 +1,273 @@
+"""Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones go on.
+
+A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. What is known of all stages is held
+together before the first begins, so that a slip in the last file does not wait for days to show.
+
+The baseline arm is the same stages without LaVer: the same files and flags, thus the same data in the same order, the
+same seeds, attention and positions, in run directories of their own. Stages that have LaVer off in any case are the
+same in both arms up to the first that has not; once finished in the one, they are taken for the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from laver_megatron.command_line import Invocation, read_command_line
+from laver_megatron.config import Config, ConfigError, fields_of
+from laver_megatron.continuity import unasked_changes
+from laver_megatron.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
+from laver_megatron.validate import check
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
+BASELINE = "-baseline"
+# Exit status of a chain that has stopped where it was told to, before its end.
+EXIT_UNFINISHED = 3
+# A stage has its own in its file, or they follow from the order of the stages and from --runs and --baseline.
+_OF_EACH_STAGE = (
+    "--config", "--run-dir", "--finetune", "--no-finetune", "--laver", "--no-laver", "--print-config",
+)  # fmt: skip
+# They change where and how fast a stage runs, not what comes out.
+_WITHOUT_EFFECT = {item.name for group in ("parallel", "run") for item in fields_of(group)} | {
+    "attention_kernel", "allow_change", "preset", "num_workers", "shard_cache", "shard_cache_gb", "exit_interval",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the file's stem, the configuration that its arguments describe, and whether it is the other arm's."""
+
+    name: str
+    config: Config
+    arguments: tuple[str, ...]
+    is_shared: bool = False
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Its newest one. Raises ConfigError as `latest_checkpoint` does."""
+        return latest_checkpoint(Path(self.config.run_dir) / "checkpoints")
+
+    @property
+    def iteration(self) -> int:
+        """Where it stands; 0 without a checkpoint."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.removeprefix("iter_"))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.iteration >= self.config.train_iters
+
+
+def read_stages(
+    files: Sequence[str], flags: Sequence[str] = (), *, baseline: bool = False, runs: str | None = None
+) -> list[Stage]:
+    """The stages that configuration files and flags for all of them describe; the flag --load is the first one's.
+
+    runs: a folder that takes the place of the files' run directories: RUNS/STEM-OF-THE-FILE for each.
+
+    Raises:
+        ConfigError: all that is wrong with the files as a chain, whatever is there to start from.
+    """
+    own_flags = _flags_of_stages(flags, len(files))
+    given = _read_configs(files, flags, own_flags)
+    names = [Path(file).stem for file in files]
+    own_dirs = [str(Path(runs) / name) if runs else config.run_dir for name, config in zip(names, given, strict=True)]
+    stages = _place(names, files, own_flags, given, own_dirs)
+    if baseline:
+        beside = [f"{os.path.normpath(run_dir)}{BASELINE}" for run_dir in own_dirs]
+        num_shared = 0
+        while num_shared < len(stages) and _serves_both(stages[num_shared], beside[num_shared]):
+            num_shared += 1
+        run_dirs = own_dirs[:num_shared] + beside[num_shared:]
+        stages = _place(names, files, own_flags, given, run_dirs, baseline_from=num_shared)
+    run_dirs = [os.path.normpath(stage.config.run_dir) for stage in stages]
+    if len(set(run_dirs)) < len(run_dirs):
+        raise ConfigError([f"the run directories of the stages must differ, but they are {', '.join(run_dirs)}"])
+    return stages
+
+
+def _read_configs(files: Sequence[str], flags: Sequence[str], own_flags: Sequence[Sequence[str]]) -> list[Config]:
+    """Each file with its flags; ConfigError for what is wrong with one of them, or with two that follow each other."""
+    problems = [
+        f"{flag} belongs to each stage and cannot be given to all of them; write it in the files"
+        + (" (or use --baseline or --runs)" if "laver" in flag or "run-dir" in flag else "")
+        for flag in (word.split("=", 1)[0] for word in flags)
+        if flag in _OF_EACH_STAGE
+    ]
+    given: list[Config] = []
+    for file, own in zip(files, own_flags, strict=True):
+        try:
+            given.append(read_command_line(["--config", file, *own]).config)
+        except ConfigError as error:
+            problems += error.problems
+    if not problems:
+        pairs = zip(files[1:], given, given[1:], strict=False)
+        problems = [problem for file, before, config in pairs for problem in _link_problems(file, before, config)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong with a flag is found with every file
+    return given
+
+
+def _flags_of_stages(flags: Sequence[str], num_stages: int) -> list[list[str]]:
+    """The flags of each stage: all of them for the first, all but --load for the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load", nargs="?")
+    return [list(flags), *([parser.parse_known_args(flags)[1]] * (num_stages - 1))]
+
+
+def _link_problems(file: str, before: Config, config: Config) -> list[str]:
+    """What keeps a stage from starting from the one before it."""
+    problems = []
+    if _below(config.load, before.run_dir) is None:
+        problems.append(
+            f"{file}: load is {config.load}, but the stage before it writes to {before.run_dir}; set "
+            f"load: {before.run_dir}/checkpoints"
+        )
+    if not config.finetune:
+        problems.append(f"{file}: a stage takes only the weights of the one before; set finetune: true")
+    then = dict(vars(before))
+    if None in (config.encoder_feature_layer, before.encoder_feature_layer):
+        del then["encoder_feature_layer"]  # the encoder decides; the stage is checked again when it starts
+    changes = unasked_changes(config, then, f"the stage before it ({before.run_dir}) has")
+    return [*problems, *(f"{file}: {change}" for change in changes)]
+
+
+def _below(load: str | None, run_dir: str) -> str | None:
+    """The rest of `load` if it lies in `run_dir`."""
+    if load is None or load.startswith(HF_PREFIX):
+        return None
+    rest = os.path.relpath(load, run_dir)
+    return None if rest.split(os.sep)[0] == os.pardir else rest
+
+
+def _serves_both(stage: Stage, beside: str) -> bool:
+    """Whether a stage of the other arm is what the baseline's would be, and done; not if the latter was begun."""
+    begun = latest_checkpoint(Path(beside) / "checkpoints") is not None
+    return not stage.config.laver and not begun and stage.is_finished and not differences(stage)
+
+
+def _place(
+    names: Sequence[str],
+    files: Sequence[str],
+    flags: Sequence[Sequence[str]],
+    given: Sequence[Config],
+    run_dirs: Sequence[str],
+    *,
+    baseline_from: int | None = None,
+) -> list[Stage]:
+    """The stages in their run directories, each one's --load in that of the one before. baseline_from: the first stage
+    that is the baseline's own, those before being shared; None: none is."""
+    stages = []
+    for i, (name, file, config) in enumerate(zip(names, files, given, strict=True)):
+        arguments = ["--config", file, *flags[i]]
+        if run_dirs[i] != config.run_dir:
+            arguments += ["--run-dir", run_dirs[i]]
+        if i > 0 and run_dirs[i - 1] != given[i - 1].run_dir:
+            rest = _below(config.load, given[i - 1].run_dir)
+            assert rest is not None
+            arguments += ["--load", str(Path(run_dirs[i - 1]) / rest)]
+        if baseline_from is not None and config.laver:
+            arguments.append("--no-laver")
+        is_shared = baseline_from is not None and i < baseline_from
+        stages.append(Stage(name, read_command_line(arguments).config, tuple(arguments), is_shared))
+    return stages
+
+
+def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
+    """Checks all unfinished stages as far as that can be done before they start. dry_run: without shards, too.
+
+    Raises:
+        ConfigError: everything found, with the stages' names.
+    """
+    problems: list[str] = []
+    first = stages[0].config
+    # Until a stage before has written a checkpoint, its model and encoder say what the later ones will find.
+    known = find_inputs(first)
+    model, encoder = (str(path) if path else None for path in (known.model_dir, known.encoder_dir))
+    for stage in stages:
+        if stage.is_finished:
+            continue
+        config = stage.config
+        if find_inputs(config).checkpoint is None:
+            config = config.replace(model=config.model or model, encoder=config.encoder or encoder)
+        try:
+            # Every stage sees for itself what it can start from, when it starts.
+            check(Invocation(config, dry_run=True))
+        except ConfigError as error:
+            problems += [f"{stage.name}: {problem}" for problem in error.problems]
+        if not dry_run:
+            problems += [f"{stage.name}: {problem}" for problem in shard_problems(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def differences(stage: Stage) -> list[str]:
+    """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
+    assert stage.checkpoint is not None
+    written: Mapping[str, object] = json.loads((stage.checkpoint / RUN_FILE).read_text())
+    now = json.loads(json.dumps(asdict(stage.config)))
+    if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
+        del now["visual_seq_length"]
+    if now["encoder_feature_layer"] is None:  # the encoder's own
+        del now["encoder_feature_layer"]
+    return [name for name in now if name not in _WITHOUT_EFFECT and now[name] != written.get(name)]
+
+
+def run_stages(stages: Sequence[Stage]) -> int:
+    """Runs what is not finished yet, in order. Returns the exit status: 0 if all stages are finished, that of the
+    first one that failed, EXIT_UNFINISHED if one has stopped early (--exit-interval)."""
+    for number, stage in enumerate(stages, start=1):
+        title = f"stage {number} of {len(stages)}, {stage.name}"
+        config = stage.config
+        if stage.is_finished:
+            shared = ", the same in both arms" if stage.is_shared else ""
+            say(f"{title}: finished at iteration {stage.iteration} in {config.run_dir}{shared}")
+            if changed := differences(stage):
+                say(f"{title}: {', '.join(changed)} differ now from what it was run with; remove it to run it again")
+            continue
+        verb = f"going on at iteration {stage.iteration}" if stage.iteration else "starting"
+        say(f"{title}: {verb} in {config.run_dir}")
+        if status := _launch(stage.arguments):
+            say(f"{title}: ended with exit status {status}; the same command goes on from its last checkpoint")
+            return status
+        if not stage.is_finished:
+            say(f"{title}: stopped at iteration {stage.iteration} of {config.train_iters}; the same command goes on")
+            return EXIT_UNFINISHED
+    return 0
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    """Runs the launcher; its exit status, 128 + n if signal n ended it."""
+    # The launcher looks for torchrun and python3: those of this environment, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(["bash", str(LAUNCHER), *arguments], env={**os.environ, "PATH": path})
+
+    def pass_on(number: int, frame: object) -> None:
+        # Ctrl-C reaches the launcher, which shares the terminal, by itself.
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def is_first_node() -> bool:
+    """By what the launcher reads."""
+    return os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")) == "0"
+
+
+def say(message: str) -> None:
+    """One line on the first node."""
+    if is_first_node():
+        print(message, file=sys.stderr, flush=True)
