@@ -148,6 +148,38 @@ def test_the_table_holds_what_all_readers_have_found(write_shard, demo_dir, conf
     assert min(own) > 0 and f"\n{sum(own):>12,}  unreadable_image" in found[0]
 
 
+def built(config, reader, told):
+    """A source as it is built on a rank to which rank 0 tells this."""
+    with (
+        mock.patch.object(batches, "parallel_state") as state,
+        mock.patch.object(batches.dist, "broadcast_object_list", lambda values, src: told(values)),
+    ):
+        state.get_data_parallel_world_size.return_value = 1
+        return BatchSource(config, reader, lambda packs: (0, 0), torch.float32, torch.device("cpu"))
+
+
+def test_marks_pass_from_rank_to_rank(config, demo_dir):
+    """From a run to the checkpoint and to a reader that begins anew; other data than rank 0's are an error."""
+    config = config.replace(num_workers=0)
+    first, second = (open_reader(config, config.data_path, demo_dir / "model", demo_dir / "encoder") for _ in range(2))
+    position = first.plan.num_packs(0)
+    source = built(config, first, lambda values: None)
+    with mock.patch.object(batches.dist, "broadcast_object_list"):
+        mark = source.mark(position)
+    assert mark["window"] == first.plan.num_windows > 1 and mark == json.loads(json.dumps(mark))
+    resumed = built(config, second, lambda values: None)
+    resumed.go_on_from({})  # of a checkpoint without one
+    with mock.patch.object(second.plan, "_pack_window", wraps=second.plan._pack_window) as packed:
+        resumed.go_on_from(mark)
+        assert keys_at(resumed, 0, 1, position) == keys_at(source, 0, 1, position)
+    assert min(call.args[0] for call in packed.call_args_list) == mark["window"]
+    with pytest.raises(ValueError, match="other data or to another version"):
+        resumed.go_on_from({**mark, "first_pack": position + 1})
+    built(config, None, lambda values: values.__setitem__(0, "rank 0's")).go_on_from(mark)  # reads nothing
+    with pytest.raises(ValueError, match="those of rank 0 other: the indexes or shards .* not the same on all nodes"):
+        built(config, second, lambda values: values.__setitem__(0, "other"))
+
+
 def test_counts_of_a_pack():
     packs = pack([3, (2, 2), 2], padding(4), [2], padding(3))
     packs.sample_id_BS[0, 9:11], packs.sample_id_BS[0, 11:13] = 77, 78
