@@ -714,7 +714,7 @@ def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
     write_encoder(tmp_path / "deeper", num_hidden_layers=5)
     (problem,) = found(config.replace(encoder=f"{tmp_path}/deeper"))
     assert problem.startswith(f"encoder {tmp_path}/deeper is not the encoder of {path}/encoder, which comes with the")
-    assert "num_hidden_layers 5 against 3; drop --encoder" in problem
+    assert "num_layers 5 against 3; drop --encoder" in problem
     assert check_one(config.replace(encoder=None)) and check_one(config.replace(encoder="/gone"))
 
 

@@ -46,7 +46,8 @@ def place(tmp_path, monkeypatch):
         write(Path(model) / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
     for encoder, size in (("siglip2-so400m-patch14-384", 384), ("runs/demo/encoder", 112)):
         write(Path(encoder) / "config.json", {**SIGLIP2, "image_size": size})
-        write(Path(encoder) / "preprocessor_config.json", {"size": {"height": size, "width": size}})
+        processor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size}}
+        write(Path(encoder) / "preprocessor_config.json", processor)
     return tmp_path
 
 
@@ -62,7 +63,7 @@ def leave_checkpoint(config, iteration):
     inputs = find_inputs(config)
     for part, source in (("hf", inputs.model_dir), ("encoder", inputs.encoder_dir)):
         shutil.copytree(source, path / part)
-    write(path / "run.json", asdict(config))
+    write(path / "run.json", {**asdict(config), "encoder_feature_layer": -2})  # a run names it
     write(path / "manifest.json", {})
     (directory / "latest").write_text(str(iteration))
 
