@@ -22,6 +22,7 @@ I images of a batch, T visual tokens of all these images, P pixels of a visual t
 decoder, F frequency pairs and D width of an attention head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from transformers import (
     SiglipVisionModel,
     SuppressTokensLogitsProcessor,
 )
+from transformers.image_transforms import normalize, rescale, resize
 from transformers.image_utils import load_image
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -728,7 +730,8 @@ class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
     In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. patch_size: side in
-    pixels of what becomes one visual token.
+    pixels of what becomes one visual token. For an encoder of native resolution, whose pictures keep their proportions,
+    min_pixels and max_pixels bound a picture's area, and max_image_tokens its visual tokens, whatever its shape.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -740,11 +743,21 @@ class LaverProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         patch_size: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if patch_size is None:
             raise ValueError("processor_config.json names no patch_size; export the checkpoint again")
+        bounds = (min_pixels, max_pixels, max_image_tokens)
+        if None in bounds and any(bound is not None for bound in bounds):
+            raise ValueError(
+                f"processor_config.json says (min_pixels, max_pixels, max_image_tokens) {bounds}; an encoder of native "
+                "resolution needs all three, another none; export the checkpoint again"
+            )
         self.patch_size = patch_size
+        self.min_pixels, self.max_pixels, self.max_image_tokens = bounds
         self.image_token = _IMAGE_PAD
         self.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_PAD)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -772,7 +785,8 @@ class LaverProcessor(ProcessorMixin):
         common_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """input_ids and attention_mask `[B, L]`, and pixel_values float32 `[I, 3, height, width]` if there are images.
+        """input_ids and attention_mask `[B, L]`; if there are images, pixel_values (float32) and for an encoder of
+        native resolution image_grids (int64), as at the head of this file.
 
         images: pictures (PIL, uint8 arrays, paths, addresses) of all texts in order, or a list of them for each
         text. All further arguments go to the tokenizer (`return_tensors`, `padding`, ...); batches are padded on the
@@ -794,14 +808,67 @@ class LaverProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         counts: list[int] = []
         if pictures:
-            prepared = self.image_processor(images=[_upright(picture) for picture in pictures], return_tensors="np")
-            data["pixel_values"] = np.asarray(prepared["pixel_values"], dtype=np.float32)
-            _, _, height, width = data["pixel_values"].shape
-            counts = len(pictures) * [(height // self.patch_size) * (width // self.patch_size)]
+            data = self._prepare([_upright(picture) for picture in pictures])
+            counts = self._count_tokens(data)
         options = {"padding_side": "left", **(common_kwargs or {}), **(text_kwargs or {}), **kwargs}
         return_tensors = options.pop("return_tensors", None)
         tokens = self.tokenizer(_write_out(texts, counts), **options)
         return BatchFeature({**tokens, **data}, tensor_type=return_tensors)
+
+    def _prepare(self, pictures: list[Image.Image]) -> dict[str, np.ndarray]:
+        """pixel_values, and image_grids where pictures differ in size."""
+        if self.max_image_tokens is None:
+            prepared = self.image_processor(images=pictures, return_tensors="np")
+            return {"pixel_values": np.asarray(prepared["pixel_values"], dtype=np.float32)}
+        images = [self._keeping_proportions(picture) for picture in pictures]
+        grids = [tuple(side // self.patch_size for side in image.shape[1:]) for image in images]
+        tokens = [cut_into_tokens(torch.from_numpy(image), self.patch_size).numpy() for image in images]
+        return {"pixel_values": np.concatenate(tokens), "image_grids": np.array(grids, dtype=np.int64)}
+
+    def _keeping_proportions(self, picture: Image.Image) -> np.ndarray:
+        """Normalised pixels, float32 `[3, height, width]`, of a size that `native_size` gives."""
+        assert self.min_pixels is not None and self.max_pixels is not None and self.max_image_tokens is not None
+        processor, layout = (
+            self.image_processor,
+            {"data_format": "channels_first", "input_data_format": "channels_first"},
+        )
+        size = native_size(
+            picture.height, picture.width, self.patch_size, self.min_pixels, self.max_pixels, self.max_image_tokens
+        )
+        image = np.moveaxis(np.array(picture), -1, 0)
+        image = resize(image, size, resample=processor.resample, **layout)
+        if processor.do_rescale:
+            image = rescale(image, processor.rescale_factor, **layout)
+        if processor.do_normalize:
+            image = normalize(image, processor.image_mean, processor.image_std, **layout)
+        return np.ascontiguousarray(image, dtype=np.float32)
+
+    def _count_tokens(self, data: dict[str, np.ndarray]) -> list[int]:
+        """Visual tokens of each picture."""
+        if "image_grids" in data:
+            return data["image_grids"].prod(axis=1).tolist()
+        num_pictures, _, height, width = data["pixel_values"].shape
+        return num_pictures * [(height // self.patch_size) * (width // self.patch_size)]
+
+
+def native_size(
+    height: int, width: int, side: int, min_pixels: int, max_pixels: int, max_tokens: int
+) -> tuple[int, int]:
+    """(height, width) to which a picture is resized: multiples of `side`, the picture's proportions as nearly as that
+    allows, an area from min_pixels to max_pixels, and max_tokens squares of `side` at most."""
+    rows, columns = round(height / side), round(width / side)
+    if max_tokens < max_pixels // side**2:
+        max_pixels = max_tokens * side**2
+    if rows * columns * side**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(math.floor(length / shrink / side), 1) for length in (height, width))
+    elif rows * columns * side**2 < max(min_pixels, 1):
+        grow = math.sqrt(max(min_pixels, 1) / (height * width))
+        rows, columns = (math.ceil(length * grow / side) for length in (height, width))
+    # The short side of a long picture is one token at least; the long one then is as long as there is room.
+    if rows * columns > max_tokens:
+        rows, columns = min(rows, max_tokens // min(rows, columns)), min(columns, max_tokens // min(rows, columns))
+    return rows * side, columns * side
 
 
 def _count_places(text: str) -> int:
