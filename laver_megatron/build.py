@@ -14,11 +14,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config import Config
+from laver_megatron.encoders import build_encoder, read_encoder
 from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.model.qwen import transformer_config
-from laver_megatron.model.shape import ModelShape, read_encoder_shape
-from laver_megatron.model.vision import ImageEncoder
+from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.flops import ModelFlops, model_flops
 
 
@@ -37,8 +37,8 @@ def build_stages(
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
         encoder = None
         if first and encoder_dir is not None:
-            encoder = ImageEncoder.from_directory(
-                encoder_dir, config.encoder_feature_layer, megatron_config.params_dtype, load_encoder
+            encoder = build_encoder(
+                encoder_dir, config.encoder_feature_layer, megatron_config.params_dtype, load_weights=load_encoder
             )
         stage = LaverStage(
             config,
@@ -112,12 +112,13 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
 
 
 def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:
-    encoder = read_encoder_shape(encoder_dir)
-    layer = config.encoder_feature_layer
+    """FLOPs of each part of a run's model per token and per pair."""
+    encoder = read_encoder(encoder_dir)
+    layer = encoder.feature_layer(config.encoder_feature_layer)
     return model_flops(
         shape,
         vision_head_hidden_size=config.vision_head_hidden_size,
         vision_head_output_size=config.vision_head_output_size,
         encoder=encoder,
-        num_encoder_layers=layer if layer >= 0 else encoder.num_hidden_layers + 1 + layer,
+        num_encoder_layers=None if layer is None else layer % (encoder.num_layers + 1),
     )

@@ -87,13 +87,15 @@ class Config:
     finetune: bool = _option("model", "take only the weights of --load and start at iteration 0", default=False)
     encoder: str | None = _option(
         "model",
-        "Hugging Face directory of the image encoder (SigLIP type); without it, encoder/ in the checkpoint of --load",
+        "Hugging Face directory of the image encoder (docs/encoders.md lists the kinds); without it, encoder/ in the "
+        "checkpoint of --load",
         default=None,
     )
-    encoder_feature_layer: int = _option(
+    encoder_feature_layer: int | None = _option(
         "model",
-        "which of the encoder's hidden states become visual features: 0 is its embedding, -1 its last layer",
-        default=-2,
+        "which of the encoder's hidden states become visual features: 0 is its embedding, -1 its last layer (default: "
+        "as is usual for its kind)",
+        default=None,
     )
     attention: str = _option(
         "model",
@@ -163,6 +165,12 @@ class Config:
     seq_length: int = _option("data", "tokens of a pack in the language-model stream, visual tokens included")
     visual_seq_length: int = _option(
         "data", "visual tokens a pack can hold; 0: as many as fill the packs best, proposed from the data", default=0
+    )
+    max_image_tokens: int | None = _option(
+        "data",
+        "visual tokens of one image at most: larger pictures are shrunk to it for an encoder of native resolution, and "
+        "are an error with one of fixed resolution (default: as the encoder's image processor says)",
+        default=None,
     )
     shuffle_window: int = _option(
         "data",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.config import CHANGEABLE, Config
+from laver_megatron.encoders import EncoderShape
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
 
 _HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
@@ -29,12 +30,15 @@ _WHY = {
 }
 
 
-def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None) -> Iterator[str]:
+def continuity_problems(
+    config: Config, inputs: Inputs, hidden_size: int | None, encoder: EncoderShape | None
+) -> Iterator[str]:
     """All differences between the run that wrote the checkpoint of `inputs` and this one that would change the
     model or the data silently, or could not be loaded. With --finetune, which takes weights alone, only those
     of the model. Without a checkpoint there are none.
 
-    hidden_size: the model's, which is the vision head's output size where that is not given; None if unknown.
+    hidden_size: the model's, which is the vision head's output size where that is not given; encoder: which says what
+    its feature layer is where that is not given. None if unknown.
     """
     start = inputs.checkpoint or inputs.export
     if start is None:
@@ -46,7 +50,12 @@ def continuity_problems(config: Config, inputs: Inputs, hidden_size: int | None)
         yield problem
         return
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
-    now = {**vars(config), "vision_head_output_size": config.vision_head_output_size or hidden_size}
+    layer = _feature_layer(config, encoder)
+    now = {
+        **vars(config),
+        "vision_head_output_size": config.vision_head_output_size or hidden_size,
+        "encoder_feature_layer": then.get("encoder_feature_layer") if layer is None else layer,
+    }
     for name in CHANGEABLE:
         if name in then and now[name] != then[name] and name not in config.allow_change:
             yield (
@@ -71,6 +80,14 @@ def as_before(config: Config, inputs: Inputs) -> Config:
     if config.visual_seq_length or inputs.checkpoint is None or inputs.weights_only:
         return config
     return config.replace(visual_seq_length=_read_run(inputs.checkpoint)[0]["visual_seq_length"])
+
+
+def _feature_layer(config: Config, encoder: EncoderShape | None) -> int | None:
+    """None: the encoder has no choice of layers, or its choice is not known or reported as wrong elsewhere."""
+    try:
+        return encoder.feature_layer(config.encoder_feature_layer) if encoder else config.encoder_feature_layer
+    except ValueError:
+        return config.encoder_feature_layer
 
 
 def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bool) -> Iterator[str]:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
+from laver_megatron.encoders import EncoderShape, open_preprocessor, read_encoder
 from laver_megatron.model.shape import (
-    EncoderShape,
     ModelShape,
     is_laver_export,
     read_config,
-    read_encoder_shape,
     read_model_shape,
 )
 
@@ -275,41 +274,42 @@ def _shape_differences(model: Path, weights: Path) -> Iterator[str]:
         yield f"model {model} is not the model of {weights}: {', '.join(differing)}; drop --model"
 
 
-def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[EncoderShape | None, list[str]]:
-    """The encoder's shape and what is wrong with its directory; its weights are asked for only when they are
-    to be read from there, outside a dry run."""
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What checking a run needs of its encoder. most_image_tokens: visual tokens of one image at most, None if that is
+    not known because its image processor cannot be used."""
+
+    shape: EncoderShape
+    most_image_tokens: int | None
+
+
+def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[EncoderInputs | None, list[str]]:
+    """What the encoder is and what is wrong with its directory; its weights are asked for only when they are to be read
+    from there, outside a dry run."""
     if inputs.encoder_dir is None:
-        return None, ["encoder is missing: give --encoder DIR of a SigLIP vision model"]
+        return None, ["encoder is missing: give --encoder DIR of a vision model"]
     try:
-        shape = read_encoder_shape(inputs.encoder_dir)
+        shape = read_encoder(inputs.encoder_dir)
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
-    problems = list(preprocessor_problems(inputs.encoder_dir, shape))
-    if not inputs.brings_encoder and not dry_run:
-        problems += weight_problems("encoder", inputs.encoder_dir)
-    return shape, problems
-
-
-def preprocessor_problems(directory: Path, shape: EncoderShape) -> Iterator[str]:
-    """What keeps a directory's image processor from serving its encoder."""
-    file = directory / "preprocessor_config.json"
-    if not file.is_file():
-        yield f"encoder {directory}: no preprocessor_config.json in it"
-        return
+    problems, most_image_tokens = [], None
     try:
-        content = json.loads(file.read_text("utf-8"))
-        size = content.get("crop_size" if content.get("do_center_crop") else "size")
-    except (OSError, ValueError, AttributeError) as error:
-        yield f"{file}: cannot be read ({error})"
-        return
-    if not isinstance(size, dict):
-        return  # the processor's own class decides; it is asked when it is built
-    made = (size.get("height"), size.get("width"))
-    if None in made:
-        yield f"{file}: no fixed height and width ({size}); only encoders of fixed resolution can be used"
-    elif made != shape.image_size:
-        taken = f"{shape.image_size[0]} x {shape.image_size[1]}"
-        yield f"{file}: makes images of {made[0]} x {made[1]} pixels, but the encoder of config.json takes {taken}"
+        most_image_tokens = open_preprocessor(inputs.encoder_dir, config.max_image_tokens).most_tokens
+    except ValueError as error:
+        problems.append(f"encoder {error}")
+    if not inputs.brings_encoder and not dry_run and shape.has_weights:
+        problems += weight_problems("encoder", inputs.encoder_dir)
+    return EncoderInputs(shape, most_image_tokens), problems
+
+
+def preprocessor_problems(directory: Path) -> Iterator[str]:
+    """What keeps a directory's image processor from serving its encoder."""
+    try:
+        open_preprocessor(directory)
+    except ConfigError as error:
+        yield from error.problems
+    except ValueError as error:
+        yield f"encoder {error}"
 
 
 def shard_problems(config: Config) -> Iterator[str]:

@@ -42,6 +42,7 @@ from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
 from laver_megatron.data.dataset import open_data
+from laver_megatron.encoders import read_encoder
 from laver_megatron.inputs import HF_PREFIX, find_inputs
 from laver_megatron.losses import TERMS, count_of, micro_batch_losses
 from laver_megatron.metrics import RunLog, peak_memory_bytes
@@ -119,6 +120,7 @@ def setup(config: Config) -> Trainer:
     source, model_dir, encoder_dir = inputs.checkpoint, inputs.model_dir, inputs.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
     shape = read_model_shape(model_dir)
+    config = config.replace(encoder_feature_layer=read_encoder(encoder_dir).feature_layer(config.encoder_feature_layer))
     initialise_parallelism(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

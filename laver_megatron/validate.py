@@ -16,6 +16,7 @@ from laver_megatron.command_line import Invocation, exit_on_config_error, is_ran
 from laver_megatron.config import Config, ConfigError
 from laver_megatron.continuity import continuity_problems
 from laver_megatron.inputs import (
+    EncoderInputs,
     encoder_problems,
     find_inputs,
     load_problems,
@@ -24,15 +25,15 @@ from laver_megatron.inputs import (
     shard_problems,
 )
 from laver_megatron.metrics import missing_packages
-from laver_megatron.model.shape import EncoderShape, ModelShape
+from laver_megatron.model.shape import ModelShape
 from laver_megatron.objective.masking import num_masked_tokens
 
 _AT_LEAST_ONE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "distributed_timeout_minutes",
-    "seq_length", "shuffle_window", "micro_batch_size", "global_batch_size", "vision_head_hidden_size",
-    "vision_head_output_size", "train_iters", "exit_interval", "max_skipped_iterations", "save_interval",
-    "eval_interval", "eval_iters", "log_interval",
+    "seq_length", "max_image_tokens", "shuffle_window", "micro_batch_size", "global_batch_size",
+    "vision_head_hidden_size", "vision_head_output_size", "train_iters", "exit_interval", "max_skipped_iterations",
+    "save_interval", "eval_interval", "eval_iters", "log_interval",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "visual_seq_length", "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "mim_weight",
@@ -66,7 +67,7 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
         ConfigError: all problems found. Nothing has been written.
     """
     config, dry_run = invocation.config, invocation.dry_run
-    model_shape = encoder_shape = None
+    model_shape = encoder = None
     problems: list[str] = []
     try:
         inputs = find_inputs(config)
@@ -74,14 +75,16 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
         problems += error.problems
     else:
         model_shape, of_model = model_problems(config, inputs)
-        encoder_shape, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
+        encoder, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
         problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
-        problems += continuity_problems(config, inputs, model_shape.hidden_size if model_shape else None)
+        problems += continuity_problems(
+            config, inputs, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
+        )
     if not dry_run:
         problems += shard_problems(config)
         problems += missing_packages(config.tensorboard, config.wandb_project)
     problems += run_dir_problems(config)
-    problems += validate(config, model_shape, invocation.world_size(), encoder=encoder_shape, on_cuda=on_cuda)
+    problems += validate(config, model_shape, invocation.world_size(), encoder=encoder, on_cuda=on_cuda)
     if problems:
         # A directory that serves twice is reported once.
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -94,12 +97,12 @@ def validate(
     model_shape: ModelShape | None,
     world_size: int,
     *,
-    encoder: EncoderShape | None = None,
+    encoder: EncoderInputs | None = None,
     on_cuda: bool | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
     is left out; on_cuda None leaves out what depends on the device."""
-    problems = [*_range_problems(config), *_training_problems(config, on_cuda)]
+    problems = [*_range_problems(config), *_training_problems(config, encoder, on_cuda)]
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
         problems += _sequence_problems(config)
@@ -148,7 +151,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
+def _training_problems(config: Config, encoder: EncoderInputs | None, on_cuda: bool | None) -> Iterator[str]:
     if config.lr_warmup_iters >= config.train_iters >= 1:
         yield (
             f"lr_warmup_iters {config.lr_warmup_iters} leaves nothing of {config.train_iters} train_iters; "
@@ -157,7 +160,8 @@ def _training_problems(config: Config, on_cuda: bool | None) -> Iterator[str]:
     if config.min_lr > config.lr:
         yield f"min_lr {config.min_lr} is above lr {config.lr}; the rate decays from lr to min_lr"
     has_visual_loss = config.mim_weight > 0 or (config.gram_weight > 0 and config.gram_loss != "none")
-    trainable = ["encoder", "connector", "decoder"] + ["heads"] * (config.laver and has_visual_loss)
+    trainable = ["encoder"] * (encoder is None or encoder.shape.has_weights) + ["connector", "decoder"]
+    trainable += ["heads"] * (config.laver and has_visual_loss)
     if set(config.freeze) >= set(trainable):
         without = "" if "heads" in trainable else " (without a visual loss the heads learn nothing)"
         yield f"freeze names all of {', '.join(trainable)}: nothing is left to train{without}"
@@ -322,24 +326,27 @@ def _position_problems(config: Config, shape: ModelShape) -> Iterator[str]:
         yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
 
 
-def _encoder_problems(config: Config, encoder: EncoderShape) -> Iterator[str]:
-    num_layers, num_tokens = encoder.num_hidden_layers, encoder.num_tokens
-    if not -num_layers - 1 <= config.encoder_feature_layer <= num_layers:
-        yield (
-            f"encoder_feature_layer is {config.encoder_feature_layer}, but the encoder has {num_layers} "
-            f"layers; use {-num_layers - 1} to {num_layers}"
-        )
+def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
+    try:
+        encoder.shape.feature_layer(config.encoder_feature_layer)
+    except ValueError as error:
+        yield str(error)
+    num_tokens = encoder.most_image_tokens
+    # Of native resolution, pictures may be smaller than the largest; samples that do not fit are left out and counted.
+    if num_tokens is None or (encoder.shape.is_native and config.max_image_tokens is None):
+        return
+    remedy = "; lower max_image_tokens or raise it" if encoder.shape.is_native else ""
     if 0 < config.visual_seq_length < num_tokens:
-        yield f"visual_seq_length {config.visual_seq_length} cannot hold one image of {num_tokens} tokens"
+        yield f"visual_seq_length {config.visual_seq_length} cannot hold one image of {num_tokens} tokens{remedy}"
     # The start and end token, and one token of text to learn.
     if config.seq_length < num_tokens + 3:
         yield (
             f"seq_length {config.seq_length} cannot hold one image of {num_tokens} tokens with its start, "
-            f"its end and any text; use {num_tokens + 3} at the very least"
+            f"its end and any text; use {num_tokens + 3} at the very least{remedy}"
         )
 
 
-def _masking_problems(config: Config, encoder: EncoderShape | None) -> Iterator[str]:
+def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator[str]:
     """A mask ratio that never masks: judged where the schedule is highest, at the last step."""
     ratio = config.mask_ratio
     if not config.laver or config.mim_weight <= 0 or not 0 <= ratio <= 1 or config.train_iters < 1:
@@ -352,8 +359,8 @@ def _masking_problems(config: Config, encoder: EncoderShape | None) -> Iterator[
         )
     elif last == 0:
         yield "mask_ratio_schedule cosine starts at 0 and train_iters 1 ends there: nothing is masked; use constant"
-    elif config.mask_sampling == "fixed" and encoder is not None and encoder.num_tokens:
-        yield from _fixed_masking_problems(config, encoder.num_tokens, last)
+    elif config.mask_sampling == "fixed" and encoder is not None and encoder.most_image_tokens:
+        yield from _fixed_masking_problems(config, encoder.most_image_tokens, last)
     elif config.mask_sampling == "bernoulli" and _expects_no_masked_token(config):
         yield (
             f"mask_ratio {ratio} masks less than one token in all {config.train_iters} iterations, even if every "

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionModel
 
 from laver_megatron.convert.weights import ModelParts, is_training_state, weight_table
+from laver_megatron.encoders import encoder_tensor_sizes
 from laver_megatron.model.shape import ModelShape, read_model_shape
-from laver_megatron.model.vision import encoder_tensor_sizes
 from tests.exports import add_processor, write_export
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -351,7 +351,7 @@ class Reference(torch.nn.Module):
 
     def visual_tokens(self, images: list[Tensor]) -> list[Tensor]:
         """Connector outputs `[N, H]` of each image."""
-        layer = self.config.encoder_feature_layer
+        layer = -2 if self.config.encoder_feature_layer is None else self.config.encoder_feature_layer
         return [
             self.connector(self.encoder(image[None], output_hidden_states=True).hidden_states[layer][0])
             for image in images

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from laver_megatron.data.benchmark import benchmark, make_shards
-from laver_megatron.data.images import ImagePreprocessor
+from laver_megatron.encoders import open_preprocessor
 from laver_megatron.model_files import load_tokenizer
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1200, help="samples to read (default: 1200)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 3)")
     options = parser.parse_args()
-    preprocessor = ImagePreprocessor.from_pretrained(options.dir / "encoder")
+    preprocessor = open_preprocessor(options.dir / "encoder")
     if options.image_size:
         size = {"height": options.image_size, "width": options.image_size}
         preprocessor.processor.size = type(preprocessor.processor.size)(**size)

@@ -30,9 +30,10 @@ from laver_megatron.convert.safetensors_writer import (
 )
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
+from laver_megatron.encoders import read_encoder
 from laver_megatron.inputs import IMAGE_TOKENS, latest_checkpoint
 from laver_megatron.manifest import check_files, read_manifest
-from laver_megatron.model.shape import TEXT_PART, VISION_PART, read_encoder_shape, read_part
+from laver_megatron.model.shape import TEXT_PART, VISION_PART, read_part
 from laver_megatron.model_files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -275,7 +276,7 @@ def _small_files(
     texts = {
         CONFIG_FILE: json.dumps(config, indent=2),
         "processor_config.json": json.dumps(
-            description.processor_config(format, patch_size=read_encoder_shape(encoder).patch_size), indent=2
+            description.processor_config(format, patch_size=read_encoder(encoder).patch_size), indent=2
         ),
         CHAT_TEMPLATE_FILE: description.chat_template(tokenizer.chat_template),
     }

@@ -13,8 +13,9 @@ from laver_megatron.config import ATTENTIONS, CHANGEABLE, POSITIONS, ConfigError
 from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import TRAINING_STATE, SafetensorsReader
 from laver_megatron.convert.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.inputs import RUN_FILE, has_encoder, preprocessor_problems, tokenizer_problems
-from laver_megatron.model.shape import ModelShape, is_laver_export, read_config, read_encoder_shape, read_model_shape
+from laver_megatron.model.shape import ModelShape, is_laver_export, read_config, read_model_shape
 from laver_megatron.ranks import on_rank_0
 
 _COMPARED_BYTES = 32 << 20
@@ -62,10 +63,7 @@ def parts_of_megatron(directory: Path, sizes: Mapping[str, Size]) -> ModelParts:
 
 
 def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], teacher: bool) -> ModelParts:
-    # Importing transformers' encoder takes seconds, which text-only models need not wait for.
-    from laver_megatron.model.vision import encoder_tensor_sizes
-
-    head, feature_size = sizes.get(_HEAD), read_encoder_shape(encoder_dir).hidden_size
+    head, feature_size = sizes.get(_HEAD), read_encoder(encoder_dir).feature_size
     return ModelParts(
         text=read_model_shape(text_dir),
         encoder=encoder_tensor_sizes(encoder_dir),
@@ -139,7 +137,7 @@ def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path,
     for name, value, known in (("attention", found.attention, ATTENTIONS), ("positions", found.positions, POSITIONS)):
         if value not in known:
             raise ValueError(f"{path}: {name} is {value!r}, but must be one of {', '.join(known)}")
-    layer, num_layers = found.encoder_feature_layer, read_encoder_shape(encoder_dir).num_hidden_layers
+    layer, num_layers = found.encoder_feature_layer, read_encoder(encoder_dir).num_layers
     if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
         key = keys["encoder_feature_layer"]
         raise ValueError(f"{path}: {key} is {layer!r}, but must be from {-num_layers - 1} to {num_layers}")
@@ -155,7 +153,7 @@ def check_companions(text_dir: Path, encoder_dir: Path) -> None:
     """
     problems = [
         *tokenizer_problems(text_dir, read_model_shape(text_dir)),
-        *preprocessor_problems(encoder_dir, read_encoder_shape(encoder_dir)),
+        *preprocessor_problems(encoder_dir),
     ]
     if problems:
         raise ConfigError(problems)

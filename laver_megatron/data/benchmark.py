@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.index_file import write_index
 from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.demo.photographs import photographs
+from laver_megatron.encoders import ImagePreprocessor
 
 _SIZE = (640, 480)
 _PACKS_A_READ = 4

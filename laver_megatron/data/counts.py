@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.faults import FAULT_NAMES, Fault, FaultLog, SampleFault
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.index import Shard, ShardIndex
 from laver_megatron.data.index_file import codes, read_table, write_table
 from laver_megatron.data.packing import IGNORE_LABEL
 from laver_megatron.data.processes import map_in_processes
 from laver_megatron.data.reading import SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor
 
 logger = logging.getLogger(__name__)
 

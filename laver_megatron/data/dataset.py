@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from laver_megatron.config import Config
 from laver_megatron.data.broadcast import is_reader
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.loader import PackReader, open_dataset
 from laver_megatron.data.remote import ShardCache
+from laver_megatron.encoders import open_preprocessor
 from laver_megatron.model_files import load_tokenizer
 
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ def open_reader(
     return open_dataset(
         paths,
         load_tokenizer(model_dir),
-        ImagePreprocessor.from_pretrained(encoder_dir),
+        open_preprocessor(encoder_dir, config.max_image_tokens),
         seq_length=config.seq_length,
         visual_seq_length=config.visual_seq_length,
         seed=config.seed,

@@ -1,17 +1,11 @@
-"""Pictures to pixels: decoding, and the encoder's own resizing and normalisation.
-
-Letters: 3 colours, height and width of the pixels that the encoder sees.
-"""
+"""Pictures from files: which may be decoded, and how they become upright RGB (resizing is the encoders')."""
 
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import (
@@ -25,10 +19,6 @@ from PIL import (
 )
 
 from laver_megatron.data.faults import Fault, SampleFault
-
-if TYPE_CHECKING:  # indexing needs neither, and both take seconds to import
-    from torch import Tensor
-    from transformers import BaseImageProcessor
 
 MAX_PIXELS = 100_000_000  # of a picture before it is decoded: 300 MB
 MAX_ASPECT_RATIO = 200
@@ -54,75 +44,6 @@ _UPRIGHT = {
     7: _TRANSPOSE.TRANSVERSE,
     8: _TRANSPOSE.ROTATE_90,
 }
-
-# Encoders whose table of positions is as large as their training resolution.
-_FIXED_TABLE = ("siglip", "siglip_vision_model", "clip", "clip_vision_model")
-
-
-class ImagePreprocessor:
-    """What the image processor of an encoder of fixed resolution does, and what it costs in tokens.
-
-    height, width: pixels the encoder sees; patch_size: side of a patch in pixels. A visual token is a patch,
-    in raster order; a border narrower than a patch has none, as in the encoder's own convolution.
-    """
-
-    def __init__(self, processor: BaseImageProcessor, *, height: int, width: int, patch_size: int) -> None:
-        self.processor, self.height, self.width, self.patch_size = processor, height, width, patch_size
-
-    @classmethod
-    def from_pretrained(cls, encoder_dir: str | Path) -> ImagePreprocessor:
-        """Reads config.json and preprocessor_config.json of an encoder's directory.
-
-        The processor is always transformers' PIL class: the torchvision one resizes a little differently, and
-        training and use of a model must not depend on what happens to be installed.
-
-        Raises:
-            ValueError: a file is missing, the resolution is not fixed, or it is not the encoder's.
-        """
-        from transformers import AutoImageProcessor
-
-        directory = Path(encoder_dir)
-        for name in ("config.json", "preprocessor_config.json"):
-            if not (directory / name).is_file():
-                raise ValueError(f"the encoder's directory {directory} has no {name}")
-        config = json.loads((directory / "config.json").read_text())
-        vision = config.get("vision_config", config)
-        processor = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True)
-        if getattr(processor, "backend", "pil") != "pil":
-            raise ValueError(f"{type(processor).__name__} of {directory} has no PIL version in transformers")
-        if "patch_size" not in vision:
-            raise ValueError(f"{directory}/config.json names no patch_size: is this an image encoder?")
-        height, width = _fixed_resolution(processor, directory)
-        size = vision.get("image_size")
-        if vision.get("model_type", config.get("model_type")) in _FIXED_TABLE and size not in (None, height):
-            raise ValueError(
-                f"{directory}: preprocessor_config.json makes images of {height} pixels, but the encoder "
-                f"of config.json takes {size}"
-            )
-        return cls(processor, height=height, width=width, patch_size=vision["patch_size"])
-
-    @property
-    def settings(self) -> str:
-        """All that the number of visual tokens of a picture depends on, as a name for caches of counts."""
-        return f"{self.height} x {self.width} pixels in patches of {self.patch_size}"
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(rows, columns) of the visual tokens of a picture of this size in pixels: one for every size."""
-        return self.height // self.patch_size, self.width // self.patch_size
-
-    def num_tokens(self, width: int, height: int) -> int:
-        """Visual tokens of a picture of this size in pixels."""
-        rows, columns = self.grid(width, height)
-        return rows * columns
-
-    def num_features(self, pixels_3HW: Tensor) -> int:
-        """Features the encoder makes of these pixels."""
-        _, height, width = pixels_3HW.shape
-        return (height // self.patch_size) * (width // self.patch_size)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Normalised pixels, float32 `[3, height, width]`."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -195,13 +116,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
-def _fixed_resolution(processor: BaseImageProcessor, directory: Path) -> tuple[int, int]:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    if not (size.get("height") and size.get("width")):
-        raise ValueError(
-            f"the image processor of {directory} has no fixed height and width (it says {dict(size)}); only "
-            "encoders of fixed resolution can be used"
-        )
-    return size["height"], size["width"]

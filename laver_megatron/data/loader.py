@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from laver_megatron.data.counts import SampleCounts, count_samples
 from laver_megatron.data.faults import FAULTS, Fault, FaultLog
 from laver_megatron.data.fill import propose_visual_budget
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.index import ShardIndex
 from laver_megatron.data.opening import open_indexes
 from laver_megatron.data.pack_maker import MadePack, PackMaker, SharedPack, join_packs
@@ -27,6 +26,7 @@ from laver_megatron.data.processes import WorkerPool
 from laver_megatron.data.reading import open_local
 from laver_megatron.data.remote import ShardCache
 from laver_megatron.data.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.counts import Limits
 from laver_megatron.data.faults import Fault, SampleFault
-from laver_megatron.data.images import ImagePreprocessor, decode_image
+from laver_megatron.data.images import decode_image
 from laver_megatron.data.index import Shard, ShardIndex, ShardSample
 from laver_megatron.data.packing import PackBatch, PackedSample, build_packs, check_features
 from laver_megatron.data.reading import SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor
 
 _TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
 

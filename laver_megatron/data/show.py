@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from laver_megatron import schedules
 from laver_megatron.config import Config
 from laver_megatron.data.batches import mask_pack
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.loader import PackReader
 from laver_megatron.data.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.model.spans import language_spans, spans_to_mask
 
 # Kinds of tokens in the strip, with their colours; images alternate between two, so that neighbours differ.
@@ -199,7 +199,7 @@ def _draw_image(axes: Axes, shown: ShownPack, number: int, pixels_3HW: Tensor, p
     cover = np.zeros((rows, columns, 4), dtype=np.float32)
     cover[..., 0], cover[..., 3] = 0.77, 0.75 * masked.numpy()
     # A border narrower than a patch has no token.
-    covered = preprocessor.patch_size * columns, preprocessor.patch_size * rows
+    covered = preprocessor.token_size * columns, preprocessor.token_size * rows
     axes.imshow(cover, extent=(-0.5, covered[0] - 0.5, covered[1] - 0.5, -0.5), interpolation="nearest")
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)

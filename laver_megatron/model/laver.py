@@ -32,13 +32,13 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from laver_megatron.config import Config
+from laver_megatron.encoders import ImageEncoder
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
 from laver_megatron.model.image_division import divide_images, gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import MicroBatch
-from laver_megatron.model.vision import ImageEncoder
 
 # Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
 LAVER_PARTS = ("vision_head.", "mask_token")
@@ -280,12 +280,14 @@ class LaverStage(LanguageModule):
         own = divide_images(num_tokens, self.tp_group.size())[self.tp_group.rank()]
         if len(pixels) != len(own):
             raise ValueError(f"got {len(pixels)} images for {len(own)} places in the micro-batch")
+        trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         if pixels:
-            features_tE = self.encoder(torch.stack(pixels)).flatten(0, 1)
+            with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+                features_tE = self.encoder(pixels)
         else:
             # Without an image the graph must be there all the same: its backward pass holds collectives further on.
-            parameter = next(self.encoder.parameters())
-            features_tE = parameter.new_zeros(0, self.encoder.feature_size, requires_grad=parameter.requires_grad)
+            weight = next(self.connector.parameters())
+            features_tE = weight.new_zeros(0, self.encoder.feature_size, requires_grad=trains)
         tokens_tH = self.connector(features_tE)
         expected = sum(num_tokens[image] for image in own)
         if tokens_tH.shape[0] != expected:

@@ -1,4 +1,4 @@
-"""Sizes of the decoder and of the image encoder, read from Hugging Face config.json files.
+"""Sizes of the decoder, read from Hugging Face config.json files, and the parts of a LaVer export's.
 
 Nothing is inferred from a model's name, and nothing is filled in by guess: a size that the file does not
 state is an error, because checkpoints of one family differ in vocabulary, tying and norm epsilon.
@@ -22,7 +22,6 @@ _DECODER_SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-_ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 # More than any model has; a slip of the keyboard would otherwise fill the memory with names of weights.
 _MOST_LAYERS = 10_000
 
@@ -45,24 +44,6 @@ class ModelShape:
     rope_theta: float
     tie_word_embeddings: bool
     max_position_embeddings: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderShape:
-    """A SigLIP image encoder's sizes under Hugging Face's names; image_size is (height, width) in pixels."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    image_size: tuple[int, int]
-    patch_size: int
-    num_channels: int = 3
-
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens of one image: whole patches, no class token."""
-        height, width = self.image_size
-        return (height // self.patch_size) * (width // self.patch_size)
 
 
 def read_model_shape(directory: str | Path) -> ModelShape:
@@ -92,39 +73,6 @@ def read_model_shape(directory: str | Path) -> ModelShape:
         rms_norm_eps=float(content["rms_norm_eps"]),
         rope_theta=float(_rope_theta(content)),
         tie_word_embeddings=content.get("tie_word_embeddings", False),
-    )
-
-
-def read_encoder_shape(directory: str | Path) -> EncoderShape:
-    """The image encoder described by `directory`/config.json: a SigLIP vision model, with or without its text
-    part, or that of a LaVer export.
-
-    Raises:
-        ConfigError: a missing file or size, or another kind of encoder.
-    """
-    path, content = read_part(directory, VISION_PART)
-    model_type = content.get("model_type")
-    if model_type not in ("siglip", "siglip_vision_model"):
-        raise ConfigError(
-            [
-                f"{path}: model_type is {model_type!r}, but the encoder must be a SigLIP vision model "
-                "of fixed resolution ('siglip' or 'siglip_vision_model')"
-            ]
-        )
-    vision = content.get("vision_config", {}) if model_type == "siglip" else content
-    vision = vision if isinstance(vision, dict) else {}
-    faults = [key for key in _ENCODER_SIZES if not _is_size(vision.get(key))]
-    faults += [] if _is_size(vision.get("num_channels", 3)) else ["num_channels"]
-    if faults:
-        text = f"{path}: {', '.join(faults)} missing from the vision model's settings, or no whole number from 1 on"
-        raise ConfigError([text])
-    return EncoderShape(
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
-        num_hidden_layers=vision["num_hidden_layers"],
-        image_size=(vision["image_size"], vision["image_size"]),
-        patch_size=vision["patch_size"],
-        num_channels=vision.get("num_channels", 3),
     )
 
 
@@ -166,8 +114,8 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _decoder_faults(content: dict[str, Any]) -> list[str]:
     """Sizes that are missing or cannot be."""
-    faults = [key for key in _DECODER_SIZES.values() if not _is_size(content.get(key))]
-    if content.get("head_dim") is not None and not _is_size(content["head_dim"]):
+    faults = [key for key in _DECODER_SIZES.values() if not is_size(content.get(key))]
+    if content.get("head_dim") is not None and not is_size(content["head_dim"]):
         faults.append("head_dim")
     problems = []
     if faults:
@@ -224,7 +172,8 @@ def _rope_theta(content: dict[str, Any]) -> Any:
     return content.get("rope_theta") if theta is None else theta
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """A whole number from 1 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

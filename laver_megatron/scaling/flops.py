@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from laver_megatron.model.shape import EncoderShape, ModelShape
+from laver_megatron.encoders.interface import EncoderShape
+from laver_megatron.model.shape import ModelShape
 
 PARTS = (
     "decoder_student",
@@ -154,7 +155,7 @@ def model_flops(
     output_size = hidden if vision_head_output_size is None else vision_head_output_size
     num_encoder_layers_run = embedding = layer = encoder_pair = 0
     if encoder is not None:
-        num_encoder_layers_run = encoder.num_hidden_layers if num_encoder_layers is None else num_encoder_layers
+        num_encoder_layers_run = encoder.num_layers if num_encoder_layers is None else num_encoder_layers
         embedding = matmul_flops(1, encoder.hidden_size, encoder.num_channels * encoder.patch_size**2)
         layer = encoder_layer_flops(encoder)
         encoder_pair = attention_flops(1, 1, encoder.hidden_size)  # heads x head size = hidden size

@@ -174,7 +174,7 @@ def synthetic_data() -> Iterator[None]:
     """`train.setup` without a tokenizer, a preprocessor and shards."""
     with (
         mock.patch.object(dataset, "load_tokenizer"),
-        mock.patch.object(dataset, "ImagePreprocessor"),
+        mock.patch.object(dataset, "open_preprocessor"),
         mock.patch.object(dataset, "open_dataset", lambda paths, *_, **__: SyntheticReader(paths[0])),
     ):
         yield

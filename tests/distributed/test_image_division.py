@@ -7,8 +7,8 @@ import torch
 from megatron.core import parallel_state
 
 from laver_megatron.data.broadcast import image_num_tokens, is_reader, scatter_pixels
+from laver_megatron.encoders.hidden_states import HiddenStateEncoder
 from laver_megatron.model.image_division import divide_images, gather_visual_tokens
-from laver_megatron.model.vision import ImageEncoder
 from laver_megatron.train import train_step
 from tests.distributed.build import IMAGES, PACKS_PER_STEP, make_config, make_trainer
 from tests.distributed.harness import Layout, join
@@ -71,18 +71,18 @@ def test_every_rank_gets_all_visual_tokens(pool, num_ranks):
 def encoded_images(layout, config):
     """Job: how many images this rank's encoder sees in a step."""
     counts = []
-    forward = ImageEncoder.forward
+    forward = HiddenStateEncoder.forward
 
-    def counted(self, pixels_ICHW):
-        counts.append(len(pixels_ICHW))
-        return forward(self, pixels_ICHW)
+    def counted(self, images):
+        counts.append(len(images))
+        return forward(self, images)
 
     trainer = make_trainer(config)
-    ImageEncoder.forward = counted
+    HiddenStateEncoder.forward = counted
     try:
         train_step(trainer)
     finally:
-        ImageEncoder.forward = forward
+        HiddenStateEncoder.forward = forward
     return sum(counts)
 
 

@@ -226,7 +226,7 @@ def test_feature_layers_are_the_encoders_hidden_states(assets, of):
     pixels = torch.randn(1, 3, reference.config.image_size, reference.config.image_size)
     embedding = reference.embeddings if hasattr(reference, "embeddings") else reference.vision_model.embeddings
     with trainer_of(assets, encoder_feature_layer=0) as trainer, torch.no_grad():
-        assert torch.equal(trainer.stages[0].encoder(pixels), embedding(pixels))
+        assert torch.equal(trainer.stages[0].encoder(list(pixels)), embedding(pixels)[0])
 
 
 @pytest.mark.parametrize("module", FREEZABLE_MODULES)
@@ -624,18 +624,19 @@ def test_readers_and_processes_are_told(assets, tmp_path):
     settings |= {"long_samples": "drop_turns", "max_bad_fraction": 0.2}
     settings |= {"shard_cache": str(tmp_path / "cache"), "shard_cache_gb": 0.25, "allow_pipe": True}
     settings |= {name: str(path) for name, path in paths.items()}
+    settings["max_image_tokens"] = 100
     told = {"seq_length": SEQ_LENGTH, "visual_seq_length": VISUAL_SEQ_LENGTH, "seed": 5, "num_workers": 3}
     told |= {"window": 70, "long_samples": "drop_turns", "max_bad_fraction": 0.2, "visual_multiple_of": 1}
     try:
         with (
             mock.patch.object(dataset, "load_tokenizer") as tokenizer,
-            mock.patch.object(dataset, "ImagePreprocessor") as preprocessor,
+            mock.patch.object(dataset, "open_preprocessor") as preprocessor,
             mock.patch.object(dataset, "open_dataset") as open_dataset,
         ):
             open_dataset.return_value.fingerprint = "synthetic"
             train.setup(make_config(assets, "unused", **settings, distributed_timeout_minutes=7))
         tokenizer.assert_called_with(paths["model"])
-        preprocessor.from_pretrained.assert_called_with(paths["encoder"])
+        preprocessor.assert_called_with(paths["encoder"], 100)
         assert [call.args[0] for call in open_dataset.call_args_list] == [("a", "b"), ("c",)]
         assert all(told.items() <= call.kwargs.items() for call in open_dataset.call_args_list)
         assert [call.kwargs["weights"] for call in open_dataset.call_args_list] == [(1.0, 0.5), None]

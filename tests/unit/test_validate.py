@@ -11,7 +11,9 @@ import pytest
 from laver_megatron import inputs, metrics
 from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.model.shape import EncoderShape, ModelShape, read_encoder_shape, read_model_shape
+from laver_megatron.encoders import EncoderShape, read_encoder
+from laver_megatron.inputs import EncoderInputs
+from laver_megatron.model.shape import ModelShape, read_model_shape
 from laver_megatron.validate import check, check_run, validate
 
 # Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
@@ -28,7 +30,19 @@ SHAPE = ModelShape(
     tie_word_embeddings=True,
     max_position_embeddings=32768,
 )
-ENCODER = EncoderShape(hidden_size=32, intermediate_size=64, num_hidden_layers=3, image_size=(128, 128), patch_size=16)
+ENCODER = EncoderInputs(
+    EncoderShape(
+        model_type="siglip_vision_model",
+        feature_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=3,
+        image_size=(128, 128),
+        patch_size=16,
+        default_feature_layer=-2,
+    ),
+    most_image_tokens=64,
+)
 CONFIG = Config(data_path=("shards",), seq_length=256, visual_seq_length=128, train_iters=10, run_dir="runs/test")
 MODEL_JSON = {
     "model_type": "qwen2",
@@ -51,6 +65,7 @@ ENCODER_JSON = {
     "image_size": 128,
     "patch_size": 16,
 }
+PREPROCESSOR_JSON = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 128, "width": 128}}
 TOKENIZER_JSON = {
     "added_tokens": [
         {"id": 509 + index, "content": token}
@@ -345,9 +360,14 @@ def write_model(directory: Path, *, weights: str = "model.safetensors", **change
 def write_encoder(directory: Path, **changes) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**ENCODER_JSON, **changes}))
-    (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 128, "width": 128}}))
+    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR_JSON))
     (directory / "model.safetensors").write_bytes(safetensors())
     return directory
+
+
+def write_run(path: Path, **changes) -> None:
+    run = CONFIG.replace(**{"encoder_feature_layer": -2, **changes})  # a run writes down the layer it has taken
+    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(run)))
 
 
 def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
@@ -355,7 +375,7 @@ def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
     path = directory / f"iter_{iteration:07d}"
     write_model(path / "hf")
     write_encoder(path / "encoder")
-    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(CONFIG.replace(**changes))))
+    write_run(path, **changes)
     (path / inputs.MANIFEST_FILE).write_text("{}")
     (directory / "latest").write_text(f"{iteration}\n")
     return path
@@ -629,7 +649,7 @@ def test_finetune_compares_only_what_it_takes(run, tmp_path):
     assert problem.startswith(f"vision_head_hidden_size is 2048, but {path} was written with 1024")
     assert problem.endswith("set --vision-head-hidden-size 1024, or train with --no-laver")
     assert check_one(config.replace(laver=False))
-    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(CONFIG.replace(**OTHER_STATE, laver=False))))
+    write_run(path, **OTHER_STATE, laver=False)
     assert check_one(config)
 
 
@@ -678,12 +698,14 @@ def test_chat_template(run, tmp_path):
         ({"size": {"height": 96, "width": 96}}, "of config.json takes 128 x 128"),
         ({"size": {"shortest_edge": 128}}, "no fixed height and width"),
         ({"size": {"shortest_edge": 9}, "crop_size": {"height": 128, "width": 128}, "do_center_crop": True}, None),
-        ({"size": 128}, None),
-        ({}, None),
+        ({"size": 128}, "no fixed height and width ({'shortest_edge': 128})"),
+        ({"do_resize": False}, "do_resize is false"),
+        ({"image_processor_type": "NoImageProcessor"}, "cannot be read"),
         ([], "cannot be read"),
     ],
 )
 def test_preprocessor(run, tmp_path, content, expected):
+    content = {**PREPROCESSOR_JSON, **content} if isinstance(content, dict) else content
     (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(content))
     if expected is None:
         assert check_one(run)
@@ -763,19 +785,19 @@ def test_config_that_is_no_json(tmp_path):
 
 
 def test_encoder_shapes(tmp_path):
-    alone = read_encoder_shape(write_encoder(tmp_path / "alone"))
+    alone = read_encoder(write_encoder(tmp_path / "alone"))
     assert alone.num_tokens == 64
     whole = write_encoder(tmp_path / "whole", model_type="siglip", vision_config=ENCODER_JSON)
-    assert read_encoder_shape(whole) == alone
+    assert read_encoder(whole) == alone
     # A border narrower than a patch has no token: 384 pixels in patches of 14 are 27 x 27.
     bordered = write_encoder(tmp_path / "bordered", image_size=384, patch_size=14)
-    assert read_encoder_shape(bordered).num_tokens == 729
+    assert read_encoder(bordered).num_tokens == 729
 
 
 def test_encoders_that_are_refused(run, tmp_path):
     write_encoder(tmp_path / "naflex", model_type="siglip2_vision_model")
     assert (
-        "model_type is 'siglip2_vision_model', but the encoder must be a SigLIP"
+        "model_type is 'siglip2_vision_model', but the encoder must be one of siglip, siglip_vision_model"
         in found(run.replace(encoder=f"{tmp_path}/naflex"))[0]
     )
     (tmp_path / "encoder" / "preprocessor_config.json").unlink()

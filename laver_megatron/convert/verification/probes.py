@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from laver_megatron.data.images import ImagePreprocessor, decode_image
+from laver_megatron.data.images import decode_image
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.samples import IMAGE_PLACEHOLDER, SampleEncoder
+from laver_megatron.encoders import open_preprocessor
 from laver_megatron.model_files import load_tokenizer
 
 TEXT_PROMPTS = (
@@ -83,10 +84,10 @@ def make_probes(
         if given_pictures or image_files:
             raise ValueError("the model is text only: leave out --image and <image> in --prompt")
         return probes
-    preprocessor = ImagePreprocessor.from_pretrained(encoder_dir)
+    preprocessor = open_preprocessor(encoder_dir)
     pictures = list(_pictures(image_files))
     pixels = [preprocessor(picture) for picture in pictures]
-    grid = preprocessor.grid(preprocessor.width, preprocessor.height)
+    grid = preprocessor.grid(*pictures[0].size)
     encoder = SampleEncoder(tokenizer)
     next_picture = 0
     for prompt in given_pictures or PICTURE_PROMPTS:

@@ -29,9 +29,10 @@ from transformers import (
 from laver_megatron.convert.export import description, modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverProcessor
 from laver_megatron.data.conversations import parse_conversation
-from laver_megatron.data.images import ImagePreprocessor, decode_image
+from laver_megatron.data.images import decode_image
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.encoders import open_preprocessor
 from tests.exports import add_processor, write_export
 
 GRID = (8, 8)
@@ -197,7 +198,7 @@ def _turned() -> bytes:
     ids=["rgb", "rgba", "grey", "palette", "turned"],
 )
 def test_pixels_are_those_of_training(content, sources, processor, tmp_path):
-    preprocessor = ImagePreprocessor.from_pretrained(sources / "encoder")
+    preprocessor = open_preprocessor(sources / "encoder")
     upright = decode_image(content)
     expected = preprocessor(upright)
     path = tmp_path / "picture"

@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from laver_megatron.convert.weights import ModelParts, is_training_state, join_qkv, weight_table
+from laver_megatron.encoders import encoder_tensor_sizes
 from laver_megatron.model.shape import ModelShape
-from laver_megatron.model.vision import encoder_tensor_sizes
 from tests.conversions import SHAPE, VISION_HEAD, numbered
 
 

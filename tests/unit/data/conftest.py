@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 from webdataset import TarWriter
 
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def encoder(tokenizer) -> SampleEncoder:
 
 @pytest.fixture(scope="session")
 def preprocessor(demo_dir) -> ImagePreprocessor:
-    return ImagePreprocessor.from_pretrained(demo_dir / "encoder")
+    return open_preprocessor(demo_dir / "encoder")
 
 
 @pytest.fixture

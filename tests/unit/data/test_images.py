@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from transformers import SiglipVisionModel
 
 from laver_megatron.data.faults import Fault, SampleFault
-from laver_megatron.data.images import ImagePreprocessor, decode_image, image_size
+from laver_megatron.data.images import decode_image, image_size
+from laver_megatron.encoders import open_preprocessor
 from tests.unit.data.content import picture_bytes
 
 
@@ -167,17 +168,17 @@ def altered(demo_dir, tmp_path, name, **changes):
 
 
 def test_encoders_that_do_not_fit(demo_dir, tmp_path):
-    with pytest.raises(ValueError, match="has no config.json"):
-        ImagePreprocessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no config.json in it"):
+        open_preprocessor(tmp_path)
     size = {"shortest_edge": 64}
     directory = altered(demo_dir, tmp_path / "a", "preprocessor_config.json", size=size)
     with pytest.raises(ValueError, match="no fixed height and width"):
-        ImagePreprocessor.from_pretrained(directory)
+        open_preprocessor(directory)
     directory = altered(demo_dir, tmp_path / "b", "config.json", image_size=96)
-    with pytest.raises(ValueError, match="64 pixels, but the encoder of config.json takes 96"):
-        ImagePreprocessor.from_pretrained(directory)
+    with pytest.raises(ValueError, match="64 x 64 pixels, but the encoder of config.json takes 96 x 96"):
+        open_preprocessor(directory)
 
 
 def test_a_border_narrower_than_a_patch_has_no_token(demo_dir, tmp_path):
-    preprocessor = ImagePreprocessor.from_pretrained(altered(demo_dir, tmp_path, "config.json", patch_size=14))
+    preprocessor = open_preprocessor(altered(demo_dir, tmp_path, "config.json", patch_size=14))
     assert preprocessor.grid(640, 480) == (4, 4)  # 64 = 4 * 14 + 8

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from laver_megatron.data.faults import Fault
-from laver_megatron.data.images import ImagePreprocessor
 from laver_megatron.data.loader import open_dataset
+from laver_megatron.encoders import ImagePreprocessor
 from tests.unit.data.content import picture_bytes, question
 
 

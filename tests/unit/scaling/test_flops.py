@@ -1,12 +1,14 @@
 """FLOPs against PyTorch's counter on Hugging Face models, and areas against nested loops."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.spans import span_area
 from laver_megatron.scaling.flops import (
     decoder_layer_flops,
@@ -40,6 +42,7 @@ SIGLIP = SiglipVisionConfig(
     vision_use_head=False,
     attn_implementation="eager",
 )
+SIGLIP_SHAPE = Siglip().shape(SIGLIP.to_dict(), Path("config.json"))
 
 
 def qwen(shape: Shape, attention: str) -> Qwen2ForCausalLM:
@@ -107,7 +110,7 @@ def test_encoder_matches_the_counter(frozen):
             model(pixels).last_hidden_state.sum().backward()
 
     step = step_flops(
-        model_flops(Shape(), encoder=SIGLIP),
+        model_flops(Shape(), encoder=SIGLIP_SHAPE),
         num_tokens=80,
         lm_span_area=80,
         num_visual_tokens=2 * 36,
@@ -156,7 +159,7 @@ def test_heads_and_connector_match_the_counter(frozen):
 
 def laver_step(shape=SHAPE_7B, *, num_tokens=4096, image_sizes=(729,) * 3, **options):
     return step_flops(
-        model_flops(shape, encoder=SIGLIP),
+        model_flops(shape, encoder=SIGLIP_SHAPE),
         num_tokens=num_tokens,
         lm_span_area=document_area(num_tokens, image_sizes),
         num_visual_tokens=sum(image_sizes),

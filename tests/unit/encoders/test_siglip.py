@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from laver_megatron.model.vision import ImageEncoder
+from laver_megatron.encoders import build_encoder
 
 CONFIG = SiglipVisionConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
@@ -38,24 +38,24 @@ def states_of_layers(directory, pixels):
 @pytest.mark.parametrize("feature_layer", [-4, -3, -2, -1, 0, 1, 2, 3])
 def test_feature_layer(directory, feature_layer):
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    encoder = ImageEncoder.from_directory(directory, feature_layer, torch.float32, load_weights=True)
-    features = encoder(pixels)
+    encoder = build_encoder(directory, feature_layer, torch.float32, load_weights=True)
+    features = encoder(list(pixels))
     # Every patch and no class token.
-    assert features.shape == (2, 4, encoder.feature_size)
+    assert features.shape == (2 * 4, encoder.feature_size)
     states = states_of_layers(directory, pixels)
     assert len(states) == 4
-    torch.testing.assert_close(features, states[feature_layer])
+    torch.testing.assert_close(features.view(2, 4, -1), states[feature_layer])
 
 
 @pytest.mark.parametrize("feature_layer", [-5, 4])
-def test_a_layer_that_is_not_there(feature_layer):
-    with pytest.raises(ValueError, match=rf"is {feature_layer}, but the encoder has 3 layers; choose from -4 to 3"):
-        ImageEncoder(CONFIG, feature_layer, torch.float32)
+def test_a_layer_that_is_not_there(directory, feature_layer):
+    with pytest.raises(ValueError, match=rf"is {feature_layer}, but the encoder has 3 layers; use -4 to 3"):
+        build_encoder(directory, feature_layer, torch.float32, load_weights=False)
 
 
 def test_pixels_are_cast_to_the_encoders_type(directory):
-    encoder = ImageEncoder.from_directory(directory, -2, torch.bfloat16, load_weights=True)
-    assert encoder(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16
+    encoder = build_encoder(directory, -2, torch.bfloat16, load_weights=True)
+    assert encoder([torch.zeros(3, 16, 16)]).dtype == torch.bfloat16
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_damaged_encoder(damaged, edit, problem):
     name = next(name for name in load_file(damaged / "model.safetensors") if name.endswith("layers.0.layer_norm2.bias"))
     damage(damaged, lambda tensors: edit(tensors, name))
     with pytest.raises(ValueError, match=rf"(?s){damaged}.*{problem}.*layers\.0\.layer_norm2\.bias"):
-        ImageEncoder.from_directory(damaged, -2, torch.float32, load_weights=True)
+        build_encoder(damaged, -2, torch.float32, load_weights=True)
 
 
 def test_truncated_encoder(damaged):
     path = damaged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"the encoder of {damaged} cannot be read"):
-        ImageEncoder.from_directory(damaged, -2, torch.float32, load_weights=True)
+        build_encoder(damaged, -2, torch.float32, load_weights=True)

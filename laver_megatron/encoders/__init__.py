@@ -1,0 +1,112 @@
+"""The image encoders: one table of families, and what the program asks of an encoder's Hugging Face directory.
+
+A seventh family is one file like its neighbours and one line in the table; docs/encoders.md says how.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laver_megatron.config import ConfigError
+from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor
+from laver_megatron.encoders.loading import cast_weights, load_checked
+from laver_megatron.encoders.siglip import Siglip
+from laver_megatron.model.shape import VISION_PART, read_part
+
+FAMILIES: tuple[Family, ...] = (Siglip(),)
+FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+__all__ = [
+    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "encoder_tensor_sizes",
+    "open_preprocessor", "read_encoder",
+]  # fmt: skip
+
+
+def read_encoder(directory: str | Path) -> EncoderShape:
+    """The image encoder described by `directory`/config.json: a vision model, alone or as a part of a larger one, or
+    that of a LaVer export.
+
+    Raises:
+        ConfigError: a missing file or size, or an encoder of no family that is known.
+    """
+    path, family, vision = _find(directory)
+    return family.shape(vision, path)
+
+
+def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None) -> ImagePreprocessor:
+    """The image processor of an encoder's directory. max_image_tokens: visual tokens of one image at most; None: as the
+    processor says.
+
+    It is always transformers' PIL class: the torchvision one resizes a little differently, and training and use of a
+    model must not depend on what happens to be installed.
+
+    Raises:
+        ValueError: a file that is missing or cannot be read, a processor that does not fit the encoder, or images of
+            more tokens than allowed that cannot be shrunk.
+    """
+    from transformers import AutoImageProcessor  # here, because importing it takes seconds
+
+    path, family, vision = _find(directory)
+    shape = family.shape(vision, path)
+    file = Path(directory) / "preprocessor_config.json"
+    if not file.is_file():
+        raise ValueError(f"{directory}: no preprocessor_config.json in it")
+    try:
+        processor = AutoImageProcessor.from_pretrained(file.parent, backend="pil", local_files_only=True)
+    except Exception as error:  # transformers raises what it likes on files of other kinds
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    if getattr(processor, "backend", "pil") != "pil":
+        raise ValueError(f"{file}: {type(processor).__name__} has no PIL version in transformers")
+    return family.preprocessor(processor, shape, file, max_image_tokens)
+
+
+def build_encoder(
+    directory: str | Path, feature_layer: int | None, dtype: torch.dtype, *, load_weights: bool
+) -> ImageEncoder:
+    """The encoder of a Hugging Face directory, with its weights or (to be loaded over) without. feature_layer: None for
+    the family's default.
+
+    Raises:
+        ValueError: a layer that it does not have; with weights, files that are damaged.
+    """
+    path, family, vision = _find(directory)
+    shape = family.shape(vision, path)
+    layer = shape.feature_layer(feature_layer)
+    if load_weights:
+        with torch.device("meta"):
+            model = family.model(vision)
+        if model is not None:
+            model = load_checked(model, Path(directory), dtype)
+    else:
+        model = family.model(vision)
+        if model is not None:
+            cast_weights(model, dtype)
+    return family.encoder(model, shape, layer)
+
+
+def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name and size of every tensor of the image encoder, as transformers builds it; nothing is allocated.
+
+    Raises:
+        ValueError: settings from which transformers builds none.
+    """
+    path, family, vision = _find(directory)
+    try:
+        with torch.device("meta"):
+            model = family.model(vision)
+    except Exception as error:  # transformers raises what it likes on settings of other types
+        raise ValueError(f"{path}: transformers builds no image encoder from it: {error}") from error
+    return {} if model is None else {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
+    """config.json of an encoder, its family, and the settings of the vision model in it."""
+    path, content = read_part(directory, VISION_PART)
+    model_type = content.get("model_type")
+    family = FAMILY_OF.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        known = ", ".join(FAMILY_OF)
+        raise ConfigError([f"{path}: model_type is {model_type!r}, but the encoder must be one of {known}"])
+    vision = content.get("vision_config", content)
+    return path, family, vision if isinstance(vision, dict) else {}
