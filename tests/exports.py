@@ -32,8 +32,7 @@ def write_export(
     native: dict[str, int] | None = None,
 ) -> Path:
     """Weights, config.json, processor_config.json and, for laver, the code. encoder: transformers' model, None without
-    weights; connector: linear, GELU, linear; native: for an encoder of native resolution, min_pixels, max_pixels and
-    max_image_tokens."""
+    weights; connector: linear, GELU, linear; native: for an encoder of native resolution, min_pixels and max_pixels."""
     directory.mkdir(parents=True)
     tied = text_config["tie_word_embeddings"]
     tensors = {f"language_model.{name}": tensor for name, tensor in language.state_dict().items()}

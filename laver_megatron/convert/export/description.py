@@ -27,7 +27,7 @@ _ENCODER_NAMES = {
     "dinov2": "DINOv2",
     "dinov2_with_registers": "DINOv2 with registers",
     "aimv2_vision_model": "AIMv2",
-    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_5_vl_vision": "Qwen2.5-VL",
     "laver_patches": "none: patches of the picture go into the connector as they are",
 }
 # Encoders that the tools reading Llava's format know, and the features before the patches that Llava drops for each.
@@ -117,7 +117,7 @@ def _llava_prefix_tokens(vision_config: Mapping[str, Any]) -> int:
     model_type = vision_config["model_type"]
     if model_type in _LLAVA_PREFIX_TOKENS:
         return _LLAVA_PREFIX_TOKENS[model_type]
-    if model_type == "laver_patches" or model_type.startswith("qwen2_5_vl") or vision_config.get("is_native"):
+    if model_type in ("laver_patches", "qwen2_5_vl_vision") or vision_config.get("is_native"):
         reason = "its images differ in their numbers of tokens, and Llava gives every image as many"
     elif vision_config.get("num_register_tokens"):
         reason = "Llava drops a class token and would take the registers for patches"
@@ -137,7 +137,7 @@ def processor_config(
     format: str, vision_config: Mapping[str, Any], *, patch_size: int, native: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """processor_config.json. vision_config: as in `laver_config`. patch_size: side in pixels of what becomes one visual
-    token; native: for an encoder of native resolution, min_pixels, max_pixels and max_image_tokens of a picture.
+    token; native: for an encoder of native resolution, min_pixels and max_pixels of a picture.
 
     Raises:
         ValueError: an unknown format, or an encoder that Llava does not have.
@@ -260,7 +260,6 @@ def readme(
     Raises:
         ValueError: an unknown format, encoder, attention, positions or weights.
     """
-    encoder = "qwen2_5_vl" if encoder == "qwen2_5_vl_vision" else encoder
     for value, known in (
         (format, FORMATS),
         (encoder, _ENCODER_NAMES),

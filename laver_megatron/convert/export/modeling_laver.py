@@ -55,7 +55,7 @@ from transformers import (
     SiglipVisionModel,
     SuppressTokensLogitsProcessor,
 )
-from transformers.image_transforms import normalize, rescale, resize
+from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import load_image
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -103,7 +103,7 @@ class LaverPatches(nn.Module):
 
 _SIGLIP, _CLIP, _AIMV2 = "siglip_vision_model", "clip_vision_model", "aimv2_vision_model"
 _DINOV2, _DINOV2_WITH_REGISTERS = "dinov2", "dinov2_with_registers"
-_QWEN, _PATCHES = "qwen2_5_vl", "laver_patches"
+_QWEN, _PATCHES = "qwen2_5_vl_vision", "laver_patches"
 
 _ENCODERS: dict[str, tuple[type[PreTrainedConfig], type[nn.Module]]] = {
     _SIGLIP: (SiglipVisionConfig, SiglipVisionModel),
@@ -124,7 +124,7 @@ def _family(vision_config: PreTrainedConfig | dict[str, Any]) -> str:
     """
     is_dict = isinstance(vision_config, dict)
     model_type = vision_config.get("model_type", _SIGLIP) if is_dict else vision_config.model_type
-    family = _QWEN if model_type == "qwen2_5_vl_vision" else model_type
+    family = _QWEN if model_type == "qwen2_5_vl" else model_type
     if family not in _ENCODERS:
         raise ValueError(f"vision_config is of type {model_type!r}, but must be one of {', '.join(_ENCODERS)}")
     return family
@@ -424,6 +424,16 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixels = pixel_values.to(anchor.device, anchor.dtype)
         features_TE = self._native_features(pixels, grids) if image_grids is not None else self._fixed_features(pixels)
         return self.multi_modal_projector(features_TE)
+
+    def image_inputs(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """pixel_values and, where they are needed, image_grids of normalised pixels `[3, height, width]` of images."""
+        vision = self.config.vision_config
+        if not is_native(vision):
+            return {"pixel_values": torch.stack(list(images))}
+        side = token_side(vision)
+        grids = [(image.shape[1] // side, image.shape[2] // side) for image in images]
+        pixels_TP = torch.cat([cut_into_tokens(image, side) for image in images])
+        return {"pixel_values": pixels_TP, "image_grids": torch.tensor(grids)}
 
     def _grids(self, pixel_values: Tensor, image_grids: Tensor | None) -> list[tuple[int, int]]:
         """Rows and columns of the visual tokens of each image; checks that the pixels are such images."""
@@ -730,8 +740,8 @@ class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
     In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. patch_size: side in
-    pixels of what becomes one visual token. For an encoder of native resolution, whose pictures keep their proportions,
-    min_pixels and max_pixels bound a picture's area, and max_image_tokens its visual tokens, whatever its shape.
+    pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of native
+    resolution, whose pictures keep their proportions.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -745,19 +755,17 @@ class LaverProcessor(ProcessorMixin):
         patch_size: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        max_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if patch_size is None:
             raise ValueError("processor_config.json names no patch_size; export the checkpoint again")
-        bounds = (min_pixels, max_pixels, max_image_tokens)
-        if None in bounds and any(bound is not None for bound in bounds):
+        if (min_pixels is None) != (max_pixels is None):
             raise ValueError(
-                f"processor_config.json says (min_pixels, max_pixels, max_image_tokens) {bounds}; an encoder of native "
-                "resolution needs all three, another none; export the checkpoint again"
+                f"processor_config.json says min_pixels {min_pixels} and max_pixels {max_pixels}; an encoder of native "
+                "resolution needs both, another neither; export the checkpoint again"
             )
         self.patch_size = patch_size
-        self.min_pixels, self.max_pixels, self.max_image_tokens = bounds
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.image_token = _IMAGE_PAD
         self.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_PAD)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -817,7 +825,7 @@ class LaverProcessor(ProcessorMixin):
 
     def _prepare(self, pictures: list[Image.Image]) -> dict[str, np.ndarray]:
         """pixel_values, and image_grids where pictures differ in size."""
-        if self.max_image_tokens is None:
+        if self.max_pixels is None:
             prepared = self.image_processor(images=pictures, return_tensors="np")
             return {"pixel_values": np.asarray(prepared["pixel_values"], dtype=np.float32)}
         images = [self._keeping_proportions(picture) for picture in pictures]
@@ -827,16 +835,11 @@ class LaverProcessor(ProcessorMixin):
 
     def _keeping_proportions(self, picture: Image.Image) -> np.ndarray:
         """Normalised pixels, float32 `[3, height, width]`, of a size that `native_size` gives."""
-        assert self.min_pixels is not None and self.max_pixels is not None and self.max_image_tokens is not None
-        processor, layout = (
-            self.image_processor,
-            {"data_format": "channels_first", "input_data_format": "channels_first"},
-        )
-        size = native_size(
-            picture.height, picture.width, self.patch_size, self.min_pixels, self.max_pixels, self.max_image_tokens
-        )
-        image = np.moveaxis(np.array(picture), -1, 0)
-        image = resize(image, size, resample=processor.resample, **layout)
+        assert self.min_pixels is not None and self.max_pixels is not None
+        processor = self.image_processor
+        height, width = native_size(picture.width, picture.height, self.patch_size, self.min_pixels, self.max_pixels)
+        image = np.moveaxis(np.asarray(picture.resize((width, height), processor.resample)), -1, 0)
+        layout = {"data_format": "channels_first", "input_data_format": "channels_first"}
         if processor.do_rescale:
             image = rescale(image, processor.rescale_factor, **layout)
         if processor.do_normalize:
@@ -851,23 +854,22 @@ class LaverProcessor(ProcessorMixin):
         return num_pictures * [(height // self.patch_size) * (width // self.patch_size)]
 
 
-def native_size(
-    height: int, width: int, side: int, min_pixels: int, max_pixels: int, max_tokens: int
-) -> tuple[int, int]:
+def native_size(width: int, height: int, side: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) to which a picture is resized: multiples of `side`, the picture's proportions as nearly as that
-    allows, an area from min_pixels to max_pixels, and max_tokens squares of `side` at most."""
+    allows, and an area from min_pixels to max_pixels. It is Qwen2.5-VL's own size wherever that keeps to max_pixels."""
     rows, columns = round(height / side), round(width / side)
-    if max_tokens < max_pixels // side**2:
-        max_pixels = max_tokens * side**2
     if rows * columns * side**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(math.floor(length / shrink / side), 1) for length in (height, width))
-    elif rows * columns * side**2 < max(min_pixels, 1):
-        grow = math.sqrt(max(min_pixels, 1) / (height * width))
+        rows, columns = (math.floor(length / shrink / side) for length in (height, width))
+    elif rows * columns * side**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
         rows, columns = (math.ceil(length * grow / side) for length in (height, width))
-    # The short side of a long picture is one token at least; the long one then is as long as there is room.
+    rows, columns = max(1, rows), max(1, columns)
+    # A picture may be so long that one token on its short side is already too many: the long side is cut down.
+    max_tokens = max_pixels // side**2
     if rows * columns > max_tokens:
-        rows, columns = min(rows, max_tokens // min(rows, columns)), min(columns, max_tokens // min(rows, columns))
+        rows = min(rows, max_tokens if rows >= columns else max(1, max_tokens // columns))
+        columns = min(columns, max_tokens // rows)
     return rows * side, columns * side
 
 

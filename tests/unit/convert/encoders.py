@@ -83,6 +83,7 @@ def _crop(processor_type: str, edge: int) -> dict:
     }  # fmt: skip
 
 
+_AS_IT_IS = {"do_resize": False, "do_center_crop": False, "max_pixels": 24 * 64}
 _QWEN = {"image_processor_type": "Qwen2VLImageProcessor", "temporal_patch_size": 2, "min_pixels": 1024}
 
 _KINDS: dict[str, tuple[Callable[[], PreTrainedModel] | None, dict]] = {
@@ -92,9 +93,9 @@ _KINDS: dict[str, tuple[Callable[[], PreTrainedModel] | None, dict]] = {
     "dinov2 giant": (_dinov2_giant, _crop("BitImageProcessor", 36)),
     "dinov2 with registers": (_dinov2_with_registers, _crop("BitImageProcessor", 36)),
     "aimv2": (_aimv2, _crop("CLIPImageProcessor", 32)),
-    "aimv2 native": (_aimv2_native, {**_crop("CLIPImageProcessor", 32), "do_center_crop": False}),
+    "aimv2 native": (_aimv2_native, {**_AS_IT_IS, "image_processor_type": "CLIPImageProcessor"}),
     "qwen2_5_vl": (_qwen2_5_vl, {**_QWEN, "max_pixels": 24 * 256, "patch_size": 8, "merge_size": 2}),
-    "patches": (None, {**_QWEN, "max_pixels": 24 * 64, "patch_size": 8, "merge_size": 1}),
+    "patches": (None, {**_AS_IT_IS, "image_processor_type": "CLIPImageProcessor", "patch_size": 8}),
 }
 KINDS = tuple(_KINDS)
 _FEATURE_SIZES = {"qwen2_5_vl": 40, "patches": 3 * 8 * 8}  # the others: 32
@@ -106,9 +107,9 @@ FEATURE_LAYERS = {
 NUM_PREFIX_TOKENS = {"clip": 1, "dinov2": 1, "dinov2 giant": 1, "dinov2 with registers": 4}
 # What an export says of a picture's size.
 NATIVE = {
-    "aimv2 native": {"min_pixels": 64, "max_pixels": 24 * 64, "max_image_tokens": 24},
-    "qwen2_5_vl": {"min_pixels": 1024, "max_pixels": 24 * 256, "max_image_tokens": 24},
-    "patches": {"min_pixels": 1024, "max_pixels": 24 * 64, "max_image_tokens": 24},
+    "aimv2 native": {"min_pixels": 0, "max_pixels": 24 * 64},
+    "qwen2_5_vl": {"min_pixels": 1024, "max_pixels": 24 * 256},
+    "patches": {"min_pixels": 0, "max_pixels": 24 * 64},
 }
 
 
