@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from laver_megatron.config import ConfigError
+from laver_megatron.encoders.aimv2 import Aimv2
+from laver_megatron.encoders.clip import Clip
+from laver_megatron.encoders.dinov2 import Dinov2
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor
 from laver_megatron.encoders.loading import cast_weights, load_checked
+from laver_megatron.encoders.patches import Patches
+from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.shape import VISION_PART, read_part
 
-FAMILIES: tuple[Family, ...] = (Siglip(),)
+FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(), Patches())
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 __all__ = [

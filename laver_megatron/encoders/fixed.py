@@ -43,7 +43,7 @@ class FixedFamily(HiddenStateFamily):
 
     def preprocessor(
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
-    ) -> FixedPreprocessor:
+    ) -> ImagePreprocessor:
         crops = getattr(processor, "do_center_crop", False)
         size = processor.crop_size if crops else processor.size
         if not (crops or processor.do_resize) or not (size.get("height") and size.get("width")):

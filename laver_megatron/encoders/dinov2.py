@@ -1,0 +1,53 @@
+"""DINOv2, with and without registers.
+
+Its table of positions (made for 518 pixels) is interpolated to any fixed size that the patches divide; the image
+processor decides which, mostly 224 pixels cropped from the middle. A class token and the registers stand before the
+patches. Features are by default those of the last layer; `hidden_states` never include the final norm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laver_megatron.encoders.fixed import FixedFamily
+from laver_megatron.encoders.interface import EncoderShape, read_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SIZES = ("hidden_size", "num_hidden_layers", "mlp_ratio", "image_size", "patch_size")
+_WITH_REGISTERS = "dinov2_with_registers"
+
+
+class Dinov2(FixedFamily):
+    model_types = ("dinov2", _WITH_REGISTERS)
+
+    def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
+        model_type = vision["model_type"]
+        registers = ("num_register_tokens",) if model_type == _WITH_REGISTERS else ()
+        sizes = read_sizes(vision, (*_SIZES, *registers), path)
+        gated = bool(vision.get("use_swiglu_ffn", False))
+        intermediate_size = sizes["hidden_size"] * sizes["mlp_ratio"]
+        if gated:  # two thirds, in whole eights
+            intermediate_size = (intermediate_size * 2 // 3 + 7) // 8 * 8
+        return EncoderShape(
+            model_type=model_type,
+            feature_size=sizes["hidden_size"],
+            num_layers=sizes["num_hidden_layers"],
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=intermediate_size,
+            num_mlp_matrices=3 if gated else 2,
+            patch_size=sizes["patch_size"],
+            image_size=(sizes["image_size"], sizes["image_size"]),
+            interpolates_positions=True,
+            num_prefix_tokens=1 + sizes.get("num_register_tokens", 0),
+            default_feature_layer=-1,
+        )
+
+    def model(self, vision: dict[str, Any]) -> PreTrainedModel:
+        from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+        if vision["model_type"] == _WITH_REGISTERS:
+            return Dinov2WithRegistersModel(Dinov2WithRegistersConfig.from_dict(vision))
+        return Dinov2Model(Dinov2Config.from_dict(vision))

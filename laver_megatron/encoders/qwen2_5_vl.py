@@ -1,0 +1,111 @@
+"""Qwen2.5-VL's vision transformer: of native resolution, alone or as a part of Qwen2.5-VL.
+
+A visual token is a square of 2 x 2 patches, which the merger at its end makes one feature as wide as the language model
+it was trained with: there is one output and no choice of layers, and no class token. Most layers see windows, a few the
+whole image. An image is a video of one frame that is shown twice, a patch two frames deep.
+
+Letters: 3 colours, H W pixels of an image, P patches of all images, T their visual tokens, E feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from laver_megatron.config import ConfigError
+from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
+from laver_megatron.encoders.native import check_sizes, native_preprocessor
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+_SIZES = (
+    "depth", "hidden_size", "intermediate_size", "out_hidden_size", "patch_size", "spatial_merge_size", "window_size",
+    "temporal_patch_size",
+)  # fmt: skip
+
+
+class Qwen25VLEncoder(ImageEncoder):
+    """transformers' vision model of Qwen2.5-VL; features are what its merger gives."""
+
+    def __init__(self, model: PreTrainedModel, shape: EncoderShape) -> None:
+        super().__init__(shape.feature_size)
+        self.model, self.shape = model, shape
+        self.eval()
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        check_sizes(images, self.shape.token_size)
+        size = self.shape.patch_size
+        grids = [[1, pixels_3HW.shape[1] // size, pixels_3HW.shape[2] // size] for pixels_3HW in images]
+        patches = torch.cat([image_patches(pixels_3HW, self.shape) for pixels_3HW in images])
+        return self.model(patches, grid_thw=torch.tensor(grids, device=patches.device)).pooler_output
+
+
+def image_patches(pixels_3HW: Tensor, shape: EncoderShape) -> Tensor:
+    """The patches as Qwen's image processor lays them out: the squares that become one visual token in raster order,
+    in each its patches in raster order, a patch as `[colour, time, row, column]`: `[P, 3 x time x patch x patch]`."""
+    patch, merge, time = shape.patch_size, shape.merge_size, shape.temporal_patch_size
+    colours, height, width = pixels_3HW.shape
+    rows, columns = height // shape.token_size, width // shape.token_size
+    squares = pixels_3HW.reshape(colours, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    repeated = squares.unsqueeze(5).expand(rows, columns, merge, merge, colours, time, patch, patch)
+    return repeated.reshape(rows * columns * merge**2, colours * time * patch**2)
+
+
+class Qwen25VL(Family):
+    model_types = ("qwen2_5_vl", "qwen2_5_vl_vision")
+
+    def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
+        sizes = read_sizes({"temporal_patch_size": 2, **vision}, _SIZES, path)  # older files leave it out
+        whole = vision.get("fullatt_block_indexes")
+        if not isinstance(whole, list) or not all(type(number) is int for number in whole):
+            raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, no list of layers' numbers"])
+        token_size = sizes["patch_size"] * sizes["spatial_merge_size"]
+        if sizes["window_size"] < token_size:
+            raise ConfigError(
+                [f"{path}: window_size {sizes['window_size']} does not hold one visual token of {token_size} pixels"]
+            )
+        return EncoderShape(
+            model_type="qwen2_5_vl_vision",
+            feature_size=sizes["out_hidden_size"],
+            num_layers=sizes["depth"],
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_mlp_matrices=3,
+            patch_size=sizes["patch_size"],
+            merge_size=sizes["spatial_merge_size"],
+            temporal_patch_size=sizes["temporal_patch_size"],
+            image_size=None,
+            window_size=sizes["window_size"],
+            full_attention_layers=tuple(sorted(set(whole) & set(range(sizes["depth"])))),
+            default_feature_layer=None,
+        )
+
+    def preprocessor(
+        self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
+    ) -> ImagePreprocessor:
+        try:
+            min_pixels, max_pixels = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(
+                f"{file}: {type(processor).__name__} says no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
+            ) from None
+        return native_preprocessor(
+            processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
+        )
+
+    def model(self, vision: dict[str, Any]) -> PreTrainedModel:
+        from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+        # The vision model's settings have been written with the whole model's type.
+        config = Qwen2_5_VLVisionConfig.from_dict({**vision, "model_type": Qwen2_5_VLVisionConfig.model_type})
+        return Qwen2_5_VisionTransformerPretrainedModel(config)
+
+    def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> Qwen25VLEncoder:
+        assert model is not None and feature_layer is None
+        return Qwen25VLEncoder(model, shape)
