@@ -182,7 +182,8 @@ def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path,
     absent = [key for key in keys.values() if content.get(key) is None and not (no_choice and key == layer_key)]
     if absent:
         raise ValueError(f"{path} does not say {', '.join(absent)}; copy it again")
-    found = Training(**{name: content.get(key) for name, key in keys.items()})
+    said: dict[str, Any] = {name: content.get(key) for name, key in keys.items()}
+    found = Training(**said)
     for name, value, known in (("attention", found.attention, ATTENTIONS), ("positions", found.positions, POSITIONS)):
         if value not in known:
             raise ValueError(f"{path}: {name} is {value!r}, but must be one of {', '.join(known)}")

@@ -122,8 +122,10 @@ def _family(vision_config: PreTrainedConfig | dict[str, Any]) -> str:
     Raises:
         ValueError: an unknown one.
     """
-    is_dict = isinstance(vision_config, dict)
-    model_type = vision_config.get("model_type", _SIGLIP) if is_dict else vision_config.model_type
+    if isinstance(vision_config, dict):
+        model_type = vision_config.get("model_type", _SIGLIP)
+    else:
+        model_type = vision_config.model_type
     family = _QWEN if model_type == "qwen2_5_vl" else model_type
     if family not in _ENCODERS:
         raise ValueError(f"vision_config is of type {model_type!r}, but must be one of {', '.join(_ENCODERS)}")

@@ -134,7 +134,7 @@ def input_problems(directory: Path, probes: list[Probe]) -> list[str]:
         processor = load.from_pretrained(directory, trust_remote_code=load is AutoProcessor, local_files_only=True)
     except Exception as error:  # what is missing decides what is raised
         return [f"{load.__name__} cannot load the directory: {type(error).__name__}: {error}"]
-    problems = []
+    problems: list[str] = []
     for probe in probes:
         if probe.pictures:
             message = {"role": "user", "content": _parts(probe.prompt)}

@@ -27,7 +27,7 @@ PICTURE_PROMPTS = (
     "<image>\nDescribe this picture in one sentence.",
     "First picture: <image>\nSecond picture: <image>\n这两张图片有什么不同?",
 )
-# Of the built-in photographs: enough to show two different ones in one prompt.
+# Of the built-in photographs, each of another size: enough to show two different ones in one prompt.
 _NUM_PHOTOGRAPHS = 3
 
 
@@ -128,7 +128,10 @@ def _pictures(files: Sequence[Path]) -> Iterator[Image.Image]:
         found = photographs()
     except ValueError as error:
         raise ValueError(f"there are no pictures to compare on ({error}); or give some with --image FILE") from error
-    yield from (picture for _, picture in found[:_NUM_PHOTOGRAPHS])
+    of_size: dict[tuple[int, int], Image.Image] = {}
+    for _, picture in found:
+        of_size.setdefault(picture.size, picture)
+    yield from list(of_size.values())[:_NUM_PHOTOGRAPHS]
 
 
 def pack_probes(probes: Sequence[Probe]) -> PackedProbes:
