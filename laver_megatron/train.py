@@ -42,6 +42,7 @@ from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
 from laver_megatron.data.dataset import open_data
+from laver_megatron.data.packing import PackBatch, image_grids
 from laver_megatron.encoders import read_encoder
 from laver_megatron.inputs import HF_PREFIX, find_inputs
 from laver_megatron.losses import TERMS, count_of, micro_batch_losses
@@ -50,6 +51,7 @@ from laver_megatron.model.laver import LaverStage, StageOutput
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
+from laver_megatron.scaling.encoder_flops import window_area
 from laver_megatron.scaling.flops import ModelFlops, step_flops, tflops_per_gpu
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
@@ -120,7 +122,8 @@ def setup(config: Config) -> Trainer:
     source, model_dir, encoder_dir = inputs.checkpoint, inputs.model_dir, inputs.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
     shape = read_model_shape(model_dir)
-    config = config.replace(encoder_feature_layer=read_encoder(encoder_dir).feature_layer(config.encoder_feature_layer))
+    encoder = read_encoder(encoder_dir)
+    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.encoder_feature_layer))
     initialise_parallelism(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -131,7 +134,10 @@ def setup(config: Config) -> Trainer:
     config, reader, validation_reader = open_data(as_before(config, inputs), model_dir, encoder_dir)
     streams = StreamSettings.of(config, shape)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    areas = partial(span_areas, settings=streams)
+
+    def areas(packs: PackBatch) -> tuple[int, int, int]:
+        return *span_areas(packs, streams), window_area(image_grids(packs), encoder.window_tokens)
+
     training_data = BatchSource(config, reader, areas, dtype, backend.device)
     validation_data = None
     if config.valid_data_path:
@@ -298,6 +304,8 @@ def record(
         lm_span_area=counts.language_span_area,
         num_visual_tokens=counts.visual_tokens,
         reconstruction_span_area=counts.image_span_area,
+        num_images=counts.images,
+        image_window_area=counts.image_window_area,
         laver=config.laver,
         gram=config.gram_loss != "none",
         frozen=config.freeze,

@@ -24,7 +24,7 @@ class GlobalCounts:
     """What a global batch holds over all data-parallel ranks, padding excluded. labels: tokens with a label;
     bad_samples: those that were planned and turned out bad when they were read;
     masked: tokens hidden from the reconstruction stream; the areas: (query, key) pairs attended to in the
-    language stream and within images."""
+    language stream, within images, and within the windows of the encoder (0 if it has none)."""
 
     labels: int
     masked: int
@@ -35,6 +35,7 @@ class GlobalCounts:
     bad_samples: int
     language_span_area: int
     image_span_area: int
+    image_window_area: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class GlobalBatch:
 def count(
     packs: list[PackBatch],
     masked: list[Tensor],
-    areas: Callable[[PackBatch], tuple[int, int]],
+    areas: Callable[[PackBatch], tuple[int, int, int]],
     device: torch.device,
 ) -> GlobalCounts:
     """Counts this rank's packs and sums over the data-parallel group, once a step, before the schedule runs."""
@@ -86,7 +87,7 @@ class BatchSource:
         self,
         config: Config,
         reader: PackReader | None,
-        areas: Callable[[PackBatch], tuple[int, int]],
+        areas: Callable[[PackBatch], tuple[int, int, int]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:

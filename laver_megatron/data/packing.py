@@ -76,6 +76,14 @@ class PackBatch:
     keys: list[list[str]]
 
 
+def image_grids(packs: PackBatch) -> list[tuple[int, int]]:
+    """(rows, columns) of the visual tokens of every image, in order: its last token's place and one."""
+    next_BS = torch.full_like(packs.image_BS, -1)
+    next_BS[:, :-1] = packs.image_BS[:, 1:]
+    last_BS = (packs.image_BS >= 0) & (packs.image_BS != next_BS)
+    return list(zip((packs.row_BS[last_BS] + 1).tolist(), (packs.col_BS[last_BS] + 1).tolist(), strict=True))
+
+
 _PADDING = {
     "labels_BS": IGNORE_LABEL,
     "document_BS": -1,

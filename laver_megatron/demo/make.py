@@ -3,12 +3,14 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from laver_megatron.data.index_file import INDEX_NAME, write_index
 from laver_megatron.data.indexing import index_tars
-from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 from laver_megatron.demo.questions import make_examples
 from laver_megatron.demo.shards import write_shards
 
@@ -20,8 +22,10 @@ def make_demo(
     *,
     num_train_samples: int = NUM_TRAIN_SAMPLES,
     num_valid_samples: int = NUM_VALID_SAMPLES,
+    encoders: Sequence[str] = (),
 ) -> Path:
     """Makes `model/`, `encoder/` and `shards/` (train-*.tar, valid-*.tar, their index) in a directory, and returns it.
+    encoders: kinds (`demo.encoders.KINDS`) of which it gets an `encoder_KIND/` each, too.
 
     A part that is there is kept: each is built beside its place and renamed when it is complete, so a part
     is never half there. Which sample is which depends on nothing but its number and the versions of Pillow,
@@ -46,6 +50,8 @@ def make_demo(
         lambda place: save_language_model(place, texts()),
     )
     _make_part(directory / "encoder", "a SigLIP encoder", save_encoder)
+    for kind in encoders:
+        _make_part(directory / f"encoder_{kind}", f"an encoder of type {kind}", partial(save_encoder, kind=kind))
     _make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
     return directory
 

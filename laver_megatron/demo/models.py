@@ -1,4 +1,4 @@
-"""The demo's random-weight checkpoints, in the form of the real ones: Qwen2.5 with its tokenizer, SigLIP."""
+"""The demo's language model: a Qwen2.5 with random weights and its tokenizer, in the form of the real ones."""
 
 import contextlib
 import json
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVisionConfig, SiglipVisionModel
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 VOCABULARY_SIZE = 2048
-IMAGE_SIZE, PATCH_SIZE = 64, 8
 
 # Qwen2.5's special tokens in their order; those after the vision tokens are ordinary added tokens there.
 _SPECIAL_TOKENS = [
@@ -119,40 +117,19 @@ def save_language_model(directory: Path, texts: Sequence[str]) -> None:
         "use_sliding_window": False,
         "vocab_size": VOCABULARY_SIZE,
     }
-    with _seeded(1):
+    with seeded(1):
         model = Qwen2ForCausalLM(Qwen2Config(**config))
-    with _quiet():
+    with quiet():
         model.save_pretrained(directory)
     # transformers 5 writes RoPE and dtype in a form of its own; the published checkpoints have this one.
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     generation = {
         "bos_token_id": ids["endoftext"],
         "pad_token_id": ids["endoftext"],
         "eos_token_id": [ids["im_end"], ids["endoftext"]],
         "do_sample": False,
     }
-    _write_json(directory / "generation_config.json", generation)
-
-
-def save_encoder(directory: Path) -> None:
-    """A small SigLIP vision model with random weights (8 x 8 tokens) and its image processor's settings."""
-    config = SiglipVisionConfig(
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    with _seeded(2):
-        model = SiglipVisionModel(config)
-    with _quiet():
-        model.save_pretrained(directory)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
-    settings = json.loads((directory / "preprocessor_config.json").read_text())
-    # Checkpoints name the processor without the backend.
-    _write_json(directory / "preprocessor_config.json", {**settings, "image_processor_type": "SiglipImageProcessor"})
+    write_json(directory / "generation_config.json", generation)
 
 
 def train_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
@@ -189,7 +166,7 @@ def train_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """torch's CPU generator at a seed, and back where it was afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -197,7 +174,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bar that save_pretrained draws."""
     from transformers.utils import logging
 
@@ -208,5 +185,6 @@ def _quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """A settings file as checkpoints have it."""
     path.write_text(json.dumps(content, indent=2) + os.linesep)

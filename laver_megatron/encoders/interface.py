@@ -76,6 +76,11 @@ class EncoderShape:
         return self.patch_size * self.merge_size
 
     @property
+    def window_tokens(self) -> int | None:
+        """Side of a window of attention in visual tokens."""
+        return None if self.window_size is None else self.window_size // self.token_size
+
+    @property
     def num_tokens(self) -> int | None:
         """Visual tokens of an image of `image_size`; None at native resolution, where it depends on the picture."""
         if self.image_size is None:

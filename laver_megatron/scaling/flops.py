@@ -22,6 +22,7 @@ from typing import Literal
 
 from laver_megatron.encoders.interface import EncoderShape
 from laver_megatron.model.shape import ModelShape
+from laver_megatron.scaling.encoder_flops import EncoderFlops, EncoderWork, encoder_flops
 
 PARTS = (
     "decoder_student",
@@ -48,9 +49,7 @@ class ModelFlops:
     gram_per_pair: int
     connector_first_per_token: int
     connector_second_per_token: int
-    encoder_embedding_per_token: int
-    encoder_per_token: int
-    encoder_attention_per_pair: int
+    encoder: EncoderFlops
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,6 @@ def vision_head_flops(hidden_size: int, head_hidden_size: int, output_size: int)
     )
 
 
-def encoder_layer_flops(encoder: EncoderShape) -> int:
-    """Forward FLOPs of one ViT layer's linear layers for one patch: Q, K, V, projection, two-layer MLP."""
-    hidden = encoder.hidden_size
-    return 4 * matmul_flops(1, hidden, hidden) + 2 * matmul_flops(1, encoder.intermediate_size, hidden)
-
-
 def model_flops(
     shape: ModelShape,
     *,
@@ -146,20 +139,15 @@ def model_flops(
         shape: the decoder.
         vision_head_hidden_size: width of the vision head's two hidden layers.
         vision_head_output_size: K; None is the decoder's hidden size.
-        encoder: the image encoder (SigLIP type: patch embedding, full-attention layers, no pooling head), or None.
+        encoder: the image encoder, or None.
         num_encoder_layers: how many of its layers run, where the features are taken before the last; None: all.
-        connector_input_size: width of the connector's input; None is the encoder's hidden size, or without an
+        connector_input_size: width of the connector's input; None is that of the encoder's features, or without an
             encoder no connector at all.
     """
     hidden = shape.hidden_size
     output_size = hidden if vision_head_output_size is None else vision_head_output_size
-    num_encoder_layers_run = embedding = layer = encoder_pair = 0
     if encoder is not None:
-        num_encoder_layers_run = encoder.num_layers if num_encoder_layers is None else num_encoder_layers
-        embedding = matmul_flops(1, encoder.hidden_size, encoder.num_channels * encoder.patch_size**2)
-        layer = encoder_layer_flops(encoder)
-        encoder_pair = attention_flops(1, 1, encoder.hidden_size)  # heads x head size = hidden size
-        connector_input_size = connector_input_size or encoder.hidden_size
+        connector_input_size = connector_input_size or encoder.feature_size
     return ModelFlops(
         decoder_per_token=shape.num_layers * decoder_layer_flops(shape),
         attention_per_pair=shape.num_layers * attention_flops(1, shape.num_attention_heads, shape.kv_channels),
@@ -168,9 +156,7 @@ def model_flops(
         gram_per_pair=matmul_flops(1, 1, output_size),
         connector_first_per_token=matmul_flops(1, hidden, connector_input_size) if connector_input_size else 0,
         connector_second_per_token=matmul_flops(1, hidden, hidden) if connector_input_size else 0,
-        encoder_embedding_per_token=embedding,
-        encoder_per_token=num_encoder_layers_run * layer,
-        encoder_attention_per_pair=num_encoder_layers_run * encoder_pair,
+        encoder=encoder_flops(encoder, num_encoder_layers) if encoder else EncoderFlops(),
     )
 
 
@@ -181,8 +167,8 @@ def step_flops(
     lm_span_area: int,
     num_visual_tokens: int = 0,
     reconstruction_span_area: int = 0,
-    num_encoder_tokens: int | None = None,
-    encoder_span_area: int | None = None,
+    num_images: int = 0,
+    image_window_area: int = 0,
     laver: bool = True,
     gram: bool = True,
     frozen: Collection[str] = ("encoder",),
@@ -196,8 +182,8 @@ def step_flops(
         num_visual_tokens: the visual tokens among them; each also goes once through the reconstruction stream and
             once through the teacher.
         reconstruction_span_area: sum over images of N^2.
-        num_encoder_tokens, encoder_span_area: patches and sum of their squares by image, where the encoder has more
-            of them than the decoder has visual tokens; None: the same as for the visual tokens.
+        num_images: their number, which an encoder with class or register tokens asks for.
+        image_window_area: pairs of visual tokens that share a window of the encoder's (`encoder_flops.window_area`).
         laver: False is plain LM training: no reconstruction stream, no teacher, no vision head, no Gram matrices.
         gram: False for `gram_loss: none`.
         frozen: names from `MODULES`. The token embedding and the LM head are frozen with the decoder, the [MASK]
@@ -233,10 +219,7 @@ def step_flops(
         gram=inner_products * (1 + 2 * masked_needs_gradient) + inner_products,
         connector=_connector_flops(model, num_visual_tokens, trains),
         encoder=_encoder_flops(
-            model,
-            num_visual_tokens if num_encoder_tokens is None else num_encoder_tokens,
-            reconstruction_span_area if encoder_span_area is None else encoder_span_area,
-            trains,
+            model, EncoderWork(num_images, num_visual_tokens, reconstruction_span_area, image_window_area), trains
         ),
         student_layers_forward=lm_linear + lm_attention + masked_linear + masked_attention,
         student_attention_forward=lm_attention + masked_attention,
@@ -250,10 +233,10 @@ def _connector_flops(model: ModelFlops, num_visual_tokens: int, trains: dict[str
     return num_visual_tokens * (first + second)
 
 
-def _encoder_flops(model: ModelFlops, num_patches: int, area: int, trains: dict[str, bool]) -> int:
-    embedding = num_patches * model.encoder_embedding_per_token  # pixels need no gradient
-    layers = num_patches * model.encoder_per_token + area * model.encoder_attention_per_pair
-    return embedding * (1 + trains["encoder"]) + layers * (1 + 2 * trains["encoder"])
+def _encoder_flops(model: ModelFlops, work: EncoderWork, trains: dict[str, bool]) -> int:
+    assert work.num_images or not (work.num_visual_tokens and model.encoder.num_prefix_tokens)
+    embedding, behind = model.encoder.forward(work)  # pixels need no gradient
+    return embedding * (1 + trains["encoder"]) + behind * (1 + 2 * trains["encoder"])
 
 
 def hardware_flops(step: StepFlops, recompute: Literal["full", "selective"] | None = None) -> int:

@@ -60,7 +60,7 @@ def train(checkpoints, num_steps, **changes):
         (torch.rand(p.image_BS.shape, generator=torch.Generator().manual_seed(0)) < 0.4) & (p.image_BS >= 0)
         for p in packs
     ]
-    counts = count(packs, masked, lambda p: span_areas(p, settings), backend.device)
+    counts = count(packs, masked, lambda p: (*span_areas(p, settings), 0), backend.device)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     pixels = [[image.to(backend.device, dtype) for image in p.pixels[0]] for p in packs]
     batch = GlobalBatch(packs, masked, pixels, counts)

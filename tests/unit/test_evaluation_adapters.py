@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, SiglipVisionModel
 
-from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 from tests.exports import add_processor, write_export
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "examples" / "evaluation"

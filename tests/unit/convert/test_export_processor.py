@@ -31,7 +31,8 @@ from laver_megatron.convert.export.modeling_laver import LaverProcessor
 from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.images import decode_image
 from laver_megatron.data.samples import SampleEncoder
-from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor
 from tests.exports import add_processor, write_export
 

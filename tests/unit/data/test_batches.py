@@ -26,7 +26,7 @@ def config(demo_dir):
 def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     """The batches of one of several data-parallel ranks."""
     source = BatchSource.__new__(BatchSource)
-    source.config, source.reader, source.areas = config, reader, lambda packs: (0, 0)
+    source.config, source.reader, source.areas = config, reader, lambda packs: (0, 0, 0)
     source.dtype, source.device = torch.float32, torch.device("cpu")
     source.num_samples = source.num_bad_samples = 0
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
@@ -107,6 +107,6 @@ def test_counts_of_a_pack():
         mock.patch.object(batches, "parallel_state"),
         mock.patch.object(batches.dist, "all_reduce"),
     ):
-        counts = count([packs], [packs.image_BS == 0], lambda packs: (5, 6), torch.device("cpu"))
+        counts = count([packs], [packs.image_BS == 0], lambda packs: (5, 6, 7), torch.device("cpu"))
     assert (counts.tokens, counts.samples, counts.bad_samples, counts.images, counts.masked) == (11, 2, 2, 1, 4)
-    assert (counts.language_span_area, counts.image_span_area) == (5, 6)
+    assert (counts.language_span_area, counts.image_span_area, counts.image_window_area) == (5, 6, 7)

@@ -42,7 +42,7 @@ def run(stage, packs, pixels=None):
 
 @pytest.fixture(scope="module")
 def encoder_dir(tmp_path_factory):
-    from laver_megatron.demo.models import save_encoder
+    from laver_megatron.demo.encoders import save_encoder
 
     directory = tmp_path_factory.mktemp("encoder")
     save_encoder(directory)

@@ -35,7 +35,8 @@ from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import compare_outputs, grid, layout_problem, verify
 from laver_megatron.convert.verification.workers import WorkerFailed
 from laver_megatron.convert.weights import ModelParts, weight_table
-from laver_megatron.demo.models import save_encoder, save_language_model
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 from laver_megatron.manifest import describe, files_of, write_manifest
 from laver_megatron.model.shape import read_model_shape
 from tests.exports import add_processor
