@@ -55,6 +55,7 @@ from transformers import (
     SiglipVisionModel,
     SuppressTokensLogitsProcessor,
 )
+from transformers import __version__ as transformers_version
 from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import load_image
 from transformers.masking_utils import create_causal_mask
@@ -389,7 +390,18 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = Qwen2ForCausalLM(config.text_config)
         self.language_model.model.rotary_emb = LaverRotaryEmbedding(config.text_config, config.positions)
         self._refuse_kernel()
+        self._refuse_older_names()
         self.post_init()
+
+    def _refuse_older_names(self) -> None:
+        """Older versions have gate and up projection of a gated DINOv2 in one tensor; they would not find the weights,
+        and go on with random ones."""
+        names = [name for name, _ in self.vision_tower.named_parameters()]
+        if getattr(self.config.vision_config, "use_swiglu_ffn", False) and not any("gate_proj" in n for n in names):
+            raise ValueError(
+                f"transformers {transformers_version} is too old for the gated MLP of this encoder "
+                f"({self.config.vision_config.model_type}, use_swiglu_ffn); install a newer one, such as 5.23"
+            )
 
     def _refuse_kernel(self) -> None:
         """Checked at every call too: a kernel can be changed after loading."""

@@ -1,137 +1,74 @@
-"""Small random image encoders of every family, in the files that published ones have.
+"""Small random image encoders of every kind and exports with them, written by hand.
 
 encoder = save_encoder("clip", directory)     # config.json, weights, preprocessor_config.json
+export = write_family_export("clip", directory, model_dir)
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    Aimv2VisionConfig,
-    Aimv2VisionModel,
+    AutoModel,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
+from laver_megatron.demo import encoders as demo
 from tests.exports import add_processor, write_export
 
-_VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
-_DINO = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
-
-
-def _siglip() -> PreTrainedModel:
-    return SiglipVisionModel(SiglipVisionConfig(**_VIT, image_size=32))
-
-
-def _clip() -> PreTrainedModel:
-    """Whole: with its text tower and projections."""
-    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CLIPModel(CLIPConfig(text_config={**text, "vocab_size": 40}, vision_config={**_VIT, "image_size": 32}))
-
-
-def _dinov2() -> PreTrainedModel:
-    return Dinov2Model(Dinov2Config(**_DINO, image_size=48))
-
-
-def _dinov2_giant() -> PreTrainedModel:
-    return Dinov2Model(Dinov2Config(**_DINO, image_size=32, use_swiglu_ffn=True))
-
-
-def _dinov2_with_registers() -> PreTrainedModel:
-    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**_DINO, image_size=48, num_register_tokens=3))
-
-
-def _aimv2() -> PreTrainedModel:
-    return Aimv2VisionModel(Aimv2VisionConfig(**_VIT, image_size=32))
-
-
-def _aimv2_native() -> PreTrainedModel:
-    return Aimv2VisionModel(Aimv2VisionConfig(**_VIT, image_size=32, is_native=True, use_head=False))
-
-
-def _qwen2_5_vl() -> PreTrainedModel:
-    """Whole: with its decoder. Windows are 2 x 2 visual tokens."""
-    text = {
-        "vocab_size": 40, "hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 4, 4]},
-    }  # fmt: skip
-    vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "window_size": 32,
-        "out_hidden_size": 40, "fullatt_block_indexes": [1],
-    }  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-
-
-def _crop(processor_type: str, edge: int) -> dict:
-    return {
-        "image_processor_type": processor_type, "do_resize": True, "size": {"shortest_edge": edge},
-        "do_center_crop": True, "crop_size": {"height": 32, "width": 32},
-    }  # fmt: skip
-
-
-_AS_IT_IS = {"do_resize": False, "do_center_crop": False, "max_pixels": 24 * 64}
-_QWEN = {"image_processor_type": "Qwen2VLImageProcessor", "temporal_patch_size": 2, "min_pixels": 1024}
-
-_KINDS: dict[str, tuple[Callable[[], PreTrainedModel] | None, dict]] = {
-    "siglip": (_siglip, {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}),
-    "clip": (_clip, _crop("CLIPImageProcessor", 32)),
-    "dinov2": (_dinov2, _crop("BitImageProcessor", 36)),
-    "dinov2 giant": (_dinov2_giant, _crop("BitImageProcessor", 36)),
-    "dinov2 with registers": (_dinov2_with_registers, _crop("BitImageProcessor", 36)),
-    "aimv2": (_aimv2, _crop("CLIPImageProcessor", 32)),
-    "aimv2 native": (_aimv2_native, {**_AS_IT_IS, "image_processor_type": "CLIPImageProcessor"}),
-    "qwen2_5_vl": (_qwen2_5_vl, {**_QWEN, "max_pixels": 24 * 256, "patch_size": 8, "merge_size": 2}),
-    "patches": (None, {**_AS_IT_IS, "image_processor_type": "CLIPImageProcessor", "patch_size": 8}),
-}
-KINDS = tuple(_KINDS)
-_FEATURE_SIZES = {"qwen2_5_vl": 40, "patches": 3 * 8 * 8}  # the others: 32
+KINDS = tuple(demo.KINDS)
+_FEATURE_SIZES = {"qwen2_5_vl": 96, "patches": 3 * 16 * 16}  # the others: 64
 # Which hidden state is the feature, and how many tokens stand before the patches there.
 FEATURE_LAYERS = {
-    "siglip": -2, "clip": -2, "dinov2": -1, "dinov2 giant": -1, "dinov2 with registers": -1, "aimv2": -1,
-    "aimv2 native": -1, "qwen2_5_vl": None, "patches": None,
+    "siglip": -2, "clip": -2, "dinov2": -1, "dinov2_with_registers": -1, "aimv2": -1, "aimv2_fixed": -1,
+    "qwen2_5_vl": None, "patches": None,
 }  # fmt: skip
-NUM_PREFIX_TOKENS = {"clip": 1, "dinov2": 1, "dinov2 giant": 1, "dinov2 with registers": 4}
+NUM_PREFIX_TOKENS = {"clip": 1, "dinov2": 1, "dinov2_with_registers": 5}
 # What an export says of a picture's size.
 NATIVE = {
-    "aimv2 native": {"min_pixels": 0, "max_pixels": 24 * 64},
-    "qwen2_5_vl": {"min_pixels": 1024, "max_pixels": 24 * 256},
-    "patches": {"min_pixels": 0, "max_pixels": 24 * 64},
+    "aimv2": {"min_pixels": 0, "max_pixels": 64 * 8**2},
+    "qwen2_5_vl": {"min_pixels": 4 * 16**2, "max_pixels": 64 * 16**2},
+    "patches": {"min_pixels": 0, "max_pixels": 64 * 16**2},
 }
 
 
 def save_encoder(kind: str, directory: Path) -> Path:
-    """Weights are so large that a wrong mask, layer, token or position shows in every output."""
-    build, processor = _KINDS[kind]
-    directory.mkdir(parents=True, exist_ok=True)
-    if build is None:
-        (directory / "config.json").write_text('{"model_type": "laver_patches", "patch_size": 8, "num_channels": 3}\n')
-    else:
-        torch.manual_seed(len(kind))
-        model = build()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0.0, 1.2 * parameter[0].numel() ** -0.5)
-                else:
-                    gain = "norm" in name and name.endswith("weight")
-                    parameter.normal_(float(gain or "lambda" in name), 0.3)
-        model.save_pretrained(directory)
-    (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    """The demo's, with weights so large that a wrong mask, layer, token or position shows in every output; CLIP and
+    Qwen2.5-VL whole, with their language models."""
+    demo.save_encoder(directory, kind)
+    file = directory / "model.safetensors"
+    vision = json.loads((directory / "config.json").read_text())
+    if kind == "clip":
+        text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        CLIPModel(CLIPConfig(text_config={**text, "vocab_size": 40}, vision_config=vision)).save_pretrained(directory)
+    elif kind == "qwen2_5_vl":
+        text = {
+            "vocab_size": 40, "hidden_size": 96, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]},
+        }  # fmt: skip
+        whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        Qwen2_5_VLForConditionalGeneration(whole).save_pretrained(directory)
+    if file.is_file():
+        generator = torch.Generator().manual_seed(len(kind))
+        tensors = {name: _large(name, tensor, generator) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     return directory
+
+
+def _large(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.ndim >= 2:
+        return 1.2 * tensor[0].numel() ** -0.5 * noise
+    is_gain = ("norm" in name or "ln_q" in name) and name.endswith("weight") or "lambda" in name
+    return float(is_gain) + 0.3 * noise
 
 
 def vision_config(directory: Path) -> dict:
@@ -144,10 +81,8 @@ def load_vision_model(kind: str, directory: Path) -> PreTrainedModel | None:
     """transformers' vision model alone, with the weights of an encoder's directory."""
     if kind == "patches":
         return None
-    if kind == "qwen2_5_vl":
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).model.visual.eval()
-    model_class = CLIPVisionModel if kind == "clip" else type(_KINDS[kind][0]())
-    return model_class.from_pretrained(directory).eval()
+    model = AutoModel.from_pretrained(directory).eval()
+    return {"clip": lambda: model.vision_model, "qwen2_5_vl": lambda: model.visual}.get(kind, lambda: model)()
 
 
 def write_family_export(kind: str, directory: Path, model_dir: Path, *, attention="mixed", positions="2d") -> Path:
@@ -158,7 +93,7 @@ def write_family_export(kind: str, directory: Path, model_dir: Path, *, attentio
     language = Qwen2ForCausalLM.from_pretrained(model_dir)
     torch.manual_seed(1)
     hidden = language.config.hidden_size
-    connector = nn.Sequential(nn.Linear(_FEATURE_SIZES.get(kind, 32), hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    connector = nn.Sequential(nn.Linear(_FEATURE_SIZES.get(kind, 64), hidden), nn.GELU(), nn.Linear(hidden, hidden))
     with torch.no_grad():
         for weight in (*language.parameters(), *connector.parameters()):
             if weight.ndim == 2:
