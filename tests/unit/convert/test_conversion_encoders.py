@@ -18,6 +18,8 @@ from transformers import LlavaForConditionalGeneration
 from laver_megatron.build import build_stages
 from laver_megatron.checkpoint import sharding_metadata
 from laver_megatron.convert.direct_start import load_hugging_face
+from laver_megatron.convert.export import modeling_laver
+from laver_megatron.convert.export.modeling_laver import LaverConfig
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron, open_source
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.parts import training_of_checkpoint, training_of_export
@@ -196,6 +198,19 @@ def test_training_starts_from_an_export(kind, trained, model_dir):
     for name, parameter in first.items():
         assert torch.equal(parameter, second[name]), name
     assert any(name.startswith("encoder.") for name in first) == (kind != "patches")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_export_s_code_says_of_the_encoder_is_what_training_says(kind, trained):
+    """The one file of an export repeats these facts, because it cannot import this package."""
+    found = trained(kind, **dict(RUNS)[kind] if kind in NATIVE else {})
+    ours = read_encoder(found.encoder)
+    theirs = LaverConfig.from_pretrained(found.export).vision_config
+    assert modeling_laver.is_native(theirs) == ours.is_native == (kind in NATIVE)
+    assert modeling_laver.token_side(theirs) == ours.token_size
+    assert modeling_laver.feature_size(theirs) == ours.feature_size
+    assert modeling_laver.num_prefix_tokens(theirs) == ours.num_prefix_tokens
+    assert modeling_laver.has_feature_layers(theirs) == (ours.default_feature_layer is not None)
 
 
 # --- caps ----------------------------------------------------------------------------------------------

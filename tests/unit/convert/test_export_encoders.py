@@ -4,6 +4,7 @@ Letters: L tokens, H width.
 """
 
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -34,6 +35,8 @@ from tests.unit.convert.encoders import (
     vision_config,
     write_family_export,
 )
+
+CHAT = Path(__file__).parents[3] / "examples" / "chat.py"
 
 # Features go through some layers of small sums in fp32.
 TOLERANCE = 1e-5
@@ -223,11 +226,23 @@ def test_text_alone_is_qwen(kind, export, model_dir):
 def test_bf16_answers_too(kind, export):
     found = export(kind)
     half = LaverForConditionalGeneration.from_pretrained(found.directory, dtype=torch.bfloat16).eval()
-    inputs = inputs_of(found.processor)
-    gap = half(**inputs).logits.float() - found.model(**inputs).logits
+    inputs = inputs_of(found.processor).to("cpu", torch.bfloat16)  # as callers do: pixels, but not their grids
+    gap = half(**inputs).logits.float() - found.model(**inputs_of(found.processor)).logits
     # bf16 rounds to 1 in 256 at every operation of some layers, on logits of deviation 1.5.
     assert gap[inputs["attention_mask"].bool()].abs().mean() < 0.15
     assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+def test_chat_shows_pictures_of_different_sizes(export, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("chat_example", CHAT)
+    chat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chat)
+    files = [tmp_path / f"{number}.png" for number in (0, 1)]
+    for number, file in enumerate(files):
+        picture(number).save(file)
+    options = ["--model", str(export("qwen2_5_vl").directory), "--max-new-tokens", "4", "--device", "cpu"]
+    assert chat.main([*options, "--image", *map(str, files), "--question", "What is this?"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 # --- files ---------------------------------------------------------------------------------------------
