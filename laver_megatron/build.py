@@ -14,19 +14,25 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config import Config
-from laver_megatron.encoders import build_encoder, read_encoder
-from laver_megatron.model.image_division import sum_partial_gradients
+from laver_megatron.encoders import EncoderShape, build_encoder, read_encoder
+from laver_megatron.model.image_division import BY_TOKENS, ImageCost, sum_partial_gradients
 from laver_megatron.model.laver import LAVER_PARTS, LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.model.shape import ModelShape
+from laver_megatron.scaling.encoder_flops import image_cost
 from laver_megatron.scaling.flops import ModelFlops, model_flops
 
 
 def build_stages(
-    config: Config, shape: ModelShape, encoder_dir: Path | None = None, *, load_encoder: bool = False
+    config: Config,
+    shape: ModelShape,
+    encoder_dir: Path | None = None,
+    *,
+    load_encoder: bool = False,
+    cost: ImageCost = BY_TOKENS,
 ) -> list[LaverStage]:
     """The pipeline stage of this rank, or its virtual stages under the interleaved schedule. Without encoder_dir
-    the model is text only."""
+    the model is text only. cost: by which images are divided over tensor-parallel ranks."""
     megatron_config = transformer_config(config, shape)
     megatron_config.finalize_model_grads_func = finalise_gradients
     num_virtual = megatron_config.virtual_pipeline_model_parallel_size
@@ -48,6 +54,7 @@ def build_stages(
             post_process=last,
             vp_stage=virtual,
             megatron_config=megatron_config,
+            image_cost=cost,
         )
         freeze(stage, config.freeze)
         stages.append(stage)
@@ -113,12 +120,22 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
 
 def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:
     """FLOPs of each part of a run's model per token and per pair."""
-    encoder = read_encoder(encoder_dir)
-    layer = encoder.feature_layer(config.encoder_feature_layer)
     return model_flops(
         shape,
         vision_head_hidden_size=config.vision_head_hidden_size,
         vision_head_output_size=config.vision_head_output_size,
-        encoder=encoder,
-        num_encoder_layers=None if layer is None else layer % (encoder.num_layers + 1),
+        encoder=read_encoder(encoder_dir),
+        num_encoder_layers=_num_encoder_layers(config, read_encoder(encoder_dir)),
     )
+
+
+def run_image_cost(config: Config, encoder_dir: Path) -> ImageCost:
+    """By what a run divides images over the tensor-parallel ranks."""
+    encoder = read_encoder(encoder_dir)
+    return image_cost(encoder, _num_encoder_layers(config, encoder))
+
+
+def _num_encoder_layers(config: Config, encoder: EncoderShape) -> int | None:
+    """How many run before the features; None: all."""
+    layer = encoder.feature_layer(config.encoder_feature_layer)
+    return None if layer is None else layer % (encoder.num_layers + 1)

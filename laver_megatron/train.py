@@ -26,7 +26,7 @@ from torch import Tensor
 
 from laver_megatron import schedules
 from laver_megatron.backend import Backend, initialise_parallelism, shut_down_parallelism, use_backend
-from laver_megatron.build import build_stages, run_flops, wrap
+from laver_megatron.build import build_stages, run_flops, run_image_cost, wrap
 from laver_megatron.checkpoint import (
     Progress,
     TrainingState,
@@ -138,11 +138,12 @@ def setup(config: Config) -> Trainer:
     def areas(packs: PackBatch) -> tuple[int, int, int]:
         return *span_areas(packs, streams), window_area(image_grids(packs), encoder.window_tokens)
 
-    training_data = BatchSource(config, reader, areas, dtype, backend.device)
+    cost = run_image_cost(config, encoder_dir)
+    training_data = BatchSource(config, reader, areas, dtype, backend.device, cost)
     validation_data = None
     if config.valid_data_path:
-        validation_data = BatchSource(config, validation_reader, areas, dtype, backend.device)
-    stages = build_stages(config, shape, encoder_dir, load_encoder=not inputs.brings_encoder)
+        validation_data = BatchSource(config, validation_reader, areas, dtype, backend.device, cost)
+    stages = build_stages(config, shape, encoder_dir, load_encoder=not inputs.brings_encoder, cost=cost)
     for stage in stages:
         stage.initialise_new_parts(config.seed)
     hf_dir = (config.load or "").removeprefix(HF_PREFIX)

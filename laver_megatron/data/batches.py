@@ -16,6 +16,7 @@ from laver_megatron.config import Config
 from laver_megatron.data.broadcast import scatter_pixels, share_metadata
 from laver_megatron.data.loader import PackReader
 from laver_megatron.data.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.model.image_division import BY_TOKENS, ImageCost
 from laver_megatron.objective.masking import mask_visual_tokens
 
 
@@ -90,8 +91,10 @@ class BatchSource:
         areas: Callable[[PackBatch], tuple[int, int, int]],
         dtype: torch.dtype,
         device: torch.device,
+        image_cost: ImageCost = BY_TOKENS,
     ) -> None:
         self.config, self.reader, self.areas, self.dtype, self.device = config, reader, areas, dtype, device
+        self.image_cost = image_cost
         # Rank 0 reads; what it reads is told to all, so that all can compare it with a checkpoint's.
         told = [None if reader is None else reader.fingerprint]
         dist.broadcast_object_list(told, src=0)
@@ -125,7 +128,7 @@ class BatchSource:
         packs, masked = share_metadata(packs, masked, shape, self.device)
         pixels = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
-            pixels = scatter_pixels(packs, self.dtype, self.device)
+            pixels = scatter_pixels(packs, self.dtype, self.device, self.image_cost)
         counts = count(packs, masked, self.areas, self.device)
         self.num_samples += counts.samples + counts.bad_samples
         self.num_bad_samples += counts.bad_samples

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from laver_megatron.data.packing import PackBatch
-from laver_megatron.model.image_division import divide_images
+from laver_megatron.model.image_division import BY_TOKENS, ImageCost, divide_images
 
 METADATA_FIELDS = tuple(f.name for f in fields(PackBatch) if f.name.endswith("_BS"))
 
@@ -51,14 +51,16 @@ def share_metadata(
     return packs, [part[-1] > 0 for part in table]
 
 
-def scatter_pixels(packs: list[PackBatch], dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
+def scatter_pixels(
+    packs: list[PackBatch], dtype: torch.dtype, device: torch.device, cost: ImageCost = BY_TOKENS
+) -> list[list[Tensor]]:
     """For each micro-batch those images that this tensor-parallel rank of the first stage encodes, in order; sizes may
-    differ. Call on the first stage only."""
+    differ. cost: by which they are divided, the stage's. Call on the first stage only."""
     group = parallel_state.get_tensor_model_parallel_group()
     num_tokens = [image_num_tokens(pack) for pack in packs]
     if not any(num_tokens):
         return [[] for _ in packs]
-    divisions = [divide_images(of_pack, group.size()) for of_pack in num_tokens]
+    divisions = [divide_images(of_pack, group.size(), cost) for of_pack in num_tokens]
     images = [[image.to(device, dtype) for images in pack.pixels for image in images] for pack in packs]
     if group.rank() == 0:
         _check_pixels(packs, num_tokens, images)

@@ -7,6 +7,7 @@ their gradients are parts of a sum over these ranks (`sum_partial_gradients`).
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +18,88 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 Division = tuple[tuple[int, ...], ...]
 """For each rank the numbers of its images, ascending."""
 
+_MOST_OVER_MEAN = 1.05  # what one rank may have without images changing places again
+
 _PARTIAL = "gradient_is_partial_over_tensor_parallel"
 
 
-def divide_images(num_tokens: Sequence[int], num_ranks: int) -> Division:
-    """Images to ranks, the largest first, each to the rank that has the fewest tokens so far.
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image costs an encoder, by its visual tokens, up to a factor: in proportion to them, and, for attention
+    over whole images, to their pairs."""
+
+    per_token: int = 1
+    per_pair: int = 0
+
+    def __call__(self, num_tokens: int) -> int:
+        return num_tokens * self.per_token + num_tokens**2 * self.per_pair
+
+
+BY_TOKENS = ImageCost()
+
+
+def divide_images(num_tokens: Sequence[int], num_ranks: int, cost: ImageCost = BY_TOKENS) -> Division:
+    """Images to ranks, so that these have nearly as much work each: the largest first, each to the rank that has the
+    least so far; then, while one has far too much, single images change places. The same on every rank that asks.
 
     >>> divide_images([64, 16, 16, 32], 2)
     ((0,), (1, 2, 3))
     """
+    work = [cost(num) for num in num_tokens]
     loads = [0] * num_ranks
     images: list[list[int]] = [[] for _ in range(num_ranks)]
-    for image in sorted(range(len(num_tokens)), key=lambda image: (-num_tokens[image], image)):
+    for image in sorted(range(len(work)), key=lambda image: (-work[image], image)):
         rank = loads.index(min(loads))
         images[rank].append(image)
-        loads[rank] += num_tokens[image]
+        loads[rank] += work[image]
+    while max(loads) * num_ranks > _MOST_OVER_MEAN * sum(loads) and _exchange(images, loads, work):
+        pass
     return tuple(tuple(sorted(of_rank)) for of_rank in images)
 
 
-def own_images(images: Sequence[Tensor], num_tokens: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+def _exchange(images: list[list[int]], loads: list[int], work: Sequence[int]) -> bool:
+    """Moves an image from the fullest rank to another, or swaps it for a smaller one there, whichever brings the two
+    nearest together; False if nothing does."""
+    fullest = loads.index(max(loads))
+    for other in sorted(range(len(loads)), key=lambda rank: (loads[rank], rank)):
+        gap = loads[fullest] - loads[other]
+        # (distance from even, image given, image taken back)
+        choices = [
+            (abs(gap - 2 * (work[given] - (0 if taken is None else work[taken]))), given, taken)
+            for given in images[fullest]
+            for taken in (None, *images[other])
+        ]
+        best = min(choices, key=lambda choice: choice[0])
+        if best[0] < gap:
+            _, given, taken = best
+            images[fullest].remove(given)
+            images[other].append(given)
+            moved = work[given]
+            if taken is not None:
+                images[other].remove(taken)
+                images[fullest].append(taken)
+                moved -= work[taken]
+            loads[fullest] -= moved
+            loads[other] += moved
+            return True
+    return False
+
+
+def own_images(
+    images: Sequence[Tensor], num_tokens: Sequence[int], group: dist.ProcessGroup, cost: ImageCost = BY_TOKENS
+) -> list[Tensor]:
     """Those of all images of a micro-batch that this rank encodes."""
-    return [images[image] for image in divide_images(num_tokens, group.size())[group.rank()]]
+    return [images[image] for image in divide_images(num_tokens, group.size(), cost)[group.rank()]]
 
 
-def gather_visual_tokens(own_tH: Tensor, num_tokens: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def gather_visual_tokens(
+    own_tH: Tensor, num_tokens: Sequence[int], group: dist.ProcessGroup, cost: ImageCost = BY_TOKENS
+) -> Tensor:
     """All visual tokens in the order of the images, `[T, H]`, on every rank of the group. own_tH: those of this rank's
     images in order. Their gradient is this rank's part of the (everywhere same) gradient of the result. Collective."""
     if group.size() == 1:
         return own_tH
-    division = divide_images(num_tokens, group.size())
+    division = divide_images(num_tokens, group.size(), cost)
     return _Gather.apply(own_tH, division, tuple(num_tokens), group)
 
 

@@ -35,7 +35,7 @@ from laver_megatron.config import Config
 from laver_megatron.encoders import ImageEncoder
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
-from laver_megatron.model.image_division import divide_images, gather_visual_tokens, mark_partial
+from laver_megatron.model.image_division import BY_TOKENS, ImageCost, divide_images, gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import MicroBatch
@@ -82,7 +82,8 @@ class LaverStage(LanguageModule):
     """One pipeline stage (or virtual stage) of LaVer. Built with NaN weights; `load` or a checkpoint fills them.
 
     encoder: on the first stage, the image encoder. Without one the model is text only: it has no connector
-    and refuses micro-batches with images, and there is no LaVer in it.
+    and refuses micro-batches with images, and there is no LaVer in it. image_cost: by which images are divided over
+    the tensor-parallel ranks; their pixels must come divided so.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class LaverStage(LanguageModule):
         post_process: bool,
         vp_stage: int | None = None,
         megatron_config: TransformerConfig | None = None,
+        image_cost: ImageCost = BY_TOKENS,
     ) -> None:
         megatron_config = megatron_config or transformer_config(config, shape)
         super().__init__(config=megatron_config)
-        self.run_config, self.shape = config, shape
+        self.run_config, self.shape, self.image_cost = config, shape, image_cost
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = shape.tie_word_embeddings
@@ -267,7 +269,7 @@ class LaverStage(LanguageModule):
         num_tokens = batch.image_num_tokens
         if num_tokens:
             own_tH = self._encode(pixels, num_tokens).to(dtype)
-            tokens_TH = gather_visual_tokens(own_tH, num_tokens, self.tp_group)
+            tokens_TH = gather_visual_tokens(own_tH, num_tokens, self.tp_group, self.image_cost)
             filled = (batch.image_BV >= 0).flatten().nonzero().squeeze(1)
             visual_NH = visual_NH.index_put((filled,), tokens_TH)
         elif pixels:
@@ -277,7 +279,7 @@ class LaverStage(LanguageModule):
     def _encode(self, pixels: list[Tensor], num_tokens: Sequence[int]) -> Tensor:
         """The visual tokens of this rank's images: `[t, H]`. num_tokens: of all images of the micro-batch."""
         assert self.encoder is not None
-        own = divide_images(num_tokens, self.tp_group.size())[self.tp_group.rank()]
+        own = divide_images(num_tokens, self.tp_group.size(), self.image_cost)[self.tp_group.rank()]
         if len(pixels) != len(own):
             raise ValueError(f"got {len(pixels)} images for {len(own)} places in the micro-batch")
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())

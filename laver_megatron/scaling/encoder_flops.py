@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from laver_megatron.encoders.interface import EncoderShape
+from laver_megatron.model.image_division import ImageCost
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,21 @@ def encoder_flops(shape: EncoderShape, num_layers: int | None = None) -> Encoder
         merger_per_visual_token=merger,
         patches_per_visual_token=merged,
         num_prefix_tokens=shape.num_prefix_tokens,
+    )
+
+
+def image_cost(shape: EncoderShape, num_layers: int | None = None) -> ImageCost:
+    """What dividing images over ranks needs of it: FLOPs of an image by its visual tokens, windows taken as full."""
+    flops = encoder_flops(shape, num_layers)
+    merged = flops.patches_per_visual_token
+    per_patch = flops.embedding_per_patch + flops.layers_per_token
+    window_tokens = (shape.window_tokens or 0) ** 2
+    return ImageCost(
+        per_token=merged * per_patch
+        + merged**2 * window_tokens * flops.attention_per_window_pair
+        + flops.merger_per_visual_token
+        or 1,
+        per_pair=merged**2 * flops.attention_per_pair,
     )
 
 

@@ -28,6 +28,7 @@ from tests.distributed.harness import Layout
 VOCABULARY, SEQ_LENGTH, VISUAL_SEQ_LENGTH, PACKS_PER_STEP = 128, 64, 32, 8
 IMAGE_SIZE, PATCH_SIZE = 24, 8
 GRID = IMAGE_SIZE // PATCH_SIZE
+GRIDS = ((3, 3), (1, 7), (4, 2), (2, 2))  # of images of several sizes
 # With Qwen's 1e6 the slowest frequencies would not turn at all within 64 tokens: their key biases would have
 # rounding for a gradient, and Adam would blow it up to whole steps.
 ROPE_THETA = 100.0
@@ -111,6 +112,7 @@ class SyntheticReader:
 
     packs: the packs themselves; other-answers: other tokens and labels after the images of every document;
     text: the same tokens without images; other-image: the second image of the first pack is another one;
+    grids: images of several sizes, none of more tokens than the others' have;
     nan: the first pixels of step 1 are NaN; all-nan: those of every step; every-other-nan: of odd steps.
     """
 
@@ -142,24 +144,28 @@ class SyntheticReader:
         row_T, col_T = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.int64)
         end = 1 + sample_id % 2  # text before the first image
         pixels = []
-        for image in range(num_images):
-            slots = slice(end, end + GRID * GRID)
+        several = GRIDS if self.kind == "grids" else ((GRID, GRID),)
+        grids = tuple(several[(sample_id + image) % len(several)] for image in range(num_images))
+        for image, (rows, columns) in enumerate(grids):
+            slots = slice(end, end + rows * columns)
             tokens_T[slots], image_number_T[slots] = IMAGE_TOKEN, image
-            place_N = torch.arange(GRID * GRID)
-            row_T[slots], col_T[slots] = place_N // GRID, place_N % GRID
-            pixels.append(self._pixels(generator, sample_id, image, step))
-            end += GRID * GRID + image % 2  # the second and third image touch text, the first two each other
+            place_N = torch.arange(rows * columns)
+            row_T[slots], col_T[slots] = place_N // columns, place_N % columns
+            pixels.append(self._pixels(generator, sample_id, image, step, grids[image]))
+            end += rows * columns + image % 2  # the second and third image touch text, the first two each other
         if self.kind == "other-answers":
             tokens_T[end:] = (tokens_T[end:] + 5) % IMAGE_TOKEN
         labels_T = torch.full((length,), IGNORE_LABEL)
         labels_T[end:-1] = tokens_T[end + 1 :]
         encoded = EncodedSample(
-            f"sample-{sample_id}", tokens_T, labels_T, image_number_T, row_T, col_T, ((GRID, GRID),) * num_images
+            f"sample-{sample_id}", tokens_T, labels_T, image_number_T, row_T, col_T, grids
         )
         return PackedSample(sample_id, length, encoded, tuple(pixels))
 
-    def _pixels(self, generator: torch.Generator, sample_id: int, image: int, step: int) -> Tensor:
-        pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    def _pixels(
+        self, generator: torch.Generator, sample_id: int, image: int, step: int, grid: tuple[int, int]
+    ) -> Tensor:
+        pixels = torch.randn(3, grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE, generator=generator)
         is_first_of_step = sample_id % (10 * PACKS_PER_STEP) == 0 and image == 0
         poisoned = {"nan": step == 1, "all-nan": True, "every-other-nan": step % 2 == 1}.get(self.kind, False)
         if is_first_of_step and poisoned:

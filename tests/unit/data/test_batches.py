@@ -10,6 +10,7 @@ from laver_megatron.command_line import load_config
 from laver_megatron.data import batches
 from laver_megatron.data.batches import BatchSource, count, num_bad_samples
 from laver_megatron.data.dataset import open_reader
+from laver_megatron.model.image_division import BY_TOKENS
 from tests.packs import pack, padding
 from tests.unit.data.content import picture_bytes
 
@@ -27,6 +28,7 @@ def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     """The batches of one of several data-parallel ranks."""
     source = BatchSource.__new__(BatchSource)
     source.config, source.reader, source.areas = config, reader, lambda packs: (0, 0, 0)
+    source.image_cost = BY_TOKENS
     source.dtype, source.device = torch.float32, torch.device("cpu")
     source.num_samples = source.num_bad_samples = 0
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks

@@ -1,0 +1,120 @@
+"""Every kind of encoder gives the same numbers under tensor and pipeline parallelism as in one process, frozen and
+trained; those of native resolution on images of several sizes. (SigLIP: `test_layout_invariance`.)
+
+Three steps of eight packs in fp32, LaVer on. The bands are those of `test_layout_invariance`, for the same reasons.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from laver_megatron.train import train_step
+from tests.distributed.build import (
+    gradient_shards,
+    make_config,
+    make_trainer,
+    relative_distance,
+    student_shards,
+    whole_tensors,
+)
+from tests.distributed.encoders import KINDS, NATIVE, save_encoder
+from tests.distributed.harness import Layout
+
+NUM_STEPS = 3
+TERMS = ("lm_loss", "mim_loss", "gram_loss", "loss", "grad_norm")
+LAYOUTS = (Layout(tp=2), Layout(pp=2), Layout(tp=2, dp=2))
+
+
+def run(layout, config):
+    """Job: three steps; their numbers, the first gradient, the weights before and after."""
+    trainer = make_trainer(config)
+    before, gradients, prepare = student_shards(trainer), [], trainer.optimizer.prepare_grads
+
+    def prepare_and_note():
+        if not gradients:
+            gradients.extend(gradient_shards(trainer))
+        return prepare()
+
+    trainer.optimizer.prepare_grads = prepare_and_note
+    records = [train_step(trainer) for _ in range(NUM_STEPS)]
+    numbers = [[record[name] for name in TERMS] for record in records]
+    return {"numbers": numbers, "gradients": gradients, "before": before, "after": student_shards(trainer)}
+
+
+@pytest.fixture(scope="module")
+def launch(pool, assets, tmp_path_factory):
+    """launch(kind, is_frozen, layout) -> results of all ranks."""
+    directory = tmp_path_factory.mktemp("encoders")
+    for kind in KINDS:
+        save_encoder(directory / kind, kind)
+
+    def launch_(kind, is_frozen, layout):
+        config = make_config(
+            replace(assets, encoder=directory / kind),
+            "unused",
+            layout,
+            data_path=("grids" if kind in NATIVE else "packs",),
+            freeze=("encoder",) if is_frozen else (),
+            micro_batch_size=2,
+            lr=3e-4,
+            adam_eps=1e-4,  # else gradients that are rounding alone, as of the biases of keys, would become whole steps
+        )
+        return pool.run(run, layout, config)
+
+    return launch_
+
+
+@pytest.fixture(scope="module")
+def reference(launch):
+    found = {}
+
+    def of(kind, is_frozen):
+        if (kind, is_frozen) not in found:
+            found[kind, is_frozen] = launch(kind, is_frozen, Layout())
+        return found[kind, is_frozen]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_agree(launch, reference, kind, is_frozen, layout):
+    if kind == "patches" and not is_frozen:
+        pytest.skip("it has nothing to freeze")
+    results, expected = launch(kind, is_frozen, layout), reference(kind, is_frozen)
+    for result in results:
+        torch.testing.assert_close(
+            torch.tensor(result["numbers"]), torch.tensor(expected[0]["numbers"]), rtol=1e-5, atol=0
+        )
+    gradients = whole_tensors([result["gradients"] for result in results], rtol=1e-5)
+    wanted = whole_tensors([result["gradients"] for result in expected])
+    assert gradients.keys() == wanted.keys()
+    least = 1e-6 * expected[0]["numbers"][0][TERMS.index("grad_norm")]
+    has_gradient = {key: bool(gradient.norm() > least) for key, gradient in wanted.items()}
+    for key, gradient in gradients.items():
+        if has_gradient[key]:
+            assert relative_distance(gradient, wanted[key]) <= 1e-5, key
+        else:
+            assert gradient.norm() <= least, key
+    before, after = (whole_tensors([result[when] for result in results], rtol=1e-5) for when in ("before", "after"))
+    wanted_after = whole_tensors([result["after"] for result in expected])
+    for key, start in before.items():
+        if key.startswith("encoder.") and is_frozen:
+            assert torch.equal(after[key], start), key
+        elif has_gradient[key]:
+            assert relative_distance(after[key] - start, wanted_after[key] - start) <= 1e-3, key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_trains(reference, kind):
+    """A trained encoder's gradients reach its patch embedding; a frozen one has none, and the connector always has."""
+    for is_frozen in {True, kind == "patches"}:
+        gradients = whole_tensors([result["gradients"] for result in reference(kind, is_frozen)])
+        of_encoder = [key for key in gradients if key.startswith("encoder.")]
+        assert bool(of_encoder) == (kind != "patches")
+        assert any(gradients[key].any() for key in of_encoder) != (is_frozen or kind == "patches")
+        assert gradients["connector.linear_1.weight"].any()
+        embedding = [key for key in of_encoder if "patch_embed" in key]
+        assert is_frozen or all(gradients[key].any() for key in embedding)
