@@ -83,11 +83,11 @@ def as_before(config: Config, inputs: Inputs) -> Config:
 
 
 def _feature_layer(config: Config, encoder: EncoderShape | None) -> int | None:
-    """None: the encoder has no choice of layers, or its choice is not known or reported as wrong elsewhere."""
+    """None: the encoder has no choice of layers, or the choice is not known, or wrong, which is said elsewhere."""
     try:
         return encoder.feature_layer(config.encoder_feature_layer) if encoder else config.encoder_feature_layer
     except ValueError:
-        return config.encoder_feature_layer
+        return None
 
 
 def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bool) -> Iterator[str]:

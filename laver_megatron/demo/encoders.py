@@ -134,6 +134,7 @@ def _qwen2_5_vl(directory: Path) -> None:
         patch_size=PATCH_SIZE,
         window_size=4 * PATCH_SIZE,  # of 2 x 2 visual tokens
         fullatt_block_indexes=[1],
+        initializer_range=0.1,  # at less all visual tokens are alike
     )
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",

@@ -27,7 +27,7 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
     """
     try:
         tensors = _vision_tensors(directory)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
     loaded, info = type(model).from_pretrained(
         None,

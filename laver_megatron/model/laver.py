@@ -288,9 +288,9 @@ class LaverStage(LanguageModule):
                 features_tE = self.encoder(pixels)
         else:
             # Without an image the graph must be there all the same: its backward pass holds collectives further on.
-            weight = next(self.connector.parameters())
+            weight = self.connector.linear_1.weight
             features_tE = weight.new_zeros(0, self.encoder.feature_size, requires_grad=trains)
-        tokens_tH = self.connector(features_tE)
+        tokens_tH = self.connector(features_tE.to(self.config.params_dtype))
         expected = sum(num_tokens[image] for image in own)
         if tokens_tH.shape[0] != expected:
             raise ValueError(

@@ -9,13 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from laver_megatron.train import train_step
+from laver_megatron import train
+from laver_megatron.encoders import read_encoder
 from tests.distributed.build import (
+    assert_same_bits,
     gradient_shards,
     make_config,
     make_trainer,
     relative_distance,
+    snapshot,
     student_shards,
+    synthetic_data,
     whole_tensors,
 )
 from tests.distributed.encoders import KINDS, NATIVE, save_encoder
@@ -23,7 +27,14 @@ from tests.distributed.harness import Layout
 
 NUM_STEPS = 3
 TERMS = ("lm_loss", "mim_loss", "gram_loss", "loss", "grad_norm")
-LAYOUTS = (Layout(tp=2), Layout(pp=2), Layout(tp=2, dp=2))
+CASES = [
+    (kind, is_frozen, layout)
+    for kind in KINDS
+    for is_frozen in (True, False)
+    for layout in (Layout(tp=2), Layout(pp=2), Layout(tp=2, dp=2))
+    # Of plain patches nothing can be frozen; and what is frozen has nothing to sum over replicas.
+    if not (kind == "patches" and not is_frozen) and not (is_frozen and kind != "patches" and layout.dp > 1)
+]
 
 
 def run(layout, config):
@@ -37,32 +48,44 @@ def run(layout, config):
         return prepare()
 
     trainer.optimizer.prepare_grads = prepare_and_note
-    records = [train_step(trainer) for _ in range(NUM_STEPS)]
+    records = [train.train_step(trainer) for _ in range(NUM_STEPS)]
     numbers = [[record[name] for name in TERMS] for record in records]
-    return {"numbers": numbers, "gradients": gradients, "before": before, "after": student_shards(trainer)}
+    return {
+        "numbers": numbers,
+        "gradients": gradients,
+        "before": before,
+        "after": student_shards(trainer),
+        "layer": trainer.config.encoder_feature_layer,
+    }
 
 
 @pytest.fixture(scope="module")
-def launch(pool, assets, tmp_path_factory):
-    """launch(kind, is_frozen, layout) -> results of all ranks."""
+def config_of(assets, tmp_path_factory):
+    """config_of(kind, is_frozen, layout, run directory)"""
     directory = tmp_path_factory.mktemp("encoders")
     for kind in KINDS:
         save_encoder(directory / kind, kind)
 
-    def launch_(kind, is_frozen, layout):
-        config = make_config(
+    def config_of_(kind, is_frozen, layout, run_dir="unused", **changes):
+        return make_config(
             replace(assets, encoder=directory / kind),
-            "unused",
+            run_dir,
             layout,
             data_path=("grids" if kind in NATIVE else "packs",),
             freeze=("encoder",) if is_frozen else (),
             micro_batch_size=2,
             lr=3e-4,
             adam_eps=1e-4,  # else gradients that are rounding alone, as of the biases of keys, would become whole steps
+            **changes,
         )
-        return pool.run(run, layout, config)
 
-    return launch_
+    return config_of_
+
+
+@pytest.fixture(scope="module")
+def launch(pool, config_of):
+    """launch(kind, is_frozen, layout) -> results of all ranks."""
+    return lambda kind, is_frozen, layout: pool.run(run, layout, config_of(kind, is_frozen, layout))
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +100,10 @@ def reference(launch):
     return of
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "kind, is_frozen, layout", CASES, ids=[f"{k}-{'frozen' if f else 'trained'}-{layout}" for k, f, layout in CASES]
+)
 def test_layouts_agree(launch, reference, kind, is_frozen, layout):
-    if kind == "patches" and not is_frozen:
-        pytest.skip("it has nothing to freeze")
     results, expected = launch(kind, is_frozen, layout), reference(kind, is_frozen)
     for result in results:
         torch.testing.assert_close(
@@ -118,3 +139,43 @@ def test_what_trains(reference, kind):
         assert gradients["connector.linear_1.weight"].any()
         embedding = [key for key in of_encoder if "patch_embed" in key]
         assert is_frozen or all(gradients[key].any() for key in embedding)
+
+
+def test_the_layer_that_is_taken(reference):
+    """What a run writes down is the layer, and not that nobody chose one."""
+    assert {kind: reference(kind, True)[0]["layer"] for kind in KINDS} == {
+        "clip": -2,
+        "dinov2_with_registers": -1,
+        "aimv2": -1,
+        "qwen2_5_vl": None,
+        "patches": None,
+    }
+
+
+def train_on(layout, config):
+    """Job: `train` from wherever the run directory stands; this rank's state afterwards."""
+    with synthetic_data():
+        trainer = train.setup(config)
+        train.train(trainer)
+    return snapshot(trainer)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "patches"])
+def test_four_steps_are_two_and_two(pool, config_of, tmp_path, kind):
+    """A checkpoint brings its encoder, also one without weights; and --finetune starts from it."""
+    layout = Layout(tp=2)
+
+    def config(name, **changes):
+        return config_of(kind, False, layout, tmp_path / name, train_iters=4, **changes)
+
+    straight = pool.run(train_on, layout, config("straight"))
+    pool.run(train_on, layout, config("parted", exit_interval=2))
+    parted = pool.run(train_on, layout, config("parted"))
+    for state, wanted in zip(parted, straight, strict=True):
+        assert_same_bits(state, wanted)
+    written = tmp_path / "parted" / "checkpoints" / "iter_0000004" / "encoder" / "config.json"
+    assert read_encoder(written.parent).is_native
+    tuned = config("tuned", exit_interval=1).replace(
+        load=str(tmp_path / "parted" / "checkpoints"), encoder=None, finetune=True
+    )
+    assert all(len(state) > 10 for state in pool.run(train_on, layout, tuned))

@@ -38,6 +38,17 @@ def test_what_is_there_is_kept(tmp_path, demo_dir):
     assert digests(demo_dir) == before
 
 
+def test_other_encoders(tmp_path, demo_dir):
+    for part in ("model", "encoder", "shards"):
+        (tmp_path / part).symlink_to(demo_dir / part)
+    make_demo(tmp_path, num_train_samples=6, num_valid_samples=6, encoders=["clip", "patches"])
+    assert (tmp_path / "encoder_clip" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "encoder_patches" / "config.json").read_text())["model_type"] == "laver_patches"
+    command = [sys.executable, TOOL, "--dir", tmp_path, "--encoders", "vit"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no demo encoder of kind 'vit'" in done.stderr
+
+
 def test_the_checkpoint_is_a_qwen(demo_dir):
     config = json.loads((demo_dir / "model" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["rope_theta"] == 1e6 and config["tie_word_embeddings"]

@@ -613,7 +613,7 @@ def test_the_global_batch_counts_packs(of):
 
 @shows("model", "encoder", "data_path", "valid_data_path", "seq_length", "num_workers", "distributed_timeout_minutes")
 @shows("data_weights", "shuffle_window", "long_samples", "max_bad_fraction")
-@shows("shard_cache", "shard_cache_gb", "allow_pipe")
+@shows("shard_cache", "shard_cache_gb", "allow_pipe", "max_image_tokens")
 def test_readers_and_processes_are_told(assets, tmp_path):
     """Tokenizer, preprocessor, readers and process group get what the configuration says, by no other way."""
     paths = {"model": tmp_path / "model", "encoder": tmp_path / "encoder"}
@@ -624,7 +624,7 @@ def test_readers_and_processes_are_told(assets, tmp_path):
     settings |= {"long_samples": "drop_turns", "max_bad_fraction": 0.2}
     settings |= {"shard_cache": str(tmp_path / "cache"), "shard_cache_gb": 0.25, "allow_pipe": True}
     settings |= {name: str(path) for name, path in paths.items()}
-    settings["max_image_tokens"] = 100
+    settings |= {"max_image_tokens": 100}
     told = {"seq_length": SEQ_LENGTH, "visual_seq_length": VISUAL_SEQ_LENGTH, "seed": 5, "num_workers": 3}
     told |= {"window": 70, "long_samples": "drop_turns", "max_bad_fraction": 0.2, "visual_multiple_of": 1}
     try:

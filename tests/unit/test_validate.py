@@ -78,6 +78,37 @@ def problems_with(world_size: int = 1, shape: ModelShape = SHAPE, on_cuda: bool 
     return validate(CONFIG.replace(**changes), shape, world_size, encoder=ENCODER, on_cuda=on_cuda)
 
 
+def native_problems(most_image_tokens: int = 2048, **changes) -> list[str]:
+    """With an encoder of native resolution and no weights."""
+    shape = dataclasses.replace(
+        ENCODER.shape, image_size=None, num_layers=0, default_feature_layer=None, model_type="laver_patches"
+    )
+    encoder = EncoderInputs(shape, most_image_tokens)
+    return validate(CONFIG.replace(**changes), SHAPE, 1, encoder=encoder)
+
+
+def test_encoders_of_native_resolution():
+    """Only what the run itself asks for must fit into a pack: larger pictures than that are left out and counted."""
+    assert native_problems() == []
+    assert native_problems(128, max_image_tokens=128) == []
+    (problem,) = native_problems(129, max_image_tokens=129)
+    assert problem.startswith("visual_seq_length 128 cannot hold one image of 129 tokens; lower max_image_tokens")
+    (problem,) = native_problems(254, max_image_tokens=254, visual_seq_length=0)
+    assert "use 257 at the very least; lower max_image_tokens" in problem
+    assert "max_image_tokens is 0, but must be at least 1" in native_problems(max_image_tokens=0)[0]
+    (problem,) = native_problems(mask_ratio=1e-4, mask_sampling="fixed")
+    assert "masks floor(0.0001 x 2048) = 0 of an image's 2048 tokens" in problem
+    assert native_problems(mask_ratio=1e-3, mask_sampling="fixed") == []
+    assert "is -1, but an encoder of type laver_patches" in native_problems(encoder_feature_layer=-1)[0]
+
+
+def test_an_encoder_without_weights_does_not_train():
+    freeze = ("connector", "decoder", "heads")
+    assert problems_with(freeze=freeze) == []
+    (problem,) = native_problems(freeze=freeze)
+    assert problem.startswith("freeze names all of connector, decoder, heads: nothing is left to train")
+
+
 def test_the_base_configuration_is_fine():
     assert problems_with() == []
 
@@ -792,6 +823,30 @@ def test_encoder_shapes(tmp_path):
     # A border narrower than a patch has no token: 384 pixels in patches of 14 are 27 x 27.
     bordered = write_encoder(tmp_path / "bordered", image_size=384, patch_size=14)
     assert read_encoder(bordered).num_tokens == 729
+
+
+def test_a_directory_without_weights(run, tmp_path):
+    """Encoder-free: nothing but two settings files, and nothing else is asked for."""
+    patches = write_encoder(tmp_path / "patches")
+    (patches / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    (patches / "model.safetensors").unlink()
+    assert check_one(run.replace(encoder=str(patches)))
+    assert check_one(run.replace(encoder=str(patches), max_image_tokens=100))
+    (patches / "config.json").write_text(json.dumps({"model_type": "laver_patches"}))
+    assert "patch_size missing" in found(run.replace(encoder=str(patches)))[0]
+
+
+def test_images_beyond_the_cap(run):
+    assert check_one(run.replace(max_image_tokens=64))
+    (problem,) = found(run.replace(max_image_tokens=63))
+    assert "every image has 64 visual tokens, above max_image_tokens 63; raise it or leave it out" in problem
+
+
+def test_going_on_with_an_encoder_without_layers(run, tmp_path):
+    path = write_checkpoint(tmp_path / "run" / "checkpoints", encoder_feature_layer=None)
+    (path / "encoder" / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    assert check_one(run)
+    assert "is -2, but an encoder of type laver_patches" in found(run.replace(encoder_feature_layer=-2))[0]
 
 
 def test_encoders_that_are_refused(run, tmp_path):

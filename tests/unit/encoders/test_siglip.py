@@ -1,13 +1,14 @@
-"""Which hidden state of the encoder becomes the visual features."""
+"""SigLIP: which hidden state becomes the features, alone and out of a whole model; damaged weights."""
 
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoImageProcessor, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from laver_megatron.encoders import build_encoder
+from laver_megatron.encoders import build_encoder, read_encoder
+from tests.encoders import altered, assert_same_features, features, hidden_states, pictures
 
 CONFIG = SiglipVisionConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
@@ -45,6 +46,26 @@ def test_feature_layer(directory, feature_layer):
     states = states_of_layers(directory, pixels)
     assert len(states) == 4
     torch.testing.assert_close(features.view(2, 4, -1), states[feature_layer])
+
+
+def test_features_are_those_of_transformers(encoders):
+    directory = encoders["siglip"]
+    model = SiglipVisionModel.from_pretrained(directory).eval()
+    processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+    expected = [hidden_states(model, processor(images=image, return_tensors="pt"))[-2][0] for image in pictures()]
+    assert_same_features(features(directory, pictures()), expected)
+
+
+def test_a_whole_siglip_is_its_vision_model(encoders, tmp_path):
+    """As SigLIP2 of fixed resolution is published."""
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionModel.from_pretrained(encoders["siglip"])
+    whole = SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=vision.config.to_dict()))
+    whole.vision_model.load_state_dict(vision.state_dict())
+    whole_dir = altered(encoders["siglip"], tmp_path / "whole", "preprocessor_config.json")
+    whole.save_pretrained(whole_dir)
+    assert read_encoder(whole_dir) == read_encoder(encoders["siglip"])
+    assert torch.equal(features(whole_dir, pictures()), features(encoders["siglip"], pictures()))
 
 
 @pytest.mark.parametrize("feature_layer", [-5, 4])

@@ -29,6 +29,23 @@ def stage(single_process, checkpoints):
     return stage
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_encoder_keeps_no_activations(stage, is_frozen):
+    packs = two_packs()
+    packs.pixels[0][:] = [image.to(torch.cuda.current_device()) for image in packs.pixels[0]]
+    seen = []
+    hook = stage.encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    stage.encoder.requires_grad_(not is_frozen)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        tokens_tH = stage._encode(packs.pixels[0], [16, 16, 16])
+    hook.remove()
+    stage.encoder.requires_grad_(True)
+    assert seen == [not is_frozen] and tokens_tH.requires_grad
+    # The connector's two layers and GELU keep a handful of tensors.
+    assert (len(kept) <= 6) == is_frozen
+
+
 def two_packs():
     """Two images of one document, one of another document in the same pack, and one in another pack."""
     common = {"seq_length": SEQ_LENGTH, "image_size": IMAGE_SIZE}
