@@ -113,6 +113,7 @@ def write_laver(
         parts = ModelParts(
             read_model_shape(directory),
             encoder=encoder_tensor_sizes(directory),
+            encoder_type="siglip_vision_model",
             feature_size=width,
             vision_head=VISION_HEAD,
             teacher=teacher,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Qwen2ForCausalLM, SiglipVisionModel
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from laver_megatron.convert.export import description
 
@@ -19,7 +19,7 @@ from laver_megatron.convert.export import description
 def write_export(
     directory: Path,
     language: Qwen2ForCausalLM,
-    encoder: SiglipVisionModel,
+    encoder: PreTrainedModel | None,
     connector: nn.Sequential,
     *,
     text_config: dict,
@@ -28,16 +28,18 @@ def write_export(
     positions: str,
     image_token_id: int,
     format: str = "laver",
-    feature_layer: int = -2,
+    feature_layer: int | None = -2,
+    native: dict[str, int] | None = None,
 ) -> Path:
-    """Weights, config.json, processor_config.json and, for laver, the code; connector: linear, GELU, linear."""
+    """Weights, config.json, processor_config.json and, for laver, the code. encoder: transformers' model, None without
+    weights; connector: linear, GELU, linear; native: for an encoder of native resolution, min_pixels and max_pixels."""
     directory.mkdir(parents=True)
     tied = text_config["tie_word_embeddings"]
     tensors = {f"language_model.{name}": tensor for name, tensor in language.state_dict().items()}
     if tied:
         del tensors["language_model.lm_head.weight"]
-    for name, tensor in encoder.state_dict().items():  # older versions of transformers have the level at run time too
-        tensors[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = tensor
+    for name, tensor in encoder.state_dict().items() if encoder is not None else ():
+        tensors[f"vision_tower.{published_name(name, encoder.config.model_type)}"] = tensor
     for number, layer in ((1, connector[0]), (2, connector[2])):
         for name, tensor in layer.state_dict().items():
             tensors[f"multi_modal_projector.linear_{number}.{name}"] = tensor
@@ -53,11 +55,23 @@ def write_export(
         dtype="float32",
     )
     _write_json(directory / "config.json", config)
-    processor = description.processor_config(format, patch_size=vision_config["patch_size"])
+    side = vision_config["patch_size"] * vision_config.get("spatial_merge_size", 1)
+    processor = description.processor_config(format, vision_config, patch_size=side, native=native)
     _write_json(directory / "processor_config.json", processor)
     if format == "laver":
         shutil.copy(description.REMOTE_CODE, directory)
     return directory
+
+
+def published_name(name: str, model_type: str) -> str:
+    """What published checkpoints call a tensor of a vision model."""
+    if model_type in ("siglip_vision_model", "clip_vision_model"):
+        return f"vision_model.{name}"
+    if model_type.startswith("dinov2"):
+        for letter, word in (("q", "query"), ("k", "key"), ("v", "value")):
+            name = name.replace(f"attention.{letter}_proj", f"attention.attention.{word}")
+        name = name.replace("attention.o_proj", "attention.output.dense")
+    return name
 
 
 def add_processor(export: Path, model_dir: Path, encoder_dir: Path) -> Path:

@@ -2,7 +2,7 @@
 
 text-only checkpoint            stock Qwen2ForCausalLM, config.json as it came
 with images, format `laver`     our own modelling code beside the weights; computes what was trained
-with images, format `llava`     stock LlavaForConditionalGeneration, for runs with 1D positions
+with images, format `llava`     stock LlavaForConditionalGeneration, for runs with 1D positions and SigLIP or CLIP
 """
 
 import json
@@ -17,7 +17,15 @@ import torch
 
 from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.parts import Training, check_companions, parts_of_megatron, training_of_checkpoint
+from laver_megatron.convert.parts import (
+    PROCESSOR_FILE,
+    Training,
+    check_companions,
+    native_bounds,
+    parts_of_megatron,
+    training_of_checkpoint,
+    vision_settings,
+)
 from laver_megatron.convert.report import Conversion, Progress, warn
 from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
@@ -30,10 +38,10 @@ from laver_megatron.convert.safetensors_writer import (
 )
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
-from laver_megatron.encoders import read_encoder
+from laver_megatron.encoders import open_preprocessor
 from laver_megatron.inputs import IMAGE_TOKENS, latest_checkpoint
 from laver_megatron.manifest import check_files, read_manifest
-from laver_megatron.model.shape import TEXT_PART, VISION_PART, read_part
+from laver_megatron.model.shape import TEXT_PART, read_part
 from laver_megatron.model_files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -264,20 +272,24 @@ def _small_files(
     tokenizer = load_tokenizer(hf)
     dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
     config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
+    vision_config = vision_settings(encoder)
+    preprocessor = open_preprocessor(encoder, training.max_image_tokens)
+    native = native_bounds(preprocessor)
     config = config_of(
         read_part(hf, TEXT_PART)[1],
-        read_part(encoder, VISION_PART)[1],
+        vision_config,
         attention=training.attention,
         positions=training.positions,
         feature_layer=training.encoder_feature_layer,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[1]),
         dtype=dtype,
     )
+    processor_config = description.processor_config(
+        format, vision_config, patch_size=preprocessor.token_size, native=native
+    )
     texts = {
         CONFIG_FILE: json.dumps(config, indent=2),
-        "processor_config.json": json.dumps(
-            description.processor_config(format, patch_size=read_encoder(encoder).patch_size), indent=2
-        ),
+        PROCESSOR_FILE: json.dumps(processor_config, indent=2),
         CHAT_TEMPLATE_FILE: description.chat_template(tokenizer.chat_template),
     }
 
@@ -291,10 +303,12 @@ def _small_files(
         readme = description.readme(
             format=format,
             name=checkpoint.directory.name,
+            encoder=vision_config["model_type"],
             attention=training.attention,
             positions=training.positions,
             weights=weights,
             dtype=dtype,
+            max_image_tokens=preprocessor.most_tokens if native else None,
             training_state=training_state,
         )
         (directory / "README.md").write_text(readme)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,36 @@ from laver_megatron.config import ATTENTIONS, CHANGEABLE, POSITIONS, ConfigError
 from laver_megatron.convert.rows import row_blocks
 from laver_megatron.convert.safetensors_reader import TRAINING_STATE, SafetensorsReader
 from laver_megatron.convert.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
-from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
+from laver_megatron.encoders import ImagePreprocessor, encoder_tensor_sizes, open_preprocessor, read_encoder
+from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.inputs import RUN_FILE, has_encoder, preprocessor_problems, tokenizer_problems
-from laver_megatron.model.shape import ModelShape, is_laver_export, read_config, read_model_shape
+from laver_megatron.model.shape import (
+    VISION_PART,
+    ModelShape,
+    is_laver_export,
+    read_config,
+    read_model_shape,
+    read_part,
+)
 from laver_megatron.ranks import on_rank_0
 
 _COMPARED_BYTES = 32 << 20
 _HEAD = "vision_head.linear_3.weight"
 # The names under which a LaVer export's config.json has what a run calls CHANGEABLE.
 _EXPORTED_AS = {"encoder_feature_layer": "vision_feature_layer"}
+PROCESSOR_FILE = "processor_config.json"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the weights of a model with images were trained with and cannot show themselves (CHANGEABLE)."""
+    """What the weights of a model with images were trained with and cannot show themselves (CHANGEABLE; a feature layer
+    is None for an encoder without a choice), and the cap on an image's visual tokens, None for that of its image
+    processor."""
 
     attention: str
     positions: str
-    encoder_feature_layer: int
+    encoder_feature_layer: int | None
+    max_image_tokens: int | None = None
 
 
 def parts_of_hugging_face(directory: Path) -> ModelParts:
@@ -63,11 +75,12 @@ def parts_of_megatron(directory: Path, sizes: Mapping[str, Size]) -> ModelParts:
 
 
 def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], teacher: bool) -> ModelParts:
-    head, feature_size = sizes.get(_HEAD), read_encoder(encoder_dir).feature_size
+    head, encoder = sizes.get(_HEAD), read_encoder(encoder_dir)
     return ModelParts(
         text=read_model_shape(text_dir),
         encoder=encoder_tensor_sizes(encoder_dir),
-        feature_size=feature_size,
+        encoder_type=encoder.model_type,
+        feature_size=encoder.feature_size,
         vision_head=(head[1], head[0]) if head else None,
         teacher=teacher,
         centre=f"{TEACHER}centre" in sizes,
@@ -110,9 +123,42 @@ def has_training_state(directory: Path) -> bool:
 
 
 def training_of_export(directory: Path) -> Training:
-    """How a LaVer export was trained, by its config.json."""
+    """How a LaVer export was trained, by its config.json and processor_config.json."""
     path, content = read_config(directory)
-    return _training(content, _EXPORTED_AS, path, directory)
+    training = _training(content, _EXPORTED_AS, path, directory)
+    if not read_encoder(directory).is_native:
+        return training
+    return replace(training, max_image_tokens=_cap_of_export(directory))
+
+
+def _cap_of_export(directory: Path) -> int | None:
+    """Visual tokens of an image at most; None if that is what preprocessor_config.json says."""
+    path, own = directory / PROCESSOR_FILE, open_preprocessor(directory)
+    assert isinstance(own, NativePreprocessor)
+    try:
+        max_pixels = json.loads(path.read_text(encoding="utf-8")).get("max_pixels")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
+    if type(max_pixels) is not int or max_pixels < own.token_size**2:
+        raise ValueError(
+            f"{path}: max_pixels is {max_pixels!r}, but must be at least {own.token_size**2}, one visual token; "
+            "copy the file again"
+        )
+    return None if max_pixels == own.max_pixels else max_pixels // own.token_size**2
+
+
+def native_bounds(preprocessor: ImagePreprocessor) -> dict[str, int] | None:
+    """Pixels of a picture at least and at most, as an export has them; None for an encoder of fixed resolution."""
+    if not isinstance(preprocessor, NativePreprocessor):
+        return None
+    return {"min_pixels": preprocessor.min_pixels, "max_pixels": preprocessor.max_pixels}
+
+
+def vision_settings(directory: Path) -> dict[str, Any]:
+    """config.json of an encoder's directory, cut down to the vision model and with its type, which files of larger
+    models may leave out."""
+    _, content = read_part(directory, VISION_PART)
+    return content.get("vision_config", content) | {"model_type": read_encoder(directory).model_type}
 
 
 def training_of_checkpoint(directory: Path) -> Training:
@@ -124,23 +170,30 @@ def training_of_checkpoint(directory: Path) -> Training:
         raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; copy the checkpoint again")
-    return _training(content, {}, path, directory / "encoder")
+    training = _training(content, {}, path, directory / "encoder")
+    return replace(training, max_image_tokens=content.get("max_image_tokens"))
 
 
 def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path, encoder_dir: Path) -> Training:
     """key_of: the file's name for what it does not call as a run does."""
-    keys = {name: key_of.get(name, name) for name in CHANGEABLE}
-    absent = [key for key in keys.values() if content.get(key) is None]
+    encoder, keys = read_encoder(encoder_dir), {name: key_of.get(name, name) for name in CHANGEABLE}
+    layer_key = keys["encoder_feature_layer"]
+    no_choice = encoder.default_feature_layer is None
+    absent = [key for key in keys.values() if content.get(key) is None and not (no_choice and key == layer_key)]
     if absent:
         raise ValueError(f"{path} does not say {', '.join(absent)}; copy it again")
-    found = Training(**{name: content[key] for name, key in keys.items()})
+    said: dict[str, Any] = {name: content.get(key) for name, key in keys.items()}
+    found = Training(**said)
     for name, value, known in (("attention", found.attention, ATTENTIONS), ("positions", found.positions, POSITIONS)):
         if value not in known:
             raise ValueError(f"{path}: {name} is {value!r}, but must be one of {', '.join(known)}")
-    layer, num_layers = found.encoder_feature_layer, read_encoder(encoder_dir).num_layers
-    if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
-        key = keys["encoder_feature_layer"]
-        raise ValueError(f"{path}: {key} is {layer!r}, but must be from {-num_layers - 1} to {num_layers}")
+    layer, num_layers = found.encoder_feature_layer, encoder.num_layers
+    if no_choice and layer is not None:
+        raise ValueError(
+            f"{path}: {layer_key} is {layer!r}, but {encoder.model_type} has no choice of layers; write null"
+        )
+    if not no_choice and (type(layer) is not int or not -num_layers - 1 <= layer <= num_layers):
+        raise ValueError(f"{path}: {layer_key} is {layer!r}, but must be from {-num_layers - 1} to {num_layers}")
     return found
 
 

@@ -7,14 +7,18 @@ how a tensor is sharded is Megatron's own knowledge (its sharded state dict) and
     decoder, embedding,    embedding. decoder. output_layer. model. lm_head.            (text only)
     LM head                                                  language_model.            (with images)
     connector              connector.                        multi_modal_projector.
-    image encoder          encoder.model.                    vision_tower.vision_model.
+    image encoder          encoder.model.                    vision_tower.
     [MASK], vision head    mask_token vision_head.           the same, in the training state
     teacher                teacher.                          the same beginning, in the training state
+
+In Megatron the encoder's tensors are called as in transformers' class while it runs; where published checkpoints call
+them otherwise, an export does so, too: any version of transformers reads these names.
 
 Every join only moves rows: a Megatron tensor is a permutation of the rows of its Hugging Face tensors, which
 `laver_megatron.convert.rows` finds out by joining row numbers. So no inverse is written down anywhere.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +34,22 @@ Size = tuple[int, ...]
 TEACHER = "teacher."
 EMBEDDING = "model.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
+
+_VISION_MODEL = ((r"^(?:vision_model\.)?", "vision_model."),)
+_DINOV2 = (
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+)
+# By the encoder's type, what makes a published name of one at run time. (DINOv2 giant publishes gate and up projection
+# as one tensor, which no renaming makes of two: its MLPs keep the names of run time, which transformers reads as well.)
+_PUBLISHED = {
+    "siglip_vision_model": _VISION_MODEL,
+    "clip_vision_model": _VISION_MODEL,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +75,14 @@ class Weight:
 class ModelParts:
     """What a checkpoint consists of, apart from its values.
 
-    encoder: name and size of each tensor of the image encoder, None for a text-only model. feature_size: width
-    of the encoder's features. vision_head: (middle, output) width, None without [MASK] and vision head.
+    encoder: name and size of each tensor of the image encoder, which may have none; None for a text-only model.
+    encoder_type: its model_type. feature_size: width of the encoder's features. vision_head: (middle, output) width,
+    None without [MASK] and vision head.
     """
 
     text: ModelShape
     encoder: Mapping[str, Size] | None = None
+    encoder_type: str = ""
     feature_size: int = 0
     vision_head: tuple[int, int] | None = None
     teacher: bool = False
@@ -92,7 +114,8 @@ def weight_table(parts: ModelParts) -> dict[str, Weight]:
     with_images = parts.encoder is not None
     weights = [*_language_model(parts.text, "language_model." if with_images else "")]
     if parts.encoder is not None:
-        weights = [*_encoder(parts.encoder), *_connector(parts.feature_size, parts.text.hidden_size), *weights]
+        connector = _connector(parts.feature_size, parts.text.hidden_size)
+        weights = [*_encoder(parts.encoder, parts.encoder_type), *connector, *weights]
     if parts.vision_head is not None:
         assert with_images, "LaVer's parts need images"
         weights += [_same("mask_token", (parts.text.hidden_size,)), *_vision_head("", parts)]
@@ -159,10 +182,12 @@ def _same(name: str, size: Size) -> Weight:
     return Weight(name, (name,), (size,), copy_rows)
 
 
-def _encoder(sizes: Mapping[str, Size]) -> Iterator[Weight]:
+def _encoder(sizes: Mapping[str, Size], encoder_type: str) -> Iterator[Weight]:
     for name, size in sizes.items():
-        published = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
-        yield Weight(f"encoder.model.{name}", (published,), (size,), copy_rows)
+        published = name
+        for pattern, replacement in _PUBLISHED.get(encoder_type, ()):
+            published = re.sub(pattern, replacement, published)
+        yield Weight(f"encoder.model.{name}", (f"vision_tower.{published}",), (size,), copy_rows)
 
 
 def _connector(feature_size: int, hidden_size: int) -> Iterator[Weight]:

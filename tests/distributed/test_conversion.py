@@ -52,6 +52,7 @@ from tests.distributed.build import (
     student_shards,
     whole_tensors,
 )
+from tests.distributed.encoders import save_encoder
 from tests.distributed.harness import Layout, Pool, join
 from tests.packs import pack, padding
 from tests.parity import TOLERANCE, model_outputs
@@ -340,6 +341,35 @@ def test_trained_checkpoints(pool, files, tmp_path, layout, model, settings):
         assert_same_tensors(found, expected)
 
 
+_CROP = {"do_center_crop": True, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+OTHER_ENCODERS = {
+    "clip": (Layout(tp=2), {"image_processor_type": "CLIPImageProcessor", **_CROP}),
+    "qwen2_5_vl": (FOUR, {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2}),
+    "patches": (Layout(pp=2), {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ENCODERS)
+def test_trained_checkpoints_with_other_encoders(pool, files, tmp_path, kind):
+    """With a class token, of native resolution, and without weights; the encoder trains along, if it has any."""
+    layout, processor = OTHER_ENCODERS[kind]
+    save_encoder(tmp_path / "encoder", kind)
+    (tmp_path / "encoder/preprocessor_config.json").write_text(json.dumps(processor))
+    with_encoder = replace(files, encoder=tmp_path / "encoder")
+    start = {"load": f"hf:{files.tied}", "freeze": (), "mask_sampling": "bernoulli"}
+    config = make_config(with_encoder, tmp_path / "run", layout, **start)
+    results = pool.run(train_and_save, layout, config)
+    state, outputs = [state for state, _ in results], [output for _, output in results if output is not None]
+    written = latest_checkpoint(tmp_path / "run/checkpoints")
+    check_exports(written, state, tmp_path, bf16=False)
+    for output in outputs:
+        check_outputs(tmp_path / "export", output)
+    other = Layout(pp=2) if layout == FOUR else FOUR
+    again = make_config(with_encoder, tmp_path / "other", other, **{**start, "load": f"hf:{tmp_path / 'export'}"})
+    (found,) = zip(*pool.run(state_after_starts, other, [again]), strict=True)
+    assert_same_tensors(whole_tensors(list(found)), whole_tensors(state))
+
+
 def check_exports(written: Path, state, directory: Path, *, bf16: bool):
     """What training holds is in directory/export; from there back to directory/iter_*, and again to the same bytes."""
     options = {"training_state": True, "max_file_bytes": 100_000}
@@ -373,7 +403,7 @@ def check_outputs(export: Path, outputs):
     model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True, dtype=torch.float32).eval()
     for number, prompt in enumerate(prompts()):
         tokens_BL = torch.where(prompt.image_BS >= 0, IMAGE_TOKEN, prompt.tokens_BS)
-        pixels = {"pixel_values": torch.stack(prompt.pixels[0])} if prompt.pixels[0] else {}
+        pixels = model.image_inputs(prompt.pixels[0]) if prompt.pixels[0] else {}
         theirs = model(input_ids=tokens_BL, **pixels, output_hidden_states=True)
         length = tokens_BL.shape[1]
         logits_LW, hidden_LH = (whole[number, :length] for whole in (outputs.language_logits_BSW, outputs.hidden_BSH))

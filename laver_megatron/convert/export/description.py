@@ -6,6 +6,7 @@ Functions of what the checkpoint's own files hold; nothing is read or written he
     llava   stock LlavaForConditionalGeneration, for tools that know no other code
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
 _IMAGE_TOKEN = IMAGE_TOKENS[1]
 _ONE_PICTURE = "".join(IMAGE_TOKENS)
 
+# What people call the encoders, by model_type of their vision_config.
+_ENCODER_NAMES = {
+    "siglip_vision_model": "SigLIP",
+    "clip_vision_model": "CLIP",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+    "aimv2_vision_model": "AIMv2",
+    "qwen2_5_vl_vision": "Qwen2.5-VL",
+    "laver_patches": "none: patches of the picture go into the connector as they are",
+}
+# Encoders that the tools reading Llava's format know, and the features before the patches that Llava drops for each.
+_LLAVA_PREFIX_TOKENS = {"siglip_vision_model": 0, "clip_vision_model": 1}
+
 
 def laver_config(
     text_config: dict[str, Any],
@@ -26,15 +40,14 @@ def laver_config(
     *,
     attention: str,
     positions: str,
-    feature_layer: int,
+    feature_layer: int | None,
     image_token_id: int,
     dtype: str,
 ) -> dict[str, Any]:
     """config.json of a laver export.
 
-    text_config: the decoder's config.json, which goes in unchanged. vision_config: the encoder's, of a vision model
-    or of a whole SigLIP. attention, positions, feature_layer: the run's. dtype: that of the tensors, such as
-    `bfloat16`.
+    text_config: the decoder's config.json, which goes in unchanged. vision_config: the vision model's, with its
+    model_type. attention, positions, feature_layer: the run's. dtype: that of the tensors, such as `bfloat16`.
     """
     return {
         "architectures": ["LaverForConditionalGeneration"],
@@ -45,7 +58,7 @@ def laver_config(
             "AutoProcessor": "modeling_laver.LaverProcessor",
         },
         "text_config": dict(text_config),
-        "vision_config": _vision_part(vision_config),
+        "vision_config": dict(vision_config),
         "vision_feature_layer": feature_layer,
         "attention": attention,
         "positions": positions,
@@ -61,30 +74,30 @@ def llava_config(
     *,
     attention: str,
     positions: str,
-    feature_layer: int,
+    feature_layer: int | None,
     image_token_id: int,
     dtype: str,
 ) -> dict[str, Any]:
     """config.json of a llava export; the arguments are those of `laver_config`.
 
     Raises:
-        ValueError: positions that Llava does not have.
+        ValueError: an encoder or positions that Llava does not have.
     """
+    num_prefix_tokens = _llava_prefix_tokens(vision_config)
     if positions != "1d":
         raise ValueError(
             f"the model was trained with positions {positions}, and Llava has only 1d positions: it would compute "
             "something else without saying so; export with --format laver"
         )
-    vision = _vision_part(vision_config)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "text_config": dict(text_config),
-        "vision_config": vision,
+        "vision_config": dict(vision_config),
         "vision_feature_layer": feature_layer,
-        "vision_feature_select_strategy": "full",
+        "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
         "image_token_index": image_token_id,
-        "image_seq_length": tokens_per_image(vision),
+        "image_seq_length": (vision_config["image_size"] // vision_config["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)),
@@ -95,40 +108,57 @@ def llava_config(
     return config
 
 
-def tokens_per_image(vision_config: dict[str, Any]) -> int:
-    """Visual tokens of an image: whole patches, no class token."""
-    vision = _vision_part(vision_config)
-    return (vision["image_size"] // vision["patch_size"]) ** 2
-
-
-def processor_config(format: str, *, patch_size: int) -> dict[str, Any]:
-    """processor_config.json. patch_size: side in pixels of what becomes one visual token.
+def _llava_prefix_tokens(vision_config: Mapping[str, Any]) -> int:
+    """Features before the patches, which Llava drops.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: an encoder of which Llava would compute something else, or that its readers do not know.
+    """
+    model_type = vision_config["model_type"]
+    if model_type in _LLAVA_PREFIX_TOKENS:
+        return _LLAVA_PREFIX_TOKENS[model_type]
+    if model_type in ("laver_patches", "qwen2_5_vl_vision") or vision_config.get("is_native"):
+        reason = "its images differ in their numbers of tokens, and Llava gives every image as many"
+    elif vision_config.get("num_register_tokens"):
+        reason = "Llava drops a class token and would take the registers for patches"
+    else:
+        reason = "the tools that read this format know CLIP and SigLIP alone"
+    raise ValueError(
+        f"--format llava cannot hold an encoder of type {model_type}: {reason}; export with --format laver"
+    )
+
+
+def _select_strategy(num_prefix_tokens: int) -> str:
+    """Llava's word for dropping the first feature or none."""
+    return "default" if num_prefix_tokens else "full"
+
+
+def processor_config(
+    format: str, vision_config: Mapping[str, Any], *, patch_size: int, native: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """processor_config.json. vision_config: as in `laver_config`. patch_size: side in pixels of what becomes one visual
+    token; native: for an encoder of native resolution, min_pixels and max_pixels of a picture.
+
+    Raises:
+        ValueError: an unknown format, or an encoder that Llava does not have.
     """
     if format == "laver":
         return {
             "processor_class": "LaverProcessor",
             "auto_map": {"AutoProcessor": "modeling_laver.LaverProcessor"},
             "patch_size": patch_size,
+            **(native or {}),
         }
     if format == "llava":
+        num_prefix_tokens = _llava_prefix_tokens(vision_config)
         return {
             "processor_class": "LlavaProcessor",
             "patch_size": patch_size,
             "image_token": _IMAGE_TOKEN,
-            # SigLIP has no class token: every feature is a patch, and none is dropped.
-            "num_additional_image_tokens": 0,
-            "vision_feature_select_strategy": "full",
+            "num_additional_image_tokens": num_prefix_tokens,
+            "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
         }
     raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
-
-
-def _vision_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The vision model's settings, also of a whole SigLIP; with the type that such a part may leave out."""
-    vision = config["vision_config"] if config.get("model_type") == "siglip" else config
-    return {"model_type": "siglip_vision_model", **vision}
 
 
 # Turns contents that are lists of pictures and texts into one text each, under the name that the tokenizer's own
@@ -198,6 +228,11 @@ _POSITIONS = {
     "mrope": "mrope: visual tokens are rotated by row and column in the contiguous sections of Qwen2.5-VL",
 }
 
+_WEIGHTS = {
+    "student": "the trained model itself (student)",
+    "teacher": "the teacher's decoder, an average of the student's over training; all else is the student's",
+}
+
 _CAUSAL_IN_TRANSFORMERS = """\
 **This directory computes what was trained only where `is_mm_prefix_lm` is honoured.** config.json says
 `is_mm_prefix_lm: true`: the tokens of an image see all of their image. Recent versions of vLLM read it; older ones go
@@ -207,25 +242,39 @@ which gives other logits, and does not warn. To use the model in transformers, e
 
 
 def readme(
-    *, format: str, name: str, attention: str, positions: str, weights: str, dtype: str, training_state: bool = False
+    *,
+    format: str,
+    name: str,
+    encoder: str,
+    attention: str,
+    positions: str,
+    weights: str,
+    dtype: str,
+    max_image_tokens: int | None = None,
+    training_state: bool = False,
 ) -> str:
-    """README.md of an export. name: what to call the model; weights: `student` or `teacher`; training_state: whether
-    training_state.safetensors lies beside the model.
+    """README.md of an export. name: what to call the model; encoder: model_type of its vision_config; weights:
+    `student` or `teacher`; max_image_tokens: of a picture, if pictures differ in their numbers of visual tokens;
+    training_state: whether training_state.safetensors lies beside the model.
 
     Raises:
-        ValueError: an unknown format, attention, positions or weights.
+        ValueError: an unknown format, encoder, attention, positions or weights.
     """
-    for value, known in ((format, FORMATS), (attention, _ATTENTION), (positions, _POSITIONS)):
+    for value, known in (
+        (format, FORMATS),
+        (encoder, _ENCODER_NAMES),
+        (attention, _ATTENTION),
+        (positions, _POSITIONS),
+        (weights, _WEIGHTS),
+    ):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}")
-    if weights not in ("student", "teacher"):
-        raise ValueError(f"weights is {weights!r}; choose from student, teacher")
     model_class, option, trust = _LOADING[format]
     parts = [
         f"# {name}\n",
-        "A multimodal language model trained with LaVer: a SigLIP image encoder, a connector of two layers and a "
-        "Qwen2.5\ndecoder. Written by `laver_megatron`.\n",
-        _facts(format, attention, positions, weights, dtype),
+        "A multimodal language model trained with LaVer: an image encoder, a connector of two layers and a Qwen2.5 "
+        "decoder.\nWritten by `laver_megatron`.\n",
+        _facts(format, encoder, attention, positions, weights, dtype, max_image_tokens),
         "## Use\n",
         f"```python\n{_example(model_class, option)}```\n",
         f"{trust}\n",
@@ -240,15 +289,24 @@ def readme(
     return "\n".join(parts)
 
 
-def _facts(format: str, attention: str, positions: str, weights: str, dtype: str) -> str:
-    source = {
-        "student": "the trained model itself (student)",
-        "teacher": "the teacher's decoder, an average of the student's over training; all else is the student's",
-    }[weights]
-    return (
-        f"- format: {format}\n- attention: {_ATTENTION[attention]}\n- positions: {_POSITIONS[positions]}\n"
-        f"- weights: {source}\n- dtype: {dtype}\n"
-    )
+def _facts(
+    format: str, encoder: str, attention: str, positions: str, weights: str, dtype: str, max_image_tokens: int | None
+) -> str:
+    images = "all of one size"
+    if max_image_tokens is not None:
+        images = (
+            f"keep their proportions and have at most {max_image_tokens} visual tokens each; larger ones are shrunk"
+        )
+    facts = {
+        "format": format,
+        "image encoder": _ENCODER_NAMES[encoder],
+        "images": images,
+        "attention": _ATTENTION[attention],
+        "positions": _POSITIONS[positions],
+        "weights": _WEIGHTS[weights],
+        "dtype": dtype,
+    }
+    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
 
 
 def _example(model_class: str, option: str) -> str:

@@ -1,4 +1,4 @@
-"""LaVer for transformers: a SigLIP encoder, a connector and a Qwen2.5 decoder that sees images as it was trained to.
+"""LaVer for transformers: an image encoder, a connector and a Qwen2.5 decoder that sees images as it was trained to.
 
 This file travels inside an exported checkpoint and needs torch, transformers (5.5 or newer) and Pillow only:
 
@@ -9,11 +9,20 @@ Encoder and decoder are transformers' own modules. What is LaVer's: with `attent
 see all of their own image (a later image sees earlier ones, never the reverse), and with `positions: 2d` or `mrope`
 they are rotated by row and column.
 
+Images go to the model beside the tokens, those of all sequences of the batch one after the other. Which of two forms
+depends on the encoder:
+
+    of fixed resolution     pixel_values [I, 3, height, width]
+    of native resolution    pixel_values [T, P]: for every visual token, image after image and in raster order, the
+                            pixels that become it, as [3, side, side]; image_grids [I, 2]: rows and columns of each
+                            image's visual tokens
+
 Letters: B sequences of a batch, L tokens that a call of the model is given, K keys (those in the cache, then the L),
-I images of a batch, N visual tokens of an image, E and H widths of encoder and decoder, F frequency pairs and D
-width of an attention head.
+I images of a batch, T visual tokens of all these images, P pixels of a visual token, E and H widths of encoder and
+decoder, F frequency pairs and D width of an attention head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +32,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     AutoImageProcessor,
     BatchFeature,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -38,9 +55,13 @@ from transformers import (
     SiglipVisionModel,
     SuppressTokensLogitsProcessor,
 )
+from transformers import __version__ as transformers_version
+from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import load_image
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 ATTENTION = ("mixed", "causal")
 POSITIONS = ("1d", "2d", "mrope")
@@ -57,26 +78,126 @@ _ONE_PICTURE = _VISION_START + _IMAGE_PAD + _VISION_END
 _PLACEHOLDER = "<image>"
 
 
+# --- the image encoders ----------------------------------------------------------------------------------
+
+
+class LaverPatchesConfig(PreTrainedConfig):
+    """No encoder: a visual token is a square of the picture, `patch_size` pixels wide."""
+
+    model_type = "laver_patches"
+
+    def __init__(self, patch_size: int = 28, num_channels: int = 3, **kwargs: Any) -> None:
+        self.patch_size, self.num_channels = patch_size, num_channels
+        super().__init__(**kwargs)
+
+
+class LaverPatches(nn.Module):
+    """The model of a `LaverPatchesConfig`: the feature of a visual token is its pixels."""
+
+    def __init__(self, config: LaverPatchesConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixels_TP: Tensor) -> Tensor:
+        return pixels_TP
+
+
+_SIGLIP, _CLIP, _AIMV2 = "siglip_vision_model", "clip_vision_model", "aimv2_vision_model"
+_DINOV2, _DINOV2_WITH_REGISTERS = "dinov2", "dinov2_with_registers"
+_QWEN, _PATCHES = "qwen2_5_vl_vision", "laver_patches"
+
+_ENCODERS: dict[str, tuple[type[PreTrainedConfig], type[nn.Module]]] = {
+    _SIGLIP: (SiglipVisionConfig, SiglipVisionModel),
+    _CLIP: (CLIPVisionConfig, CLIPVisionModel),
+    _DINOV2: (Dinov2Config, Dinov2Model),
+    _DINOV2_WITH_REGISTERS: (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
+    _AIMV2: (Aimv2VisionConfig, Aimv2VisionModel),
+    _QWEN: (Qwen2_5_VLVisionConfig, Qwen2_5_VisionTransformerPretrainedModel),
+    _PATCHES: (LaverPatchesConfig, LaverPatches),
+}
+
+
+def _family(vision_config: PreTrainedConfig | dict[str, Any]) -> str:
+    """The encoder's type. Versions of transformers call the vision part of Qwen2.5-VL by two names.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if isinstance(vision_config, dict):
+        model_type = vision_config.get("model_type", _SIGLIP)
+    else:
+        model_type = vision_config.model_type
+    family = _QWEN if model_type == "qwen2_5_vl" else model_type
+    if family not in _ENCODERS:
+        raise ValueError(f"vision_config is of type {model_type!r}, but must be one of {', '.join(_ENCODERS)}")
+    return family
+
+
+def is_native(vision_config: PreTrainedConfig) -> bool:
+    """Whether an encoder takes pictures of any size, and so makes of each as many visual tokens as it has room for."""
+    return _family(vision_config) in (_QWEN, _PATCHES) or bool(getattr(vision_config, "is_native", False))
+
+
+def num_prefix_tokens(vision_config: PreTrainedConfig) -> int:
+    """Hidden states that stand before the patches and are no visual tokens: class token and registers."""
+    family = _family(vision_config)
+    if family == _DINOV2_WITH_REGISTERS:
+        return 1 + vision_config.num_register_tokens
+    return 1 if family in (_CLIP, _DINOV2) else 0
+
+
+def has_feature_layers(vision_config: PreTrainedConfig) -> bool:
+    """Whether a feature is one of the encoder's hidden states. Qwen2.5-VL has its merger's output, patches pixels."""
+    return _family(vision_config) not in (_QWEN, _PATCHES)
+
+
+def feature_size(vision_config: PreTrainedConfig) -> int:
+    """Width of a feature: what the connector takes in."""
+    family = _family(vision_config)
+    if family == _PATCHES:
+        return vision_config.num_channels * vision_config.patch_size**2
+    return vision_config.out_hidden_size if family == _QWEN else vision_config.hidden_size
+
+
+def token_side(vision_config: PreTrainedConfig) -> int:
+    """Side in pixels of the square that becomes one visual token."""
+    return vision_config.patch_size * getattr(vision_config, "spatial_merge_size", 1)
+
+
+def cut_into_tokens(image: Tensor, side: int) -> Tensor:
+    """Pixels `[3, height, width]` as those of visual tokens in raster order, `[rows * columns, 3 * side * side]`."""
+    num_channels, height, width = image.shape
+    blocks = image.reshape(num_channels, height // side, side, width // side, side)
+    return blocks.permute(1, 3, 0, 2, 4).reshape(-1, num_channels * side * side)
+
+
+def join_tokens(pixels_NP: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """The inverse of `cut_into_tokens`."""
+    blocks = pixels_NP.view(rows, columns, -1, side, side)
+    return blocks.permute(2, 0, 3, 1, 4).reshape(-1, rows * side, columns * side)
+
+
 class LaverConfig(PreTrainedConfig):
     """Sizes of decoder (`text_config`) and encoder (`vision_config`), and how images enter the decoder.
 
-    vision_feature_layer: index into the encoder's hidden states (0 is the embedding, -2 the last but one layer).
-    attention: `mixed`, or `causal` for all tokens alike. positions: `1d`; `2d`, where even frequency pairs turn with
-    the row and odd ones with the column; `mrope`, Qwen2.5-VL's contiguous sections. image_token_id: the token that
-    stands for one visual token.
+    vision_feature_layer: index into the encoder's hidden states (0 is the embedding, -1 the last layer, before the
+    final norm); None for an encoder whose features are none of them. attention: `mixed`, or `causal` for all tokens
+    alike. positions: `1d`; `2d`, where even frequency pairs turn with the row and odd ones with the column; `mrope`,
+    Qwen2.5-VL's contiguous sections. image_token_id: the token that stands for one visual token.
 
     Raises:
-        ValueError: an unknown attention or positions, or rotary scaling or a sliding window in the decoder.
+        ValueError: an unknown encoder, attention or positions, a feature layer where there is none to choose or
+            none where there is, or rotary scaling or a sliding window in the decoder.
     """
 
     model_type = "laver"
-    sub_configs = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}
+    sub_configs = {"text_config": Qwen2Config, "vision_config": PreTrainedConfig}
 
     def __init__(
         self,
         text_config: dict | Qwen2Config | None = None,
-        vision_config: dict | SiglipVisionConfig | None = None,
-        vision_feature_layer: int = -2,
+        vision_config: dict | PreTrainedConfig | None = None,
+        vision_feature_layer: int | None = -2,
         attention: str = "mixed",
         positions: str = "2d",
         image_token_id: int = 151655,
@@ -87,11 +208,16 @@ class LaverConfig(PreTrainedConfig):
         if positions not in POSITIONS:
             raise ValueError(f"positions is {positions!r} in config.json; choose from {', '.join(POSITIONS)}")
         self.text_config = text_config if isinstance(text_config, Qwen2Config) else Qwen2Config(**(text_config or {}))
-        self.vision_config = (
-            vision_config
-            if isinstance(vision_config, SiglipVisionConfig)
-            else SiglipVisionConfig(**(vision_config or {}))
-        )
+        vision_config = vision_config or {}
+        family = _family(vision_config)
+        if isinstance(vision_config, dict):
+            vision_config = _ENCODERS[family][0](**{k: v for k, v in vision_config.items() if k != "model_type"})
+        self.vision_config = vision_config
+        if (vision_feature_layer is not None) != has_feature_layers(vision_config):
+            raise ValueError(
+                f"vision_feature_layer is {vision_feature_layer} in config.json, but an encoder of type {family} has "
+                f"{'hidden states to choose from' if vision_feature_layer is None else 'none to choose; write null'}"
+            )
         self.vision_feature_layer = vision_feature_layer
         self.attention, self.positions = attention, positions
         self.image_token_id = image_token_id
@@ -107,64 +233,71 @@ class LaverConfig(PreTrainedConfig):
         if set(self.text_config.layer_types) != {"full_attention"}:
             raise ValueError("text_config asks for sliding-window attention; LaVer is trained without it")
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of an image: whole patches, in raster order."""
-        side = self.vision_config.image_size // self.vision_config.patch_size
-        return side, side
-
 
 # --- where the images are, and what follows from it ------------------------------------------------------
 
 
-def locate_images(input_ids_BL: Tensor, image_token_id: int, tokens_per_image: int) -> tuple[Tensor, Tensor]:
-    """For every token the number of its image within the sequence (-1 for text) and its place in that image, int64
-    `[B, L]` both. Images may touch.
+def locate_images(
+    input_ids_BL: Tensor, image_token_id: int, grids: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every token the number of its image within the batch (-1 for text), and its row and column in that image
+    (0 for text), int64 `[B, L]` each. Images may touch.
+
+    grids: rows and columns of the images of all sequences, in order.
 
     Raises:
-        ValueError: image tokens that are not whole images, each in one piece.
+        ValueError: image tokens that are not these images, each in one piece.
     """
     visual_BL = input_ids_BL == image_token_id
-    count_BL = visual_BL.long().cumsum(1) - 1
-    image_BL = torch.where(visual_BL, count_BL // tokens_per_image, -1)
-    place_BL = torch.where(visual_BL, count_BL % tokens_per_image, 0)
-    counts = visual_BL.sum(1).tolist()
-    for row, count in enumerate(counts):
-        if count % tokens_per_image:
-            raise ValueError(
-                f"sequence {row} of the batch holds {count} image tokens, which is no multiple of the "
-                f"{tokens_per_image} of an image; let the processor write them, and do not truncate"
-            )
-    follows_BL = nn.functional.pad(visual_BL[:, :-1], (1, 0), value=False)
-    torn_B = ((place_BL > 0) & ~follows_BL).any(1)
-    if torn_B.any():
+    num_tokens, sizes = int(visual_BL.sum()), [rows * columns for rows, columns in grids]
+    if num_tokens != sum(sizes):
+        named = ", ".join(f"{rows} x {columns}" for rows, columns in grids[:8]) + (", ..." if len(grids) > 8 else "")
         raise ValueError(
-            f"sequence {int(torn_B.nonzero()[0])} of the batch has other tokens between the {tokens_per_image} image "
-            "tokens of one image; let the processor write them"
+            f"the text holds {num_tokens} image tokens, but there are {len(grids)} images of {sum(sizes)} tokens"
+            f"{f' ({named})' if grids else ''}; let the processor prepare both, and do not truncate"
         )
-    return image_BL, place_BL
+    device = input_ids_BL.device
+    sizes_I = torch.tensor(sizes, dtype=torch.long, device=device)
+    image_T = torch.arange(len(sizes), device=device).repeat_interleave(sizes_I)
+    place_T = torch.arange(num_tokens, device=device) - (sizes_I.cumsum(0) - sizes_I)[image_T]
+    columns_T = torch.tensor([columns for _, columns in grids], dtype=torch.long, device=device)[image_T]
+    image_BL = torch.full_like(input_ids_BL, -1, dtype=torch.long).masked_scatter(visual_BL, image_T)
+    row_BL, column_BL = (
+        torch.zeros_like(image_BL).masked_scatter(visual_BL, index_T)
+        for index_T in (place_T // columns_T, place_T % columns_T)
+    )
+    first_BL = torch.zeros_like(visual_BL).masked_scatter(visual_BL, place_T == 0)
+    before_BL = nn.functional.pad(image_BL[:, :-1], (1, 0), value=-1)
+    torn_BL = visual_BL & ~first_BL & (before_BL != image_BL)
+    if torn_BL.any():
+        sequence, index = torn_BL.nonzero()[0].tolist()
+        rows, columns = grids[int(image_BL[sequence, index])]
+        raise ValueError(
+            f"sequence {sequence} of the batch does not hold the {rows * columns} image tokens ({rows} x {columns}) of "
+            "an image in one piece; let the processor write them, and give the images in the order of the text"
+        )
+    return image_BL, row_BL, column_BL
 
 
 def count_positions(
-    image_BL: Tensor, place_BL: Tensor, real_BL: Tensor, start_B: Tensor, grid: tuple[int, int], positions: str
+    image_BL: Tensor, row_BL: Tensor, column_BL: Tensor, real_BL: Tensor, start_B: Tensor, positions: str
 ) -> tuple[Tensor, Tensor]:
     """Position indices (t, row, column), int64 `[3, B, L]`, and the next free index `[B]`.
 
     Text carries three equal indices. An image's tokens stand at the index where it starts plus row and column;
     text goes on at the largest index used + 1. Padding (real_BL is False) takes no index. start_B: the first index.
     """
-    visual_BL, (rows, columns) = image_BL >= 0, grid
     advance_BL = real_BL.long()
     if positions != "1d":
-        # An image moves the count on by its longer side, at its last token.
-        last_BL = visual_BL & (place_BL == rows * columns - 1)
-        advance_BL = torch.where(visual_BL, last_BL * max(rows, columns), advance_BL)
+        # An image moves the count on by its longer side, at its last token, which is its last row and column.
+        last_BL = image_BL != nn.functional.pad(image_BL[:, 1:], (0, 1), value=-1)
+        longer_BL = torch.maximum(row_BL, column_BL) + 1
+        advance_BL = torch.where(image_BL >= 0, last_BL * longer_BL, advance_BL)
     counted_BL = advance_BL.cumsum(1)
     base_BL = start_B[:, None] + counted_BL - advance_BL
     next_B = start_B + counted_BL[:, -1]
     if positions == "1d":
         return base_BL.expand(3, -1, -1), next_B
-    row_BL, column_BL = place_BL // columns * visual_BL, place_BL % columns * visual_BL
     return torch.stack([base_BL, base_BL + row_BL, base_BL + column_BL]), next_B
 
 
@@ -218,21 +351,21 @@ class LaverRotaryEmbedding(nn.Module):
 
 
 class LaverConnector(nn.Module):
-    """Two linear layers with GELU from the encoder's features to the decoder's width: `[I, N, E] -> [I, N, H]`."""
+    """Two linear layers with GELU from the encoder's features to the decoder's width: `[T, E] -> [T, H]`."""
 
     def __init__(self, config: LaverConfig) -> None:
         super().__init__()
         hidden_size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        self.linear_1 = nn.Linear(feature_size(config.vision_config), hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, features_INE: Tensor) -> Tensor:
-        return self.linear_2(nn.functional.gelu(self.linear_1(features_INE)))
+    def forward(self, features_TE: Tensor) -> Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_1(features_TE)))
 
 
 class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Text and images to text. `forward` is that of transformers' decoders with `pixel_values` beside the tokens:
-    the images of all sequences of the batch, one after the other, `[I, 3, height, width]`.
+    """Text and images to text. `forward` is that of transformers' decoders with the images of all sequences of the
+    batch beside the tokens: `pixel_values` and, for an encoder of native resolution, `image_grids` (see above).
 
     Raises:
         ValueError: an attention kernel that cannot compute this model.
@@ -242,18 +375,33 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead"]
+    _no_split_modules = [
+        "Qwen2DecoderLayer", "SiglipEncoderLayer", "SiglipMultiheadAttentionPoolingHead", "CLIPEncoderLayer",
+        "Dinov2Embeddings", "Dinov2Layer", "Dinov2WithRegistersEmbeddings", "Dinov2WithRegistersLayer",
+        "Aimv2VisionEmbeddings", "Aimv2EncoderLayer", "Aimv2AttentionPoolingHead", "Qwen2_5_VLVisionBlock",
+    ]  # fmt: skip
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
 
     def __init__(self, config: LaverConfig) -> None:
         super().__init__(config)
-        self.vision_tower = SiglipVisionModel(config.vision_config)
+        self.vision_tower = _ENCODERS[_family(config.vision_config)][1](config.vision_config)
         self.multi_modal_projector = LaverConnector(config)
         self.language_model = Qwen2ForCausalLM(config.text_config)
         self.language_model.model.rotary_emb = LaverRotaryEmbedding(config.text_config, config.positions)
         self._refuse_kernel()
+        self._refuse_older_names()
         self.post_init()
+
+    def _refuse_older_names(self) -> None:
+        """Older versions have gate and up projection of a gated DINOv2 in one tensor; they would not find the weights,
+        and go on with random ones."""
+        names = [name for name, _ in self.vision_tower.named_parameters()]
+        if getattr(self.config.vision_config, "use_swiglu_ffn", False) and not any("gate_proj" in n for n in names):
+            raise ValueError(
+                f"transformers {transformers_version} is too old for the gated MLP of this encoder "
+                f"({self.config.vision_config.model_type}, use_swiglu_ffn); install a newer one, such as 5.23"
+            )
 
     def _refuse_kernel(self) -> None:
         """Checked at every call too: a kernel can be changed after loading."""
@@ -279,21 +427,95 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Visual tokens `[I, N, H]` of normalised pixels `[I, 3, height, width]`.
+    def get_image_features(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        """Visual tokens `[T, H]` of all images, one after the other, each in raster order.
 
         Raises:
-            ValueError: pixels of another size than the encoder's.
+            ValueError: pixels of a size that the encoder does not take, or that are not those of the grids.
         """
-        size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (size, size):
+        grids = self._grids(pixel_values, image_grids)
+        anchor = next(self.vision_tower.parameters(), self.multi_modal_projector.linear_1.weight)
+        pixels = pixel_values.to(anchor.device, anchor.dtype)
+        features_TE = self._native_features(pixels, grids) if image_grids is not None else self._fixed_features(pixels)
+        return self.multi_modal_projector(features_TE)
+
+    def image_inputs(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """pixel_values and, where they are needed, image_grids of normalised pixels `[3, height, width]` of images."""
+        vision = self.config.vision_config
+        if not is_native(vision):
+            return {"pixel_values": torch.stack(list(images))}
+        side = token_side(vision)
+        grids = [(image.shape[1] // side, image.shape[2] // side) for image in images]
+        pixels_TP = torch.cat([cut_into_tokens(image, side) for image in images])
+        return {"pixel_values": pixels_TP, "image_grids": torch.tensor(grids)}
+
+    def _grids(self, pixel_values: Tensor, image_grids: Tensor | None) -> list[tuple[int, int]]:
+        """Rows and columns of the visual tokens of each image; checks that the pixels are such images."""
+        vision, shape = self.config.vision_config, tuple(pixel_values.shape)
+        if is_native(vision):
+            side = token_side(vision)
+            width = 3 * side**2
+            if image_grids is None or image_grids.ndim != 2 or image_grids.shape[1] != 2:
+                raise ValueError(
+                    f"image_grids must be [images, 2], rows and columns of each, beside pixel_values of shape {shape}, "
+                    f"but are {'missing' if image_grids is None else f'of shape {tuple(image_grids.shape)}'}; "
+                    "let the processor prepare both"
+                )
+            grids = [(rows, columns) for rows, columns in image_grids.tolist()]
+            num_tokens = sum(rows * columns for rows, columns in grids)
+            if shape != (num_tokens, width) or any(min(grid) < 1 for grid in grids):
+                raise ValueError(
+                    f"pixel_values are of shape {shape}, but {len(grids)} images of {num_tokens} visual tokens of "
+                    f"{side} x {side} pixels need [{num_tokens}, {width}]; let the processor prepare them"
+                )
+            return grids
+        if image_grids is not None:
+            raise ValueError(f"image_grids are given, but an encoder of type {vision.model_type} has one resolution")
+        patch, size = vision.patch_size, vision.image_size
+        interpolates = _family(vision) in (_DINOV2, _DINOV2_WITH_REGISTERS)
+        fits = len(shape) == 4 and (
+            min(shape[2:]) > 0 and shape[2] % patch == shape[3] % patch == 0
+            if interpolates
+            else shape[2:] == (size, size)
+        )
+        if not fits:
+            taken = f"multiples of {patch}" if interpolates else f"{size}, {size}"
             raise ValueError(
-                f"pixel_values are of shape {tuple(pixel_values.shape)}, but the encoder takes [images, 3, "
-                f"{size}, {size}]; let the processor prepare them"
+                f"pixel_values are of shape {shape}, but the encoder takes [images, 3, {taken}]; "
+                "let the processor prepare them"
             )
-        pixels = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        hidden_states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return self.multi_modal_projector(hidden_states[self.config.vision_feature_layer])
+        return shape[0] * [(shape[2] // patch, shape[3] // patch)]
+
+    def _fixed_features(self, pixels_I3HW: Tensor) -> Tensor:
+        return self._patch_states(pixels_I3HW).flatten(0, 1)
+
+    def _native_features(self, pixels_TP: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        vision = self.config.vision_config
+        family, side = _family(vision), token_side(vision)
+        if family == _PATCHES:
+            return self.vision_tower(pixels_TP)
+        if family == _QWEN:
+            merge, patch = vision.spatial_merge_size, vision.patch_size
+            blocks = pixels_TP.view(len(pixels_TP), -1, merge, patch, merge, patch).permute(0, 2, 4, 1, 3, 5)
+            # Qwen sees a picture as a film in which nothing moves.
+            frames = blocks.unsqueeze(4).expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1)
+            grid_I3 = torch.tensor([(1, rows * merge, columns * merge) for rows, columns in grids])
+            patches = frames.reshape(len(pixels_TP) * merge**2, -1)
+            return self.vision_tower(patches, grid_I3.to(pixels_TP.device)).pooler_output
+        images = pixels_TP.split([rows * columns for rows, columns in grids])
+        return torch.cat(
+            [
+                self._patch_states(join_tokens(own, *grid, side)[None])[0]
+                for own, grid in zip(images, grids, strict=True)
+            ]
+        )
+
+    def _patch_states(self, pixels_I3HW: Tensor) -> Tensor:
+        """The hidden states that are features, `[I, patches, E]`: of the feature layer, without class token and
+        registers."""
+        assert self.config.vision_feature_layer is not None
+        hidden_states = self.vision_tower(pixels_I3HW, output_hidden_states=True).hidden_states
+        return hidden_states[self.config.vision_feature_layer][:, num_prefix_tokens(self.config.vision_config) :]
 
     def forward(
         self,
@@ -307,11 +529,13 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        image_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """attention_mask: int or bool `[B, K]`, 0 for padding on either side; a mask of four dimensions (or a dict
-        of them) is used as it is. position_ids: `[3, B, L]`, or `[B, L]` for text; counted where not given. labels:
-        the tokens, -100 where there is nothing to learn; they are shifted here.
+        """pixel_values, image_grids: the images, in one of the forms at the head of this file. attention_mask: int or
+        bool `[B, K]`, 0 for padding on either side; a mask of four dimensions (or a dict of them) is used as it is.
+        position_ids: `[3, B, L]`, or `[B, L]` for text; counted where not given. labels: the tokens, -100 where there
+        is nothing to learn; they are shifted here.
 
         Raises:
             ValueError: image tokens and pixel_values that do not fit together, a mask that does not cover the
@@ -323,11 +547,11 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text_config)
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        embeds_BLH, image_BL, place_BL = self._embed(input_ids, inputs_embeds, pixel_values, num_past)
-        position_ids = self._positions(image_BL, place_BL, attention_mask, position_ids, past_key_values, num_past)
+        embeds_BLH, places = self._embed(input_ids, inputs_embeds, pixel_values, image_grids, num_past)
+        position_ids = self._positions(places, attention_mask, position_ids, past_key_values, num_past)
         outputs = self.language_model.model(
             inputs_embeds=embeds_BLH,
-            attention_mask=self._mask(image_BL, embeds_BLH, attention_mask, past_key_values, num_past),
+            attention_mask=self._mask(places[0], embeds_BLH, attention_mask, past_key_values, num_past),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -350,40 +574,38 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _embed(
-        self, input_ids_BL: Tensor | None, embeds_BLH: Tensor | None, pixel_values: Tensor | None, num_past: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        input_ids_BL: Tensor | None,
+        embeds_BLH: Tensor | None,
+        pixel_values: Tensor | None,
+        image_grids: Tensor | None,
+        num_past: int,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """What goes into the decoder, words and visual tokens, and where the images are (see `locate_images`)."""
         if (input_ids_BL is None) == (embeds_BLH is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if embeds_BLH is None:
             embeds_BLH = self.get_input_embeddings()(input_ids_BL)
-        image_BL, place_BL = self._images(input_ids_BL, embeds_BLH, pixel_values, num_past)
+        grids = [] if pixel_values is None else self._grids(pixel_values, image_grids)
+        places = self._locate(input_ids_BL, embeds_BLH, grids, num_past)
         if pixel_values is not None:
-            visual_INH = self.get_image_features(pixel_values).to(embeds_BLH.device, embeds_BLH.dtype)
-            embeds_BLH = embeds_BLH.masked_scatter((image_BL >= 0).unsqueeze(-1), visual_INH)
-        return embeds_BLH, image_BL, place_BL
+            visual_TH = self.get_image_features(pixel_values, image_grids).to(embeds_BLH.device, embeds_BLH.dtype)
+            embeds_BLH = embeds_BLH.masked_scatter((places[0] >= 0).unsqueeze(-1), visual_TH)
+        return embeds_BLH, places
 
-    def _images(
-        self, input_ids_BL: Tensor | None, embeds_BLH: Tensor, pixel_values: Tensor | None, num_past: int
-    ) -> tuple[Tensor, Tensor]:
-        """Images and places of the tokens (see `locate_images`), held against the number of pictures."""
+    def _locate(
+        self, input_ids_BL: Tensor | None, embeds_BLH: Tensor, grids: list[tuple[int, int]], num_past: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, row and column of the tokens (see `locate_images`)."""
         none_BL = torch.full(embeds_BLH.shape[:2], -1, device=embeds_BLH.device)
-        nothing = none_BL, torch.zeros_like(none_BL)
-        num_images = 0 if pixel_values is None else pixel_values.shape[0]
+        nothing = none_BL, torch.zeros_like(none_BL), torch.zeros_like(none_BL)
         if input_ids_BL is None:
-            if num_images:
-                raise ValueError(f"{num_images} pixel_values with inputs_embeds: images need input_ids")
+            if grids:
+                raise ValueError(f"{len(grids)} pixel_values with inputs_embeds: images need input_ids")
             return nothing
-        if num_past and pixel_values is None and input_ids_BL.shape[1] == 1:
+        if num_past and not grids and input_ids_BL.shape[1] == 1:
             return nothing  # one step of decoding: an image was never cut in two, so this is a word
-        rows, columns = self.config.grid
-        num_tokens = int((input_ids_BL == self.config.image_token_id).sum())
-        if num_tokens != num_images * rows * columns:
-            raise ValueError(
-                f"the text holds {num_tokens} image tokens, but pixel_values holds {num_images} images of "
-                f"{rows * columns} tokens each ({rows} x {columns} patches); let the processor prepare both"
-            )
-        return locate_images(input_ids_BL, self.config.image_token_id, rows * columns)
+        return locate_images(input_ids_BL, self.config.image_token_id, grids)
 
     def _mask(
         self, image_BL: Tensor, embeds_BLH: Tensor, attention_mask: Any, past_key_values: Any, num_past: int
@@ -410,8 +632,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _positions(
         self,
-        image_BL: Tensor,
-        place_BL: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
         attention_mask: Any,
         position_ids: Tensor | None,
         past_key_values: Any,
@@ -422,6 +643,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Behind an image of 2D positions, a token's index is not the number of tokens before it. The difference,
         one number a sequence, is kept with the cache, to which it belongs.
         """
+        image_BL = places[0]
         length = image_BL.shape[1]
         real_BK = torch.ones(image_BL.shape[0], num_past + length, dtype=torch.bool, device=image_BL.device)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
@@ -442,10 +664,8 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
             next_B = position_3BL.amax(dim=(0, 2)) + 1
         else:
             offset_B = self._offset(past_key_values, num_before_B)
-            position_3BL, next_B = count_positions(
-                image_BL, place_BL, real_BK[:, num_past:], num_before_B + offset_B, self.config.grid,
-                self.config.positions,
-            )  # fmt: skip
+            start_B = num_before_B + offset_B
+            position_3BL, next_B = count_positions(*places, real_BK[:, num_past:], start_B, self.config.positions)
         if past_key_values is not None:
             past_key_values.laver_offset_B = next_B - num_real_B
         return position_3BL[0] if self.config.positions == "1d" else position_3BL
@@ -480,7 +700,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         that are in the cache already (newer versions of transformers leave them out themselves)."""
         inputs = {**super().prepare_inputs_for_generation(input_ids, **kwargs), "position_ids": None}
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = None
+            inputs["pixel_values"] = inputs["image_grids"] = None
         return inputs
 
     @staticmethod
@@ -497,18 +717,32 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers: the pictures of a sequence are repeated together. Repeating each one alone, as
         for tensors with one row a sequence, would hand a sequence its neighbour's."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            rows, columns = self.config.grid
-            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-            own = pixel_values.split([count // (rows * columns) for count in counts])
-            pixel_values = torch.cat([pictures for pictures in own for _ in range(expand_size)])
+        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_grids")}
+        if pictures["pixel_values"] is not None and expand_size > 1 and input_ids is not None:
+            pictures = self._repeat_pictures(input_ids, **pictures, times=expand_size)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        return input_ids, kwargs
+        return input_ids, {**kwargs, **{name: value for name, value in pictures.items() if value is not None}}
+
+    def _repeat_pictures(
+        self, input_ids_BL: Tensor, pixel_values: Tensor, image_grids: Tensor | None, times: int
+    ) -> dict[str, Tensor | None]:
+        """The pictures of every sequence `times` over."""
+        grids = self._grids(pixel_values, image_grids)
+        image_BL, row_BL, column_BL = locate_images(input_ids_BL, self.config.image_token_id, grids)
+        num_images = ((image_BL >= 0) & (row_BL == 0) & (column_BL == 0)).sum(1).tolist()
+        num_tokens = (image_BL >= 0).sum(1).tolist()
+
+        def repeated(tensor: Tensor, counts: list[int]) -> Tensor:
+            return torch.cat([own for own in tensor.split(counts) for _ in range(times)])
+
+        if image_grids is None:
+            return {"pixel_values": repeated(pixel_values, num_images), "image_grids": None}
+        return {
+            "pixel_values": repeated(pixel_values, num_tokens),
+            "image_grids": repeated(image_grids, num_images),
+        }
 
 
 # --- the processor ---------------------------------------------------------------------------------------
@@ -520,7 +754,8 @@ class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
     In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. patch_size: side in
-    pixels of what becomes one visual token.
+    pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of native
+    resolution, whose pictures keep their proportions.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -532,11 +767,19 @@ class LaverProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         patch_size: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> None:
         if patch_size is None:
             raise ValueError("processor_config.json names no patch_size; export the checkpoint again")
+        if (min_pixels is None) != (max_pixels is None):
+            raise ValueError(
+                f"processor_config.json says min_pixels {min_pixels} and max_pixels {max_pixels}; an encoder of native "
+                "resolution needs both, another neither; export the checkpoint again"
+            )
         self.patch_size = patch_size
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.image_token = _IMAGE_PAD
         self.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_PAD)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -564,7 +807,8 @@ class LaverProcessor(ProcessorMixin):
         common_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """input_ids and attention_mask `[B, L]`, and pixel_values float32 `[I, 3, height, width]` if there are images.
+        """input_ids and attention_mask `[B, L]`; if there are images, pixel_values (float32) and for an encoder of
+        native resolution image_grids (int64), as at the head of this file.
 
         images: pictures (PIL, uint8 arrays, paths, addresses) of all texts in order, or a list of them for each
         text. All further arguments go to the tokenizer (`return_tensors`, `padding`, ...); batches are padded on the
@@ -586,14 +830,61 @@ class LaverProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         counts: list[int] = []
         if pictures:
-            prepared = self.image_processor(images=[_upright(picture) for picture in pictures], return_tensors="np")
-            data["pixel_values"] = np.asarray(prepared["pixel_values"], dtype=np.float32)
-            _, _, height, width = data["pixel_values"].shape
-            counts = len(pictures) * [(height // self.patch_size) * (width // self.patch_size)]
+            data = self._prepare([_upright(picture) for picture in pictures])
+            counts = self._count_tokens(data)
         options = {"padding_side": "left", **(common_kwargs or {}), **(text_kwargs or {}), **kwargs}
         return_tensors = options.pop("return_tensors", None)
         tokens = self.tokenizer(_write_out(texts, counts), **options)
         return BatchFeature({**tokens, **data}, tensor_type=return_tensors)
+
+    def _prepare(self, pictures: list[Image.Image]) -> dict[str, np.ndarray]:
+        """pixel_values, and image_grids where pictures differ in size."""
+        if self.max_pixels is None:
+            prepared = self.image_processor(images=pictures, return_tensors="np")
+            return {"pixel_values": np.asarray(prepared["pixel_values"], dtype=np.float32)}
+        images = [self._keeping_proportions(picture) for picture in pictures]
+        grids = [tuple(side // self.patch_size for side in image.shape[1:]) for image in images]
+        tokens = [cut_into_tokens(torch.from_numpy(image), self.patch_size).numpy() for image in images]
+        return {"pixel_values": np.concatenate(tokens), "image_grids": np.array(grids, dtype=np.int64)}
+
+    def _keeping_proportions(self, picture: Image.Image) -> np.ndarray:
+        """Normalised pixels, float32 `[3, height, width]`, of a size that `native_size` gives."""
+        assert self.min_pixels is not None and self.max_pixels is not None
+        processor = self.image_processor
+        height, width = native_size(picture.width, picture.height, self.patch_size, self.min_pixels, self.max_pixels)
+        image = np.moveaxis(np.asarray(picture.resize((width, height), processor.resample)), -1, 0)
+        layout = {"data_format": "channels_first", "input_data_format": "channels_first"}
+        if processor.do_rescale:
+            image = rescale(image, processor.rescale_factor, **layout)
+        if processor.do_normalize:
+            image = normalize(image, processor.image_mean, processor.image_std, **layout)
+        return np.ascontiguousarray(image, dtype=np.float32)
+
+    def _count_tokens(self, data: dict[str, np.ndarray]) -> list[int]:
+        """Visual tokens of each picture."""
+        if "image_grids" in data:
+            return data["image_grids"].prod(axis=1).tolist()
+        num_pictures, _, height, width = data["pixel_values"].shape
+        return num_pictures * [(height // self.patch_size) * (width // self.patch_size)]
+
+
+def native_size(width: int, height: int, side: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) to which a picture is resized: multiples of `side`, the picture's proportions as nearly as that
+    allows, and an area from min_pixels to max_pixels. It is Qwen2.5-VL's own size wherever that keeps to max_pixels."""
+    rows, columns = round(height / side), round(width / side)
+    if rows * columns * side**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (math.floor(length / shrink / side) for length in (height, width))
+    elif rows * columns * side**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(length * grow / side) for length in (height, width))
+    rows, columns = max(1, rows), max(1, columns)
+    # A picture may be so long that one token on its short side is already too many: the long side is cut down.
+    max_tokens = max_pixels // side**2
+    if rows * columns > max_tokens:
+        rows = min(rows, max_tokens if rows >= columns else max(1, max_tokens // columns))
+        columns = min(columns, max_tokens // rows)
+    return rows * side, columns * side
 
 
 def _count_places(text: str) -> int:

@@ -10,8 +10,9 @@ Letters: T tokens of a probe, S tokens of a pack, B packs (one here), H hidden, 
 import datetime
 import json
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +105,23 @@ def transformers_outputs(directory: Path, probes: list[Probe]) -> Outputs:
     hidden, logits = [], []
     for probe in probes:
         tokens_1T = probe.sample.tokens_T[None]
-        pixels = {"pixel_values": torch.stack(probe.pixels)} if probe.pixels else {}
         output = model(
             input_ids=tokens_1T,
             attention_mask=torch.ones_like(tokens_1T),
             output_hidden_states=True,
             use_cache=False,
-            **pixels,
+            **_image_inputs(model, probe.pixels),
         )
         hidden.append(output.hidden_states[-1][0])
         logits.append(output.logits[0])
     return Outputs(hidden, logits, sorted(info["missing_keys"]))
+
+
+def _image_inputs(model: Any, pixels: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Pictures in the form that a model takes; laver exports know theirs."""
+    if not pixels:
+        return {}
+    return model.image_inputs(pixels) if hasattr(model, "image_inputs") else {"pixel_values": torch.stack(pixels)}
 
 
 def input_problems(directory: Path, probes: list[Probe]) -> list[str]:
@@ -127,21 +134,42 @@ def input_problems(directory: Path, probes: list[Probe]) -> list[str]:
         processor = load.from_pretrained(directory, trust_remote_code=load is AutoProcessor, local_files_only=True)
     except Exception as error:  # what is missing decides what is raised
         return [f"{load.__name__} cannot load the directory: {type(error).__name__}: {error}"]
-    problems = []
+    problems: list[str] = []
     for probe in probes:
         if probe.pictures:
             message = {"role": "user", "content": _parts(probe.prompt)}
             text = processor.apply_chat_template([message], tokenize=False)
             made = processor(text=[text], images=list(probe.pictures), return_tensors="pt")
-            gap = (made["pixel_values"] - torch.stack(probe.pixels)).abs().max().item()
-            if not gap <= _PIXEL_ROUNDING:
-                problems.append(f"pixels of {probe.prompt!r} differ by {gap:.1e}")
+            problems += _pixel_problems(made, probe)
         else:
             made = getattr(processor, "tokenizer", processor)([probe.prompt], add_special_tokens=False)
         tokens = torch.as_tensor(made["input_ids"])[0]
         if not torch.equal(tokens, probe.sample.tokens_T):
             problems.append(f"{probe.prompt!r} has other tokens: {len(tokens)}, not the {len(probe)} of training")
     return problems
+
+
+def _pixel_problems(made: Mapping[str, Tensor], probe: Probe) -> Iterator[str]:
+    """Where a processor's pictures are not those of training."""
+    for number, (theirs, ours) in enumerate(zip(_made_images(made), probe.pixels, strict=True)):
+        where = f"picture {number} of {probe.prompt!r}"
+        if theirs.shape != ours.shape:
+            yield f"{where} has pixels of shape {tuple(theirs.shape)}, not the {tuple(ours.shape)} of training"
+        elif not (gap := (theirs - ours).abs().max().item()) <= _PIXEL_ROUNDING:
+            yield f"pixels of {where} differ by {gap:.1e}"
+
+
+def _made_images(made: Mapping[str, Tensor]) -> list[Tensor]:
+    """Pixels `[3, height, width]` of each picture, out of either form (see `modeling_laver.py`)."""
+    if "image_grids" not in made:
+        return list(made["pixel_values"])
+    grids = made["image_grids"].tolist()
+    pieces = made["pixel_values"].split([rows * columns for rows, columns in grids])
+    side = math.isqrt(made["pixel_values"].shape[1] // 3)
+    return [
+        torch.cat([torch.cat(list(row.view(-1, 3, side, side)), dim=2) for row in piece.chunk(rows)], dim=1)
+        for piece, (rows, _) in zip(pieces, grids, strict=True)
+    ]
 
 
 def _parts(prompt: str) -> list[dict[str, str]]:

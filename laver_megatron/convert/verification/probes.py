@@ -27,7 +27,7 @@ PICTURE_PROMPTS = (
     "<image>\nDescribe this picture in one sentence.",
     "First picture: <image>\nSecond picture: <image>\n这两张图片有什么不同?",
 )
-# Of the built-in photographs: enough to show two different ones in one prompt.
+# Of the built-in photographs, each of another size: enough to show two different ones in one prompt.
 _NUM_PHOTOGRAPHS = 3
 
 
@@ -62,13 +62,18 @@ class PackedProbes:
 
 
 def make_probes(
-    model_dir: Path, encoder_dir: Path | None, prompts: Sequence[str], image_files: Sequence[Path]
+    model_dir: Path,
+    encoder_dir: Path | None,
+    prompts: Sequence[str],
+    image_files: Sequence[Path],
+    max_image_tokens: int | None = None,
 ) -> list[Probe]:
     """Text prompts, and prompts with pictures if there is an encoder.
 
     model_dir, encoder_dir: directories with the tokenizer and with the image preprocessor, as training uses
     them. prompts: instead of the built-in ones of their kind (`<image>` stands for a picture); image_files:
-    instead of the built-in photographs. Pictures are shown in order, and over again from the first.
+    instead of the built-in photographs. Pictures are shown in order, and over again from the first. max_image_tokens:
+    visual tokens of one at most, None for what the image preprocessor says.
 
     Raises:
         ValueError: pictures for a text-only model, no pictures to show, a file that cannot be read, an empty prompt.
@@ -84,17 +89,17 @@ def make_probes(
         if given_pictures or image_files:
             raise ValueError("the model is text only: leave out --image and <image> in --prompt")
         return probes
-    preprocessor = open_preprocessor(encoder_dir)
+    preprocessor = open_preprocessor(encoder_dir, max_image_tokens)
     pictures = list(_pictures(image_files))
     pixels = [preprocessor(picture) for picture in pictures]
-    grid = preprocessor.grid(*pictures[0].size)
+    grids = [preprocessor.grid(*picture.size) for picture in pictures]
     encoder = SampleEncoder(tokenizer)
     next_picture = 0
     for prompt in given_pictures or PICTURE_PROMPTS:
         count = prompt.count(IMAGE_PLACEHOLDER)
         shown = [(next_picture + i) % len(pictures) for i in range(count)]
         next_picture += count
-        sample = encoder.encode([{"role": "user", "content": prompt}], [grid] * count, prompt)
+        sample = encoder.encode([{"role": "user", "content": prompt}], [grids[i] for i in shown], prompt)
         probes.append(Probe(prompt, sample, tuple(pixels[i] for i in shown), tuple(pictures[i] for i in shown)))
     return probes
 
@@ -123,7 +128,10 @@ def _pictures(files: Sequence[Path]) -> Iterator[Image.Image]:
         found = photographs()
     except ValueError as error:
         raise ValueError(f"there are no pictures to compare on ({error}); or give some with --image FILE") from error
-    yield from (picture for _, picture in found[:_NUM_PHOTOGRAPHS])
+    of_size: dict[tuple[int, int], Image.Image] = {}
+    for _, picture in found:
+        of_size.setdefault(picture.size, picture)
+    yield from list(of_size.values())[:_NUM_PHOTOGRAPHS]
 
 
 def pack_probes(probes: Sequence[Probe]) -> PackedProbes:

@@ -135,7 +135,9 @@ def verify(
     for layout in layouts:
         if problem := layout_problem(pair.shape, layout):
             raise ValueError(f"{_name(layout)}: {problem}")
-    probes = make_probes(pair.megatron.checkpoint / "hf", pair.megatron.encoder_dir, prompts, image_files)
+    model = pair.megatron
+    cap = model.training.max_image_tokens
+    probes = make_probes(model.checkpoint / "hf", model.encoder_dir, prompts, image_files, cap)
     report = Report(tolerance, [Row("names and shapes", None, key_problems(pair))])
     try:
         with _step(say, "values of all tensors"):

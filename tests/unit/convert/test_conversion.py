@@ -195,7 +195,7 @@ def test_an_export_of_an_export_is_the_same_to_the_byte(laver, tmp_path):
     run = json.loads((tmp_path / "megatron/run.json").read_text())
     assert run == {
         "weights_only": True, "attention": "mixed", "positions": "1d", "encoder_feature_layer": -2,
-        "vision_head_hidden_size": VISION_HEAD[0], "vision_head_output_size": VISION_HEAD[1],
+        "max_image_tokens": None, "vision_head_hidden_size": VISION_HEAD[0], "vision_head_output_size": VISION_HEAD[1],
     }  # fmt: skip
 
 

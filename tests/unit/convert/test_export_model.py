@@ -269,18 +269,17 @@ def test_positions_may_be_given(export):
 
 
 @pytest.mark.parametrize("positions", ["1d", "2d", "mrope"])
-@pytest.mark.parametrize("grid", [(4, 4), (2, 6), (5, 1)])
-def test_positions_by_definition(positions, grid):
-    """Every grid, of which the small models above have only one; two tokens of padding before the prompt, which
-    continues five earlier tokens."""
-    rows, columns = grid
-    packs = pack([3, grid, grid, 2, grid, 1])
+@pytest.mark.parametrize("grids", [3 * [(4, 4)], [(2, 6), (2, 6), (5, 1)], [(1, 1), (1, 7), (3, 2)]])
+def test_positions_by_definition(positions, grids):
+    """Images of any size, of which the small models above have only one; two tokens of padding before the prompt,
+    which continues five earlier tokens."""
+    first, second, third = grids
+    packs = pack([3, first, second, 2, third, 1])
     ids_BL = torch.nn.functional.pad(torch.where(packs.image_BS >= 0, IMAGE_TOKEN, 1), (2, 0), value=0)
-    image_BL, place_BL = modeling_laver.locate_images(ids_BL, IMAGE_TOKEN, rows * columns)
-    assert image_BL[:, 2:].tolist() == packs.image_BS.tolist()
-    found_3BL, next_B = modeling_laver.count_positions(
-        image_BL, place_BL, ids_BL != 0, torch.tensor([5]), grid, positions
-    )
+    places = modeling_laver.locate_images(ids_BL, IMAGE_TOKEN, grids)
+    for found_BL, expected_BS in zip(places, (packs.image_BS, packs.row_BS, packs.col_BS), strict=True):
+        assert found_BL[:, 2:].tolist() == expected_BS.tolist()
+    found_3BL, next_B = modeling_laver.count_positions(*places, ids_BL != 0, torch.tensor([5]), positions)
     expected = [[5 + index for index in token] for token in oracles.language_positions(packs, positions)[0]]
     assert found_3BL[:, 0, 2:].T.tolist() == expected
     assert next_B.item() == expected[-1][0] + 1
@@ -388,7 +387,7 @@ def test_llava_computes_the_same_where_its_mask_is_the_same(attention, export):
 def test_counts_that_do_not_match_are_refused_with_numbers(export):
     model, inputs = load(export("mixed", "2d")), alone(0)
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    with pytest.raises(ValueError, match=r"32 image tokens.*1 images of 16 tokens each \(4 x 4 patches\)"):
+    with pytest.raises(ValueError, match=r"32 image tokens.*1 images of 16 tokens \(4 x 4\)"):
         model(input_ids=ids, pixel_values=pixels[:1])
     with pytest.raises(ValueError, match="32 image tokens.*0 images"):
         model(input_ids=ids)
@@ -401,12 +400,17 @@ def test_counts_that_do_not_match_are_refused_with_numbers(export):
 
 
 def test_images_that_are_cut_are_refused():
+    grids = [(4, 4), (4, 4)]
     halves = torch.tensor([[9] * 24 + [1], [9] * 8 + [1] * 17])
-    with pytest.raises(ValueError, match="sequence 0 of the batch holds 24 image tokens"):
-        modeling_laver.locate_images(halves, 9, 16)
+    with pytest.raises(ValueError, match="sequence 1 of the batch does not hold the 16 image tokens"):
+        modeling_laver.locate_images(halves, 9, grids)
     torn = torch.tensor([[1] * 18, [9] * 8 + [1] + [9] * 8 + [1]])
-    with pytest.raises(ValueError, match="sequence 1 of the batch has other tokens between"):
-        modeling_laver.locate_images(torn, 9, 16)
+    with pytest.raises(ValueError, match=r"sequence 1 of the batch does not hold.*\(4 x 4\) of an image in one piece"):
+        modeling_laver.locate_images(torn, 9, grids[:1])
+    exchanged = torch.tensor([[9] * 6 + [1] * 4, [9] * 4 + [1] * 6])
+    modeling_laver.locate_images(exchanged, 9, [(2, 3), (2, 2)])
+    with pytest.raises(ValueError, match=r"sequence 1 .*6 image tokens \(2 x 3\).*in the order of the text"):
+        modeling_laver.locate_images(exchanged, 9, [(2, 2), (2, 3)])
 
 
 @pytest.mark.parametrize(("attention", "positions"), KINDS)

@@ -75,7 +75,13 @@ def _export(sources: Path, directory: Path, format: str, attention: str, positio
         format=format,
     )
     readme = description.readme(
-        format=format, name="tiny", attention=attention, positions=positions, weights="student", dtype="float32"
+        format=format,
+        name="tiny",
+        encoder="siglip_vision_model",
+        attention=attention,
+        positions=positions,
+        weights="student",
+        dtype="float32",
     )
     (directory / "README.md").write_text(readme)
     return add_processor(directory, sources / "model", sources / "encoder")
@@ -354,16 +360,14 @@ def test_training_accepts_the_wrapped_template(laver):
 # --- descriptions -----------------------------------------------------------------------------------------
 
 TEXT = {"model_type": "qwen2", "rope_theta": 1e6, "torch_dtype": "bfloat16", "tie_word_embeddings": True}
-VISION = {"hidden_size": 32, "image_size": 48, "patch_size": 14}
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "image_size": 48, "patch_size": 14}
 RUN = {"feature_layer": -2, "image_token_id": 151655, "dtype": "bfloat16"}
 
 
 def test_laver_config_keeps_what_the_sources_said():
     config = description.laver_config(TEXT, VISION, attention="causal", positions="mrope", **RUN)
     assert config["text_config"] == TEXT and config["tie_word_embeddings"] is True
-    assert config["vision_config"] == {"model_type": "siglip_vision_model", **VISION}
-    whole = {"model_type": "siglip", "vision_config": VISION, "text_config": {"hidden_size": 7}}
-    assert description.laver_config(TEXT, whole, attention="causal", positions="mrope", **RUN) == config
+    assert config["vision_config"] == VISION
     kept = ("attention", "positions", "vision_feature_layer", "image_token_id", "dtype")
     assert [config[name] for name in kept] == ["causal", "mrope", -2, 151655, "bfloat16"]
 
@@ -378,22 +382,48 @@ def test_llava_config_says_how_many_tokens_and_which_attention():
             description.llava_config(TEXT, VISION, attention="causal", positions=positions, **RUN)
 
 
-def test_tokens_per_image_counts_whole_patches():
-    assert description.tokens_per_image(VISION) == 9
+def test_llava_drops_the_class_token_of_clip():
+    clip = {**VISION, "model_type": "clip_vision_model"}
+    config = description.llava_config(TEXT, clip, attention="causal", positions="1d", **RUN)
+    assert config["image_seq_length"] == 9 and config["vision_feature_select_strategy"] == "default"
+    processor = description.processor_config("llava", clip, patch_size=14)
+    assert (processor["num_additional_image_tokens"], processor["vision_feature_select_strategy"]) == (1, "default")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "dinov2"}, "the tools that read this format know CLIP and SigLIP alone"),
+        ({"model_type": "dinov2_with_registers", "num_register_tokens": 4}, "would take the registers for patches"),
+        ({"model_type": "aimv2_vision_model"}, "the tools that read this format know CLIP and SigLIP alone"),
+        ({"model_type": "aimv2_vision_model", "is_native": True}, "Llava gives every image as many"),
+        ({"model_type": "qwen2_5_vl_vision"}, "Llava gives every image as many"),
+        ({"model_type": "laver_patches"}, "Llava gives every image as many"),
+    ],
+)
+def test_llava_holds_no_other_encoder(change, reason):
+    message = f"cannot hold an encoder of type {change['model_type']}: .*{reason}; export with --format laver"
+    with pytest.raises(ValueError, match=message):
+        description.llava_config(TEXT, {**VISION, **change}, attention="causal", positions="1d", **RUN)
+    with pytest.raises(ValueError, match=message):
+        description.processor_config("llava", {**VISION, **change}, patch_size=14)
 
 
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="format is 'onnx'; choose from laver, llava"):
-        description.processor_config("onnx", patch_size=14)
-    good = {"format": "laver", "name": "n", "attention": "mixed", "positions": "2d", "weights": "teacher"}
+        description.processor_config("onnx", VISION, patch_size=14)
+    good = {
+        "format": "laver", "name": "n", "encoder": "dinov2", "attention": "mixed", "positions": "2d",
+        "weights": "teacher",
+    }  # fmt: skip
     assert "teacher" in description.readme(**good, dtype="bfloat16")
-    for name in ("format", "attention", "positions", "weights"):
+    for name in ("format", "encoder", "attention", "positions", "weights"):
         with pytest.raises(ValueError, match="'other'"):
             description.readme(**{**good, name: "other"}, dtype="bfloat16")
 
 
 def test_the_readme_warns_where_transformers_computes_something_else():
-    common = {"name": "n", "weights": "student", "dtype": "bfloat16"}
+    common = {"name": "n", "encoder": "clip_vision_model", "weights": "student", "dtype": "bfloat16"}
     for format, attention, positions in (("laver", "mixed", "1d"), ("llava", "mixed", "1d"), ("llava", "causal", "1d")):
         text = description.readme(format=format, attention=attention, positions=positions, **common)
         assert ("is_mm_prefix_lm" in text) == (format == "llava" and attention == "mixed")

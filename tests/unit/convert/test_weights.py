@@ -76,7 +76,13 @@ def encoder_sizes(tmp_path_factory):
 
 def with_images(encoder_sizes, **changes) -> ModelParts:
     parts = ModelParts(
-        SHAPE, encoder=encoder_sizes, feature_size=16, vision_head=VISION_HEAD, teacher=True, centre=True
+        SHAPE,
+        encoder=encoder_sizes,
+        encoder_type="siglip_vision_model",
+        feature_size=16,
+        vision_head=VISION_HEAD,
+        teacher=True,
+        centre=True,
     )
     return dataclasses.replace(parts, **changes)
 

@@ -43,6 +43,7 @@ from tests.exports import add_processor
 
 ROOT = Path(__file__).resolve().parents[4]
 LAYER = "model.layers.2."
+SIGLIP = {"model_type": "siglip_vision_model"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def images(single_process, model_dir, tmp_path_factory):
     encoder = load_file(directory / "encoder" / "model.safetensors")
     names = {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in encoder.items()}
     shape = read_model_shape(model_dir)
-    table = weight_table(ModelParts(shape, names, feature_size=64))
+    table = weight_table(ModelParts(shape, names, "siglip_vision_model", feature_size=64))
     sizes = {n: size for w in table.values() for n, size in zip(w.hugging_face, w.sizes, strict=True)}
     tensors = large_weights({name: torch.empty(size) for name, size in sizes.items()}, 2)
     run = {"attention": "mixed", "positions": "2d", "encoder_feature_layer": -2}
@@ -125,7 +126,7 @@ def images(single_process, model_dir, tmp_path_factory):
     save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(REMOTE_CODE, export)
     describe_export(export, megatron, laver_config, attention="mixed", positions="2d")
-    (export / "processor_config.json").write_text(json.dumps(processor_config("laver", patch_size=8)))
+    (export / "processor_config.json").write_text(json.dumps(processor_config("laver", SIGLIP, patch_size=8)))
     add_processor(export, model_dir, directory / "encoder")
     return Directories(export, megatron)
 
@@ -201,7 +202,7 @@ def test_llava_exports_of_causal_models_are_compared(images, tmp_path):
     export = tmp_path / "llava"
     shutil.copytree(images.hugging_face, export)
     describe_export(export, images.megatron, llava_config, attention="causal", positions="1d")
-    (export / "processor_config.json").write_text(json.dumps(processor_config("llava", patch_size=8)))
+    (export / "processor_config.json").write_text(json.dumps(processor_config("llava", SIGLIP, patch_size=8)))
     pair = open_pair(export, images.megatron, "student")
     assert len(setting_problems(pair)) == 2  # the checkpoint was trained with mixed attention and 2d positions
     pair = replace(pair, megatron=replace(pair.megatron, training=Training("causal", "1d", -2)))
