@@ -66,13 +66,16 @@ _NOT_HASHED = (
 )  # fmt: skip
 
 
-def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits of all settings that decide a run's numbers, the seed apart. Not among them: the
-    layout, kernels, workers, what is written where; and without LaVer, LaVer's own settings."""
+def hashed_settings(laver: bool) -> set[str]:
+    """The fields of a configuration that decide a run's numbers, the seed apart. Not among them: the layout, kernels,
+    workers, what is written where; and without LaVer, LaVer's own settings."""
     names = {item.name for group in _HASHED_GROUPS for item in fields_of(group)} - set(_NOT_HASHED) | {"eval_iters"}
-    if not config.laver:
-        names -= {item.name for item in fields_of("laver")} - {"laver"}
-    settings = {name: getattr(config, name) for name in sorted(names)}
+    return names if laver else names - {item.name for item in fields_of("laver")} | {"laver"}
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hexadecimal digits of `hashed_settings`."""
+    settings = {name: getattr(config, name) for name in sorted(hashed_settings(config.laver))}
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
