@@ -96,7 +96,7 @@ class Arm:
     cost: Cost
 
 
-def compare(baseline: Arm, treated: Arm, budgets_X: ArrayLike) -> list[Difference]:
+def compare(baseline: Arm, treated: Arm, budgets_X: ArrayLike, level: float = 0.95) -> list[Difference]:
     """Both arms at the sizes and tokens of the baseline's runs, with equal data and with equal FLOPs, and at these
     budgets (FLOPs), each arm at its own best size.
 
@@ -110,9 +110,9 @@ def compare(baseline: Arm, treated: Arm, budgets_X: ArrayLike) -> list[Differenc
     fewer_X = treated.cost.tokens(size_X, flops_X)
     budgets_X = np.atleast_1d(np.asarray(budgets_X, dtype=float))
     return [
-        *_differences(EQUAL_DATA, baseline, treated, (size_X, tokens_X), (size_X, tokens_X)),
-        *_differences(EQUAL_FLOPS, baseline, treated, (size_X, tokens_X), (size_X, fewer_X)),
-        *_best_differences(baseline, treated, budgets_X),
+        *_differences(EQUAL_DATA, baseline, treated, (size_X, tokens_X), (size_X, tokens_X), level),
+        *_differences(EQUAL_FLOPS, baseline, treated, (size_X, tokens_X), (size_X, fewer_X), level),
+        *_best_differences(baseline, treated, budgets_X, level),
     ]
 
 
@@ -129,22 +129,22 @@ def _check_arms(baseline: Arm, treated: Arm) -> None:
 
 
 def _differences(
-    kind: str, baseline: Arm, treated: Arm, ours: tuple[Array, Array], theirs: tuple[Array, Array]
+    kind: str, baseline: Arm, treated: Arm, ours: tuple[Array, Array], theirs: tuple[Array, Array], level: float
 ) -> Iterator[Difference]:
     values = baseline.fit.law.value(*ours), treated.fit.law.value(*theirs)
     resampled = _resampled(treated).value(*theirs) - _resampled(baseline).value(*ours)
     flops = baseline.cost.flops(*ours), treated.cost.flops(*theirs)
-    columns = (ours[0], theirs[0], ours[1], theirs[1], *flops, *values, *percentiles(resampled))
+    columns = (ours[0], theirs[0], ours[1], theirs[1], *flops, *values, *percentiles(resampled, level))
     for row in np.stack(columns, axis=1):
         yield Difference(kind, *map(float, row))
 
 
-def _best_differences(baseline: Arm, treated: Arm, budgets_X: Array) -> Iterator[Difference]:
+def _best_differences(baseline: Arm, treated: Arm, budgets_X: Array, level: float) -> Iterator[Difference]:
     arms = (baseline, treated)
     ours, theirs = (optimum(arm.fit.law, arm.cost, budgets_X) for arm in arms)
     # Each resampled law at its own best size: the choice of size is as uncertain as the law.
     resampled = [optimum(_resampled(arm), arm.cost, budgets_X).value_X for arm in arms]
-    low_X, high_X = percentiles(resampled[1] - resampled[0])
+    low_X, high_X = percentiles(resampled[1] - resampled[0], level)
     places = (ours.size_X, theirs.size_X, ours.tokens_X, theirs.tokens_X, budgets_X, budgets_X)
     for row in np.stack([*places, ours.value_X, theirs.value_X, low_X, high_X], axis=1):
         yield Difference(BEST_AT_FLOPS, *map(float, row))
