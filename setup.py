@@ -20,6 +20,7 @@ setup(
         "pyyaml",
         "tqdm",
         "numpy",
+        "scipy",
         "matplotlib",
         "xxhash",
         "pyarrow",
@@ -33,6 +34,6 @@ setup(
         "test": ["pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "scikit-image", "scikit-learn"],
         "demo": ["scikit-image", "scikit-learn"],
         "log": ["tensorboard", "wandb"],
-        "analysis": ["matplotlib", "scikit-learn", "scipy"],
+        "analysis": ["matplotlib", "scikit-learn"],
     },
 )

@@ -290,7 +290,11 @@ class Config:
     save_interval: int | None = _option(
         "run", "iterations between two checkpoints; the last is always saved", default=None
     )
-    eval_interval: int | None = _option("run", "iterations between two evaluations on --valid-data-path", default=None)
+    eval_interval: int | None = _option(
+        "run",
+        "iterations between two evaluations on --valid-data-path; with it, the last iteration is evaluated, too",
+        default=None,
+    )
     eval_iters: int = _option("run", "global batches of one evaluation", default=4)
     log_interval: int = _option("run", "iterations between two printed lines; metrics.jsonl has every one", default=1)
     tensorboard: bool = _option("run", "also write TensorBoard events to run_dir/tensorboard", default=False)

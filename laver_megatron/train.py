@@ -6,6 +6,7 @@ Every process of torchrun runs this file. Megatron-Core carries the parallelism;
 import logging
 import math
 import os
+import platform
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import megatron.core
 import torch
 import torch.distributed as dist
 import transformers
@@ -51,8 +53,10 @@ from laver_megatron.model.laver import LaverStage, StageOutput
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
+from laver_megatron.parameter_counts import count_parameters
 from laver_megatron.scaling.encoder_flops import window_area
-from laver_megatron.scaling.flops import ModelFlops, step_flops, tflops_per_gpu
+from laver_megatron.scaling.flops import ModelFlops, StepFlops, step_flops, tflops_per_gpu
+from laver_megatron.scaling.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
 
@@ -261,13 +265,13 @@ def train_step(trainer: Trainer) -> dict:
     if trainer.centre is not None:
         trainer.centre.finish_step(batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped)
 
-    trainer.progress.iteration += 1
-    trainer.progress.consumed_packs += config.global_batch_size
-    trainer.progress.consumed_samples += batch.counts.samples
-    trainer.progress.consumed_tokens += batch.counts.tokens
-    trainer.progress.skipped_iterations += skipped
     seconds = time.perf_counter() - started
-    return record(trainer, batch.counts, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds)
+    flops = flops_of(trainer, batch.counts)
+    trainer.progress.skipped_iterations += skipped
+    advance(trainer.progress, config, batch.counts, flops, seconds)
+    return record(
+        trainer, batch.counts, flops, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds
+    )
 
 
 def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, bool]:
@@ -289,9 +293,41 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
     return grad_norm, False
 
 
+def flops_of(trainer: Trainer, counts: GlobalCounts) -> StepFlops:
+    """Model FLOPs of a step with these counts, all devices together."""
+    return step_flops(
+        trainer.flops,
+        num_tokens=counts.tokens,
+        lm_span_area=counts.language_span_area,
+        num_visual_tokens=counts.visual_tokens,
+        reconstruction_span_area=counts.image_span_area,
+        num_images=counts.images,
+        image_window_area=counts.image_window_area,
+        laver=trainer.config.laver,
+        gram=trainer.config.gram_loss != "none",
+        frozen=trainer.config.freeze,
+    )
+
+
+def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: StepFlops, seconds: float) -> None:
+    """Adds one iteration to where the run stands and to the sums of its summary."""
+    progress.iteration += 1
+    progress.consumed_packs += config.global_batch_size
+    progress.consumed_samples += counts.samples
+    progress.consumed_tokens += counts.tokens
+    progress.counted_iterations += 1
+    progress.consumed_visual_tokens += counts.visual_tokens
+    progress.consumed_label_tokens += counts.labels
+    progress.model_flops += flops.total
+    progress.laver_flops += flops.laver_overhead
+    progress.training_seconds += seconds
+    progress.device_seconds += seconds * dist.get_world_size()
+
+
 def record(
     trainer: Trainer,
     counts: GlobalCounts,
+    flops: StepFlops,
     terms: dict[str, float],
     grad_norm: float,
     learning_rate: float,
@@ -302,18 +338,6 @@ def record(
 ) -> dict:
     """What is logged of one iteration. Fields of LaVer are None where it is off."""
     config, progress = trainer.config, trainer.progress
-    flops = step_flops(
-        trainer.flops,
-        num_tokens=counts.tokens,
-        lm_span_area=counts.language_span_area,
-        num_visual_tokens=counts.visual_tokens,
-        reconstruction_span_area=counts.image_span_area,
-        num_images=counts.images,
-        image_window_area=counts.image_window_area,
-        laver=config.laver,
-        gram=config.gram_loss != "none",
-        frozen=config.freeze,
-    )
     of_laver = {name: terms[name] for name in TERMS if name not in ("loss", "lm_loss")}
     of_laver.update(mask_ratio=mask_ratio, num_masked_tokens=counts.masked, ema_momentum=momentum)
     return {
@@ -351,6 +375,7 @@ def train(trainer: Trainer) -> None:
     if progress.iteration >= config.train_iters:
         say(f"nothing to do: the run is at iteration {progress.iteration} of --train-iters {config.train_iters}")
         return
+    parameters = count_parameters(trainer.stages)
     log = open_log(trainer, run_dir)
     skipped_in_a_row = 0
     try:
@@ -366,14 +391,18 @@ def train(trainer: Trainer) -> None:
                     f"the last at iteration {progress.iteration}; lower --lr, look at the data, or raise "
                     "--max-skipped-iterations"
                 )
-            if due(progress.iteration, config.eval_interval) and trainer.validation_data is not None:
+            exiting = due(progress.iteration, config.exit_interval)
+            finished = progress.iteration == config.train_iters
+            validating = due(progress.iteration, config.eval_interval) or (
+                finished and config.eval_interval is not None
+            )
+            if validating and trainer.validation_data is not None:
                 result = evaluate(trainer)
                 if log:
                     log.log_validation(progress.iteration, result)
-            exiting = due(progress.iteration, config.exit_interval)
-            finished = progress.iteration == config.train_iters
             if exiting or finished or due(progress.iteration, config.save_interval):
                 save(trainer, run_dir)
+                summarise(trainer, run_dir, *parameters)
             if exiting:
                 say(f"exiting at iteration {progress.iteration}, a multiple of --exit-interval {config.exit_interval}")
                 break
@@ -439,6 +468,25 @@ def save(trainer: Trainer, run_dir: Path) -> None:
         run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, asdict(trainer.config)
     )
     say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_teacher_parameters: int) -> None:
+    """The run's summary for scaling studies, on rank 0."""
+    if dist.get_rank() != 0:
+        return
+    is_cuda = trainer.backend.is_cuda
+    hardware = {
+        "device": torch.cuda.get_device_name(trainer.backend.device) if is_cuda else f"CPU, {platform.machine()}",
+        "num_devices": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+    }
+    records = read_run_records(run_dir)
+    summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
+    write_summary(run_dir, summary)
 
 
 def log_to_terminal() -> None:

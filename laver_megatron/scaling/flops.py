@@ -35,6 +35,7 @@ PARTS = (
     "connector",
     "encoder",
 )
+LAVER_PARTS = ("reconstruction", "teacher", "vision_head", "gram")
 MODULES = ("encoder", "connector", "decoder", "heads")
 
 
@@ -90,6 +91,11 @@ class StepFlops:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def laver_overhead(self) -> int:
+        """What plain training on the same batches would not have cost."""
+        return sum(self.parts[name] for name in LAVER_PARTS)
 
 
 def matmul_flops(m: int, n: int, k: int) -> int:

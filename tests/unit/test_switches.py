@@ -664,6 +664,7 @@ LOOPS = {
     "exit_interval": ({"exit_interval": 3}, 3, [3], []),
     "train_iters": ({"train_iters": 2}, 2, [2], []),
     "eval_interval": ({"eval_interval": 2, "valid_data_path": ("other-answers",)}, 4, [4], [2, 4]),
+    "eval_interval 3": ({"eval_interval": 3, "valid_data_path": ("other-answers",)}, 4, [4], [3, 4]),
 }
 
 

@@ -1,0 +1,135 @@
+"""tools/fit_scaling_law.py: its options; reading a study, fitting it, writing tables and pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from laver_megatron.manifest import replace_text
+from laver_megatron.scaling.law_report import FitSettings, fit_study, report_text
+from laver_megatron.scaling.law_tables import write_tables
+from laver_megatron.scaling.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
+from laver_megatron.scaling.study import CONTINUED_TRAINING, StudyArm, study_of_points, study_of_registry
+
+DEFAULT_COLUMNS = {"registry": "validation.last.lm_loss", "points": "loss"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--registry", nargs="+", metavar="DIR", help="run directories, or folders of them at any depth")
+    source.add_argument(
+        "--points", type=Path, metavar="CSV", help="plain points instead: N, D (or FLOPs: D = C / 6N), loss"
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="where tables and pictures go")
+    add(
+        "--column",
+        help="what is fitted (default: validation.last.lm_loss; of --points: loss); a path in run_summary.json",
+    )
+    add("--ceiling", type=float, metavar="LIMIT", help="the column rises toward this limit: fit its distance from it")
+    add("--arm-by", metavar="COLUMN", help="fit the runs of each value of this column by themselves, such as laver")
+    add(
+        "--baseline",
+        default="baseline",
+        metavar="ARM",
+        help="the arm that the other is compared with (default: baseline)",
+    )
+    add(
+        "--leave-out",
+        nargs="+",
+        choices=FAULTS,
+        default=[],
+        help="leave out runs with these faults instead of stopping",
+    )
+    add(
+        "--drop-highest",
+        type=int,
+        default=0,
+        metavar="K",
+        help="leave out the K runs of each arm with the highest values",
+    )
+    add(
+        "--size-parts",
+        nargs="+",
+        default=SIZE_PARTS,
+        metavar="PART",
+        help=f"what N counts (default: {' '.join(SIZE_PARTS)})",
+    )
+    add("--tokens", choices=TOKEN_KINDS, default="total", help="what D counts (default: total)")
+    add("--size-column", default="N", metavar="NAME", help="of --points (default: N)")
+    add("--tokens-column", default="D", metavar="NAME", help="of --points (default: D)")
+    add("--flops-column", default="FLOPs", metavar="NAME", help="of --points (default: FLOPs)")
+    add("--resamples", type=int, default=1000, metavar="K", help="of the bootstrap; 0: no intervals (default: 1000)")
+    add("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    add("--delta", type=float, default=1e-3, help="of the Huber loss of log residuals (default: 0.001)")
+    add("--budgets", type=float, nargs="+", default=[], metavar="FLOPS", help="also look at these, such as 1e24")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+
+
+def fit_and_write(options: argparse.Namespace) -> None:
+    """Nothing is written unless everything could be fitted.
+
+    Raises:
+        ValueError: as reading and fitting do, or options that fit nothing.
+    """
+    _check(options)
+    column = options.column or DEFAULT_COLUMNS["registry" if options.registry else "points"]
+    facts: dict[str, Any] = {"column": column, "ceiling": options.ceiling, "drop_highest": options.drop_highest}
+    notes, registry = [], None
+    study: dict[str, StudyArm]
+    if options.registry:
+        study, registry = study_of_registry(
+            options.registry,
+            column,
+            arm_by=options.arm_by,
+            size_parts=options.size_parts,
+            tokens=options.tokens,
+            ceiling=options.ceiling,
+            leave_out=options.leave_out,
+        )
+        left_out = [f"{fault.path}: {fault.kind}: {fault.reason}" for fault in registry.left_out]
+        facts |= {"registry": list(options.registry), "size_parts": list(options.size_parts)}
+        facts |= {"tokens": options.tokens, "left_out": left_out}
+        notes = [CONTINUED_TRAINING, *(f"left out: {text}" for text in left_out)]
+    else:
+        study = study_of_points(
+            options.points,
+            column,
+            arm_by=options.arm_by,
+            size_column=options.size_column,
+            tokens_column=options.tokens_column,
+            flops_column=options.flops_column,
+            ceiling=options.ceiling,
+        )
+        facts["points"] = str(options.points)
+    study = {name: arm.without_highest(options.drop_highest) for name, arm in study.items()}
+    settings = FitSettings(
+        options.resamples, options.seed, options.delta, options.level, tuple(options.budgets), options.baseline
+    )
+    report = fit_study(study, settings, notes)
+    files = write_tables(report, options.output, facts)
+    if registry is not None:
+        replace_text(options.output / "runs.csv", registry.to_csv())
+        files.append(options.output / "runs.csv")
+    from laver_megatron.scaling.law_plots import draw_report  # matplotlib takes a second, and errors come first
+
+    files += draw_report(report, options.output)
+    print(report_text(report))
+    print(f"written to {options.output}: {', '.join(file.name for file in files)}", file=sys.stderr)
+
+
+def _check(options: argparse.Namespace) -> None:
+    problems = []
+    if options.resamples < 0:
+        problems.append(f"--resamples {options.resamples} is below 0")
+    if not 0 < options.level < 1:
+        problems.append(f"--level {options.level:g} is not between 0 and 1")
+    if options.delta <= 0:
+        problems.append(f"--delta {options.delta:g} is not above 0")
+    if options.drop_highest < 0:
+        problems.append(f"--drop-highest {options.drop_highest} is below 0")
+    if any(budget <= 0 for budget in options.budgets):
+        problems.append(f"--budgets {min(options.budgets):g} is not above 0")
+    if problems:
+        raise ValueError("; ".join(problems))

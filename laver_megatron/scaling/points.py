@@ -1,0 +1,124 @@
+"""The runs a scaling law is fitted to: their sizes, tokens and one column, and whether these can determine a law.
+
+Letters: R runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+PARAMETERS = ("E", "A", "B", "a", "b")
+NEEDED_DISTINCT = 3  # sizes, and amounts of tokens: an amplitude and an exponent each
+_DISTINCT = 0.01  # those that differ by less than 1% count as one
+_MOST_CORRELATED = 0.999
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a law is fitted to. names: of the runs, for messages. `column_R` holds the fitted column's values; with a
+    `ceiling` they rise toward it. Judge it with `check_points` before fitting."""
+
+    names: tuple[str, ...]
+    size_R: Array
+    tokens_R: Array
+    column_R: Array
+    column: str = "loss"
+    ceiling: float | None = None
+
+    @property
+    def loss_R(self) -> Array:
+        """What falls: the column, or its distance from the ceiling."""
+        return self.column_R if self.ceiling is None else self.ceiling - self.column_R
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, chosen: NDArray) -> "Points":
+        """The runs that a boolean mask or an array of indexes chooses."""
+        indexes = np.arange(len(self))[chosen]
+        names = tuple(self.names[i] for i in indexes)
+        arrays = (self.size_R[indexes], self.tokens_R[indexes], self.column_R[indexes])
+        return Points(names, *arrays, self.column, self.ceiling)
+
+
+def num_distinct(values_R: Array) -> int:
+    """Values more than 1% apart from the next smaller one."""
+    return 1 + int((np.diff(np.sort(np.log(values_R))) > _DISTINCT).sum())
+
+
+def check_points(points: Points) -> None:
+    """Raises ValueError, with all reasons and their numbers, if no law can be fitted to these runs."""
+    problems = [*_bad_values(points)] or [*_too_little(points)] or [*_rising(points)]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"no law can be fitted to {points.column!r} of {len(points)} runs:{lines}")
+
+
+def _bad_values(points: Points) -> Iterator[str]:
+    kinds = (("parameters", points.size_R), ("tokens", points.tokens_R), (points.column, points.column_R))
+    for kind, values_R in kinds:
+        bad = [points.names[i] for i in np.flatnonzero(~np.isfinite(values_R))]
+        if bad:
+            yield f"{kind} of {_list(bad)} is NaN or infinite; leave these runs out"
+    for kind, values_R in kinds[:2]:
+        bad = [points.names[i] for i in np.flatnonzero(values_R <= 0)]
+        if bad:
+            yield f"{kind} of {_list(bad)} is not above 0"
+    low = np.flatnonzero(points.loss_R <= 0)
+    if low.size:
+        names, values_R = _list([points.names[i] for i in low]), points.column_R[low]
+        if points.ceiling is not None:
+            limit = f"the ceiling {points.ceiling:g}"
+            yield f"{points.column} of {names} is not below {limit} (the highest is {values_R.max():g})"
+        else:
+            remedy = "a column that rises toward a limit is fitted with a ceiling"
+            lowest = f"the lowest is {values_R.min():g}"
+            yield f"{points.column} of {names} is not above 0 ({lowest}), and logarithms need that; {remedy}"
+
+
+def _too_little(points: Points) -> Iterator[str]:
+    if len(points) < len(PARAMETERS):
+        yield f"{len(points)} runs are fewer than the law's {len(PARAMETERS)} parameters ({', '.join(PARAMETERS)})"
+    for kind, values_R in (("parameters", points.size_R), ("tokens", points.tokens_R)):
+        number = num_distinct(values_R) if len(points) else 0
+        if number < NEEDED_DISTINCT:
+            shown = f" (from {values_R.min():.4g} to {values_R.max():.4g})" if len(points) else ""
+            yield (
+                f"the runs have {number} different numbers of {kind}{shown}; an amplitude and an exponent need at "
+                f"least {NEEDED_DISTINCT}, more than 1% apart"
+            )
+            return
+    correlation = np.corrcoef(np.log(points.size_R), np.log(points.tokens_R))[0, 1]
+    if abs(correlation) > _MOST_CORRELATED:
+        yield (
+            f"tokens follow parameters (correlation of their logarithms {correlation:.5f}), so their effects cannot be "
+            "told apart; add runs of the same size with other amounts of data"
+        )
+
+
+def _rising(points: Points) -> Iterator[str]:
+    """The law only falls. Slopes of a plane through the logarithms, by least squares, show what rises."""
+    if len(points) <= 3:
+        return
+    design_R3 = np.stack([np.ones(len(points)), np.log(points.size_R), np.log(points.tokens_R)], axis=1)
+    slopes_3, *_ = np.linalg.lstsq(design_R3, np.log(points.loss_R), rcond=None)
+    residuals_R = np.log(points.loss_R) - design_R3 @ slopes_3
+    variance = residuals_R @ residuals_R / (len(points) - 3)
+    errors_3 = np.sqrt(variance * np.diag(np.linalg.inv(design_R3.T @ design_R3)))
+    for kind, slope, error in zip(("parameters", "tokens"), slopes_3[1:], errors_3[1:], strict=True):
+        if slope > 2 * error:
+            if points.ceiling is None:
+                what, remedy = points.column, "give the limit it rises toward as the ceiling (1 for a similarity)"
+            else:
+                what, remedy = f"{points.ceiling:g} - {points.column}", "fit it without a ceiling"
+            power = f"as their power {slope:.3g} +- {error:.2g}"
+            yield f"{what} rises with {kind} ({power}), and this law only falls; {remedy}"
+
+
+def _list(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,212 @@
+"""The command as a whole: from a study's summaries, or plain points, to tables and pictures; bad input."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from laver_megatron.scaling.law import Law
+from tests.unit.scaling.summaries import change, write_run, write_study
+from tests.unit.scaling.synthetic import TRUE_5, make_points
+
+TOOL = Path(__file__).parents[3] / "tools" / "fit_scaling_law.py"
+BETTER_5 = TRUE_5 * (1, 1, 0.9, 1, 1)  # with LaVer: a tenth less of the term of tokens
+PICTURES = ["fit.png", "frontier.png", "iso_flop.png", "residuals.png"]
+
+
+def run_tool(*arguments):
+    spec = importlib.util.spec_from_file_location("fit_scaling_law", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("study")
+    write_study(directory, {False: Law(TRUE_5).value, True: Law(BETTER_5).value}, noise=1e-4)
+    return directory
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes seconds: one test does."""
+    monkeypatch.setattr("laver_megatron.scaling.law_plots.draw_report", lambda report, directory: [])
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_with_two_arms(study, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run_tool("--registry", study, "--arm-by", "laver", "--resamples", 20, "--output", output) == 0
+    names = ["differences.csv", "frontier.csv", "law.csv", "law.json", "runs.csv"]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*PICTURES, *names])
+    told = json.loads((output / "law.json").read_text(), parse_constant=pytest.fail)
+    assert list(told["arms"]) == ["baseline", "laver"] and told["column"] == "validation.last.lm_loss"
+    for arm, truth_5 in (("baseline", TRUE_5), ("laver", BETTER_5)):
+        found = told["arms"][arm]["parameters"]
+        assert [found[name]["value"] for name in "Eab"] == pytest.approx(truth_5[[0, 3, 4]], rel=0.02)
+        assert all(found[name]["low"] <= found[name]["value"] <= found[name]["high"] for name in "EABab")
+        assert told["arms"][arm]["leave_largest_out"]["mean_absolute_error"] < 1e-3
+        assert told["arms"][arm]["num_runs"] == 16
+    # The overhead is charged: 40% more FLOPs a token.
+    costs = [told["arms"][arm]["flops_per_token"]["per_parameter"] for arm in ("baseline", "laver")]
+    assert costs == pytest.approx([6.0, 8.4], rel=1e-6)
+    for row in rows(output / "differences.csv"):
+        ratio = float(row["treated_flops"]) / float(row["baseline_flops"])
+        assert ratio == pytest.approx(1.4 if row["kind"] == "equal data" else 1.0, rel=1e-6)
+        if row["kind"] == "equal data":
+            assert float(row["low"]) <= float(row["difference"]) < 0
+    assert len(rows(output / "runs.csv")) == 32 and len(rows(output / "law.csv")) == 10
+    text = capsys.readouterr().out
+    assert "laver minus baseline, with 95% interval" in text and text.count("  equal data ") == 4
+    assert "Qwen2.5 checkpoints are pretrained" in text and "continued training" in told["notes"][0]
+    for name in PICTURES:
+        with Image.open(output / name) as picture:
+            assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 50  # two arms, and not empty
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_plain_points_are_fitted_without_any_run(tmp_path, capsys):
+    """As Chinchilla's points come: sizes, FLOPs and losses; tokens are C / 6N."""
+    points = make_points()
+    lines = [f"{n},{6 * n * d},{y}" for n, d, y in zip(points.size_R, points.tokens_R, points.column_R, strict=True)]
+    lines += ["5e8,6e18,9.0"]  # an outlier
+    (tmp_path / "points.csv").write_text("\n".join(["Model Size,Training FLOP,final loss", *lines]))
+    names = ("--size-column", "Model Size", "--flops-column", "Training FLOP", "--column", "final loss")
+    options = ("--drop-highest", 1, "--resamples", 0, "--budgets", 1e25, "--output", tmp_path)
+    assert run_tool("--points", tmp_path / "points.csv", *names, *options) == 0
+    told = json.loads((tmp_path / "law.json").read_text())
+    found = told["arms"]["all runs"]
+    assert [found["parameters"][name]["value"] for name in "EABab"] == pytest.approx(TRUE_5, rel=1e-4)
+    assert found["num_runs"] == 42 and found["parameters"]["E"]["low"] is None
+    assert rows(tmp_path / "frontier.csv")[-1]["flops"] == "1e+25"
+    assert not (tmp_path / "differences.csv").exists()
+    text = capsys.readouterr().out
+    assert "the 1 runs with the highest final loss are left out" in text and "pretrained" not in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_points_with_arms_and_a_ceiling(tmp_path):
+    points = make_points((0.2, 5.0, 40.0, 0.2, 0.2), num_sizes=4, num_amounts=4)
+    with (tmp_path / "points.csv").open("w") as file:
+        file.write("N,D,similarity,kind\n")
+        for kind, gain in (("new", 0.02), ("old", 0.0)):
+            for n, d, y in zip(points.size_R, points.tokens_R, points.column_R, strict=True):
+                file.write(f"{n},{d},{1 - y + gain},{kind}\n")
+    base = ("--points", tmp_path / "points.csv", "--column", "similarity", "--arm-by", "kind", "--output", tmp_path)
+    assert run_tool(*base, "--ceiling", 1, "--baseline", "old", "--resamples", 5) == 0
+    differences = rows(tmp_path / "differences.csv")
+    assert all(float(row["difference"]) == pytest.approx(0.02, rel=1e-3) for row in differences[:16])
+    told = json.loads((tmp_path / "law.json").read_text())
+    assert told["arms"]["new"]["parameters"]["E"]["value"] == pytest.approx(0.18, rel=1e-3)
+
+
+OPTIONS = {"delta": 1.0, "seed": 3, "level": 0.5, "tokens": "text"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_change_the_numbers(study, tmp_path):
+    def fitted(*options):
+        assert run_tool("--registry", study / "plain", "--resamples", 4, "--output", tmp_path, *options) == 0
+        return json.loads((tmp_path / "law.json").read_text())
+
+    usual = fitted()
+    for name, value in OPTIONS.items():
+        other = fitted(f"--{name}", value)
+        assert other[name] == value != usual[name], name
+        assert usual["arms"]["all runs"]["parameters"] != other["arms"]["all runs"]["parameters"], name
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_size_parts_decide_what_n_is(study, tmp_path):
+    base = ("--registry", study / "plain", "--resamples", 0, "--output", tmp_path)
+    assert run_tool(*base, "--size-parts", "decoder", "encoder") == 0
+    sizes = [run["parameters.decoder"] for run in rows(tmp_path / "runs.csv")]
+    largest = json.loads((tmp_path / "law.json").read_text())["arms"]["all runs"]["leave_largest_out"]["size"]
+    assert largest == max(map(float, sizes)) + 7
+
+
+# --- bad input -----------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    assert run_tool(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("fit_scaling_law: ")
+    return captured.err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_faults_of_runs_are_told_and_nothing_is_written(tmp_path, capsys):
+    write_study(tmp_path / "runs", {False: Law(TRUE_5).value, True: Law(TRUE_5).value}, sizes=3, amounts=3)
+    bad = tmp_path / "runs" / "plain" / "bad"
+    write_run(bad, None, settings={"seed": 77})
+    options = ("--registry", tmp_path / "runs" / "plain", "--resamples", 0, "--output", tmp_path / "out")
+    message = refused(capsys, *options)
+    assert f"{bad}: nan: validation.last.loss" in message and not (tmp_path / "out").exists()
+    assert run_tool(*options, "--leave-out", "nan") == 0
+    told = json.loads((tmp_path / "out" / "law.json").read_text())
+    assert told["arms"]["all runs"]["num_runs"] == 9 and "bad: nan" in told["left_out"][0]
+    assert f"left out: {bad}: nan" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_settings_that_differ_are_noted(tmp_path, capsys):
+    write_study(tmp_path, {False: Law(TRUE_5).value, True: Law(TRUE_5).value}, sizes=3, amounts=3)
+    change(next((tmp_path / "plain").iterdir()), config__lr=0.5)
+    assert run_tool("--registry", tmp_path / "plain", "--resamples", 0, "--output", tmp_path / "out") == 0
+    assert "all runs: the runs also differ in config.lr, which the law takes for noise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--column", "last.accuracy"), "no run has a column 'last.accuracy'"),
+        (("--arm-by", "lm_loss"), "could be any of validation.last.lm_loss"),
+        (("--drop-highest", 28), "4 runs are fewer than the law's 5 parameters"),
+        (("--arm-by", "laver", "--baseline", "other"), "the arms are laver and baseline; name the one to compare with"),
+        (("--column", "time.training_seconds", "--ceiling", "30"), "is not below the ceiling 30 (the highest is 60)"),
+        (("--resamples", -1), "--resamples -1 is below 0"),
+        (("--level", 1), "--level 1 is not between 0 and 1"),
+        (("--delta", 0), "--delta 0 is not above 0"),
+        (("--drop-highest", -2), "--drop-highest -2 is below 0"),
+        (("--budgets", 0), "--budgets 0 is not above 0"),
+    ],
+)
+def test_what_cannot_be_fitted_is_told(study, tmp_path, capsys, options, message):
+    assert message in refused(capsys, "--registry", study, *options, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("N,loss\n1,2\n", "has no column D or FLOPs; its columns are N, loss"),
+        ("a,b\n1,2\n", "has no column N, loss, D or FLOPs"),
+        ("N,D,loss\n", "has a header and no points"),
+        ("N,D,loss\n1e9,1e9,2\n1e9,many,2\n", "line 3: D is 'many', no number"),
+        ("N,D,loss\n1e9,1e9\n", "line 2: loss is None, no number"),
+        ("N,D,loss\n" + "1e9,1e9,nan\n" * 9, "loss of line 2, line 3, line 4 and 6 more is NaN"),
+        ("N,D,loss\n" + "1e9,1e9,2\n" * 9, "1 different numbers of parameters (from 1e+09 to 1e+09)"),
+    ],
+)
+def test_points_that_cannot_be_read_are_told(tmp_path, capsys, text, message):
+    (tmp_path / "points.csv").write_text(text)
+    assert message in refused(capsys, "--points", tmp_path / "points.csv", "--output", tmp_path / "out")
+
+
+def test_noise_does_not_move_the_study(study):
+    """What the tests above stand on: the files hold the laws they are made of."""
+    told = [json.loads(path.read_text()) for path in sorted(study.rglob("run_summary.json"))]
+    values = [run["validation"]["last"]["lm_loss"] for run in told if not run["config"]["laver"]]
+    sizes = [run["parameters"]["decoder"] + 10 for run in told if not run["config"]["laver"]]
+    amounts = [run["tokens"]["total"] for run in told if not run["config"]["laver"]]
+    assert np.asarray(values) == pytest.approx(Law(TRUE_5).value(sizes, amounts), rel=5e-4)
