@@ -40,7 +40,7 @@ help:
 demo: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo
 	@echo "demo: starting over; the results of an earlier demo are removed, its model and shards are kept"
-	rm -rf runs/demo/checkpoints runs/demo/*.jsonl runs/demo/curves.png
+	rm -rf runs/demo/checkpoints runs/demo/*.jsonl runs/demo/run_summary.json runs/demo/curves.png
 	$(DEMO) --exit-interval 45
 	@echo "demo: the same command again goes on from the checkpoint"
 	$(DEMO)

@@ -921,6 +921,7 @@ def test_images_beyond_the_cap(run):
 def test_going_on_with_an_encoder_without_layers(run, tmp_path):
     path = write_checkpoint(tmp_path / "run" / "checkpoints", encoder_feature_layer=None)
     (path / "encoder" / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    run = run.replace(encoder=None)
     assert check_one(run)
     assert "is -2, but an encoder of type laver_patches" in found(run.replace(encoder_feature_layer=-2))[0]
 

@@ -155,7 +155,7 @@ def built(config, reader, told):
         mock.patch.object(batches.dist, "broadcast_object_list", lambda values, src: told(values)),
     ):
         state.get_data_parallel_world_size.return_value = 1
-        return BatchSource(config, reader, lambda packs: (0, 0), torch.float32, torch.device("cpu"))
+        return BatchSource(config, reader, lambda packs: (0, 0, 0), torch.float32, torch.device("cpu"))
 
 
 def test_marks_pass_from_rank_to_rank(config, demo_dir):
