@@ -23,9 +23,10 @@ from laver_megatron.data.bound import least_packs
 
 IntArray: TypeAlias = NDArray[np.integer]
 
-ALGORITHM = 1  # part of every plan's fingerprint: raise it when the same sizes come to be packed or ordered otherwise
+ALGORITHM = 2  # part of every plan's fingerprint: raise it when the same sizes come to be packed or ordered otherwise
 _POOL = 2000  # candidates looked at for each place: more fill better and take longer
-_GOOD_ENOUGH = 1.005  # packs over the least that the sizes allow: no second style is tried
+_GOOD_ENOUGH = 1.005  # packs over what each budget allows on its own: no second style is tried
+_AS_USUAL = 1.002  # over what the best style needs for a sample of the data
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ STYLES = (Style(False), *(Style(True, largest, up) for largest in (1.0, 0.75, 0.
 
 
 def pack_window(
-    tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_seq_length: int, styles: Sequence[Style] = STYLES
+    tokens_I: IntArray,
+    visual_I: IntArray,
+    seq_length: int,
+    visual_seq_length: int,
+    styles: Sequence[Style] = STYLES,
+    good_enough: float = _GOOD_ENOUGH,
 ) -> IntArray:
     """The number of each sample's pack, int32 `[I]`, counting from 0 without gaps.
 
-    styles: tried in turn until one is good enough; the fewest packs win, the earlier style where two are equal.
-    Every sample must fit on its own.
+    styles: tried in turn until one needs no more than `good_enough` times the packs that each budget allows on its own;
+    the fewest packs win, the earlier style where two are equal. Every sample must fit on its own.
     """
     assert len(tokens_I) == len(visual_I) > 0 and styles
     assert tokens_I.max() <= seq_length and visual_I.max() <= visual_seq_length
@@ -61,16 +67,21 @@ def pack_window(
         pack_I = _pack(tokens_I, visual_I, seq_length, visual_seq_length, style)
         if best_I is None or pack_I.max() < best_I.max():
             best_I = pack_I
-        if best_I.max() + 1 <= least * _GOOD_ENOUGH:
+        if best_I.max() + 1 <= least * good_enough:
             break
     assert best_I is not None
     return best_I
 
 
-def rank_styles(tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_seq_length: int) -> tuple[Style, ...]:
-    """All styles, those first that pack these samples into the fewest packs."""
-    num_packs = {style: _pack(tokens_I, visual_I, seq_length, visual_seq_length, style).max() for style in STYLES}
-    return tuple(sorted(STYLES, key=num_packs.__getitem__))
+def rank_styles(
+    tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_seq_length: int
+) -> tuple[tuple[Style, ...], float]:
+    """All styles, those first that pack these samples into the fewest packs; and what `pack_window` may take as good
+    enough for others like them: each budget's own bound can be far below what both together allow."""
+    sizes = tokens_I, visual_I, seq_length, visual_seq_length
+    num_packs = {style: int(_pack(*sizes, style).max()) + 1 for style in STYLES}
+    good_enough = max(_GOOD_ENOUGH, min(num_packs.values()) / least_packs(*sizes) * _AS_USUAL)
+    return tuple(sorted(STYLES, key=num_packs.__getitem__)), good_enough
 
 
 def _pack(tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_seq_length: int, style: Style) -> IntArray:

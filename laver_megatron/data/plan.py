@@ -25,7 +25,7 @@ __all__ = ["PackPlan", "Source", "WindowPacks"]
 _WINDOW, _PACKS = 2, 3  # streams of random bits, after the mixture's
 _WINDOWS_KEPT = 4  # batches run across the end of a window, and what is read ahead does too
 _EPOCHS_KEPT = 2
-_STYLES_TRIED = 2  # in a window; the second only if the first wastes something
+_STYLES_TRIED = 2  # in a window; the second only if the first wastes more than usual
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PackPlan:
         self._first_packs, self._first_window = [0], 0
         self._orders: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
         self._windows: OrderedDict[int, WindowPacks] = OrderedDict()
-        self._styles: tuple[Style, ...] | None = None
+        self._styles: tuple[Style, ...] | None = None  # until a window is packed
 
     def mark(self, number: int) -> PlanMark:
         """Where the last window begins that is known to begin at or before a pack; packs none anew, or one."""
@@ -213,23 +213,25 @@ class PackPlan:
         begin, end = (len(order_I) * edge // self.num_windows for edge in (part, part + 1))
         ids_I = order_I[begin:end][shuffle(end - begin, self.seed, epoch, _WINDOW, part)]
         if self._styles is None:
-            self._styles = self._rank_styles()
+            self._styles, self._good_enough = self._rank_styles()
         pack_I = pack_window(
             self.token_counts_I[ids_I], self.visual_counts_I[ids_I], self.seq_length, self.visual_seq_length,
-            self._styles,
+            self._styles, self._good_enough,
         )  # fmt: skip
         place_P = shuffle(int(pack_I.max()) + 1, self.seed, epoch, _PACKS, part)
         place_I = place_P[pack_I]
         begin_P = np.concatenate([[0], np.cumsum(np.bincount(place_I))])
         return WindowPacks(ids_I[np.argsort(place_I, kind="stable")], begin_P)
 
-    def _rank_styles(self) -> tuple[Style, ...]:
-        """The ways of packing that suit the first epoch best, judged by as many of its samples as a window holds."""
+    def _rank_styles(self) -> tuple[tuple[Style, ...], float]:
+        """The ways of packing that suit the first epoch best, judged by as many of its samples as a window holds, and
+        how good they are."""
         order_I = self._order(0)
         num_samples = min(self.window, len(order_I))
         ids_I = order_I[np.arange(num_samples) * len(order_I) // num_samples]  # spread over all shards
         sizes = self.token_counts_I[ids_I], self.visual_counts_I[ids_I]
-        return rank_styles(*sizes, self.seq_length, self.visual_seq_length)[:_STYLES_TRIED]
+        styles, good_enough = rank_styles(*sizes, self.seq_length, self.visual_seq_length)
+        return styles[:_STYLES_TRIED], good_enough
 
     def _order(self, epoch: int) -> NDArray[np.integer]:
         if epoch not in self._orders:

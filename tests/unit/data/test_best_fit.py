@@ -76,14 +76,27 @@ def test_aiming_suits_images_of_one_size_and_is_found():
     best_fit = num_packs(tokens, visual, 2880, BEST_FIT)
     aiming = min(num_packs(tokens, visual, 2880, style) for style in AIMING)
     assert aiming < best_fit
-    assert rank_styles(tokens, visual, 4096, 2880)[0].aims
-    assert num_packs(tokens, visual, 2880, *rank_styles(tokens, visual, 4096, 2880)) == aiming
+    styles, good_enough = rank_styles(tokens, visual, 4096, 2880)
+    assert styles[0].aims and num_packs(tokens, visual, 2880, *styles) == aiming
+    assert good_enough >= aiming / least_packs(tokens, visual, 4096, 2880)
 
 
 def test_the_first_style_that_is_good_enough_ends_the_search():
     tokens = np.array([50, 50], np.int32)
     broken = Style(True, rounding=float("nan"))  # floor(nan) raises, if it is ever tried
     assert pack_window(tokens, tokens * 0, 100, 0, [BEST_FIT, broken]).tolist() == [0, 0]
+
+
+def test_what_is_as_good_as_usual_ends_the_search():
+    # No two share a pack, which neither budget's own bound can tell.
+    sizes = np.array([70, 40] * 20), np.array([20, 70] * 20), 100, 100
+    assert least_packs(*sizes) < 35
+    styles, good_enough = rank_styles(*sizes)
+    broken = Style(True, rounding=float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        pack_window(*sizes, [styles[0], broken])
+    assert pack_window(*sizes, [styles[0], broken], good_enough).max() + 1 == 40
+    assert rank_styles(*(np.full(10, 50), np.zeros(10, int), 100, 0))[1] == 1.005
 
 
 @pytest.mark.parametrize("change", [{"largest_first": 0.5}, {"rounding": 0.0}, {"aims": False}])
