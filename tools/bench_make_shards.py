@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures tools/make_shards.py against `tar` of the same files: LLaVA's JSON and a folder of JPEGs.
 
-python tools/bench_make_shards.py --dir /data/scratch --num-samples 10000 --num-workers 1 2
+    python tools/bench_make_shards.py --dir /data/scratch --num-samples 10000 --num-workers 1 2
 """
 
 import argparse
