@@ -7,6 +7,7 @@ else in the package asks which of the two it runs on, except to choose a kernel.
 
 import datetime
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,3 +152,20 @@ def shut_down_parallelism() -> None:
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def hardware_of(backend: Backend) -> dict[str, Any]:
+    """What a run runs on and how it is divided, for its summary; after `initialise_parallelism`."""
+    from megatron import core
+    from megatron.core import parallel_state
+
+    name = torch.cuda.get_device_name(backend.device) if backend.is_cuda else f"CPU, {platform.machine()}"
+    return {
+        "device": name,
+        "num_devices": torch.distributed.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        "torch": torch.__version__,
+        "megatron_core": core.__version__,
+    }

@@ -6,7 +6,6 @@ Every process of torchrun runs this file. Megatron-Core carries the parallelism;
 import logging
 import math
 import os
-import platform
 import sys
 import time
 import traceback
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import megatron.core
 import torch
 import torch.distributed as dist
 import transformers
@@ -27,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from laver_megatron import schedules
-from laver_megatron.backend import Backend, initialise_parallelism, shut_down_parallelism, use_backend
+from laver_megatron.backend import Backend, hardware_of, initialise_parallelism, shut_down_parallelism, use_backend
 from laver_megatron.build import build_stages, run_flops, run_image_cost, wrap
 from laver_megatron.checkpoint import (
     Progress,
@@ -474,17 +472,7 @@ def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_t
     """The run's summary for scaling studies, on rank 0."""
     if dist.get_rank() != 0:
         return
-    is_cuda = trainer.backend.is_cuda
-    hardware = {
-        "device": torch.cuda.get_device_name(trainer.backend.device) if is_cuda else f"CPU, {platform.machine()}",
-        "num_devices": dist.get_world_size(),
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
-        "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
-    }
-    records = read_run_records(run_dir)
+    hardware, records = hardware_of(trainer.backend), read_run_records(run_dir)
     summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
     write_summary(run_dir, summary)
 

@@ -87,7 +87,7 @@ class Ledger:
                 f"{self.folder} was finished, but has changed; start anew with --overwrite: {error}"
             ) from error
         made = json.loads((self.folder / _MADE).read_text())
-        if made["files_apart"] != _together(stamps()):
+        if made.get("files_apart") != _together(stamps()):
             raise ValueError(
                 f"{self.folder} was finished, but pictures that it was made from have changed since; start anew with "
                 "--overwrite"
@@ -106,7 +106,7 @@ class Ledger:
         document = json.loads(path.read_text())
         shards = {self.folder / name: num_bytes for name, num_bytes in document["shards"].items()}
         are_whole = all(path.exists() and path.stat().st_size == num_bytes for path, num_bytes in shards.items())
-        if are_whole and document["stamp"] == stamp():
+        if are_whole and document.get("stamp") == stamp():
             return Report.from_json(document["report"])
         for file in (path, path.with_suffix(".parquet"), *shards):
             file.unlink(missing_ok=True)
