@@ -12,12 +12,15 @@ from collections import deque
 import torch
 from torch import Tensor
 
+_FIRST_BLOCK = 8
+
 
 class SharedBuffers:
     """Buffers of `num_bytes` each, by number; this process and all that it forks see the same.
 
     They are parts of one file that has no name and lives in memory (where the system has none such, in a temporary
-    folder). It grows as buffers are taken, also after a fork; pages that nobody writes to take no memory.
+    folder). It grows as buffers are taken, also after a fork; pages that nobody writes to take no memory. It is mapped
+    in blocks that double, because each mapping takes one of the few files that a process may have open.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -25,7 +28,7 @@ class SharedBuffers:
         self._file = _nameless_file()
         self._num_buffers = 0
         self._free: deque[int] = deque()  # its methods are atomic: workers' results arrive in another thread
-        self._mapped: dict[int, Tensor] = {}
+        self._mapped: dict[int, Tensor] = {}  # blocks by their first buffer, uint8 [buffers, bytes of each]
 
     def take(self) -> int:
         """The number of a buffer that is this caller's until `give_back`; it holds what it held last.
@@ -33,12 +36,16 @@ class SharedBuffers:
         Raises:
             OSError: there is no memory for another one.
         """
+        assert self._file >= 0, "closed"
         try:
             return self._free.pop()  # the last one to come back: the caches may still know it
         except IndexError:
+            number = self._num_buffers
+            start, size = _block_of(number)
+            if number == start:
+                os.ftruncate(self._file, (start + size) * self._num_bytes)
             self._num_buffers += 1
-            os.ftruncate(self._file, self._num_buffers * self._num_bytes)
-            return self._num_buffers - 1
+            return number
 
     def give_back(self, number: int) -> None:
         """Lets the buffer be taken again."""
@@ -46,16 +53,26 @@ class SharedBuffers:
 
     def memory(self, number: int) -> Tensor:
         """A buffer's bytes, uint8 `[num_bytes]` (rounded up to whole pages); in any of the processes."""
-        if number not in self._mapped:
-            memory = mmap.mmap(self._file, self._num_bytes, offset=number * self._num_bytes)
-            self._mapped[number] = torch.frombuffer(memory, dtype=torch.uint8)
-        return self._mapped[number]
+        start, size = _block_of(number)
+        if start not in self._mapped:
+            memory = mmap.mmap(self._file, size * self._num_bytes, offset=start * self._num_bytes)
+            self._mapped[start] = torch.frombuffer(memory, dtype=torch.uint8).view(size, self._num_bytes)
+        return self._mapped[start][number - start]
 
     def close(self) -> None:
         """Lets no more be taken or mapped; what is mapped stays valid."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _block_of(number: int) -> tuple[int, int]:
+    """(first buffer, number of buffers) of the block that a buffer lies in: 8, 8, 16, 32, ..."""
+    start, size = 0, _FIRST_BLOCK
+    while number >= start + size:
+        start += size
+        size = start
+    return start, size
 
 
 def _nameless_file() -> int:

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch
 
 from laver_megatron.data.shared_buffers import SharedBuffers
 
@@ -39,5 +40,17 @@ def test_what_is_mapped_outlives_the_file():
     buffers.close()
     buffers.close()
     assert memory.sum() == 3 * len(memory)
-    with pytest.raises(OSError):
+    with pytest.raises(AssertionError, match="closed"):
         buffers.take()
+
+
+def test_many_buffers_need_few_files():
+    """A process may have 1024 open by default."""
+    buffers = SharedBuffers(100)
+    before = len(os.listdir("/proc/self/fd"))
+    numbers = [buffers.take() for _ in range(1000)]
+    for number in numbers:
+        buffers.memory(number)[:2] = torch.tensor([number % 256, number // 256], dtype=torch.uint8)
+    assert len(os.listdir("/proc/self/fd")) - before < 10
+    assert [int(low) + 256 * int(high) for low, high in (buffers.memory(number)[:2] for number in numbers)] == numbers
+    buffers.close()
