@@ -132,7 +132,7 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
-    sharded.update(progress=asdict(state.progress))
+    sharded.update(progress=gathered(asdict(state.progress))[0])  # each rank's clock says something else
     all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
 
     def describe_run() -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from laver_megatron.config import (
 )
 
 EXIT_BAD_INPUT = 2
+_PATIENCE_SECONDS = 20.0
 _NO_VALUE = object()  # what argparse makes of a flag without its value
 
 
@@ -82,8 +84,10 @@ def exit_on_config_error() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if _is_first_of_its_node():
-            print(f"{_node()}{error}", file=sys.stderr)
+        if not _is_first_of_its_node():
+            # The launcher ends all processes when one ends: the one that prints must be the first to end.
+            time.sleep(_PATIENCE_SECONDS)
+        print(f"{_node()}{error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 

@@ -24,6 +24,7 @@ from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError, fields_of
 from laver_megatron.continuity import unasked_changes
 from laver_megatron.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
+from laver_megatron.launch import num_processes
 from laver_megatron.validate import check
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
@@ -124,10 +125,10 @@ def _flags_of_stages(flags: Sequence[str], num_stages: int) -> list[list[str]]:
 def _link_problems(file: str, before: Config, config: Config) -> list[str]:
     """What keeps a stage from starting from the one before it."""
     problems = []
-    if _below(config.load, before.run_dir) is None:
+    if _below(config.load, before.run_dir) not in _checkpoints_of(before):
         problems.append(
-            f"{file}: load is {config.load}, but the stage before it writes to {before.run_dir}; set "
-            f"load: {before.run_dir}/checkpoints"
+            f"{file}: load is {config.load}, but the stage before it leaves its last checkpoint in "
+            f"{before.run_dir}/checkpoints; set load to that"
         )
     if not config.finetune:
         problems.append(f"{file}: a stage takes only the weights of the one before; set finetune: true")
@@ -136,6 +137,14 @@ def _link_problems(file: str, before: Config, config: Config) -> list[str]:
         del then["encoder_feature_layer"]  # the encoder decides; the stage is checked again when it starts
     changes = unasked_changes(config, then, f"the stage before it ({before.run_dir}) has")
     return [*problems, *(f"{file}: {change}" for change in changes)]
+
+
+def _checkpoints_of(before: Config) -> set[str]:
+    """Where a run leaves checkpoints, below its directory."""
+    iterations = {before.train_iters}
+    if before.save_interval is not None:
+        iterations.update(range(before.save_interval, before.train_iters, before.save_interval))
+    return {"checkpoints", *(f"checkpoints/iter_{iteration:07d}" for iteration in iterations)}
 
 
 def _below(load: str | None, run_dir: str) -> str | None:
@@ -198,13 +207,21 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
             config = config.replace(model=config.model or model, encoder=config.encoder or encoder)
         try:
             # Every stage sees for itself what it can start from, when it starts.
-            check(Invocation(config, dry_run=True))
+            check(Invocation(config, dry_run=True, dry_run_world_size=_num_processes(stage)))
         except ConfigError as error:
             problems += [f"{stage.name}: {problem}" for problem in error.problems]
         if not dry_run:
             problems += [f"{stage.name}: {problem}" for problem in shard_problems(config)]
     if problems:
         raise ConfigError(problems)
+
+
+def _num_processes(stage: Stage) -> int | None:
+    """How many the launcher will start for a stage on all nodes; None where that is said in words, such as `gpu`."""
+    nodes, of_a_node = (os.environ.get(name) for name in ("NNODES", "NPROC_PER_NODE"))
+    nodes = nodes or os.environ.get("SLURM_NNODES", "1")
+    of_a_node = of_a_node or str(num_processes(stage.arguments))
+    return int(nodes) * int(of_a_node) if nodes.isdecimal() and of_a_node.isdecimal() else None
 
 
 def differences(stage: Stage) -> list[str]:
@@ -234,7 +251,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
         verb = f"going on at iteration {stage.iteration}" if stage.iteration else "starting"
         say(f"{title}: {verb} in {config.run_dir}")
         if status := _launch(stage.arguments):
-            say(f"{title}: ended with exit status {status}; the same command goes on from its last checkpoint")
+            say(f"{title}: ended with exit status {status}; once what it said is mended, the same command goes on")
             return status
         if not stage.is_finished:
             say(f"{title}: stopped at iteration {stage.iteration} of {config.train_iters}; the same command goes on")

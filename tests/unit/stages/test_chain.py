@@ -276,10 +276,15 @@ def edited(place, number, old, new):
 
 def test_stages_that_do_not_follow_each_other(place):
     (problem,) = problems_of([OFFICIAL[0], OFFICIAL[2]])
-    assert (
-        "stage3_instruct.yaml: load is runs/7b/stage2_laver/checkpoints, but the stage before it writes to " in problem
-    )
-    assert problem.endswith("runs/7b/stage1_align; set load: runs/7b/stage1_align/checkpoints")
+    assert "stage3_instruct.yaml: load is runs/7b/stage2_laver/checkpoints, but the stage before it leaves " in problem
+    assert problem.endswith("its last checkpoint in runs/7b/stage1_align/checkpoints; set load to that")
+    for rest in ("", "/checkpoint", "/checkpoints/iter_0000099"):
+        (problem,) = problems_of(edited(place, 2, "stage1_align/checkpoints", f"stage1_align{rest}"))
+        assert f"stage2_laver.yaml: load is runs/7b/stage1_align{rest}, but" in problem
+    for rest in ("", "/iter_0001090", "/iter_0004360"):
+        check_stages(
+            read_stages(edited(place, 2, "stage1_align/checkpoints", f"stage1_align/checkpoints{rest}")), dry_run=True
+        )
     (problem,) = problems_of(edited(place, 2, "finetune: true\n", ""))
     assert problem.endswith("stage2_laver.yaml: a stage takes only the weights of the one before; set finetune: true")
     (problem,) = problems_of(edited(place, 2, "run_dir: runs/7b/stage2_laver", "run_dir: runs/7b/stage1_align"))
@@ -292,6 +297,16 @@ def test_a_change_between_stages_shows_before_the_first_begins(place):
     assert "or ask for the change with --allow-change positions" in problem
     files = edited(place, 3, "positions: mrope", "positions: 1d\nallow_change: positions")
     check_stages(read_stages(files), dry_run=True)
+
+
+def test_processes_that_a_later_stage_cannot_use_show_before_the_first_begins(place, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    problems = problems_of(DEMO)
+    assert any("stage2_laver: 2 processes cannot be divided into TP 2 x PP 2" in problem for problem in problems)
+    monkeypatch.setenv("NNODES", "2")
+    check_stages(read_stages(DEMO), dry_run=True)
+    monkeypatch.setenv("NPROC_PER_NODE", "gpu")
+    check_stages(read_stages(DEMO), dry_run=True)
 
 
 def test_a_slip_in_the_last_file_shows_before_the_first_begins(place):
