@@ -27,13 +27,13 @@ from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.shape import ModelShape
+from laver_megatron.scaling.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32, StateBytes
 from laver_megatron.scaling.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
-from laver_megatron.scaling.state_bytes import StateBytes, state_bytes
+from laver_megatron.scaling.state_bytes import state_bytes
 from laver_megatron.teacher import TeacherAverage, pair_by_name
 
 _OPTIMIZER_STATE = "optimizer.state."
 _PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _build(config: Config, shape: ModelShape, encoder_dir: Path, rank: int, worl
                 ),
                 bytes=replace(
                     measured,
-                    optimizer=owned.trained(dp_rank) * FP32_BYTES * (3 if config.bf16 else 2),
+                    optimizer=owned.trained(dp_rank) * (OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32),
                     accumulators=owned.averaged(dp_rank) * FP32_BYTES,
                 ),
             )

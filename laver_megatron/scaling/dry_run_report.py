@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 
 from laver_megatron.scaling.dry_run import DryRun, RankReport
-from laver_megatron.scaling.state_bytes import StateBytes
+from laver_megatron.scaling.memory import StateBytes
 
 GIB = 1 << 30
 _KINDS = [item.name for item in fields(StateBytes)]

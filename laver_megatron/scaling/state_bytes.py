@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from laver_megatron.model.laver import LaverStage
+from laver_megatron.scaling.memory import StateBytes
 from laver_megatron.teacher import TeacherAverage
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Of one rank. weights: the student's, in the run's dtype, alignment of Megatron's buffers included; gradients:
-    fp32; optimizer: this rank's share of moments and, under bf16, of master weights; teacher: its weights in the run's
-    dtype; accumulators: this rank's share of the EMA, fp32."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    teacher: int = 0
-    accumulators: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, item.name) for item in fields(self))
 
 
 def state_bytes(

@@ -1,9 +1,11 @@
-"""The bytes that a dry run says are those that the ranks of a real run hold, each and exactly."""
+"""The bytes that the planner computes and a dry run counts are those of the ranks of real runs, each and exactly."""
 
 import pytest
 
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.scaling.dry_run import dry_run
+from laver_megatron.scaling.memory import state_of_rank
 from laver_megatron.scaling.state_bytes import state_bytes
 from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout
@@ -36,4 +38,10 @@ def test_bytes_of_a_real_run(pool, assets, tmp_path, layout, settings, tied):
     # Megatron numbers ranks with TP innermost, then DP, then PP.
     reports = sorted(run.ranks, key=lambda rank: (rank.stage, rank.dp_rank, rank.tp_rank))
     assert [report.bytes for report in reports] == measured
+    sizes, feature_size = encoder_tensor_sizes(assets.encoder), read_encoder(assets.encoder).feature_size
+    planned = [
+        state_of_rank(config, read_model_shape(model), sizes, feature_size, layout.dp, report.stage, report.dp_rank)
+        for report in reports
+    ]
+    assert planned == measured
     assert all(held.weights > 0 for held in measured)

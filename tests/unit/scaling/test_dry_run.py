@@ -14,10 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from laver_megatron.backend import simulated_rank
 from laver_megatron.config import Config
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.model.shape import read_model_shape
 from laver_megatron.scaling import dry_run as module
 from laver_megatron.scaling.dry_run import dry_run
 from laver_megatron.scaling.dry_run_report import dry_run_report, spans
+from laver_megatron.scaling.memory import state_of_rank
 
 DECODER = {
     "model_type": "qwen2",
@@ -68,9 +70,18 @@ def build(tmp_path):
         shape = read_model_shape(write(tmp_path / "model", {**DECODER, **(decoder or {})}))
         defaults = {"data_path": ("none",), "seq_length": 64, "visual_seq_length": 32, "train_iters": 10}
         config = Config(**{**defaults, "run_dir": "none", "vision_head_hidden_size": 32, **settings})
-        return dry_run(config, shape, encoder, world_size)
+        run = dry_run(config, shape, encoder, world_size)
+        assert [rank.bytes for rank in run.ranks] == planned(config, shape, encoder, run)
+        return run
 
     return build
+
+
+def planned(config, shape, encoder, run):
+    """The same by arithmetic."""
+    sizes, feature_size = encoder_tensor_sizes(encoder), read_encoder(encoder).feature_size
+    dp = len({rank.dp_rank for rank in run.ranks})
+    return [state_of_rank(config, shape, sizes, feature_size, dp, rank.stage, rank.dp_rank) for rank in run.ranks]
 
 
 LAYOUTS = {
