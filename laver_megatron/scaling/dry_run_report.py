@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 
 from laver_megatron.scaling.dry_run import DryRun, RankReport
+from laver_megatron.scaling.hardware import GIB
 from laver_megatron.scaling.memory import StateBytes
+from laver_megatron.scaling.table import align
 
-GIB = 1 << 30
 _KINDS = [item.name for item in fields(StateBytes)]
 
 
@@ -48,8 +49,7 @@ def rank_table(ranks: Sequence[RankReport]) -> list[str]:
                 *(f"{number / GIB:.3f}" for number in (*astuple(held), held.total)),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return align(rows)
 
 
 def spans(numbers: Iterable[int]) -> str:
