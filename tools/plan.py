@@ -1,5 +1,5 @@
-"""Plans a run: which layout on these GPUs is the fastest that fits, what it takes in memory, time and GPU hours, and why
-the others are not it. Needs neither weights, data nor GPUs.
+"""Plans a run: which layout on these GPUs is the fastest that fits, what it takes in memory, time and GPU hours, and
+why the others are not it. Needs neither weights, data nor GPUs.
 
     python tools/plan.py --model 72b --gpus 256 --gpu h100-80gb --visual-share 0.6
     python tools/plan.py --model 7b --gpus 16 --gpu a100-80gb --tp 2 --pp 2 --write plan.yaml

@@ -80,9 +80,10 @@ def find_gpu(
     if known is None:
         missing = [flag for flag in ("--gpu-memory", "--gpu-tflops", "--bandwidth") if given[flag] is None]
         if missing:
+            unknown = "no GPU is named" if name is None else f"GPU {name!r} is not known"
             raise ConfigError(
                 [
-                    f"GPU {name!r} is not known; choose one of {', '.join(GPUS)}, or describe it: {', '.join(missing)} "
+                    f"{unknown}; choose one of {', '.join(GPUS)}, or describe it: {', '.join(missing)} "
                     "(GiB, dense bf16 TFLOPS, GB/s of the network)"
                 ]
             )

@@ -186,8 +186,8 @@ def plan_yaml(plan: Plan, command: str) -> str:
     header = (
         f"# {layout_name(plan.config, job.num_gpus)} on {job.num_gpus} x {job.gpu.name}.\n"
         f"# Made by: python tools/plan.py {command}\n"
-        f"# Predicted: {plan.fullest.memory_bytes / GIB:.1f} GiB on the fullest GPU, {plan.seconds:.2f} s an iteration, "
-        f"{plan.gpu_hours:,.0f} GPU hours.\n"
+        f"# Predicted: {plan.fullest.memory_bytes / GIB:.1f} GiB on the fullest GPU, {plan.seconds:.2f} s an iteration "
+        f"and {plan.gpu_hours:,.0f} GPU hours.\n"
         f"# Check: bash examples/pretrain_laver.sh --config FILE --dry-run {job.num_gpus}\n\n"
     )
     return header + plan.config.to_yaml()
