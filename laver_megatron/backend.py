@@ -5,10 +5,11 @@ unconditionally (device queries, RNG states, `device="cuda"` arguments, type nam
 else in the package asks which of the two it runs on, except to choose a kernel.
 """
 
+import contextlib
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,13 @@ def _names_cuda(device: Any) -> bool:
     )
 
 
-class _CudaToCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"` to the CPU, and answers `Tensor.cuda()` and `Tensor.type()` as Megatron expects."""
+class _CudaTo(TorchFunctionMode):
+    """Rewrites `device="cuda"` to another device, and answers `Tensor.cuda()` and `Tensor.type()` as Megatron expects.
+    takes_all: every device that is named becomes that one."""
+
+    def __init__(self, device: torch.device, *, takes_all: bool = False) -> None:
+        super().__init__()
+        self.device, self.takes_all = device, takes_all
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -53,41 +59,61 @@ class _CudaToCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
-        if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        if func is torch.Tensor.to and any(_names_cuda(a) for a in args):
-            args = tuple(torch.device("cpu") if _names_cuda(a) else a for a in args)
+        if self._is_rewritten(kwargs.get("device")):
+            kwargs = {**kwargs, "device": self.device}
+        if func is torch.Tensor.to and any(self._is_rewritten(a) for a in args):
+            args = tuple(self.device if self._is_rewritten(a) else a for a in args)
         return func(*args, **kwargs)
+
+    def _is_rewritten(self, device: Any) -> bool:
+        return _names_cuda(device) or (self.takes_all and isinstance(device, (str, torch.device)))
+
+
+def _cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
+    """(owner, name, replacement) of the CUDA functions that Megatron-Core calls without asking."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    return [
+        (torch.cuda, "current_device", lambda: device),
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+    ]
 
 
 def _redirect_cuda_calls_to_cpu() -> None:
     """Points the CUDA functions that Megatron-Core calls without asking at their CPU counterparts."""
-    import megatron.core.tensor_parallel.random as megatron_random
-
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _CudaToCpu().__enter__()
+    for owner, name, replacement in _cuda_calls(cpu):
+        setattr(owner, name, replacement)
+    _CudaTo(cpu).__enter__()
+
+
+def _adam_that_resumes() -> list[tuple[Any, str, Any]]:
+    """(owner, name, replacement) that hand Megatron's distributed optimizer our Adam in the place of a fused one."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    return [
+        (optimizer, "Adam", ResumableAdam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distrib_optimizer, "Adam", ResumableAdam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+    ]
 
 
 def _give_megatron_an_adam_that_resumes() -> None:
     """Where neither TransformerEngine nor apex is installed, Megatron falls back to torch's AdamW, which its
     distributed optimizer cannot save and load; hand it an Adam of the same shape as theirs instead."""
-    import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    optimizer.Adam = ResumableAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = ResumableAdam
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        for owner, name, replacement in _adam_that_resumes():
+            setattr(owner, name, replacement)
 
 
 _backend: Backend | None = None
@@ -169,3 +195,58 @@ def hardware_of(backend: Backend) -> dict[str, Any]:
         "torch": torch.__version__,
         "megatron_core": core.__version__,
     }
+
+
+@contextlib.contextmanager
+def simulated_rank(
+    rank: int,
+    world_size: int,
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None,
+) -> Iterator[None]:
+    """Lets this process build what one rank of a world builds that does not exist.
+
+    Within it tensors have shapes but no memory, whatever device they are asked for on, collectives move nothing, and
+    the other ranks are taken to say what this one says. Layers and optimizer are those that need neither CUDA nor
+    TransformerEngine: the parameters and their checkpoint keys are the same. Leaves everything as it was.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from laver_megatron.model import qwen
+
+    devices = torch.distributed.Backend.backend_capability["fake"]
+    if "meta" not in devices:
+        devices.append("meta")
+    assert not torch.distributed.is_initialized(), "a rank can only be simulated outside of a process group"
+    meta = torch.device("meta")
+    changes = [
+        *_cuda_calls(meta),
+        *_adam_that_resumes(),
+        (qwen, "HAVE_TRANSFORMER_ENGINE", False),
+        (torch.distributed, "all_gather_object", _answer_for_all),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(shut_down_parallelism)
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(0)
+        stack.enter_context(meta)
+        stack.enter_context(_CudaTo(meta, takes_all=True))
+        yield
+
+
+def _answer_for_all(answers: list, own: Any, group: Any = None) -> None:
+    answers[:] = [own] * len(answers)

@@ -165,7 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="PROCESSES",
-        help="check all that can be checked without weights and shards, for this many processes, and stop",
+        help="check all that can be checked without weights and shards, for this many processes, build every rank "
+        "without memory, print what each holds, and stop",
     )
     types = field_types()
     for group in GROUPS:

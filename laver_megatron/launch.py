@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = check_run(from_command_line(arguments))
     if config is None:
         return
-    from laver_megatron import train  # only now: help, mistakes and dry runs need not wait for Megatron-Core
+    from laver_megatron import train  # only now: help and mistakes need not wait for Megatron-Core
 
     train.run(config)
 

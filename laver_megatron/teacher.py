@@ -91,6 +91,10 @@ class TeacherAverage:
                 assert pair.accumulator is not None
                 yield pair, pair.accumulator, pair.master
 
+    def accumulators(self) -> list[Tensor]:
+        """This rank's slices of the average, flat and fp32."""
+        return [accumulator for _, accumulator, _ in self._owned()]
+
     @torch.no_grad()
     def copy_student(self) -> None:
         """Teacher(0) = student(0)."""

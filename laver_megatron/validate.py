@@ -54,8 +54,28 @@ def check_run(invocation: Invocation) -> Config | None:
     if not invocation.dry_run:
         return invocation.config
     if is_rank_zero():
-        print(f"dry run, nothing wrong: {describe_run(invocation.config, shape, invocation.world_size())}")
+        _dry_run(invocation, shape)
     return None
+
+
+def _dry_run(invocation: Invocation, shape: ModelShape) -> None:
+    """Builds every rank without memory and prints what they hold; ends the process with 2 if that cannot be done or
+    their shards do not fit together."""
+    from laver_megatron.scaling.dry_run import dry_run  # here, because training needs none of it
+    from laver_megatron.scaling.dry_run_report import dry_run_report
+
+    config, world_size = invocation.config, invocation.world_size()
+    encoder_dir = find_inputs(config).encoder_dir
+    assert encoder_dir is not None, "a run without an encoder has been refused"
+    with exit_on_config_error():
+        try:
+            found = dry_run(config, shape, encoder_dir, world_size)
+        except ValueError as error:
+            raise ConfigError([f"the model cannot be built: {error}"]) from error
+        if found.problems:
+            raise ConfigError(found.problems)
+    print(dry_run_report(found))
+    print(f"dry run, nothing wrong: {describe_run(config, shape, world_size)}")
 
 
 def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:

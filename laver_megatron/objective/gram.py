@@ -40,9 +40,7 @@ def cosine_gram(inner_NN: Tensor) -> Tensor:
     return gram_NN.masked_fill(identity_NN, 1.0)
 
 
-def gram_loss(
-    student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "cga", reduction: str = "mean"
-) -> Tensor:
+def gram_loss(student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "cga", reduction: str = "mean") -> Tensor:
     """Gram-Anchoring of one image, from the inner products of the student's and the teacher's logits:
 
         "ga":   sum_ij (G_student - G_teacher)_ij^2

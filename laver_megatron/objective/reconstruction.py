@@ -75,7 +75,5 @@ def scaled_teacher_logits(teacher_TK: Tensor, centre_K: Tensor | None, teacher_t
     return logits_TK / teacher_temperature
 
 
-def _teacher_log_probabilities(
-    teacher_TK: Tensor, centre_K: Tensor | None, teacher_temperature: float
-) -> Tensor:
+def _teacher_log_probabilities(teacher_TK: Tensor, centre_K: Tensor | None, teacher_temperature: float) -> Tensor:
     return torch.log_softmax(scaled_teacher_logits(teacher_TK, centre_K, teacher_temperature), dim=-1)

@@ -64,6 +64,7 @@ ENCODER_JSON = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "image_size": 128,
     "patch_size": 16,
 }
@@ -484,6 +485,14 @@ def test_dry_run_needs_neither_weights_nor_shards(run, tmp_path, capsys):
     assert "4 processes as TP 2 x PP 1 x DP 2; 2 micro-batches" in capsys.readouterr().out
     assert files_below(tmp_path) == before
     assert "24 layers" not in found(config, dry_run=True)[0]
+
+
+def test_dry_run_refuses_an_encoder_that_cannot_be_built(run, tmp_path, capsys):
+    (tmp_path / "encoder/config.json").write_text(json.dumps({**ENCODER_JSON, "num_attention_heads": 5}))
+    with pytest.raises(SystemExit) as caught:
+        check_run(Invocation(run, dry_run=True, dry_run_world_size=1))
+    assert caught.value.code == 2
+    assert "the model cannot be built" in capsys.readouterr().err
 
 
 def test_dry_run_still_checks_the_rest(run):

@@ -1,0 +1,109 @@
+"""GPUs that plans are made for: what the data sheets say of them, and how much of it training gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from laver_megatron.config import ConfigError
+
+GIB, GIGA, TERA = 1 << 30, 10**9, 10**12
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and its connections. Rates are per GPU and second, in one direction.
+
+    Attributes:
+        memory_bytes: of its own.
+        peak_flops: dense bf16.
+        memory_bandwidth: bytes to and from its memory.
+        node_bandwidth: bytes to the other GPUs of its machine; network_bandwidth: bytes to other machines.
+        node_size: GPUs of one machine.
+        matmul_efficiency: share of the peak that large matrix products reach in training (docs/planning.md).
+        attention_efficiency: the same for attention kernels, of the pairs inside the mask.
+    """
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    node_size: int = 8
+    matmul_efficiency: float = 0.63
+    attention_efficiency: float = 0.42
+
+
+# The data sheets' figures: memory, dense bf16, HBM, NVLink in one direction (PCIe 5 for the L40S); the network is one
+# 400 Gb/s adapter for each GPU (200 Gb/s with the A100), as in NVIDIA's own clusters.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul_efficiency=0.65),
+        Gpu("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul_efficiency=0.65),
+        Gpu("h100-80gb", 80 * GIB, 989.4e12, 3.35e12, 450e9, 50e9),
+        Gpu("h200-141gb", 141 * 10**9, 989.4e12, 4.8e12, 450e9, 50e9),
+        Gpu("h20-96gb", 96 * GIB, 148e12, 4.0e12, 450e9, 50e9, matmul_efficiency=0.85),
+        Gpu("b200-180gb", 180 * 10**9, 2250e12, 8.0e12, 900e9, 50e9),
+        Gpu("l40s-48gb", 48 * GIB, 362e12, 0.864e12, 32e9, 25e9),
+    )
+}
+_CUSTOM = "custom"
+
+
+def find_gpu(
+    name: str | None,
+    *,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    bandwidth_gb: float | None = None,
+    node_size: int | None = None,
+) -> Gpu:
+    """A known GPU, with some of its figures replaced, or another one by its figures alone. bandwidth_gb: to other
+    machines, and where no known GPU is named also within one.
+
+    Raises:
+        ConfigError: a GPU that is not known and not described, or figures that cannot be.
+    """
+    given = {
+        "--gpu-memory": memory_gib,
+        "--gpu-tflops": tflops,
+        "--bandwidth": bandwidth_gb,
+        "--gpus-per-node": node_size,
+    }
+    wrong = [
+        f"{flag} is {value}, but must be above 0" for flag, value in given.items() if value is not None and value <= 0
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    known = GPUS.get(name or "")
+    if known is None:
+        missing = [flag for flag in ("--gpu-memory", "--gpu-tflops", "--bandwidth") if given[flag] is None]
+        if missing:
+            unknown = "no GPU is named" if name is None else f"GPU {name!r} is not known"
+            raise ConfigError(
+                [
+                    f"{unknown}; choose one of {', '.join(GPUS)}, or describe it: {', '.join(missing)} "
+                    "(GiB, dense bf16 TFLOPS, GB/s of the network)"
+                ]
+            )
+        assert memory_gib is not None and tflops is not None and bandwidth_gb is not None
+        # Memory keeps pace with arithmetic on most accelerators, about as on an H100.
+        known = Gpu(
+            name or _CUSTOM,
+            0,
+            tflops * TERA,
+            memory_bandwidth=tflops * TERA * 3.35e12 / 989.4e12,
+            node_bandwidth=bandwidth_gb * GIGA,
+            network_bandwidth=bandwidth_gb * GIGA,
+        )
+    changes: dict = {}
+    if memory_gib is not None:
+        changes["memory_bytes"] = int(memory_gib * GIB)
+    if tflops is not None:
+        changes["peak_flops"] = tflops * TERA
+    if bandwidth_gb is not None:
+        changes["network_bandwidth"] = bandwidth_gb * GIGA
+    if node_size is not None:
+        changes["node_size"] = node_size
+    return replace(known, **changes)

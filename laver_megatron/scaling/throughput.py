@@ -1,0 +1,169 @@
+"""How long an iteration takes: arithmetic, memory traffic, communication and the bubble of the slowest stage.
+
+A model of few parts, each with a reason, and three numbers that were fitted to published runs (docs/planning.md says to
+which, and how far it is off elsewhere): the share of the peak that matrix products reach, that of attention, and how
+much of the tensor-parallel communication hides behind arithmetic where it is overlapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from laver_megatron.config import Config
+from laver_megatron.model.shape import ModelShape
+from laver_megatron.scaling.communication import SentBytes, optimizer_traffic
+from laver_megatron.scaling.flops import MODULES, ModelFlops, StepFlops, step_flops
+from laver_megatron.scaling.hardware import Gpu
+from laver_megatron.scaling.memory import StateBytes, layers_of_stages
+from laver_megatron.scaling.pipeline import bubble
+from laver_megatron.scaling.workload import Workload
+
+MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.80, 0.80  # of the data sheets' rates, for long transfers
+_INTERLEAVED_EXPOSED = 0.2  # share of the interleaved schedule's messages that arithmetic does not hide
+_LAUNCH_SECONDS = 2e-3  # of an iteration: what the host does between steps
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of communication that stand in the way of arithmetic: 1, nothing is overlapped; 0, all hides."""
+
+    tensor_parallel: float
+    pipeline: float
+    data_parallel: float
+
+
+NO_OVERLAP = Overlap(1.0, 1.0, 1.0)  # this program's
+FULL_OVERLAP = Overlap(0.5, 0.0, 0.10)  # of the published runs, which overlap all three; the first is fitted
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one iteration, on the slowest stage. matmul, attention, memory: linear layers, attention, and what only moves
+    data (norms, rotary, activations); the rest by name."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor_parallel: float = 0.0
+    pipeline: float = 0.0
+    bubble: float = 0.0
+    data_parallel: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What one rank of a stage computes in one micro-batch. linear, attention: FLOPs that run, recomputation included;
+    traffic: bytes to and from memory of what is no matrix product."""
+
+    linear: float
+    attention: float
+    traffic: float
+
+
+def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
+    """Model FLOPs of one micro-batch of one replica, all stages."""
+    packs = config.micro_batch_size
+    return step_flops(
+        model,
+        num_tokens=packs * workload.seq_length,
+        lm_span_area=packs * workload.lm_area,
+        num_visual_tokens=packs * workload.num_visual_tokens,
+        reconstruction_span_area=packs * workload.image_area,
+        num_images=packs * workload.num_images,
+        laver=config.laver,
+        gram=config.gram_loss != "none",
+        frozen=config.freeze,
+    )
+
+
+def stage_work(
+    config: Config, shape: ModelShape, model: ModelFlops, workload: Workload, stage: int, *, context_ranks: int = 1
+) -> StageWork:
+    """What a rank of a pipeline stage computes in one micro-batch. context_ranks: ranks that share a sequence, which
+    this program has none of; published runs do."""
+    tp, packs = config.tensor_model_parallel_size, config.micro_batch_size
+    layers = sum(layers_of_stages(config, shape.num_layers)[stage])
+    share = layers / shape.num_layers
+    step = micro_batch_flops(config, model, workload)
+    visual = packs * workload.num_visual_tokens if config.laver else 0
+    head = visual * model.vision_head_per_token
+    in_images = packs * workload.image_area * model.attention_per_pair if config.laver else 0
+    student_attention = step.student_attention_forward
+    # Both operands of attention are activations: its backward pass is twice its forward pass wherever there is one.
+    masked_attention = in_images * (3 if set(MODULES) - set(config.freeze) else 1)
+    attention = step.attention + masked_attention + in_images
+    linear = step.decoder_student + step.reconstruction - masked_attention + step.teacher - in_images - head
+    if config.recompute_granularity == "full":
+        linear += step.student_layers_forward - student_attention
+    if config.recompute_granularity is not None:
+        attention += student_attention
+    on_stage, attention_on_stage = linear * share, attention * share
+    if stage == 0:
+        on_stage += step.connector + step.encoder
+    if stage == config.pipeline_model_parallel_size - 1:
+        on_stage += step.lm_head + step.vision_head + step.gram + head
+    ranks = tp * context_ranks
+    student = packs * workload.seq_length + visual
+    traffic = layers * (student + visual / 3) * _traffic_per_token(config, shape)
+    if stage == config.pipeline_model_parallel_size - 1:
+        # Logits as bf16 and fp32, their softmax, and the gradients of both.
+        traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
+    return StageWork(on_stage / ranks, attention_on_stage / ranks, traffic / context_ranks)
+
+
+def _traffic_per_token(config: Config, shape: ModelShape) -> float:
+    """Bytes that a layer's norms, residuals, rotary and SwiGLU move for one token, forward and backward."""
+    tp, value_bytes = config.tensor_model_parallel_size, 2 if config.bf16 else 4
+    query_key = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / tp
+    hidden = shape.hidden_size / (tp if config.sequence_parallel else 1)
+    ffn = shape.ffn_hidden_size / tp
+    forward = 10 * hidden + 2 * query_key + 3 * ffn
+    backward = 12 * hidden + 2 * query_key + 5 * ffn
+    again = forward if config.recompute_granularity == "full" else 0
+    return (forward + backward + again) * value_bytes
+
+
+def seconds_of_stage(
+    config: Config,
+    shape: ModelShape,
+    work: StageWork,
+    sent: SentBytes,
+    state: StateBytes,
+    gpu: Gpu,
+    data_parallel_size: int,
+    num_micro_batches: int,
+    overlap: Overlap,
+) -> Seconds:
+    """Of one iteration in which every stage is as slow as this one."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+
+    def link(ranks_apart: int) -> float:
+        rate = gpu.node_bandwidth if ranks_apart <= gpu.node_size else gpu.network_bandwidth
+        return rate * LINK_EFFICIENCY
+
+    matmul = num_micro_batches * work.linear / (gpu.peak_flops * gpu.matmul_efficiency)
+    attention = num_micro_batches * work.attention / (gpu.peak_flops * gpu.attention_efficiency)
+    memory = num_micro_batches * work.traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+    tensor_parallel = sent.tensor_parallel / link(tp) * overlap.tensor_parallel
+    # Messages of the interleaved schedule run beside its arithmetic, but for the first and last of each round.
+    exposed = 1.0 if config.num_layers_per_virtual_pipeline_stage is None else _INTERLEAVED_EXPOSED
+    pipeline = sent.pipeline / link(tp * data_parallel_size * pp) * overlap.pipeline * exposed
+    working = matmul + attention + memory + tensor_parallel + pipeline
+    reduced = sent.gradients + sent.weights
+    data_parallel = reduced / link(tp * data_parallel_size) * overlap.data_parallel
+    data_parallel += sent.teacher * max(data_parallel_size - 1, 0) / link(tp * data_parallel_size)
+    return Seconds(
+        matmul=matmul,
+        attention=attention,
+        memory=memory,
+        tensor_parallel=tensor_parallel,
+        pipeline=pipeline,
+        bubble=working * bubble(config, shape.num_layers, num_micro_batches),
+        data_parallel=data_parallel,
+        optimizer=optimizer_traffic(state) / (gpu.memory_bandwidth * MEMORY_EFFICIENCY) + _LAUNCH_SECONDS,
+    )

@@ -1,0 +1,195 @@
+"""The planner as a user meets it: what it finds, what it refuses, and that what it writes can run."""
+
+import json
+import shutil
+
+import pytest
+
+from laver_megatron.command_line import read_command_line
+from laver_megatron.config import ConfigError
+from laver_megatron.scaling.hardware import GIB, find_gpu
+from laver_megatron.scaling.models import MODELS, SIGLIP2, encoder_sizes
+from laver_megatron.scaling.plan import Job, activations_by_recomputation, laver_costs, plan_layout
+from laver_megatron.scaling.plan_command import build_parser, main, make_job
+from laver_megatron.scaling.planner import check_layout, layout_problems, search
+from laver_megatron.validate import check_run
+
+
+def job_of(*flags: str) -> Job:
+    return make_job(build_parser().parse_args(flags))
+
+
+SEVEN = ("--model", "7b", "--gpus", "16", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The paper's second stage: Qwen2.5-7B on 16 A100-80GB."""
+    return job_of(*SEVEN)
+
+
+@pytest.fixture(scope="module")
+def found(paper):
+    return search(paper)
+
+
+def test_what_fits_fits_and_the_fastest_comes_first(paper, found):
+    assert len(found.fitting) > 50 and found.impossible
+    times = [plan.seconds for plan in found.fitting]
+    assert times == sorted(times)
+    for plan in found.fitting:
+        assert plan.fullest.memory_bytes <= paper.usable_bytes < 80 * GIB
+        assert not layout_problems(paper, plan.config)
+    for plan in found.too_large:
+        assert plan.fullest.memory_bytes > paper.usable_bytes
+    # Every kind of layout was looked at.
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
+                 "num_layers_per_virtual_pipeline_stage", "recompute_granularity"):  # fmt: skip
+        assert len({getattr(plan.config, name) for plan in found.fitting}) > 1, name
+    assert all(plan.config.sequence_parallel == (plan.config.tensor_model_parallel_size > 1) for plan in found.fitting)
+
+
+def test_figures_of_a_plan(paper, found):
+    plan = found.fitting[0]
+    tokens = plan.config.global_batch_size * plan.config.seq_length
+    assert plan.tokens_per_second_per_gpu == pytest.approx(tokens / plan.seconds / 16)
+    assert plan.gpu_hours == pytest.approx(plan.seconds * 6250 * 16 / 3600)
+    assert plan.model_flops_utilisation == pytest.approx(plan.flops.total / plan.seconds / 16 / 312e12)
+    assert 0.3 < plan.model_flops_utilisation < 0.65
+    full = plan_layout(paper, plan.config.replace(recompute_granularity="full"))
+    assert full.hardware_flops - full.flops.total == plan.flops.student_layers_forward
+    assert full.flops == plan.flops and full.seconds > plan.seconds
+    assert full.fullest.activations.total < plan.fullest.activations.total
+    by_kind = activations_by_recomputation(plan)
+    assert by_kind["full"] < by_kind["selective"] and by_kind["full"] < by_kind["none"]
+
+
+def test_what_laver_costs_the_paper(found):
+    """7B, a third of the tokens visual: time by the design's floor 1 + 4/3 v phi, memory by hand."""
+    plan = found.fitting[0]
+    costs = laver_costs(plan)
+    share, phi = plan.job.workload.visual_share, 0.92
+    assert costs.ratio == pytest.approx(1 + 4 / 3 * share * phi, rel=0.08)
+    assert costs.seconds_without * costs.ratio == pytest.approx(plan.seconds)
+    layers = 28 * (3584 * (3584 + 2 * 512) + 3584**2 + 3 * 3584 * 18944)
+    tp_pp = plan.config.tensor_model_parallel_size * plan.config.pipeline_model_parallel_size
+    # bf16 weights, and fp32 accumulators divided over the replicas; norms, biases and the head are 1%, division more.
+    expected = layers / tp_pp * (2 + 4 / plan.data_parallel_size)
+    assert costs.teacher_bytes == pytest.approx(expected, rel=0.15)
+    assert costs.head_bytes > 0 and costs.stream_bytes > 0
+    assert laver_costs(plan_layout(plan.job, plan.config.replace(laver=False))) is None
+
+
+def test_more_visual_tokens_take_more(paper):
+    few, many = (job_of(*SEVEN[:6], "--seq-length", "4096", "--visual-share", share) for share in ("0.2", "0.8"))
+    config = few.base.replace(tensor_model_parallel_size=4, sequence_parallel=True)
+    other = many.base.replace(tensor_model_parallel_size=4, sequence_parallel=True)
+    one, two = plan_layout(few, config), plan_layout(many, other)
+    assert two.seconds > one.seconds and two.fullest.memory_bytes > one.fullest.memory_bytes
+    assert two.flops.parts["reconstruction"] > 3 * one.flops.parts["reconstruction"]
+
+
+def test_72b_needs_more_than_one_machine():
+    found = search(job_of("--model", "72b", "--gpus", "8", "--gpu", "h100-80gb"))
+    assert not found.fitting and found.too_large
+    on_many = search(job_of("--model", "72b", "--gpus", "128", "--gpu", "h100-80gb"))
+    assert on_many.fitting
+
+
+def test_pinned_values_are_kept(paper):
+    pinned = {"tensor_model_parallel_size": 2, "recompute_granularity": None}
+    found = search(paper, pinned)
+    assert found.fitting
+    assert all(plan.config.tensor_model_parallel_size == 2 for plan in found.fitting)
+    assert all(plan.config.recompute_granularity is None for plan in found.fitting)
+
+
+@pytest.mark.parametrize(
+    "pinned, reason, nearest",
+    [
+        ({"tensor_model_parallel_size": 8}, "does not divide the model's 28 attention heads", "TP 4 x PP 1 x DP 4"),
+        ({"pipeline_model_parallel_size": 8}, "28 layers do not divide into 8 pipeline stages", "TP 1 x PP 4 x DP 4"),
+        ({"tensor_model_parallel_size": 16}, "reaches out of a machine of 8 GPUs", "TP 4 x PP 1 x DP 4"),
+        ({"tensor_model_parallel_size": 3}, "16 processes cannot be divided", "TP 4 x PP 1 x DP 4"),
+        ({"micro_batch_size": 3}, "global_batch_size 128 is not a multiple of micro_batch_size 3", "micro-batch 4"),
+    ],
+)
+def test_impossible_layouts_say_why_and_what_is_near(paper, pinned, reason, nearest):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(paper, pinned)
+    assert any(reason in problem for problem in caught.value.problems), caught.value.problems
+    assert "the nearest possible layout: " in caught.value.problems[-1]
+    assert nearest in caught.value.problems[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--gpu", "h1000"), "GPU 'h1000' is not known; choose one of a100-40gb"),
+        ((), "no GPU is named; choose one of a100-40gb"),
+        (("--gpu", "h100-80gb", "--gpus", "0"), "--gpus is 0, but must be at least 1"),
+        (
+            ("--gpu", "h100-80gb", "--seq-length", "65536"),
+            "seq_length 65536 is above the model's max_position_embeddings",
+        ),
+        (("--gpu", "h100-80gb", "--visual-share", "0.01"), "less than one image of 729"),
+        (("--gpu", "h100-80gb", "--tp", "0"), "tensor_model_parallel_size is 0, but must be at least 1"),
+        (("--gpu", "h100-80gb", "--model", "8b"), "model '8b' is not known"),
+        (("--gpu", "h100-80gb", "--encoder", "/nowhere"), "no such directory"),
+    ],
+)
+def test_bad_input_ends_with_2(capsys, flags, message):
+    given = [] if "--model" in flags else ["--model", "7b"]
+    given += [] if "--gpus" in flags else ["--gpus", "16"]
+    with pytest.raises(SystemExit) as caught:
+        main([*given, *flags])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_fits_ends_with_1(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", "72b", "--gpus", "8", "--gpu", "a100-40gb"])
+    assert caught.value.code == 1
+    text = capsys.readouterr().out
+    assert "no layout fits" in text and "do not fit 34.8 GiB (of 40) at their smallest" in text
+
+
+def test_the_report(capsys):
+    main([*SEVEN, "--layouts", "3"])
+    text = capsys.readouterr().out
+    for part in ("16 x a100-80gb", "layouts that fit", "LaVer costs", "model FLOPs of an iteration", "are not possible",
+                 "accumulators", "bubble", "GPU hours", "activations by what is recomputed: none"):  # fmt: skip
+        assert part in text, part
+
+
+def test_json(capsys):
+    main([*SEVEN, "--json", "--layouts", "2", "--no-laver"])
+    content = json.loads(capsys.readouterr().out)
+    best = content["best"][0]
+    assert len(content["best"]) == 2 and best["fits"] and best["laver_costs"] is None
+    assert best["seconds"] == pytest.approx(max(sum(stage["seconds"].values()) for stage in best["stages"]))
+    assert set(best["stages"][0]["state_bytes"]) == {"weights", "gradients", "optimizer", "teacher", "accumulators"}
+    assert best["model_flops"]["total"] == sum(v for name, v in best["model_flops"].items() if name != "total")
+
+
+def test_the_written_configuration_passes_a_dry_run(demo_dir, tmp_path, capsys):
+    """On directories without weights, as examples/ and the hub's small files make them."""
+    for part in ("model", "encoder"):
+        shutil.copytree(demo_dir / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "plan.yaml"
+    flags = ["--model", str(tmp_path / "model"), "--encoder", str(tmp_path / "encoder"), "--gpus", "8", "--gpu-memory",
+             "4", "--gpu-tflops", "1", "--bandwidth", "1", "--seq-length", "512", "--global-batch-size", "64",
+             "--tp", "2", "--pp", "2", "--write", str(file)]  # fmt: skip
+    main(flags)
+    text = file.read_text()
+    assert text.startswith("# TP 2 x PP 2 x DP 2") and "# Made by: python tools/plan.py --model" in text
+    capsys.readouterr()
+    assert check_run(read_command_line(["--config", str(file), "--dry-run", "8"])) is None
+    assert "dry run, nothing wrong" in capsys.readouterr().out
+
+
+def test_a_job_by_hand_is_that_of_the_command(paper):
+    assert paper.shape == MODELS["7b"] and paper.encoder_sizes == encoder_sizes(SIGLIP2)
+    assert paper.gpu == find_gpu("a100-80gb")
+    assert paper.base.visual_seq_length % 128 == 0 and paper.base.visual_seq_length >= paper.workload.num_visual_tokens
