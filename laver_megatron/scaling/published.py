@@ -23,7 +23,7 @@ from laver_megatron.scaling.workload import Workload
 @dataclass(frozen=True)
 class PublishedRun:
     """A run and its measured seconds per iteration. tp, pp, context: its layout; chunk_layers: of a virtual stage;
-    is_fitted: whether the planner's constants were fitted to it; the others were not looked at for that."""
+    is_fitted: whether the planner's constants were fitted to it; the others only check them."""
 
     name: str
     gpu: str
