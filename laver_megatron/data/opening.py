@@ -114,7 +114,7 @@ def _open(entry: str, num_workers: int, cache: ShardCache | None) -> ShardIndex:
     elif is_url(entry) and not path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{entry}: remote shards are opened through an index of them ({_TOOL} makes one)")
-        index = read_index(_need(cache, entry).fetch(entry), entry)
+        index = _fetch_index(_need(cache, entry), entry)
     elif path.suffix == ".parquet":
         index = read_index(path)
     else:
@@ -124,6 +124,16 @@ def _open(entry: str, num_workers: int, cache: ShardCache | None) -> ShardIndex:
     if remote:
         _need(cache, remote[0]).check(index)
     return index
+
+
+def _fetch_index(cache: ShardCache, url: str) -> ShardIndex:
+    while True:
+        copy = cache.fetch(url)
+        try:
+            return read_index(copy, url)
+        except ValueError:
+            if copy.exists():
+                raise  # else another process made room in between
 
 
 def _need(cache: ShardCache | None, url: str) -> ShardCache:

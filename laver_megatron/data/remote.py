@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -88,7 +89,8 @@ class ShardCache:
             return file
 
     def fetch(self, url: str, num_bytes: int | None = None) -> Path:
-        """The path of a copy. num_bytes: its size; if it is not known, the copy is fetched anew.
+        """The path of a copy, which others may remove at any time to make room. num_bytes: its size; if it is not
+        known, the copy is fetched anew.
 
         Raises:
             ValueError: it cannot be fetched, or has another size.
@@ -146,11 +148,15 @@ class ShardCache:
         while True:
             with self._lock("room"):
                 free = self.max_bytes - num_bytes
-                files = [(entry.stat(), entry) for entry in self._copies(".copy") + self._copies(".part")]
+                files = self._files()
                 total = sum(status.st_size for status, _ in files)
                 for status, entry in sorted(files, key=lambda file: file[0].st_mtime):
                     if total > free and (entry.suffix == ".copy" or self._is_abandoned(entry)):
-                        entry.unlink(missing_ok=True)
+                        try:
+                            entry.unlink()
+                        except FileNotFoundError:
+                            if entry.suffix == ".part":  # it may have become a copy: the next turn will see
+                                continue
                         total -= status.st_size
                 if total <= free:
                     with open(part, "wb") as file:
@@ -158,8 +164,17 @@ class ShardCache:
                     return
             time.sleep(_WAIT_SECONDS)  # for what others are fetching: then it can go
 
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        """Copies and what is being fetched, each once. Others rename and remove them meanwhile, in no lock of ours."""
+        files = {}
+        for suffix in (".part", ".copy"):  # in this order: a part that is a copy by now is found among those
+            for entry in self._copies(suffix):
+                with suppress(FileNotFoundError):
+                    files[entry.stem] = entry.stat(), entry
+        return list(files.values())
+
     def _copies(self, suffix: str) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.suffix == suffix and path.exists()]
+        return [path for path in self.folder.iterdir() if path.suffix == suffix]
 
     def _is_abandoned(self, part: Path) -> bool:
         """Whether whoever was fetching this is gone."""

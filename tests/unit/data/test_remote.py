@@ -123,6 +123,58 @@ def test_what_a_killed_process_left(cache, files):
     assert not list(cache.folder.glob("*.part"))
 
 
+def test_files_that_others_take_away_while_room_is_made(cache, files, monkeypatch):
+    a, b, c = files(3, 400)
+    content(cache, a), content(cache, b)
+    listed = ShardCache._copies
+
+    def vanish(self, suffix):
+        found = listed(self, suffix)
+        for path in found:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(ShardCache, "_copies", vanish)
+    assert content(cache, c) == b"c" * 400
+
+
+def test_what_another_process_finishes_while_room_is_made_is_counted(cache, files, monkeypatch):
+    a, b = files(2, 600)
+    cache.folder.mkdir()
+    part = cache._part(cache._name(a.path))
+    part.write_bytes(b"a" * 600)
+    listed = ShardCache._copies
+
+    def finish(self, suffix):
+        found = listed(self, suffix)
+        if part.exists():
+            part.rename(part.with_suffix(".copy"))
+        return found
+
+    monkeypatch.setattr(ShardCache, "_copies", finish)
+    assert content(cache, b) == b"b" * 600
+    monkeypatch.undo()
+    assert copies(cache) == ["b"], "both are more than the folder may hold"
+
+
+def test_a_copy_of_an_index_that_goes_before_it_is_read(served, demo_dir, tmp_path, monkeypatch):
+    folder, url, _ = served
+    for shard in find_shards(demo_dir / "shards"):
+        shutil.copy(shard, folder)
+    write_index(index_tars(find_shards(folder)), folder / "index.parquet")
+    cache, fetch, fetched = ShardCache(tmp_path / "cache", 10_000_000), ShardCache.fetch, []
+
+    def fetch_and_lose(self, *arguments):
+        fetched.append(fetch(self, *arguments))
+        if len(fetched) == 1:
+            fetched[0].unlink()
+        return fetched[-1]
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_and_lose)
+    [index] = open_indexes(f"{url}/index.parquet", cache=cache)
+    assert len(index) == 120 and len(fetched) == 2
+
+
 def read_all(cache, shards, number, failures):
     for turn in range(10):
         shard = shards[(turn * (number + 1) + number) % len(shards)]
