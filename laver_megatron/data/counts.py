@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.faults import FAULT_NAMES, Fault, FaultLog, SampleFault
-from laver_megatron.data.index import Shard, ShardIndex
-from laver_megatron.data.index_file import codes, read_table, write_table
+from laver_megatron.data.index import ShardIndex
+from laver_megatron.data.index_file import codes, is_url, read_table, write_table
 from laver_megatron.data.packing import IGNORE_LABEL
 from laver_megatron.data.processes import map_in_processes
-from laver_megatron.data.reading import SampleFiles, open_local
+from laver_megatron.data.reading import OpenShard, SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.encoders import ImagePreprocessor
 
@@ -59,7 +59,7 @@ def count_samples(
     preprocessor: ImagePreprocessor,
     num_workers: int,
     limits: Limits = None,
-    open_shard: Callable[[Shard], int] = open_local,
+    open_shard: OpenShard = open_local,
 ) -> SampleCounts:
     """The counts of an index, from the file beside it if they have been counted before.
 
@@ -107,7 +107,7 @@ def _count(
     preprocessor: ImagePreprocessor,
     num_workers: int,
     limits: Limits,
-    open_shard: Callable[[Shard], int],
+    open_shard: OpenShard,
 ) -> SampleCounts:
     counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
@@ -130,7 +130,7 @@ class _Counter:
         encoder: SampleEncoder,
         preprocessor: ImagePreprocessor,
         limits: Limits,
-        open_shard: Callable[[Shard], int],
+        open_shard: OpenShard,
     ) -> None:
         self._index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
         self._files = SampleFiles(open_shard)
@@ -154,7 +154,11 @@ class _Counter:
 
     def _count_one(self, row: int) -> tuple[int, int, int, int, int]:
         sample = self._index.sample(row)
-        content = self._files.read_member(self._index.shards[self._index.shard_I[row]], sample.text)
+        shard = self._index.shards[self._index.shard_I[row]]
+        if is_url(shard.path):  # all of it: an old copy can hold another text at the same place
+            content = self._files.read(shard, sample)[0]
+        else:
+            content = self._files.read_member(shard, sample.text)
         try:
             messages = parse_conversation(content, sample.key)
         except SampleFault as error:  # when it was indexed it was sound

@@ -56,8 +56,11 @@ class ShardCache:
             if is_url(path):
                 self._check_url(path)
 
-    def open(self, shard: Shard) -> int:
+    def open(self, shard: Shard, wrong: int | None = None) -> int:
         """A file descriptor to read a shard from: itself if it is local, else its copy, which is fetched if need be.
+
+        wrong: a descriptor of a copy that does not hold what the index says: it is fetched anew, unless another process
+        has done so.
 
         Raises:
             ValueError: it cannot be fetched, or has another size than in the index.
@@ -65,6 +68,8 @@ class ShardCache:
         """
         if not is_url(shard.path):
             return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        if wrong is not None:
+            self._drop(shard, wrong)
         while True:
             path = self.fetch(shard.path, shard.num_bytes)
             try:
@@ -111,6 +116,12 @@ class ShardCache:
                 finally:
                     part.unlink(missing_ok=True)
         return path
+
+    def _drop(self, shard: Shard, wrong: int) -> None:
+        path = self.folder / self._name(shard.path)
+        with self._lock(path.name), suppress(FileNotFoundError):  # which another process made room with
+            if os.path.samestat(path.stat(), os.fstat(wrong)):
+                path.unlink(missing_ok=True)
 
     def _is_whole(self, path: Path, num_bytes: int | None) -> bool:
         try:

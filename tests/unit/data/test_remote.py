@@ -5,19 +5,23 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from laver_megatron.data import remote
+from laver_megatron.data.counts import count_samples
+from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.index import Shard
 from laver_megatron.data.index_file import read_index, write_index
 from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.data.opening import find_shards, open_indexes
+from laver_megatron.data.reading import SampleFiles
 from laver_megatron.data.remote import ShardCache, expand_urls
-from tests.unit.data.content import question
+from tests.unit.data.content import picture_bytes, question
 from tests.unit.data.test_loader import same
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
@@ -243,6 +247,70 @@ def index_of(path, num_bytes):
 def test_braces():
     numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
     assert expand_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
+
+
+def changed(text):
+    """A shard's samples, all of the same size whatever the letter."""
+    return {f"k{number}": {"json": question("<image>", text * 20), "jpg": PICTURE} for number in range(3)}
+
+
+PICTURE = picture_bytes()
+
+
+@pytest.fixture
+def replaced(tmp_path, write_shard):
+    """(the index of a remote shard, a cache that holds another shard of the same size as its copy)"""
+    path = write_shard(changed("a"))
+    name, num_bytes = f"file://{path}", path.stat().st_size
+    cache = ShardCache(tmp_path / "cache", 10**6)
+    content(cache, Shard(name, num_bytes, 3))
+    assert write_shard(changed("b")).stat().st_size == num_bytes
+    index = index_tars([name], open_tar=cache_of(tmp_path / "other").open_once)
+    write_index(index, tmp_path / "far.parquet")
+    return read_index(tmp_path / "far.parquet"), cache
+
+
+def cache_of(folder):
+    return ShardCache(folder, 10**6)
+
+
+def test_a_copy_of_what_a_shard_was_before_is_fetched_anew(replaced, caplog):
+    index, cache = replaced
+    files, others = SampleFiles(cache.open), SampleFiles(cache.open)
+    others.read_member(index.shards[0], index.sample(0).text)  # a process that has the old copy open
+    for row in range(3):
+        assert b"bbb" in files.read(index.shards[0], index.sample(row))[0]
+    [message] = caplog.messages
+    assert index.shards[0].path in message and "'k0'" in message and "the copy is fetched anew" in message
+    [copy] = cache.folder.glob("*.copy")
+    before = copy.stat().st_ino
+    assert b"bbb" in others.read(index.shards[0], index.sample(0))[0]
+    assert copy.stat().st_ino == before, "what the first has fetched is good for the second"
+    files.close(), others.close()
+
+
+def test_a_shard_that_is_still_wrong_is_fetched_anew_once(replaced, write_shard, monkeypatch):
+    index, cache = replaced
+    write_shard(changed("c"))
+    fetches, download = [], ShardCache._download
+    monkeypatch.setattr(ShardCache, "_download", lambda *a: (fetches.append(1), download(*a)))
+    files = SampleFiles(cache.open)
+    for row in range(3):
+        with pytest.raises(SampleFault, match="checksum .* fetched anew, and is no better") as caught:
+            files.read(index.shards[0], index.sample(row))
+        assert caught.value.fault is Fault.damaged_shard
+    assert len(fetches) == 1
+    files.close()
+
+
+def test_counts_are_not_those_of_an_old_copy(replaced, tokenizer, preprocessor):
+    index, cache = replaced
+    counts = count_samples(index, tokenizer, preprocessor, 0, open_shard=cache.open)
+    fresh = count_samples(
+        replace(index, path=None), tokenizer, preprocessor, 0, open_shard=cache_of(cache.folder / "x").open
+    )
+    assert not counts.fault_I.any() and counts.tokens_I.tolist() == fresh.tokens_I.tolist()
+    assert "b" * 3 in content(cache, index.shards[0]).decode(errors="replace")
 
 
 # --- all of it -----------------------------------------------------------------------------------------
