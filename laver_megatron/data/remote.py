@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import xxhash
 from filelock import BaseFileLock, FileLock, Timeout
 
-from laver_megatron.data.fetching import RefusedError, fetch_into
+from laver_megatron.data.fetching import MissingProgramError, RefusedError, fetch_into
 from laver_megatron.data.index import Shard, ShardIndex
 from laver_megatron.data.index_file import is_url
 
@@ -139,6 +139,8 @@ class ShardCache:
                     found = fetch_into(url, target, num_bytes)
             except RefusedError as error:
                 raise ValueError(f"{url} cannot be fetched: {error}; {_REMEDY_REFUSED}") from error
+            except MissingProgramError as error:
+                raise ValueError(f"{url} cannot be fetched: {error}") from error
             except (OSError, ValueError) as error:
                 problem, remedy = str(error), _REMEDY
             else:
