@@ -4,17 +4,21 @@ import contextlib
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
+from laver_megatron.checkpoint import Progress
 from laver_megatron.command_line import load_config
 from laver_megatron.data import batches
-from laver_megatron.data.batches import BatchSource, count, num_bad_samples
+from laver_megatron.data.batches import BatchSource, GlobalCounts, count, num_bad_samples
 from laver_megatron.data.dataset import open_reader
 from laver_megatron.data.faults import Fault
 from laver_megatron.model.image_division import BY_TOKENS
+from laver_megatron.train import advance
 from tests.packs import pack, padding
 from tests.unit.data.content import picture_bytes
 
@@ -129,6 +133,15 @@ def test_a_restart_goes_on_counting_bad_samples(write_shard, demo_dir, config):
     assert sources[1].num_bad_samples == sources[0].num_bad_samples + 1
     with pytest.raises(ValueError, match=r"6\d of 1\d\d samples cannot be used"):
         keys_at(sources[2], 0, 1, 0)
+
+
+def test_progress_keeps_the_bad_samples_apart(config):
+    progress = Progress(consumed_samples=10, bad_samples=1)
+    counts = GlobalCounts(*[0] * 10)
+    flops = SimpleNamespace(total=1, laver_overhead=0)
+    with mock.patch.object(batches.dist, "get_world_size", return_value=1):
+        advance(progress, config, replace(counts, samples=5, bad_samples=2), flops, seconds=1.0)
+    assert (progress.consumed_samples, progress.bad_samples) == (15, 3)
 
 
 def test_the_table_holds_what_all_readers_have_found(write_shard, demo_dir, config):
