@@ -50,7 +50,8 @@ Item = TypeVar("Item")
 @dataclass
 class Progress:
     """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
-    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`.
+    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`. consumed_samples are
+    the good ones, bad_samples those whose slots were padding (0 in checkpoints that do not say).
 
     The fields from counted_iterations on are sums over that many iterations for the run's summary: model_flops of all
     devices together, laver_flops what LaVer has in them, device_seconds the training seconds times the devices.
@@ -59,6 +60,7 @@ class Progress:
     iteration: int = 0
     consumed_packs: int = 0
     consumed_samples: int = 0
+    bad_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     data_fingerprint: str = ""

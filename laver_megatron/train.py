@@ -179,7 +179,8 @@ def setup(config: Config) -> Trainer:
             start_from_weights(source, trainer.state, take_teacher=not config.finetune)
         else:
             load_checkpoint(source, trainer.state)
-            training_data.go_on_from(trainer.progress.data_mark)
+            progress = trainer.progress
+            training_data.go_on_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     elif teacher is not None and not config.finetune:
         load_teacher(teacher, centre, hf_dir, sharding_metadata())
     if config.laver and inputs.export is not None and not has_training_state(inputs.export):
@@ -312,6 +313,7 @@ def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: Ste
     progress.iteration += 1
     progress.consumed_packs += config.global_batch_size
     progress.consumed_samples += counts.samples
+    progress.bad_samples += counts.bad_samples
     progress.consumed_tokens += counts.tokens
     progress.counted_iterations += 1
     progress.consumed_visual_tokens += counts.visual_tokens

@@ -107,6 +107,14 @@ def test_a_refusal_is_final(server, cache, status):
     assert server.asked == [str(status)] * 2
 
 
+@pytest.mark.parametrize("url, program", [("https://h/a", "curl"), ("s3://b/a", "aws"), ("gs://b/a", "gsutil")])
+def test_a_missing_program_is_told_at_once(cache, url, program, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{url} cannot be fetched: there is no {program} here; install it"):
+        cache.open(Shard(url, 10, 1))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_what_may_pass_is_asked_for_again_a_few_times(server, cache, status, caplog):
     url = f"{server.url}/{status}"
