@@ -157,8 +157,10 @@ def test_a_command_that_stalls_is_ended_with_all_it_started(impatient, command):
 
 
 def test_a_slow_command_is_waited_for_as_long_as_enough_comes(impatient, monkeypatch):
+    """It takes longer than a silence may, and is never silent for nearly so long."""
     monkeypatch.setattr(fetching, "_LEAST_BYTES", 1)
-    assert fetched("pipe:for i in 1 2 3 4; do sleep 0.5; printf x; done") == b"xxxx"
+    monkeypatch.setattr(fetching, "_PATIENCE_SECONDS", 4)
+    assert fetched("pipe:for i in 1 2 3 4 5 6 7 8 9; do sleep 0.5; printf x; done") == b"x" * 9
 
 
 def test_a_command_that_fails(cache):
