@@ -23,8 +23,8 @@ FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(),
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 __all__ = [
-    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "encoder_tensor_sizes",
-    "open_preprocessor", "read_encoder",
+    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "encoder_settings",
+    "encoder_tensor_sizes", "open_preprocessor", "read_encoder",
 ]  # fmt: skip
 
 
@@ -37,6 +37,17 @@ def read_encoder(directory: str | Path) -> EncoderShape:
     """
     path, family, vision = _find(directory)
     return family.shape(vision, path)
+
+
+def encoder_settings(directory: str | Path) -> dict[str, Any]:
+    """config.json of an encoder's directory, cut down to the vision model, with its own model_type and with what
+    transformers assumes where the file is silent.
+
+    Raises:
+        ConfigError: as `read_encoder`.
+    """
+    path, family, vision = _find(directory)
+    return vision | {"model_type": family.shape(vision, path).model_type}
 
 
 def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None) -> ImagePreprocessor:
@@ -106,7 +117,7 @@ def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
-    """config.json of an encoder, its family, and the settings of the vision model in it."""
+    """config.json of an encoder, its family, and the settings of the vision model in it, completed."""
     path, content = read_part(directory, VISION_PART)
     model_type = content.get("model_type")
     family = FAMILY_OF.get(model_type) if isinstance(model_type, str) else None
@@ -114,4 +125,6 @@ def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
         known = ", ".join(FAMILY_OF)
         raise ConfigError([f"{path}: model_type is {model_type!r}, but the encoder must be one of {known}"])
     vision = content.get("vision_config", content)
-    return path, family, vision if isinstance(vision, dict) else {}
+    if not isinstance(vision, dict):
+        raise ConfigError([f"{path}: vision_config is {vision!r}, no settings of a vision model"])
+    return path, family, family.complete(vision, path)

@@ -64,6 +64,7 @@ ENCODER_JSON = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "image_size": 128,
     "patch_size": 16,
 }
