@@ -16,6 +16,7 @@ from laver_megatron.encoders import EncoderShape, open_preprocessor, read_encode
 from laver_megatron.model.shape import (
     ModelShape,
     is_laver_export,
+    is_size,
     read_config,
     read_model_shape,
 )
@@ -309,7 +310,9 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
         return None, [f"encoder {problem}" for problem in error.problems]
     problems, most_image_tokens = [], None
     try:
-        most_image_tokens = open_preprocessor(inputs.encoder_dir, config.max_image_tokens).most_tokens
+        # A cap that is none is said where the other numbers are.
+        cap = config.max_image_tokens if is_size(config.max_image_tokens) else None
+        most_image_tokens = open_preprocessor(inputs.encoder_dir, cap).most_tokens
     except ValueError as error:
         problems.append(f"encoder {error}")
     if not inputs.brings_encoder and not dry_run and shape.has_weights:

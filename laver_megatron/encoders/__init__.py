@@ -15,6 +15,7 @@ from laver_megatron.encoders.dinov2 import Dinov2
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor
 from laver_megatron.encoders.loading import cast_weights, load_checked
 from laver_megatron.encoders.patches import Patches
+from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.shape import VISION_PART, read_part
@@ -74,6 +75,7 @@ def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None
         raise ValueError(f"{file}: cannot be read ({error})") from error
     if getattr(processor, "backend", "pil") != "pil":
         raise ValueError(f"{file}: {type(processor).__name__} has no PIL version in transformers")
+    check_processor(processor, family, shape, file)
     return family.preprocessor(processor, shape, file, max_image_tokens)
 
 

@@ -189,9 +189,10 @@ class ImageEncoder(nn.Module, ABC):
 
 class Family(ABC):
     """Encoders of one architecture. model_types: of config.json, whether of the vision model alone or of a larger model
-    that has it as vision_config."""
+    that has it as vision_config. processors: the image processors that may come with one, without their backend."""
 
     model_types: tuple[str, ...]
+    processors: tuple[str, ...]
 
     @abstractmethod
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig] | None:

@@ -37,6 +37,7 @@ class PatchEncoder(ImageEncoder):
 
 class Patches(Family):
     model_types = ("laver_patches",)
+    processors = ("CLIPImageProcessor",)
 
     def config_class(self, vision: Mapping[str, Any]) -> None:
         return None

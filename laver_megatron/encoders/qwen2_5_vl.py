@@ -19,6 +19,7 @@ from torch import Tensor
 from laver_megatron.config import ConfigError
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
 from laver_megatron.encoders.native import check_sizes, native_preprocessor
+from laver_megatron.model.shape import is_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -58,6 +59,7 @@ def image_patches(pixels_3HW: Tensor, shape: EncoderShape) -> Tensor:
 
 class Qwen25VL(Family):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_vision")
+    processors = ("Qwen2VLImageProcessor",)
 
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
         from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -94,11 +96,14 @@ class Qwen25VL(Family):
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
         try:
-            min_pixels, max_pixels = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+            min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
                 f"{file}: {type(processor).__name__} says no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
             ) from None
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if not is_size(value):
+                raise ValueError(f"{file}: {name} is {value!r}, no whole number from 1 on")
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )

@@ -68,6 +68,7 @@ ENCODER_JSON = {
     "image_size": 128,
     "patch_size": 16,
 }
+NATIVE_PREPROCESSOR_JSON = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
 PREPROCESSOR_JSON = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 128, "width": 128}}
 TOKENIZER_JSON = {
     "added_tokens": [
@@ -906,6 +907,7 @@ def test_a_directory_without_weights(run, tmp_path):
     """Encoder-free: nothing but two settings files, and nothing else is asked for."""
     patches = write_encoder(tmp_path / "patches")
     (patches / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    (patches / "preprocessor_config.json").write_text(json.dumps(NATIVE_PREPROCESSOR_JSON))
     (patches / "model.safetensors").unlink()
     assert check_one(run.replace(encoder=str(patches)))
     assert check_one(run.replace(encoder=str(patches), max_image_tokens=100))
@@ -915,6 +917,8 @@ def test_a_directory_without_weights(run, tmp_path):
 
 def test_images_beyond_the_cap(run):
     assert check_one(run.replace(max_image_tokens=64))
+    (problem,) = found(run.replace(max_image_tokens=0))
+    assert "max_image_tokens is 0, but must be at least 1" in problem
     (problem,) = found(run.replace(max_image_tokens=63))
     assert "every image has 64 visual tokens, above max_image_tokens 63; raise it or leave it out" in problem
 
@@ -922,6 +926,7 @@ def test_images_beyond_the_cap(run):
 def test_going_on_with_an_encoder_without_layers(run, tmp_path):
     path = write_checkpoint(tmp_path / "run" / "checkpoints", encoder_feature_layer=None)
     (path / "encoder" / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    (path / "encoder" / "preprocessor_config.json").write_text(json.dumps(NATIVE_PREPROCESSOR_JSON))
     run = run.replace(encoder=None)
     assert check_one(run)
     assert "is -2, but an encoder of type laver_patches" in found(run.replace(encoder_feature_layer=-2))[0]
