@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.encoders import EncoderShape, open_preprocessor, read_encoder
+from laver_megatron.encoders import EncoderShape, check_encoder, open_preprocessor, read_encoder
 from laver_megatron.model.shape import (
     ModelShape,
     is_laver_export,
@@ -308,7 +308,7 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
         shape = read_encoder(inputs.encoder_dir)
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
-    problems, most_image_tokens = [], None
+    problems, most_image_tokens, reads_weights = [], None, False
     try:
         # A cap that is none is said where the other numbers are.
         cap = config.max_image_tokens if is_size(config.max_image_tokens) else None
@@ -316,7 +316,13 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
     except ValueError as error:
         problems.append(f"encoder {error}")
     if not inputs.brings_encoder and not dry_run and shape.has_weights:
-        problems += weight_problems("encoder", inputs.encoder_dir)
+        of_files = list(weight_problems("encoder", inputs.encoder_dir))
+        problems += of_files
+        reads_weights = not of_files
+    try:
+        check_encoder(inputs.encoder_dir, with_weights=reads_weights)
+    except ValueError as error:
+        problems.append(f"encoder {error}")
     return EncoderInputs(shape, most_image_tokens), problems
 
 
