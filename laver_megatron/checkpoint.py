@@ -50,7 +50,8 @@ Item = TypeVar("Item")
 @dataclass
 class Progress:
     """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
-    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`.
+    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`. consumed_samples are
+    the good ones, bad_samples those whose slots were padding (0 in checkpoints that do not say).
 
     The fields from counted_iterations on are sums over that many iterations for the run's summary: model_flops of all
     devices together, laver_flops what LaVer has in them, device_seconds the training seconds times the devices.
@@ -59,6 +60,7 @@ class Progress:
     iteration: int = 0
     consumed_packs: int = 0
     consumed_samples: int = 0
+    bad_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     data_fingerprint: str = ""
@@ -182,8 +184,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
         raise ValueError(
             f"{path} stands at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
-            "--visual-seq-length, --seed, tokenizer or encoder have changed since; --finetune in another --run-dir "
-            "starts on the new data with the weights alone"
+            "--visual-seq-length, --max-image-tokens, --seed, tokenizer or encoder have changed since; --finetune in "
+            "another --run-dir starts on the new data with the weights alone"
         )
     for name, value in loaded["progress"].items():
         setattr(state.progress, name, value)

@@ -191,7 +191,8 @@ class Config:
     )
     max_bad_fraction: float = _option(
         "data",
-        "share of the samples that may be unusable or turn out bad before the run ends with an error",
+        "share of the samples that may be bad, held twice: against those known to be unusable before training, and "
+        "against those that turn out bad while they are read, restarts included; above it the run ends with an error",
         default=0.01,
     )
     shard_cache: str | None = _option(

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config import CHANGEABLE, Config, ConfigError
-from laver_megatron.encoders import EncoderShape, read_encoder
+from laver_megatron.config import CHANGEABLE, Config
+from laver_megatron.encoders import EncoderShape, encoder_facts, read_encoder
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
 
 _LAVER_NAMES = ("[MASK]", "vision head")
@@ -86,8 +86,11 @@ def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         return
     assert inputs.encoder_dir is not None
     try:
-        named, brought = (asdict(read_encoder(directory)) for directory in (Path(config.encoder), inputs.encoder_dir))
-    except ConfigError:  # not there any more, which is no fault; or unreadable, which is said where it is read
+        directories = (Path(config.encoder), inputs.encoder_dir)
+        named, brought = (asdict(read_encoder(directory)) for directory in directories)
+        if named == brought:
+            named, brought = (encoder_facts(directory) for directory in directories)
+    except ValueError:  # not there any more, which is no fault; or unreadable, which is said where it is read
         return
     differing = [f"{name} {named[name]} against {brought[name]}" for name in named if named[name] != brought[name]]
     if differing:
@@ -95,6 +98,16 @@ def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             f"encoder {config.encoder} is not the encoder of {inputs.encoder_dir}, which comes with the other weights: "
             f"{', '.join(differing)}; drop --encoder, or start from a model that was aligned with it"
         )
+
+
+def encoder_message(config: Config, inputs: Inputs) -> str:
+    """For people: that an --encoder is not what is read where the weights bring their own; empty for others."""
+    if config.encoder is None or not inputs.brings_encoder:
+        return ""
+    return (
+        f"the image encoder is that of {inputs.encoder_dir}, weights and all; --encoder {config.encoder} was only "
+        "compared with it by its settings"
+    )
 
 
 def start_message(config: Config, inputs: Inputs) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.encoders import EncoderShape, open_preprocessor, read_encoder
+from laver_megatron.encoders import EncoderShape, check_encoder, open_preprocessor, read_encoder
 from laver_megatron.model.shape import (
     ModelShape,
     is_laver_export,
+    is_size,
     read_config,
     read_model_shape,
 )
@@ -307,13 +308,21 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
         shape = read_encoder(inputs.encoder_dir)
     except ConfigError as error:
         return None, [f"encoder {problem}" for problem in error.problems]
-    problems, most_image_tokens = [], None
+    problems, most_image_tokens, reads_weights = [], None, False
     try:
-        most_image_tokens = open_preprocessor(inputs.encoder_dir, config.max_image_tokens).most_tokens
+        # A cap that is none is said where the other numbers are.
+        cap = config.max_image_tokens if is_size(config.max_image_tokens) else None
+        most_image_tokens = open_preprocessor(inputs.encoder_dir, cap).most_tokens
     except ValueError as error:
         problems.append(f"encoder {error}")
     if not inputs.brings_encoder and not dry_run and shape.has_weights:
-        problems += weight_problems("encoder", inputs.encoder_dir)
+        of_files = list(weight_problems("encoder", inputs.encoder_dir))
+        problems += of_files
+        reads_weights = not of_files
+    try:
+        check_encoder(inputs.encoder_dir, with_weights=reads_weights)
+    except ValueError as error:
+        problems.append(f"encoder {error}")
     return EncoderInputs(shape, most_image_tokens), problems
 
 

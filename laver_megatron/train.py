@@ -37,7 +37,7 @@ from laver_megatron.checkpoint import (
 )
 from laver_megatron.command_line import from_command_line
 from laver_megatron.config import Config
-from laver_megatron.continuity import as_before, start_message
+from laver_megatron.continuity import as_before, encoder_message, start_message
 from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
@@ -179,15 +179,17 @@ def setup(config: Config) -> Trainer:
             start_from_weights(source, trainer.state, take_teacher=not config.finetune)
         else:
             load_checkpoint(source, trainer.state)
-            training_data.go_on_from(trainer.progress.data_mark)
+            progress = trainer.progress
+            training_data.go_on_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     elif teacher is not None and not config.finetune:
         load_teacher(teacher, centre, hf_dir, sharding_metadata())
     if config.laver and inputs.export is not None and not has_training_state(inputs.export):
         say(f"{inputs.export} brings no training state: [MASK], vision head and teacher begin anew")
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
-    if message := start_message(config, inputs):
-        say(message)
+    for message in (start_message(config, inputs), encoder_message(config, inputs)):
+        if message:
+            say(message)
     return trainer
 
 
@@ -312,6 +314,7 @@ def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: Ste
     progress.iteration += 1
     progress.consumed_packs += config.global_batch_size
     progress.consumed_samples += counts.samples
+    progress.bad_samples += counts.bad_samples
     progress.consumed_tokens += counts.tokens
     progress.counted_iterations += 1
     progress.consumed_visual_tokens += counts.visual_tokens

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--output {options.output} must end with .parquet")
         if options.output.exists() and not options.overwrite:
             raise ValueError(f"--output {options.output} is there already; replace it with --overwrite")
-        indexes = open_indexes(options.index, options.num_workers)
+        indexes = open_indexes(options.index, options.num_workers, reads_shards=False)
         manifest = write_subset(concatenate(indexes), options.num_samples, options.seed, options.output)
     except (ValueError, OSError) as error:
         print(f"subset_shards: {error}", file=sys.stderr)

@@ -24,7 +24,6 @@ from laver_megatron.convert.parts import (
     native_bounds,
     parts_of_megatron,
     training_of_checkpoint,
-    vision_settings,
 )
 from laver_megatron.convert.report import Conversion, Progress, warn
 from laver_megatron.convert.rows import row_blocks
@@ -38,7 +37,7 @@ from laver_megatron.convert.safetensors_writer import (
 )
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
-from laver_megatron.encoders import open_preprocessor
+from laver_megatron.encoders import encoder_settings, open_preprocessor
 from laver_megatron.inputs import IMAGE_TOKENS, latest_checkpoint
 from laver_megatron.manifest import check_files, read_manifest
 from laver_megatron.model.shape import TEXT_PART, read_part
@@ -272,7 +271,7 @@ def _small_files(
     tokenizer = load_tokenizer(hf)
     dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
     config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
-    vision_config = vision_settings(encoder)
+    vision_config = encoder_settings(encoder)
     preprocessor = open_preprocessor(encoder, training.max_image_tokens)
     native = native_bounds(preprocessor)
     config = config_of(

@@ -17,12 +17,10 @@ from laver_megatron.encoders import ImagePreprocessor, encoder_tensor_sizes, ope
 from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.inputs import RUN_FILE, has_encoder, preprocessor_problems, tokenizer_problems
 from laver_megatron.model.shape import (
-    VISION_PART,
     ModelShape,
     is_laver_export,
     read_config,
     read_model_shape,
-    read_part,
 )
 from laver_megatron.ranks import on_rank_0
 
@@ -152,13 +150,6 @@ def native_bounds(preprocessor: ImagePreprocessor) -> dict[str, int] | None:
     if not isinstance(preprocessor, NativePreprocessor):
         return None
     return {"min_pixels": preprocessor.min_pixels, "max_pixels": preprocessor.max_pixels}
-
-
-def vision_settings(directory: Path) -> dict[str, Any]:
-    """config.json of an encoder's directory, cut down to the vision model and with its type, which files of larger
-    models may leave out."""
-    _, content = read_part(directory, VISION_PART)
-    return content.get("vision_config", content) | {"model_type": read_encoder(directory).model_type}
 
 
 def training_of_checkpoint(directory: Path) -> Training:

@@ -112,9 +112,9 @@ class BatchSource:
                 f"this rank's data have the fingerprint {reader.fingerprint}, those of rank 0 {self.fingerprint}: the "
                 "indexes or shards under --data-path are not the same on all nodes"
             )
-        self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks
+        self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks, since the run began
         self._told_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
-        self.faults = Counter[Fault]()  # what all readers have found since the start; on ranks that read
+        self.faults = Counter[Fault]()  # what all readers have found since this start; on ranks that read
         self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
         self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
 
@@ -122,12 +122,14 @@ class BatchSource:
         """What `go_on_from` needs so that reading from `first_pack` on starts at once. Collective."""
         return _told_by_rank_0(None if self.reader is None else asdict(self.reader.plan.mark(first_pack)))
 
-    def go_on_from(self, mark: dict[str, Any]) -> None:
-        """Makes going on cheap where a mark was kept; without one all packs up to there are counted anew.
+    def go_on_from(self, mark: dict[str, Any], num_good_samples: int = 0, num_bad_samples: int = 0) -> None:
+        """Makes going on cheap where a mark was kept; without one all packs up to there are counted anew. The samples
+        that were read before count towards the limit of bad ones.
 
         Raises:
             ValueError: it is damaged or belongs to other data.
         """
+        self.num_samples, self.num_bad_samples = num_good_samples + num_bad_samples, num_bad_samples
         if self.reader is not None and mark:
             self.reader.plan.go_on_from(PlanMark(**mark))
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.conversations import parse_conversation
-from laver_megatron.data.faults import FAULT_NAMES, Fault, FaultLog, SampleFault
-from laver_megatron.data.index import Shard, ShardIndex
-from laver_megatron.data.index_file import codes, read_table, write_table
+from laver_megatron.data.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
+from laver_megatron.data.index import ShardIndex
+from laver_megatron.data.index_file import codes, is_url, read_table, write_table
 from laver_megatron.data.packing import IGNORE_LABEL
 from laver_megatron.data.processes import map_in_processes
-from laver_megatron.data.reading import SampleFiles, open_local
+from laver_megatron.data.reading import OpenShard, SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.encoders import ImagePreprocessor
 
@@ -59,46 +59,52 @@ def count_samples(
     preprocessor: ImagePreprocessor,
     num_workers: int,
     limits: Limits = None,
-    open_shard: Callable[[Shard], int] = open_local,
+    open_shard: OpenShard = open_local,
+    log: FaultLog | None = None,
 ) -> SampleCounts:
     """The counts of an index, from the file beside it if they have been counted before.
 
     limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples. Without an index file,
-    or in a folder that cannot be written to, everything is counted anew each time.
+    or in a folder that cannot be written to, everything is counted anew each time. log: gets the faults that the index
+    does not have, with what exactly is wrong if they are counted now.
 
     Raises:
         ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
     """
+    log = FaultLog(logger) if log is None else log
     if index.path is None:
-        return _count(index, tokenizer, preprocessor, num_workers, limits, open_shard)
+        return _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
     name = f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet"
     path = index.path.with_name(name)
-    if (counts := _kept_counts(path, len(index))) is not None:
+    if (counts := _kept_counts(path, index, log)) is not None:
         return counts
     try:
         with FileLock(path.with_name(f".{name}.lock")):  # several readers start together: one counts, the others wait
-            if (counts := _kept_counts(path, len(index))) is not None:
+            if (counts := _kept_counts(path, index, log)) is not None:
                 return counts
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard)
+            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
             # A shard that is being damaged or replaced is not remembered.
             if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
                 write_counts(counts, path)
     except OSError as error:
         logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
         if counts is None:
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard)
+            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
     return counts
 
 
-def _kept_counts(path: Path, num_samples: int) -> SampleCounts | None:
+def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts | None:
     """What was counted before; None if nothing was, or the file is damaged."""
     if not path.is_file():
         return None
     try:
-        return read_counts(path, num_samples)
+        counts = read_counts(path, len(index))
     except ValueError as error:
         logger.warning("%s", error)
         return None
+    for row in np.flatnonzero(counts.fault_I * (index.fault_I == 0)).tolist():
+        log.add(FAULTS[counts.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+    return counts
 
 
 def _count(
@@ -107,14 +113,14 @@ def _count(
     preprocessor: ImagePreprocessor,
     num_workers: int,
     limits: Limits,
-    open_shard: Callable[[Shard], int],
+    open_shard: OpenShard,
+    log: FaultLog,
 ) -> SampleCounts:
     counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(index), desc="counting tokens", unit="sample", disable=hidden, leave=False) as bar:
         parts = map_in_processes(counter.count, tasks, num_workers, bar.update)
-    log = FaultLog(logger)
     for _, faults in parts:
         for row, fault, detail in faults:
             log.add(fault, index.shards[index.shard_I[row]].path, index.key(row), detail)
@@ -130,7 +136,7 @@ class _Counter:
         encoder: SampleEncoder,
         preprocessor: ImagePreprocessor,
         limits: Limits,
-        open_shard: Callable[[Shard], int],
+        open_shard: OpenShard,
     ) -> None:
         self._index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
         self._files = SampleFiles(open_shard)
@@ -154,7 +160,11 @@ class _Counter:
 
     def _count_one(self, row: int) -> tuple[int, int, int, int, int]:
         sample = self._index.sample(row)
-        content = self._files.read_member(self._index.shards[self._index.shard_I[row]], sample.text)
+        shard = self._index.shards[self._index.shard_I[row]]
+        if is_url(shard.path):  # all of it: an old copy can hold another text at the same place
+            content = self._files.read(shard, sample)[0]
+        else:
+            content = self._files.read_member(shard, sample.text)
         try:
             messages = parse_conversation(content, sample.key)
         except SampleFault as error:  # when it was indexed it was sound

@@ -115,10 +115,20 @@ class FaultLog:
         """
         num_bad = self.counts.total() if num_bad is None else num_bad
         if num_bad > limit_fraction * num_samples:
+            share, limit = _told_apart(num_bad / max(num_samples, 1), limit_fraction)
+            table = fault_table(self.counts if found is None else found) or "what is wrong was logged before this start"
             raise ValueError(
-                f"{num_bad} of {num_samples} samples cannot be used ({num_bad / max(num_samples, 1):.1%}, allowed "
-                f"are {limit_fraction:.1%}); {REMEDY}\n{fault_table(self.counts if found is None else found)}"
+                f"{num_bad} of {num_samples} samples cannot be used ({share}, allowed are {limit}); {REMEDY}\n{table}"
             )
+
+
+def _told_apart(one: float, other: float) -> tuple[str, str]:
+    """Two shares in per cent, with as many digits as it takes to see that they differ."""
+    for num_digits in range(1, 16):
+        texts = f"{one:.{num_digits}%}", f"{other:.{num_digits}%}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def fault_table(counts: Mapping[Fault, int] | Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ is given up, with the reason, and never waited for without end.
 import os
 import re
 import select
+import shutil
 import subprocess
 import tempfile
 import time
@@ -27,15 +28,28 @@ class RefusedError(ValueError):
     """The server answers that it will not give this: asking again is of no use."""
 
 
+class MissingProgramError(ValueError):
+    """The program that fetches such URLs is not installed: trying again is of no use."""
+
+
 def fetch_into(url: str, target: BinaryIO, num_bytes: int | None) -> int:
     """Writes what a URL names to a file, to its end or to the first byte above `num_bytes`; the number of bytes.
 
     Raises:
         RefusedError: the server says no.
+        MissingProgramError: curl, aws, gsutil or the like is missing.
         OSError: it cannot be reached, sends less than 10 kB/s over a minute, breaks off, or says that it failed.
     """
     with tempfile.TemporaryFile() as messages:
-        source = open_url(url, messages)
+        try:
+            source = open_url(url, messages)
+        except FileNotFoundError as error:
+            program = str(error.filename)
+            if os.sep in program or shutil.which(program):
+                raise
+            raise MissingProgramError(
+                f"there is no {program} here; install it, and see that it is on the PATH"
+            ) from error
         try:
             found = _copy(source, target, num_bytes)
             if num_bytes is None or found <= num_bytes:

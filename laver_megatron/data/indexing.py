@@ -121,6 +121,7 @@ class _IndexBuilder:
         self._left_out: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         self._num_damages = 0  # that no sample has been found lost to
+        self._num_found_lost = 0
         self._num_damaged_bytes = 0
 
     def add(self, found: MemberGroup | Damage) -> None:
@@ -135,6 +136,7 @@ class _IndexBuilder:
             if images:
                 lost = found.beside_damage
                 self._num_damages -= lost and self._num_damages > 0
+                self._num_found_lost += lost
                 fault = Fault.damaged_shard if lost else Fault.no_json
                 self._left_out[fault] += 1
                 self._note(fault, found.key, f"{len(images)} pictures without a .json")
@@ -166,12 +168,12 @@ class _IndexBuilder:
         )
 
     def _num_lost(self, num_bytes: int) -> int:
-        """Samples that damages have swallowed, judged by the bytes of those that are whole; what is missing behind the
-        end of a tar that was cut off nobody knows."""
-        if not self._num_damages or not self._rows:
+        """Samples that damages have swallowed besides those that were found lost, judged by the bytes of those that are
+        whole; what is missing behind the end of a tar that was cut off nobody knows."""
+        if not self._rows:
             return self._num_damages
         bytes_a_sample = (num_bytes - self._num_damaged_bytes) / len(self._rows)
-        return max(self._num_damages, round(self._num_damaged_bytes / max(bytes_a_sample, 1)))
+        return max(self._num_damages, round(self._num_damaged_bytes / max(bytes_a_sample, 1)) - self._num_found_lost)
 
     def _split(self, group: MemberGroup) -> tuple[Member | None, list[Member]]:
         """The .json and the pictures in order: one without a number first, then by number."""
@@ -204,8 +206,12 @@ class _IndexBuilder:
         if fault is None and group.beside_damage and not images:
             fault = Fault.damaged_shard
             self._note(fault, group.key, "beside a damage, and without a picture: it may have had some")
+        if fault is None and group.beside_damage and self._ends_in_zeros(images[-1]):
+            fault = Fault.damaged_shard
+            self._note(fault, group.key, f"before a damage, and .{images[-1].extension} ends in zeros: it is cut off")
         if fault is Fault.damaged_shard:
             self._num_damages -= self._num_damages > 0
+            self._num_found_lost += 1
         for member in images[len(self._pictures) - num_pictures :]:  # those behind one that cannot be read
             self._add_picture(member, (0, 0))
         self._row_of.setdefault(group.key, len(self._rows))
@@ -244,6 +250,11 @@ class _IndexBuilder:
             self._add_picture(member, size)
         if first is not None:
             raise first
+
+    def _ends_in_zeros(self, member: Member) -> bool:
+        """Whether the last 16 bytes are zeros, as no picture's are that is compressed."""
+        self._file.seek(member.offset + max(member.size - 16, 0))
+        return not any(self._file.read(min(member.size, 16)))
 
     def _content(self, member: Member) -> bytes:
         is_text = member.extension == "json"

@@ -194,10 +194,12 @@ def open_dataset(
     indexes = open_indexes(paths, max(num_workers, 1), cache)
     open_shard = open_local if cache is None else cache.open
     limits = (seq_length, visual_seq_length or seq_length) if long_samples == "drop_turns" else None
+    faults = FaultLog(logger)
+    _add_faults(faults, indexes)
     counts = [
-        count_samples(index, tokenizer, preprocessor, max(num_workers, 1), limits, open_shard) for index in indexes
+        count_samples(index, tokenizer, preprocessor, max(num_workers, 1), limits, open_shard, faults)
+        for index in indexes
     ]
-    faults = _known_faults(indexes, counts)
     maker = PackMaker(indexes, encoder, preprocessor, seq_length, limits, open_shard)
     faults.check(max_bad_fraction, maker.num_samples)
     weights = [1.0] * len(indexes) if weights is None else weights
@@ -212,14 +214,13 @@ def open_dataset(
     return PackReader(maker, plan, num_workers, faults, max_bad_fraction)
 
 
-def _known_faults(indexes: Sequence[ShardIndex], counts: Sequence[SampleCounts]) -> FaultLog:
-    """What indexing and counting found, logged with shard and key."""
-    log = FaultLog(logger)
-    for index, part in zip(indexes, counts, strict=True):
-        for row in np.flatnonzero(part.fault_I).tolist():
-            log.add(FAULTS[part.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
+    """Adds what indexing found, logged with shard and key."""
+    for index in indexes:
+        for row in np.flatnonzero(index.fault_I).tolist():
+            log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+    for index in indexes:
         log.counts.update({Fault(name): count for name, count in index.left_out.items()})
-    return log
 
 
 def _report(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:

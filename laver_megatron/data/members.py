@@ -18,6 +18,10 @@ IMAGE_EXTENSION = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)"
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
 _CHUNK_BYTES = 1 << 20
+# Two blocks of zeros end a tar, and more fill its last record: 10,240 bytes of `tar` and of Python, at most 1 MiB of
+# those who write to tapes or with large buffers. What is more was never written: a download that was broken off
+# leaves it in a file of the final size.
+_MOST_END_BYTES = 2 * _BLOCK + (1 << 20)
 _COMPRESSED = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip",
 }  # fmt: skip
@@ -172,13 +176,17 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _end_or_damage(file: BinaryIO, position: int, num_bytes: int) -> Damage | None:
-    """What a block that is no header means: zeros up to the end of the file are the end of the tar."""
+    """What a block that is no header means: zeros up to the end of the file end a tar, unless they are too many."""
     if position >= num_bytes:
         return Damage(position, num_bytes, "cut off: the file ends without a tar's closing zeros")
     if position + _BLOCK > num_bytes:
         return Damage(position, num_bytes, "cut off: the file ends within a header")
     if _only_zeros(file, position):
-        return None
+        num_zeros = num_bytes - position
+        if num_zeros <= _MOST_END_BYTES:
+            return None
+        what = f"bytes {position} to {num_bytes} are zeros, {num_zeros} of them, where a tar ends with "
+        return Damage(position, num_bytes, f"{what}{_MOST_END_BYTES} at most: it was never written to its end")
     end = _next_header(file, position + 1, num_bytes)
     file.seek(position)
     block = file.read(_BLOCK)

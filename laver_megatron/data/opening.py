@@ -66,13 +66,18 @@ def path_problems(paths: Sequence[str]) -> list[str]:
 
 
 def open_indexes(
-    paths: str | Path | Iterable[str | Path], num_workers: int = 1, cache: ShardCache | None = None
+    paths: str | Path | Iterable[str | Path],
+    num_workers: int = 1,
+    cache: ShardCache | None = None,
+    *,
+    reads_shards: bool = True,
 ) -> list[ShardIndex]:
     """One index for each entry, held against its shards.
 
     An entry is a folder (its index.parquet, else all its tars), an index (`*.parquet`), a tar, or a glob of tars. Tars
     that an index.parquet beside them lists are taken from it; all others are indexed now, which reads them whole.
-    cache: for indexes that are URLs, and for those that name shards by URLs.
+    cache: for indexes that are URLs, and for those that name shards by URLs. reads_shards: False if no sample will be
+    read: then remote shards need no cache.
 
     Raises:
         ValueError: entries that are missing or empty; an index that does not match its shards; with the remedy.
@@ -80,7 +85,7 @@ def open_indexes(
     entries = _entries(paths)
     if not entries:
         raise ValueError("shards: no shards were named")
-    indexes = [_open(entry, num_workers, cache) for entry in entries]
+    indexes = [_open(entry, num_workers, cache, reads_shards) for entry in entries]
     entry_of: dict[str, str] = {}
     for entry, index in zip(entries, indexes, strict=True):
         twice = [shard.path for shard in index.shards if shard.path in entry_of]
@@ -106,7 +111,7 @@ def _entries(paths: str | Path | Iterable[str | Path]) -> list[str]:
     return [str(paths)] if isinstance(paths, str | Path) else [str(path) for path in paths]
 
 
-def _open(entry: str, num_workers: int, cache: ShardCache | None) -> ShardIndex:
+def _open(entry: str, num_workers: int, cache: ShardCache | None, reads_shards: bool) -> ShardIndex:
     path = Path(entry)
     if path.is_dir() and (path / INDEX_NAME).is_file():
         index = read_index(path / INDEX_NAME)
@@ -114,16 +119,26 @@ def _open(entry: str, num_workers: int, cache: ShardCache | None) -> ShardIndex:
     elif is_url(entry) and not path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{entry}: remote shards are opened through an index of them ({_TOOL} makes one)")
-        index = read_index(_need(cache, entry).fetch(entry), entry)
+        index = _fetch_index(_need(cache, entry), entry)
     elif path.suffix == ".parquet":
         index = read_index(path)
     else:
         return _of_tars(find_shards(entry), num_workers)
     check_index(index)
     remote = [shard.path for shard in index.shards if is_url(shard.path)]
-    if remote:
+    if remote and reads_shards:
         _need(cache, remote[0]).check(index)
     return index
+
+
+def _fetch_index(cache: ShardCache, url: str) -> ShardIndex:
+    while True:
+        copy = cache.fetch(url)
+        try:
+            return read_index(copy, url)
+        except ValueError:
+            if copy.exists():
+                raise  # else another process made room in between
 
 
 def _need(cache: ShardCache | None, url: str) -> ShardCache:

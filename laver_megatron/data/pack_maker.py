@@ -18,9 +18,9 @@ from laver_megatron.data.conversations import parse_conversation
 from laver_megatron.data.counts import Limits
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.images import decode_image
-from laver_megatron.data.index import Shard, ShardIndex
+from laver_megatron.data.index import ShardIndex
 from laver_megatron.data.packing import EncodedSample, PackBatch, PackedSample, build_packs, check_features
-from laver_megatron.data.reading import SampleFiles, open_local
+from laver_megatron.data.reading import OpenShard, SampleFiles, open_local
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.encoders import ImagePreprocessor
 
@@ -94,7 +94,7 @@ class PackMaker:
         preprocessor: ImagePreprocessor,
         seq_length: int,
         limits: Limits = None,
-        open_shard: Callable[[Shard], int] = open_local,
+        open_shard: OpenShard = open_local,
     ) -> None:
         self.indexes, self.encoder, self.preprocessor = indexes, encoder, preprocessor
         self.seq_length, self.limits = seq_length, limits

@@ -194,11 +194,12 @@ class PackPlan:
             ValueError: they do not lead to it.
         """
         window, noted = self._first_window, self._first_packs
-        self._first_window, self._first_packs = 0, [0]
-        found = self._first_pack(window)
-        if found != noted[0]:
-            raise ValueError(f"window {window} begins at pack {found}, but {noted[0]} was noted")
-        self._first_packs += noted[1:]
+        first_packs = [0]
+        for earlier in range(window):
+            first_packs.append(first_packs[-1] + len(self.window_packs(earlier)))
+        if first_packs[-1] != noted[0]:
+            raise ValueError(f"window {window} begins at pack {first_packs[-1]}, but {noted[0]} was noted")
+        self._first_window, self._first_packs = 0, first_packs + noted[1:]
 
     def _mark(self, window: int, first_pack: int) -> PlanMark:
         packs = self.window_packs(window)

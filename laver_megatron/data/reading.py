@@ -1,40 +1,73 @@
 """Reads samples from shards by the index: one open file a shard, checksums, local copies of remote shards."""
 
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from typing import Protocol
 
 import xxhash
 
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.index import Shard, ShardSample
+from laver_megatron.data.index_file import is_url
 from laver_megatron.data.members import Member
+
+logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 64
 
 
-def open_local(shard: Shard) -> int:
-    """A file descriptor of a local shard. Raises OSError."""
+class OpenShard(Protocol):
+    """Gives a file descriptor of a shard. wrong: one of a copy of it that does not hold what the index says."""
+
+    def __call__(self, shard: Shard, wrong: int | None = None) -> int: ...
+
+
+def open_local(shard: Shard, wrong: int | None = None) -> int:
+    """A file descriptor of a local shard, of which there are no copies. Raises OSError."""
     return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class SampleFiles:
     """Open shards, the most recently used ones; reading is safe in forked processes.
 
-    open_shard: gives a file descriptor of a shard; `ShardCache.open` fetches remote ones.
+    open_shard: `ShardCache.open` fetches remote ones.
     """
 
-    def __init__(self, open_shard: Callable[[Shard], int] = open_local) -> None:
+    def __init__(self, open_shard: OpenShard = open_local) -> None:
         self._open_shard = open_shard
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._fetched_anew: set[str] = set()
 
     def read(self, shard: Shard, sample: ShardSample) -> list[bytes]:
-        """The bytes of a sample's .json and of its pictures in order.
+        """The bytes of a sample's .json and of its pictures in order. A copy of a remote shard that does not hold them
+        is fetched anew, once.
 
         Raises:
             SampleFault: they are not what was indexed.
+            ValueError: the shard cannot be fetched.
             OSError: the shard cannot be opened or read.
         """
+        try:
+            return self._read(shard, sample)
+        except SampleFault as error:
+            if not is_url(shard.path):
+                raise
+            fault = error
+        if shard.path not in self._fetched_anew:
+            self._fetched_anew.add(shard.path)
+            logger.warning(
+                "%s: %r is not in its copy as it was indexed (%s); the copy is fetched anew",
+                shard.path, sample.key, fault,
+            )  # fmt: skip
+            self._fetch_anew(shard)
+            try:
+                return self._read(shard, sample)
+            except SampleFault as error:
+                fault = error
+        raise SampleFault(fault.fault, f"{fault}; its copy has been fetched anew, and is no better") from fault
+
+    def _read(self, shard: Shard, sample: ShardSample) -> list[bytes]:
         digest = xxhash.xxh3_64()
         contents = []
         for member in sample.members:
@@ -69,6 +102,13 @@ class SampleFiles:
         """Closes all files."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def _fetch_anew(self, shard: Shard) -> None:
+        wrong = self._files.pop(shard.path)
+        try:
+            self._files[shard.path] = self._open_shard(shard, wrong)
+        finally:
+            os.close(wrong)
 
     def _file(self, shard: Shard) -> int:
         file = self._files.get(shard.path)

@@ -8,13 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
 import xxhash
 from filelock import BaseFileLock, FileLock, Timeout
 
-from laver_megatron.data.fetching import RefusedError, fetch_into
+from laver_megatron.data.fetching import MissingProgramError, RefusedError, fetch_into
 from laver_megatron.data.index import Shard, ShardIndex
 from laver_megatron.data.index_file import is_url
 
@@ -55,8 +56,11 @@ class ShardCache:
             if is_url(path):
                 self._check_url(path)
 
-    def open(self, shard: Shard) -> int:
+    def open(self, shard: Shard, wrong: int | None = None) -> int:
         """A file descriptor to read a shard from: itself if it is local, else its copy, which is fetched if need be.
+
+        wrong: a descriptor of a copy that does not hold what the index says: it is fetched anew, unless another process
+        has done so.
 
         Raises:
             ValueError: it cannot be fetched, or has another size than in the index.
@@ -64,6 +68,8 @@ class ShardCache:
         """
         if not is_url(shard.path):
             return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        if wrong is not None:
+            self._drop(shard, wrong)
         while True:
             path = self.fetch(shard.path, shard.num_bytes)
             try:
@@ -88,7 +94,8 @@ class ShardCache:
             return file
 
     def fetch(self, url: str, num_bytes: int | None = None) -> Path:
-        """The path of a copy. num_bytes: its size; if it is not known, the copy is fetched anew.
+        """The path of a copy, which others may remove at any time to make room. num_bytes: its size; if it is not
+        known, the copy is fetched anew.
 
         Raises:
             ValueError: it cannot be fetched, or has another size.
@@ -110,6 +117,12 @@ class ShardCache:
                     part.unlink(missing_ok=True)
         return path
 
+    def _drop(self, shard: Shard, wrong: int) -> None:
+        path = self.folder / self._name(shard.path)
+        with self._lock(path.name), suppress(FileNotFoundError):  # which another process made room with
+            if os.path.samestat(path.stat(), os.fstat(wrong)):
+                path.unlink(missing_ok=True)
+
     def _is_whole(self, path: Path, num_bytes: int | None) -> bool:
         try:
             if num_bytes is None or path.stat().st_size != num_bytes:
@@ -126,6 +139,8 @@ class ShardCache:
                     found = fetch_into(url, target, num_bytes)
             except RefusedError as error:
                 raise ValueError(f"{url} cannot be fetched: {error}; {_REMEDY_REFUSED}") from error
+            except MissingProgramError as error:
+                raise ValueError(f"{url} cannot be fetched: {error}") from error
             except (OSError, ValueError) as error:
                 problem, remedy = str(error), _REMEDY
             else:
@@ -146,11 +161,15 @@ class ShardCache:
         while True:
             with self._lock("room"):
                 free = self.max_bytes - num_bytes
-                files = [(entry.stat(), entry) for entry in self._copies(".copy") + self._copies(".part")]
+                files = self._files()
                 total = sum(status.st_size for status, _ in files)
                 for status, entry in sorted(files, key=lambda file: file[0].st_mtime):
                     if total > free and (entry.suffix == ".copy" or self._is_abandoned(entry)):
-                        entry.unlink(missing_ok=True)
+                        try:
+                            entry.unlink()
+                        except FileNotFoundError:
+                            if entry.suffix == ".part":  # it may have become a copy: the next turn will see
+                                continue
                         total -= status.st_size
                 if total <= free:
                     with open(part, "wb") as file:
@@ -158,8 +177,17 @@ class ShardCache:
                     return
             time.sleep(_WAIT_SECONDS)  # for what others are fetching: then it can go
 
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        """Copies and what is being fetched, each once. Others rename and remove them meanwhile, in no lock of ours."""
+        files = {}
+        for suffix in (".part", ".copy"):  # in this order: a part that is a copy by now is found among those
+            for entry in self._copies(suffix):
+                with suppress(FileNotFoundError):
+                    files[entry.stem] = entry.stat(), entry
+        return list(files.values())
+
     def _copies(self, suffix: str) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.suffix == suffix and path.exists()]
+        return [path for path in self.folder.iterdir() if path.suffix == suffix]
 
     def _is_abandoned(self, part: Path) -> bool:
         """Whether whoever was fetching this is gone."""

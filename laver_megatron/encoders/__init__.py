@@ -13,8 +13,9 @@ from laver_megatron.encoders.aimv2 import Aimv2
 from laver_megatron.encoders.clip import Clip
 from laver_megatron.encoders.dinov2 import Dinov2
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor
-from laver_megatron.encoders.loading import cast_weights, load_checked
+from laver_megatron.encoders.loading import cast_weights, check_headers, load_checked
 from laver_megatron.encoders.patches import Patches
+from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.shape import VISION_PART, read_part
@@ -23,8 +24,8 @@ FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(),
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 __all__ = [
-    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "encoder_tensor_sizes",
-    "open_preprocessor", "read_encoder",
+    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "check_encoder",
+    "encoder_facts", "encoder_settings", "encoder_tensor_sizes", "open_preprocessor", "read_encoder",
 ]  # fmt: skip
 
 
@@ -37,6 +38,17 @@ def read_encoder(directory: str | Path) -> EncoderShape:
     """
     path, family, vision = _find(directory)
     return family.shape(vision, path)
+
+
+def encoder_settings(directory: str | Path) -> dict[str, Any]:
+    """config.json of an encoder's directory, cut down to the vision model, with its own model_type and with what
+    transformers assumes where the file is silent.
+
+    Raises:
+        ConfigError: as `read_encoder`.
+    """
+    path, family, vision = _find(directory)
+    return vision | {"model_type": family.shape(vision, path).model_type}
 
 
 def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None) -> ImagePreprocessor:
@@ -63,6 +75,7 @@ def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None
         raise ValueError(f"{file}: cannot be read ({error})") from error
     if getattr(processor, "backend", "pil") != "pil":
         raise ValueError(f"{file}: {type(processor).__name__} has no PIL version in transformers")
+    check_processor(processor, family, shape, file)
     return family.preprocessor(processor, shape, file, max_image_tokens)
 
 
@@ -105,8 +118,43 @@ def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     return {} if model is None else {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
+def check_encoder(directory: str | Path, *, with_weights: bool) -> None:
+    """Whether transformers builds the encoder, and with_weights whether the safetensors are its own, judged by their
+    headers.
+
+    Raises:
+        ValueError: settings of which no encoder can be built; missing, misshapen or too many tensors.
+    """
+    encoder_tensor_sizes(directory)
+    _, family, vision = _find(directory)
+    with torch.device("meta"):
+        model = family.model(vision)
+    if with_weights and model is not None:
+        check_headers(model, Path(directory))
+
+
+def encoder_facts(directory: str | Path) -> dict[str, Any]:
+    """All that an encoder's features and number of tokens depend on, its weights excepted: the settings that
+    transformers' class of them has, and how the image processor makes pixels.
+
+    Raises:
+        ValueError: as `read_encoder` and `open_preprocessor`.
+    """
+    path, family, vision = _find(directory)
+    config_class = family.config_class(vision)
+    names = vision if config_class is None else config_class.__annotations__
+    facts = {name: vision.get(name) for name in names if not name.startswith("_") and name != "model_type"}
+    preprocessor = open_preprocessor(directory)
+    steps = ["resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
+    if not family.shape(vision, path).is_native:
+        steps += ["do_resize", "size", "do_center_crop", "crop_size"]
+    of_processor = {name: getattr(preprocessor.processor, name, None) for name in steps}
+    facts |= {name: list(value) if isinstance(value, tuple) else value for name, value in of_processor.items()}
+    return facts | {"images": preprocessor.settings}
+
+
 def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
-    """config.json of an encoder, its family, and the settings of the vision model in it."""
+    """config.json of an encoder, its family, and the settings of the vision model in it, completed."""
     path, content = read_part(directory, VISION_PART)
     model_type = content.get("model_type")
     family = FAMILY_OF.get(model_type) if isinstance(model_type, str) else None
@@ -114,4 +162,6 @@ def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
         known = ", ".join(FAMILY_OF)
         raise ConfigError([f"{path}: model_type is {model_type!r}, but the encoder must be one of {known}"])
     vision = content.get("vision_config", content)
-    return path, family, vision if isinstance(vision, dict) else {}
+    if not isinstance(vision, dict):
+        raise ConfigError([f"{path}: vision_config is {vision!r}, no settings of a vision model"])
+    return path, family, family.complete(vision, path)

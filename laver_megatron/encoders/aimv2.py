@@ -6,21 +6,24 @@ layer; `hidden_states` never include the final norm. The MLP is gated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from laver_megatron.config import ConfigError
 from laver_megatron.encoders.fixed import FixedFamily
 from laver_megatron.encoders.hidden_states import HiddenStateEncoder
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor, read_sizes
 from laver_megatron.encoders.native import check_sizes, native_preprocessor
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+# Only in files of Apple's own format.
+_OF_REMOTE_CODE = {"auto_map", "use_bias", "projection_dropout"}
 
 
 class NativeAimv2Encoder(HiddenStateEncoder):
@@ -31,6 +34,26 @@ class NativeAimv2Encoder(HiddenStateEncoder):
 
 class Aimv2(FixedFamily):
     model_types = ("aimv2", "aimv2_vision_model")
+    processors = ("CLIPImageProcessor", "Aimv2ImageProcessor")
+
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+        from transformers import Aimv2VisionConfig
+
+        return Aimv2VisionConfig
+
+    def complete(self, vision: dict[str, Any], path: Path) -> dict[str, Any]:
+        # transformers' own type of the vision model alone is aimv2_vision_model; Apple's says aimv2.
+        says_size = "is_native" in vision or "image_size" in vision
+        of_apple = sorted(_OF_REMOTE_CODE & vision.keys())
+        if vision.get("model_type") == "aimv2" and (of_apple or not says_size):
+            why = f"{', '.join(of_apple)} in it" if of_apple else "neither is_native nor image_size in it"
+            raise ConfigError(
+                [
+                    f"{path}: an AIMv2 in Apple's own format ({why}), whose code is not run; take a directory in "
+                    "transformers' own format, with model_type aimv2_vision_model, or aimv2 with a vision_config"
+                ]
+            )
+        return super().complete(vision, path)
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         is_native = bool(vision.get("is_native", False))
@@ -54,9 +77,9 @@ class Aimv2(FixedFamily):
         return make(processor, shape, file, max_image_tokens)
 
     def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers import Aimv2VisionConfig, Aimv2VisionModel
+        from transformers import Aimv2VisionModel
 
-        return Aimv2VisionModel(Aimv2VisionConfig.from_dict(vision))
+        return Aimv2VisionModel(self.config_class(vision).from_dict(vision))
 
     def encoder(
         self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None

@@ -7,6 +7,7 @@ before the first layer and never include the final norm, which is the class toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,19 @@ from laver_megatron.encoders.fixed import FixedFamily
 from laver_megatron.encoders.interface import EncoderShape, read_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 class Clip(FixedFamily):
     model_types = ("clip", "clip_vision_model")
+    processors = ("CLIPImageProcessor",)
+
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         sizes = read_sizes(vision, _SIZES, path)
@@ -37,6 +44,6 @@ class Clip(FixedFamily):
         )
 
     def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        from transformers import CLIPVisionModel
 
-        return CLIPVisionModel(CLIPVisionConfig.from_dict(vision))
+        return CLIPVisionModel(self.config_class(vision).from_dict(vision))

@@ -7,6 +7,7 @@ patches. Features are by default those of the last layer; `hidden_states` never 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,23 @@ from laver_megatron.encoders.fixed import FixedFamily
 from laver_megatron.encoders.interface import EncoderShape, read_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-_SIZES = ("hidden_size", "num_hidden_layers", "mlp_ratio", "image_size", "patch_size")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "image_size", "patch_size")
 _WITH_REGISTERS = "dinov2_with_registers"
 
 
 class Dinov2(FixedFamily):
     model_types = ("dinov2", _WITH_REGISTERS)
+    processors = ("BitImageProcessor",)
+
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+        from transformers import Dinov2Config, Dinov2WithRegistersConfig
+
+        return Dinov2WithRegistersConfig if _has_registers(vision) else Dinov2Config
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
-        model_type = vision["model_type"]
+        model_type = _WITH_REGISTERS if _has_registers(vision) else "dinov2"
         registers = ("num_register_tokens",) if model_type == _WITH_REGISTERS else ()
         sizes = read_sizes(vision, (*_SIZES, *registers), path)
         gated = bool(vision.get("use_swiglu_ffn", False))
@@ -46,8 +53,11 @@ class Dinov2(FixedFamily):
         )
 
     def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+        from transformers import Dinov2Model, Dinov2WithRegistersModel
 
-        if vision["model_type"] == _WITH_REGISTERS:
-            return Dinov2WithRegistersModel(Dinov2WithRegistersConfig.from_dict(vision))
-        return Dinov2Model(Dinov2Config.from_dict(vision))
+        model_class = Dinov2WithRegistersModel if _has_registers(vision) else Dinov2Model
+        return model_class(self.config_class(vision).from_dict(vision))
+
+
+def _has_registers(vision: Mapping[str, Any]) -> bool:
+    return vision.get("model_type") == _WITH_REGISTERS

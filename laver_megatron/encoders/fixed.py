@@ -10,6 +10,7 @@ from PIL import Image
 
 from laver_megatron.encoders.hidden_states import HiddenStateFamily
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
+from laver_megatron.model.shape import is_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -73,6 +74,8 @@ class FixedFamily(HiddenStateFamily):
             said = dict(size) if crops or processor.do_resize else "do_resize is false"
             raise ValueError(f"{file}: no fixed height and width ({said}), but the encoder is of fixed resolution")
         height, width = size["height"], size["width"]
+        if not (is_size(height) and is_size(width)):
+            raise ValueError(f"{file}: height {height!r} and width {width!r} are no whole numbers from 1 on")
         if shape.interpolates_positions:
             if height % shape.patch_size or width % shape.patch_size:
                 raise ValueError(

@@ -10,7 +10,7 @@ Pixels are float32 `[3, H, W]` everywhere between the reader and the encoder. A 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from laver_megatron.model.shape import is_size
 
 if TYPE_CHECKING:  # importing it takes seconds
     from PIL import Image
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +189,31 @@ class ImageEncoder(nn.Module, ABC):
 
 class Family(ABC):
     """Encoders of one architecture. model_types: of config.json, whether of the vision model alone or of a larger model
-    that has it as vision_config."""
+    that has it as vision_config. processors: the image processors that may come with one, without their backend."""
 
     model_types: tuple[str, ...]
+    processors: tuple[str, ...]
+
+    @abstractmethod
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
+        """transformers' class of the vision model's settings; None if the family has no weights."""
+
+    def complete(self, vision: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Settings of the vision model as they stand in config.json at `path`, with what transformers assumes where
+        they are silent: published files may say nothing but model_type.
+
+        Raises:
+            ConfigError: a file of another format.
+        """
+        config_class = self.config_class(vision)
+        if config_class is None:
+            return vision
+        assumed = config_class().to_dict()
+        return {**{name: assumed[name] for name in config_class.__annotations__ if name in assumed}, **vision}
 
     @abstractmethod
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
-        """vision: settings of the vision model, which stand in config.json at `path`.
+        """vision: settings of the vision model, completed, which stand in config.json at `path`.
 
         Raises:
             ConfigError: sizes that are missing or cannot be.
@@ -224,7 +242,8 @@ def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict
     """Whole numbers from 1 on out of a vision model's settings; the colours, which may go without saying, are 3.
 
     Raises:
-        ConfigError: all that are missing or no such numbers.
+        ConfigError: all that are missing or no such numbers, heads that do not divide hidden_size, or a patch that is
+            larger than the image.
     """
     found = {"num_channels": 3, **vision}
     faults = [name for name in (*names, "num_channels") if not is_size(found.get(name))]
@@ -234,4 +253,13 @@ def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict
         )
     if found["num_channels"] != 3:
         raise ConfigError([f"{path}: num_channels is {found['num_channels']}, but pictures have 3 colours"])
-    return {name: found[name] for name in (*names, "num_channels")}
+    sizes = {name: found[name] for name in (*names, "num_channels")}
+    problems = []
+    for heads in ("num_attention_heads", "num_heads"):
+        if heads in sizes and sizes["hidden_size"] % sizes[heads]:
+            problems.append(f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} {sizes[heads]}")
+    if "image_size" in sizes and sizes["patch_size"] > sizes["image_size"]:
+        problems.append(f"{path}: patch_size {sizes['patch_size']} is above image_size {sizes['image_size']}")
+    if problems:
+        raise ConfigError([f"{problem}; copy the file from the original model" for problem in problems])
+    return sizes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 # Under which names larger models have their vision part.
 _PREFIXES = ("model.visual.", "visual.", "vision_model.", "model.vision_tower.", "dinov2.")
+# In the names of tensors that features depend on, unlike heads and buffers.
+_MADE_FOR_FEATURES = re.compile(r"(layers?|blocks)\.\d+\..*(weight|bias)$|_tokens?$")
 
 
 def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -29,6 +33,43 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
         tensors = _vision_tensors(directory)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
+    loaded = _filled(model, tensors, directory, dtype)
+    not_finite = sorted(name for name, weight in loaded.named_parameters() if not weight.isfinite().all())
+    _refuse(directory, "has NaN or infinite values in", not_finite)
+    return loaded
+
+
+def check_headers(model: PreTrainedModel, directory: Path) -> None:
+    """Whether a directory's safetensors have the tensors of `model` (which need hold no memory), by their headers.
+
+    Raises:
+        ValueError: missing or misshapen tensors, or those of layers or tokens that `model` does not have, by name.
+    """
+    from transformers.utils import logging
+
+    try:
+        tensors = _vision_tensors(directory, _standing_for)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
+    verbosity = logging.get_verbosity()
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        _filled(model, tensors, directory, torch.float32)
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def _standing_for(file: Any, name: str) -> Tensor:
+    """One zero in the shape of a tensor."""
+    return torch.zeros(()).expand(file.get_slice(name).get_shape())
+
+
+def _filled(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' own loading, which knows the names that tensors had in earlier versions."""
     loaded, info = type(model).from_pretrained(
         None,
         config=model.config,
@@ -37,24 +78,27 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    missing = sorted(info["missing_keys"])
     misshapen = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    not_finite = sorted(name for name, weight in loaded.named_parameters() if not weight.isfinite().all())
-    for problem, names in (
-        ("lacks", missing),
-        ("has, in another size than its config.json says,", misshapen),
-        ("has NaN or infinite values in", not_finite),
-    ):
-        if names:
-            raise ValueError(
-                f"the encoder of {directory} {problem} {len(names)} tensors, such as {', '.join(names[:3])}; "
-                "download or copy it again"
-            )
+    _refuse(directory, "lacks", sorted(info["missing_keys"]))
+    _refuse(directory, "has, in another size than its config.json says,", misshapen)
+    # Heads that nobody asked for do no harm; more layers or tokens than config.json says make another model.
+    more = sorted(name for name in info["unexpected_keys"] if _MADE_FOR_FEATURES.search(name))
+    _refuse(directory, "is larger than its config.json says, by", more)
     return loaded
 
 
-def _vision_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of the vision model under its own names."""
+def _refuse(directory: Path, problem: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"the encoder of {directory} {problem} {len(names)} tensors, such as {', '.join(names[:3])}; its "
+            "config.json and its weights must be of the same model: download or copy it again"
+        )
+
+
+def _vision_tensors(
+    directory: Path, read: Callable[[Any, str], Tensor] = lambda file, name: file.get_tensor(name)
+) -> dict[str, Tensor]:
+    """The tensors of the vision model under its own names, each as `read` gets it from its open file."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         file_of = dict(json.loads(index.read_text())["weight_map"])
@@ -67,7 +111,7 @@ def _vision_tensors(directory: Path) -> dict[str, Tensor]:
         with safe_open(directory / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no dictionary
                 if key.startswith(prefix):
-                    tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+                    tensors[key.removeprefix(prefix)] = read(file, key)
     return tensors
 
 

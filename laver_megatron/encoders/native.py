@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
 from laver_megatron.encoders.resizing import native_size
+from laver_megatron.model.shape import is_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,9 +57,11 @@ def native_preprocessor(
     `max_image_tokens` does; None: `max_pixels` of its file, else MOST_TOKENS.
 
     Raises:
-        ValueError: patches of other sizes than the encoder's, or a limit that holds no token.
+        ValueError: a processor that makes images of one size, patches of other sizes than the encoder's, or a limit
+            that is no number or holds no token.
     """
     said = json.loads(file.read_text(encoding="utf-8"))
+    _check_sizes_are_free(processor, file)
     for name, of_encoder in (
         ("patch_size", shape.patch_size),
         ("merge_size", shape.merge_size),
@@ -74,13 +77,32 @@ def native_preprocessor(
     if max_image_tokens is not None:
         max_pixels = max_image_tokens * area
     elif max_pixels is None:
-        max_pixels = said.get("max_pixels") or MOST_TOKENS * area
+        max_pixels = said.get("max_pixels")
+        max_pixels = MOST_TOKENS * area if max_pixels is None else max_pixels
+        if not is_size(max_pixels):
+            raise ValueError(f"{file}: max_pixels is {max_pixels!r}, no whole number from 1 on")
     if max_pixels < area:
         raise ValueError(
             f"{file}: images of at most {max_pixels} pixels do not hold one visual token of {shape.token_size} x "
             f"{shape.token_size}; raise max_pixels"
         )
     return NativePreprocessor(processor, token_size=shape.token_size, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def _check_sizes_are_free(processor: BaseImageProcessor, file: Path) -> None:
+    """Raises ValueError if the processor itself would make every picture as large. What it says of a shortest edge
+    alone is not used, as pictures are resized by `native_size`."""
+    size = getattr(processor, "size", None) or {}
+    if size.get("height") or size.get("width"):
+        fault = f"size makes every image {size.get('height')} x {size.get('width')} pixels"
+    elif getattr(processor, "do_center_crop", False):
+        fault = "images are cropped (do_center_crop, which is on unless the file says false)"
+    else:
+        return
+    raise ValueError(
+        f"{file}: {fault}, but the encoder is of native resolution; set do_center_crop to false, remove size, and say "
+        "max_pixels instead"
+    )
 
 
 def check_sizes(images: Sequence[Tensor], token_size: int) -> None:

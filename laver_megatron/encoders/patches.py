@@ -7,7 +7,7 @@ visual token, its feature the normalised pixels as `[colour, row, column]`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,10 @@ class PatchEncoder(ImageEncoder):
 
 class Patches(Family):
     model_types = ("laver_patches",)
+    processors = ("CLIPImageProcessor",)
+
+    def config_class(self, vision: Mapping[str, Any]) -> None:
+        return None
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         sizes = read_sizes(vision, ("patch_size",), path)

@@ -9,7 +9,7 @@ Letters: 3 colours, H W pixels of an image, P patches of all images, T their vis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from laver_megatron.config import ConfigError
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
 from laver_megatron.encoders.native import check_sizes, native_preprocessor
+from laver_megatron.model.shape import is_size
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 _SIZES = (
-    "depth", "hidden_size", "intermediate_size", "out_hidden_size", "patch_size", "spatial_merge_size", "window_size",
-    "temporal_patch_size",
+    "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size", "spatial_merge_size",
+    "window_size", "temporal_patch_size",
 )  # fmt: skip
 
 
@@ -58,9 +59,15 @@ def image_patches(pixels_3HW: Tensor, shape: EncoderShape) -> Tensor:
 
 class Qwen25VL(Family):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_vision")
+    processors = ("Qwen2VLImageProcessor",)
+
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+        from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+        return Qwen2_5_VLVisionConfig
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
-        sizes = read_sizes({"temporal_patch_size": 2, **vision}, _SIZES, path)  # older files leave it out
+        sizes = read_sizes({**vision, "num_channels": vision["in_channels"]}, _SIZES, path)
         whole = vision.get("fullatt_block_indexes")
         if not isinstance(whole, list) or not all(type(number) is int for number in whole):
             raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, no list of layers' numbers"])
@@ -89,21 +96,24 @@ class Qwen25VL(Family):
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
         try:
-            min_pixels, max_pixels = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+            min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
                 f"{file}: {type(processor).__name__} says no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
             ) from None
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if not is_size(value):
+                raise ValueError(f"{file}: {name} is {value!r}, no whole number from 1 on")
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )
 
     def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
         # The vision model's settings have been written with the whole model's type.
-        config = Qwen2_5_VLVisionConfig.from_dict({**vision, "model_type": Qwen2_5_VLVisionConfig.model_type})
+        config_class = self.config_class(vision)
+        config = config_class.from_dict({**vision, "model_type": config_class.model_type})
         return Qwen2_5_VisionTransformerPretrainedModel(config)
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> Qwen25VLEncoder:

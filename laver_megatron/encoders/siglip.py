@@ -7,6 +7,7 @@ the last layer but one, as the published LaVer code takes them; `hidden_states` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,19 @@ from laver_megatron.encoders.fixed import FixedFamily
 from laver_megatron.encoders.interface import EncoderShape, read_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 class Siglip(FixedFamily):
     model_types = ("siglip", "siglip_vision_model")
+    processors = ("SiglipImageProcessor",)
+
+    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+        from transformers import SiglipVisionConfig
+
+        return SiglipVisionConfig
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         sizes = read_sizes(vision, _SIZES, path)
@@ -36,6 +43,6 @@ class Siglip(FixedFamily):
         )
 
     def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers import SiglipVisionConfig, SiglipVisionModel
+        from transformers import SiglipVisionModel
 
-        return SiglipVisionModel(SiglipVisionConfig.from_dict(vision))
+        return SiglipVisionModel(self.config_class(vision).from_dict(vision))

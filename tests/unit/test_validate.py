@@ -1,18 +1,23 @@
 """Bad input: each problem has its message with the numbers, all are found at once, and nothing is written."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import torch as safetensors_torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from laver_megatron import inputs, metrics
 from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.continuity import start_message
+from laver_megatron.continuity import encoder_message, start_message
 from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.inputs import EncoderInputs, find_inputs
 from laver_megatron.model.shape import ModelShape, read_model_shape
@@ -68,6 +73,7 @@ ENCODER_JSON = {
     "image_size": 128,
     "patch_size": 16,
 }
+NATIVE_PREPROCESSOR_JSON = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
 PREPROCESSOR_JSON = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 128, "width": 128}}
 TOKENIZER_JSON = {
     "added_tokens": [
@@ -395,8 +401,17 @@ def write_encoder(directory: Path, **changes) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**ENCODER_JSON, **changes}))
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR_JSON))
-    (directory / "model.safetensors").write_bytes(safetensors())
+    (directory / "model.safetensors").write_bytes(encoder_weights(changes.get("num_hidden_layers", 3)))
     return directory
+
+
+@functools.cache
+def encoder_weights(num_hidden_layers: int) -> bytes:
+    """A file with the tensors of ENCODER_JSON, all zero."""
+    config = SiglipVisionConfig.from_dict({**ENCODER_JSON, "num_hidden_layers": num_hidden_layers})
+    return safetensors_torch.save(
+        {name: torch.zeros_like(tensor) for name, tensor in SiglipVisionModel(config).state_dict().items()}
+    )
 
 
 def write_run(path: Path, **changes) -> None:
@@ -724,6 +739,21 @@ def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
     (problem,) = found(config.replace(encoder=f"{tmp_path}/deeper"))
     assert problem.startswith(f"encoder {tmp_path}/deeper is not the encoder of {path}/encoder, which comes with the")
     assert "num_layers 5 against 3; drop --encoder" in problem
+    write_encoder(tmp_path / "other", hidden_act="relu", transformers_version="4.0", layer_norm_eps=1e-5)
+    (problem,) = found(config.replace(encoder=f"{tmp_path}/other"))
+    assert "hidden_act relu against gelu_pytorch_tanh, layer_norm_eps 1e-05 against 1e-06; drop --encoder" in problem
+    same = write_encoder(tmp_path / "same", transformers_version="4.0", hidden_act="gelu_pytorch_tanh")
+    assert check_one(config.replace(encoder=str(same)))
+    processor = {**PREPROCESSOR_JSON, "image_mean": [0.4, 0.5, 0.5], "resample": 2}
+    (same / "preprocessor_config.json").write_text(json.dumps(processor))
+    (problem,) = found(config.replace(encoder=str(same)))
+    assert "image_mean [0.4, 0.5, 0.5] against [0.5, 0.5, 0.5]" in problem and "resample " in problem
+    said = encoder_message(config.replace(encoder=str(same)), find_inputs(config))
+    assert said == (
+        f"the image encoder is that of {path}/encoder, weights and all; --encoder {same} was only compared with it by "
+        "its settings"
+    )
+    assert encoder_message(config.replace(encoder=None), find_inputs(config)) == ""
     assert check_one(config.replace(encoder=None)) and check_one(config.replace(encoder="/gone"))
 
 
@@ -914,6 +944,7 @@ def test_a_directory_without_weights(run, tmp_path):
     """Encoder-free: nothing but two settings files, and nothing else is asked for."""
     patches = write_encoder(tmp_path / "patches")
     (patches / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    (patches / "preprocessor_config.json").write_text(json.dumps(NATIVE_PREPROCESSOR_JSON))
     (patches / "model.safetensors").unlink()
     assert check_one(run.replace(encoder=str(patches)))
     assert check_one(run.replace(encoder=str(patches), max_image_tokens=100))
@@ -923,6 +954,8 @@ def test_a_directory_without_weights(run, tmp_path):
 
 def test_images_beyond_the_cap(run):
     assert check_one(run.replace(max_image_tokens=64))
+    (problem,) = found(run.replace(max_image_tokens=0))
+    assert "max_image_tokens is 0, but must be at least 1" in problem
     (problem,) = found(run.replace(max_image_tokens=63))
     assert "every image has 64 visual tokens, above max_image_tokens 63; raise it or leave it out" in problem
 
@@ -930,9 +963,41 @@ def test_images_beyond_the_cap(run):
 def test_going_on_with_an_encoder_without_layers(run, tmp_path):
     path = write_checkpoint(tmp_path / "run" / "checkpoints", encoder_feature_layer=None)
     (path / "encoder" / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
+    (path / "encoder" / "preprocessor_config.json").write_text(json.dumps(NATIVE_PREPROCESSOR_JSON))
     run = run.replace(encoder=None)
     assert check_one(run)
     assert "is -2, but an encoder of type laver_patches" in found(run.replace(encoder_feature_layer=-2))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": 4}, r"lacks 16 tensors, such as .*layers\.3\."),
+        ({"num_hidden_layers": 2}, r"is larger than its config.json says, by 16 tensors, such as .*layers\.2\."),
+        ({"intermediate_size": 80}, "has, in another size than its config.json says, 12 tensors"),
+        ({"image_size": 64, "patch_size": 8}, "has, in another size than its config.json says, 1 tensors"),
+        ({"hidden_act": "none"}, "transformers builds no image encoder from it"),
+    ],
+)
+def test_weights_of_another_encoder(run, tmp_path, changes, expected):
+    """Seen in the headers, before data are counted. SigLIP's own head counts as a fourth layer's MLP."""
+    settings = tmp_path / "encoder" / "config.json"
+    settings.write_text(json.dumps({**ENCODER_JSON, **changes}))
+    size = changes.get("image_size", 128)
+    processor = {**PREPROCESSOR_JSON, "size": {"height": size, "width": size}}
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (problem,) = found(run)
+    assert re.search(expected, problem) and str(tmp_path / "encoder") in problem
+    if "hidden_act" not in changes:
+        check(Invocation(run, dry_run=True, dry_run_world_size=1))  # which does not look at weights
+
+
+def test_heads_that_nobody_asked_for(run, tmp_path):
+    file = tmp_path / "encoder" / "model.safetensors"
+    file.write_bytes(
+        safetensors_torch.save({**safetensors_torch.load(file.read_bytes()), "classifier.weight": torch.zeros(3, 32)})
+    )
+    assert check_one(run)
 
 
 def test_encoders_that_are_refused(run, tmp_path):

@@ -20,7 +20,8 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """The records of a file that is a JSON array or JSON Lines; its first character says which.
+    """The records of a file that is a JSON array or JSON Lines. Its first character says which; where that is `[`, two
+    lines that are whole lists say that it is JSON Lines of bare lists.
 
     A line above MAX_RECORD_BYTES comes cut off there, which no JSON parser will take for valid.
 
@@ -33,12 +34,26 @@ def read_records(path: Path) -> Iterator[bytes]:
         start = file.tell()
         first = _first_character(file)
         file.seek(start)
-        if first == b"[":
+        if first == b"[" and not _has_lists_as_lines(file):
             yield from _array(file, path)
-        elif first == b"{":
+        elif first in (b"{", b"["):
             yield from _lines(file)
         elif first:
             raise ValueError(f"{path} is neither a JSON array nor JSON Lines in UTF-8: it begins with {first!r}")
+
+
+def _has_lists_as_lines(file: BinaryIO) -> bool:
+    """Whether a line that ends a list is followed by one that begins another: there is no comma between the elements of
+    an array then. Leaves the file where it was."""
+    start = file.tell()
+    last = b""  # character of the first line that has any
+    while part := file.readline(_CHUNK_BYTES):
+        last = part.rstrip(_SPACE)[-1:] or last
+        if last and part.endswith(b"\n"):
+            break
+    found = last == b"]" and _first_character(file) == b"["
+    file.seek(start)
+    return found
 
 
 def _first_character(file: BinaryIO) -> bytes:

@@ -200,6 +200,24 @@ def test_training_starts_from_an_export(kind, trained, model_dir):
     assert any(name.startswith("encoder.") for name in first) == (kind != "patches")
 
 
+def test_an_encoder_whose_file_says_little(tmp_path, trained):
+    """What transformers assumed in training is written out, for tools that read Llava's format and for later versions
+    of transformers with other defaults."""
+    found = trained("siglip")
+    checkpoint = tmp_path / "iter_0000003"
+    shutil.copytree(found.model.checkpoint, checkpoint)
+    said = json.loads((checkpoint / "encoder" / "config.json").read_text())
+    silent = ("num_channels", "hidden_act", "layer_norm_eps", "attention_dropout")
+    kept = {name: value for name, value in said.items() if name not in silent}
+    (checkpoint / "encoder" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": kept}))
+    write_manifest(checkpoint, {str(f.relative_to(checkpoint)): describe(f) for f in files_of(checkpoint)})
+    megatron_to_hf(checkpoint, tmp_path / "export", max_file_bytes=400_000)
+    written = json.loads((tmp_path / "export" / "config.json").read_text())["vision_config"]
+    assert all(written[name] == said[name] for name in silent) and written["model_type"] == "siglip_vision_model"
+    theirs, before = (LaverConfig.from_pretrained(path).vision_config for path in (tmp_path / "export", found.export))
+    assert theirs.to_diff_dict() == before.to_diff_dict()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_export_s_code_says_of_the_encoder_is_what_training_says(kind, trained):
     """The one file of an export repeats these facts, because it cannot import this package."""

@@ -4,17 +4,21 @@ import contextlib
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
+from laver_megatron.checkpoint import Progress
 from laver_megatron.command_line import load_config
 from laver_megatron.data import batches
-from laver_megatron.data.batches import BatchSource, count, num_bad_samples
+from laver_megatron.data.batches import BatchSource, GlobalCounts, count, num_bad_samples
 from laver_megatron.data.dataset import open_reader
 from laver_megatron.data.faults import Fault
 from laver_megatron.model.image_division import BY_TOKENS
+from laver_megatron.train import advance
 from tests.packs import pack, padding
 from tests.unit.data.content import picture_bytes
 
@@ -111,6 +115,33 @@ def test_bad_samples_are_counted(write_shard, demo_dir, config):
             for step in range(3):
                 keys_at(source, 0, 1, step * GLOBAL_BATCH_SIZE)
             assert source.num_bad_samples / source.num_samples == pytest.approx(0.25, abs=0.08)
+
+
+def test_a_restart_goes_on_counting_bad_samples(write_shard, demo_dir, config):
+    whole = picture_bytes((64, 64))
+    turns = json.dumps([{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]).encode()
+    shard = write_shard({f"s{i}": {"json": turns, "jpg": whole[:-400] if i < 3 else whole} for i in range(12)})
+    config = config.replace(num_workers=0, max_bad_fraction=0.3)
+    sources = []
+    for known in ((0, 0), (7, 1), (90, 60)):
+        reader = open_reader(config, [str(shard)], demo_dir / "model", demo_dir / "encoder")
+        sources.append(source_on(config, reader, 0, 1))
+        sources[-1].go_on_from({}, *known)
+        assert (sources[-1].num_samples, sources[-1].num_bad_samples) == (sum(known), known[1])
+    keys_at(sources[0], 0, 1, 0), keys_at(sources[1], 0, 1, 0)
+    assert sources[1].num_samples == sources[0].num_samples + 8
+    assert sources[1].num_bad_samples == sources[0].num_bad_samples + 1
+    with pytest.raises(ValueError, match=r"6\d of 1\d\d samples cannot be used"):
+        keys_at(sources[2], 0, 1, 0)
+
+
+def test_progress_keeps_the_bad_samples_apart(config):
+    progress = Progress(consumed_samples=10, bad_samples=1)
+    counts = GlobalCounts(*[0] * 10)
+    flops = SimpleNamespace(total=1, laver_overhead=0)
+    with mock.patch.object(batches.dist, "get_world_size", return_value=1):
+        advance(progress, config, replace(counts, samples=5, bad_samples=2), flops, seconds=1.0)
+    assert (progress.consumed_samples, progress.bad_samples) == (15, 3)
 
 
 def test_the_table_holds_what_all_readers_have_found(write_shard, demo_dir, config):

@@ -56,6 +56,20 @@ def test_check(log):
     assert "3  no_json" in str(caught.value) and "invalid_json" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "num_bad, num_samples, limit, text",
+    [
+        (4, 384, 0.01, "1.04%, allowed are 1.00%"),
+        (1_000_001, 10**8, 0.01, "1.000001%, allowed are 1.000000%"),
+        (1, 3, 0, "33.3%, allowed are 0.0%"),
+    ],
+)
+def test_a_share_differs_visibly_from_the_limit(log, num_bad, num_samples, limit, text):
+    with pytest.raises(ValueError, match="samples cannot be used") as caught:
+        log.check(limit, num_samples, num_bad, {})
+    assert f"({text});" in str(caught.value) and str(caught.value).endswith("was logged before this start")
+
+
 def test_the_table_is_sorted_and_takes_names_of_its_own():
     lines = fault_table({Fault.no_turns: 2, Fault.no_json: 1234, "other": 3}).splitlines()
     assert [line.split()[:2] for line in lines] == [["1,234", "no_json"], ["3", "other"], ["2", "no_turns"]]

@@ -107,6 +107,14 @@ def test_a_refusal_is_final(server, cache, status):
     assert server.asked == [str(status)] * 2
 
 
+@pytest.mark.parametrize("url, program", [("https://h/a", "curl"), ("s3://b/a", "aws"), ("gs://b/a", "gsutil")])
+def test_a_missing_program_is_told_at_once(cache, url, program, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{url} cannot be fetched: there is no {program} here; install it"):
+        cache.open(Shard(url, 10, 1))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_what_may_pass_is_asked_for_again_a_few_times(server, cache, status, caplog):
     url = f"{server.url}/{status}"
@@ -149,8 +157,10 @@ def test_a_command_that_stalls_is_ended_with_all_it_started(impatient, command):
 
 
 def test_a_slow_command_is_waited_for_as_long_as_enough_comes(impatient, monkeypatch):
+    """It takes longer than a silence may, and is never silent for nearly so long."""
     monkeypatch.setattr(fetching, "_LEAST_BYTES", 1)
-    assert fetched("pipe:for i in 1 2 3 4; do sleep 0.5; printf x; done") == b"xxxx"
+    monkeypatch.setattr(fetching, "_PATIENCE_SECONDS", 4)
+    assert fetched("pipe:for i in 1 2 3 4 5 6 7 8 9; do sleep 0.5; printf x; done") == b"x" * 9
 
 
 def test_a_command_that_fails(cache):

@@ -398,3 +398,27 @@ def test_the_tool_writes_an_index_and_says_what_is_in_it(write_shard, tmp_path):
     assert other.returncode == 0 and len(read_index(tmp_path / "x" / "y.parquet")) == 2
     nothing = run_tool("--shards", tmp_path / "gone")
     assert nothing.returncode == 1 and "gone does not exist" in nothing.stderr
+
+
+@pytest.mark.parametrize("kept", ["json", "half a picture", "half a text"])
+def test_a_tar_that_goes_on_as_zeros(tmp_path, kept, caplog):
+    """Broken off in a file that had its final size already: the sample that is cut is damaged, whatever is left of it,
+    and so are those that are missing."""
+    picture = picture_bytes((64, 64), quality=95)
+    samples = {f"k{number}": {"json": question(), "jpg": picture} for number in range(20)}
+    path = tmp_path / "cut.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for extension, payload in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+    content = path.read_bytes()
+    texts = content.index(b"k7.json") + 512
+    pictures = content.index(b"k7.jpg") + 512
+    ends = {"json": pictures - 512, "half a picture": pictures + len(picture) // 2, "half a text": texts + 20}
+    path.write_bytes(content[: ends[kept]].ljust(3 << 20, b"\0"))
+    index = index_tars([path])
+    assert [index.key(row) for row in np.flatnonzero(index.fault_I == 0)] == [f"k{number}" for number in range(7)]
+    assert set(index.faults) == {"damaged_shard"} and index.left_out["damaged_shard"] > 100
+    assert "are zeros" in caplog.text and "'k7' cannot be used (damaged_shard" in caplog.text

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from laver_megatron.data.faults import Fault
+from laver_megatron.data.index_file import write_index
+from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.encoders import ImagePreprocessor
 from tests.unit.data.content import picture_bytes, question
@@ -124,6 +126,16 @@ def test_unusable_samples_are_left_out_of_the_plan(write_shard, open_shards, cap
     for key, name in zip(list(samples)[1:], faults, strict=True):
         assert f"{key!r} cannot be used ({name}" in caplog.text
     assert all(f"{count} ({name})" in caplog.messages[-1] for name, count in counts.items())
+
+
+def test_what_counting_finds_is_logged_once(write_shard, open_shards, caplog, tmp_path):
+    samples = {"good": {"json": question("?")}, "spelt": {"json": question("<|image_pad|>")}, "bad": {"json": b"{"}}
+    write_index(index_tars([write_shard(samples)]), tmp_path / "index.parquet")
+    for _ in range(2):  # counted, and from the file
+        caplog.clear()
+        reader = open_shards(tmp_path / "index.parquet")
+        assert reader.faults.counts == {Fault.image_count: 1, Fault.invalid_json: 1}
+        assert [sum(repr(key) in text for text in caplog.messages) for key in samples] == [0, 1, 1]
 
 
 def test_too_many_unusable_samples_stop_the_start(write_shard, open_shards):

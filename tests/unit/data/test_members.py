@@ -124,6 +124,25 @@ def test_the_key_of_a_file_that_is_cut_off_is_known():
     assert damage.key == "002"
 
 
+@pytest.mark.parametrize("num_blocks", [2, 20, 2048, 2050])
+def test_zeros_that_end_a_tar(num_blocks):
+    content = tar_bytes(FILES).rstrip(b"\0")
+    end = -(-len(content) // BLOCK) * BLOCK
+    assert not damages(content.ljust(end + num_blocks * BLOCK, b"\0"))
+
+
+def test_more_zeros_than_end_a_tar():
+    content = tar_bytes(FILES)
+    cut = content.index(b"004.json")
+    broken = content[:cut].ljust(3 << 20, b"\0")
+    [damage] = damages(broken)
+    assert (damage.start, damage.end) == (cut, len(broken))
+    assert f"bytes {cut} to {len(broken)} are zeros, {len(broken) - cut} of them" in damage.what
+    assert keys(broken) == ["000", "001", "002", "003"] and found(broken)[-1].beside_damage
+    [damage] = damages(bytes(3 << 20))
+    assert damage.start == 0
+
+
 def test_garbage_up_to_the_end():
     content = tar_bytes(FILES[:4]).rstrip(b"\0")
     size = -(-len(content) // BLOCK) * BLOCK

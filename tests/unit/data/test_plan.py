@@ -282,5 +282,6 @@ def test_what_lies_before_a_mark_is_held_against_it():
     p = plan(source(2000, longest=90))
     p.go_on_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
     p.pack(100)
-    with pytest.raises(ValueError, match=r"window 5 begins at pack \d+, but 77 was noted"):
-        p.pack(10)
+    for _ in range(2):  # it stays wrong however often it is asked
+        with pytest.raises(ValueError, match=r"window 5 begins at pack \d+, but 77 was noted"):
+            p.pack(10)

@@ -5,19 +5,23 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from laver_megatron.data import remote
+from laver_megatron.data.counts import count_samples
+from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.index import Shard
 from laver_megatron.data.index_file import read_index, write_index
 from laver_megatron.data.indexing import index_tars
 from laver_megatron.data.loader import open_dataset
 from laver_megatron.data.opening import find_shards, open_indexes
+from laver_megatron.data.reading import SampleFiles
 from laver_megatron.data.remote import ShardCache, expand_urls
-from tests.unit.data.content import question
+from tests.unit.data.content import picture_bytes, question
 from tests.unit.data.test_loader import same
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
@@ -123,6 +127,58 @@ def test_what_a_killed_process_left(cache, files):
     assert not list(cache.folder.glob("*.part"))
 
 
+def test_files_that_others_take_away_while_room_is_made(cache, files, monkeypatch):
+    a, b, c = files(3, 400)
+    content(cache, a), content(cache, b)
+    listed = ShardCache._copies
+
+    def vanish(self, suffix):
+        found = listed(self, suffix)
+        for path in found:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(ShardCache, "_copies", vanish)
+    assert content(cache, c) == b"c" * 400
+
+
+def test_what_another_process_finishes_while_room_is_made_is_counted(cache, files, monkeypatch):
+    a, b = files(2, 600)
+    cache.folder.mkdir()
+    part = cache._part(cache._name(a.path))
+    part.write_bytes(b"a" * 600)
+    listed = ShardCache._copies
+
+    def finish(self, suffix):
+        found = listed(self, suffix)
+        if part.exists():
+            part.rename(part.with_suffix(".copy"))
+        return found
+
+    monkeypatch.setattr(ShardCache, "_copies", finish)
+    assert content(cache, b) == b"b" * 600
+    monkeypatch.undo()
+    assert copies(cache) == ["b"], "both are more than the folder may hold"
+
+
+def test_a_copy_of_an_index_that_goes_before_it_is_read(served, demo_dir, tmp_path, monkeypatch):
+    folder, url, _ = served
+    for shard in find_shards(demo_dir / "shards"):
+        shutil.copy(shard, folder)
+    write_index(index_tars(find_shards(folder)), folder / "index.parquet")
+    cache, fetch, fetched = ShardCache(tmp_path / "cache", 10_000_000), ShardCache.fetch, []
+
+    def fetch_and_lose(self, *arguments):
+        fetched.append(fetch(self, *arguments))
+        if len(fetched) == 1:
+            fetched[0].unlink()
+        return fetched[-1]
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_and_lose)
+    [index] = open_indexes(f"{url}/index.parquet", cache=cache)
+    assert len(index) == 120 and len(fetched) == 2
+
+
 def read_all(cache, shards, number, failures):
     for turn in range(10):
         shard = shards[(turn * (number + 1) + number) % len(shards)]
@@ -191,6 +247,70 @@ def index_of(path, num_bytes):
 def test_braces():
     numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
     assert expand_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
+
+
+def changed(text):
+    """A shard's samples, all of the same size whatever the letter."""
+    return {f"k{number}": {"json": question("<image>", text * 20), "jpg": PICTURE} for number in range(3)}
+
+
+PICTURE = picture_bytes()
+
+
+@pytest.fixture
+def replaced(tmp_path, write_shard):
+    """(the index of a remote shard, a cache that holds another shard of the same size as its copy)"""
+    path = write_shard(changed("a"))
+    name, num_bytes = f"file://{path}", path.stat().st_size
+    cache = ShardCache(tmp_path / "cache", 10**6)
+    content(cache, Shard(name, num_bytes, 3))
+    assert write_shard(changed("b")).stat().st_size == num_bytes
+    index = index_tars([name], open_tar=cache_of(tmp_path / "other").open_once)
+    write_index(index, tmp_path / "far.parquet")
+    return read_index(tmp_path / "far.parquet"), cache
+
+
+def cache_of(folder):
+    return ShardCache(folder, 10**6)
+
+
+def test_a_copy_of_what_a_shard_was_before_is_fetched_anew(replaced, caplog):
+    index, cache = replaced
+    files, others = SampleFiles(cache.open), SampleFiles(cache.open)
+    others.read_member(index.shards[0], index.sample(0).text)  # a process that has the old copy open
+    for row in range(3):
+        assert b"bbb" in files.read(index.shards[0], index.sample(row))[0]
+    [message] = caplog.messages
+    assert index.shards[0].path in message and "'k0'" in message and "the copy is fetched anew" in message
+    [copy] = cache.folder.glob("*.copy")
+    before = copy.stat().st_ino
+    assert b"bbb" in others.read(index.shards[0], index.sample(0))[0]
+    assert copy.stat().st_ino == before, "what the first has fetched is good for the second"
+    files.close(), others.close()
+
+
+def test_a_shard_that_is_still_wrong_is_fetched_anew_once(replaced, write_shard, monkeypatch):
+    index, cache = replaced
+    write_shard(changed("c"))
+    fetches, download = [], ShardCache._download
+    monkeypatch.setattr(ShardCache, "_download", lambda *a: (fetches.append(1), download(*a)))
+    files = SampleFiles(cache.open)
+    for row in range(3):
+        with pytest.raises(SampleFault, match="checksum .* fetched anew, and is no better") as caught:
+            files.read(index.shards[0], index.sample(row))
+        assert caught.value.fault is Fault.damaged_shard
+    assert len(fetches) == 1
+    files.close()
+
+
+def test_counts_are_not_those_of_an_old_copy(replaced, tokenizer, preprocessor):
+    index, cache = replaced
+    counts = count_samples(index, tokenizer, preprocessor, 0, open_shard=cache.open)
+    fresh = count_samples(
+        replace(index, path=None), tokenizer, preprocessor, 0, open_shard=cache_of(cache.folder / "x").open
+    )
+    assert not counts.fault_I.any() and counts.tokens_I.tolist() == fresh.tokens_I.tolist()
+    assert "b" * 3 in content(cache, index.shards[0]).decode(errors="replace")
 
 
 # --- all of it -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,27 @@ def test_a_plain_index_has_no_manifest(index, tmp_path):
     write_index(index, tmp_path / "index.parquet")
     with pytest.raises(ValueError, match="is no subset"):
         read_manifest(tmp_path / "index.parquet")
+
+
+def test_remote_shards_are_chosen_from_without_fetching_any(index, tmp_path):
+    far = replace(index, shards=tuple(replace(s, path=f"https://host/{s.name}") for s in index.shards))
+    write_index(far, tmp_path / "far.parquet")
+    output = tmp_path / "subset.parquet"
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--index",
+        tmp_path / "far.parquet",
+        "--num-samples",
+        "38",
+        "--output",
+        output,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [shard.path for shard in read_index(output).shards] == [shard.path for shard in far.shards]
+    with pytest.raises(ValueError, match="there is no folder for copies"):
+        open_indexes(output)
 
 
 def test_the_command_line(index, shards, tmp_path):

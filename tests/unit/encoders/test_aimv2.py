@@ -1,10 +1,13 @@
 """AIMv2 of native and of fixed resolution."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 from transformers import Aimv2VisionModel, AutoImageProcessor
 
+from laver_megatron.config import ConfigError
 from laver_megatron.encoders import build_encoder, open_preprocessor, read_encoder
 from tests.encoders import altered, assert_same_features, features, hidden_states, pictures
 
@@ -57,6 +60,20 @@ def test_pixels_that_do_not_divide(encoders):
     encoder = build_encoder(encoders["aimv2"], None, torch.float32, load_weights=True)
     with pytest.raises(ValueError, match="image 1 has 16 x 20 pixels, which visual tokens of 8 x 8 pixels do not"):
         encoder([torch.zeros(3, 16, 16), torch.zeros(3, 16, 20)])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({}, "neither is_native nor image_size in it"),
+        ({"image_size": 224, "use_bias": False}, "use_bias in it"),
+        ({"image_size": 224, "auto_map": {"AutoModel": "modeling_aimv2.AIMv2Model"}}, "auto_map in it"),
+    ],
+)
+def test_apples_own_format(tmp_path, content, why):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "aimv2", "hidden_size": 1024, **content}))
+    with pytest.raises(ConfigError, match=rf"Apple's own format \({why}\).* transformers' own format"):
+        read_encoder(tmp_path)
 
 
 def test_sizes(encoders):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from laver_megatron.encoders import build_encoder, open_preprocessor
+from laver_megatron.encoders import build_encoder, check_encoder, open_preprocessor
 from tests.encoders import altered, features, pictures
 
 KINDS = ("siglip", "clip", "dinov2", "aimv2", "qwen2_5_vl")
@@ -45,6 +45,25 @@ def test_older_names_are_brought_up_to_date(encoders):
     encoder = build_encoder(encoders["dinov2"], None, torch.float32, load_weights=True)
     query = encoder.model.encoder.layer[1].attention.q_proj.weight
     assert torch.equal(names["encoder.layer.1.attention.attention.query.weight"], query)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_headers_know_the_names_that_loading_knows(split, kind, prefix):
+    check_encoder(split(kind, prefix), with_weights=True)
+
+
+def test_registers_that_config_json_does_not_know(encoders, tmp_path):
+    directory = encoders["dinov2_with_registers"]
+    check_encoder(directory, with_weights=True)
+    without = altered(directory, tmp_path / "without", "config.json", model_type="dinov2")
+    fewer = altered(directory, tmp_path / "fewer", "config.json", num_register_tokens=2)
+    for other, problem in ((without, "is larger than its config.json says, by 1"), (fewer, "in another size .* 1")):
+        check_encoder(other, with_weights=False)
+        with pytest.raises(ValueError, match=f"{problem} tensors, such as .*register_tokens"):
+            check_encoder(other, with_weights=True)
+        with pytest.raises(ValueError, match=f"{problem} tensors, such as .*register_tokens"):
+            build_encoder(other, None, torch.float32, load_weights=True)
 
 
 def test_an_index_that_is_none(split):

@@ -136,9 +136,11 @@ def test_processors_of_another_model(encoders, tmp_path, name, other):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"fullatt_block_indexes": None}, "fullatt_block_indexes is None"),
+        ({"fullatt_block_indexes": 3}, "fullatt_block_indexes is 3"),
+        ({"num_heads": 5}, "hidden_size 64 is not a multiple of num_heads 5"),
+        ({"in_channels": 4}, "num_channels is 4, but pictures have 3 colours"),
         ({"window_size": 8}, "window_size 8 does not hold one visual token of 16 pixels"),
-        ({"out_hidden_size": None, "depth": 0}, "depth, out_hidden_size missing"),
+        ({"out_hidden_size": "x", "depth": 0}, "depth, out_hidden_size missing"),
     ],
 )
 def test_settings_that_cannot_be(encoders, tmp_path, changes, problem):

@@ -85,3 +85,14 @@ def test_a_file_is_not_held_in_memory(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 5 << 20  # of 20 MB: a window of 1 MB, and one being filled
     finally:
         tracemalloc.stop()
+
+
+def test_lines_that_are_bare_lists(tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [[{"from": "human", "value": "a ]\n[ b"}, {"from": "gpt", "value": "x"}], [], [{"c": [1]}]]
+    for between in ("\n", "\r\n", "\n\n"):
+        path.write_text("\n" + between.join(map(json.dumps, turns)) + "\n", newline="")
+        assert [json.loads(record) for record in read_records(path)] == turns
+    for array in ("[[1],\n[2]]", "[[1]\n,[2]]\n", "[\n[1],[2]\n]", "[\n[1]\n,\n[2]]"):
+        path.write_text(array)
+        assert [json.loads(record) for record in read_records(path)] == [[1], [2]]
