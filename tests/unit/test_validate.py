@@ -507,7 +507,7 @@ def test_dry_run_refuses_an_encoder_that_cannot_be_built(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         check_run(Invocation(run, dry_run=True, dry_run_world_size=1))
     assert caught.value.code == 2
-    assert "the model cannot be built" in capsys.readouterr().err
+    assert "hidden_size 32 is not a multiple of num_attention_heads 5" in capsys.readouterr().err
 
 
 def test_dry_run_still_checks_the_rest(run):

@@ -521,7 +521,8 @@ def export(tmp_path, demo_dir):
         ({"vision_feature_layer": None}, "does not say vision_feature_layer"),
         ({"image_token_id": 7}, "image_token_id is 7, but <|image_pad|> is "),
         ({"image_token_id": None}, "image_token_id is None, but"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "hidden_size, intermediate_size, num_hidden_layers"),
+        # What is left out is what transformers assumes.
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "but the encoder of config.json takes 224 x 224"),
     ],
 )
 def test_settings_of_an_export(export, tmp_path, changes, words):
@@ -536,7 +537,7 @@ def test_settings_of_an_export(export, tmp_path, changes, words):
         ({"image_size": None}, "image_size missing"),
         ({"image_size": [64, 64]}, "image_size missing"),
         ({"patch_size": 0}, "patch_size missing"),
-        ({"num_attention_heads": 7}, "transformers builds no image encoder from it"),
+        ({"num_attention_heads": 7}, "hidden_size 64 is not a multiple of num_attention_heads 7"),
     ],
 )
 def test_vision_settings_of_an_export(export, tmp_path, changes, words):
