@@ -29,8 +29,8 @@ AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
 _YAML = (".yaml", ".yml")
 _OF_THE_SWEEP = (
-    "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver", "--print-config",
-    "--dry-run",
+    "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver",
+    "--print-config", "--dry-run",
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def read_sizes(settings: SweepSettings) -> list[Size]:
 def _setting_problems(settings: SweepSettings) -> Iterator[str]:
     for flag in (word.split("=", 1)[0] for word in settings.flags):
         if flag in _OF_THE_SWEEP:
-            yield f"{flag} is the sweep's to set, run by run (--models, --arms, --seeds, --output and the amounts decide it)"
+            yield f"{flag} is the sweep's to set, by --models, --arms, --seeds, --output and the amounts"
     if min(settings.num_gpus, default=1) < 1:
         yield f"--num-gpus {min(settings.num_gpus)}: a run needs at least one"
     if len(settings.num_gpus) not in (0, 1, len(settings.models)):
