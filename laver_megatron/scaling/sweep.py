@@ -120,9 +120,10 @@ class _Planner:
         number = nearest(count, float(amount), unit, most + 1)
         if number > most:
             held = f"{data.epoch_tokens:,} tokens in {data.iterations_in(1):,} iterations"
+            noun = "epoch" if epochs == 1 else "epochs"
             within = f"at most {count(most):.6g} {unit}" if most else "a smaller global_batch_size"
             raise ValueError(
-                f"{float(amount):g} {unit} are more than {epochs:g} epochs of the data hold (an epoch has {held}); use "
+                f"{float(amount):g} {unit} are more than {epochs:g} {noun} of the data hold (an epoch has {held}); use "
                 f"{within}, more data, or --max-epochs to see samples again"
             )
         return number
