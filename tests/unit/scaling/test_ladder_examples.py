@@ -72,9 +72,11 @@ def test_the_files_pass_a_dry_run_and_say_what_they_are(file, place):
     config = load_config(["--config", str(file)])
     write_model(Path(config.model), file.stem)
     text = file.read_text()
-    sizes = {name: int(number) for name, number in re.findall(r"\b(TP|PP|DP) (\d+)", text)}
+    (layout,) = re.findall(r"GPUs of 80 GB.*, as (.*);", text)
+    sizes = {name: int(number) for name, number in re.findall(r"\b(TP|PP|DP|of) (\d+)", layout)}
     tp, pp = sizes.get("TP", 1), sizes.get("PP", 1)
     assert (tp, pp) == (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    assert sizes.get("of") == config.num_layers_per_virtual_pipeline_stage
     (words,) = re.findall(r"Hardware: (\w+) GPUs of 80 GB", text)
     num_gpus = {"eight": 8, "sixteen": 16}.get(words) or int(words)
     assert num_gpus == tp * pp * sizes["DP"]
@@ -83,6 +85,19 @@ def test_the_files_pass_a_dry_run_and_say_what_they_are(file, place):
     assert parameters == PUBLISHED_PARAMETERS[file.stem]
     assert f"{parameters / 1e9:.4g}B parameters" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+    num_layouts = 0
+    for gpus, tp, pp, chunk, dp in re.findall(r"^# +([\d,]+) +(\d+) +(\d+) +(\d+|-) +(\d+) ", text, re.MULTILINE):
+        num_layouts += 1
+        num_gpus = int(gpus.replace(",", ""))
+        assert num_gpus == int(tp) * int(pp) * int(dp)
+        other = config.replace(
+            tensor_model_parallel_size=int(tp),
+            pipeline_model_parallel_size=int(pp),
+            num_layers_per_virtual_pipeline_stage=None if chunk == "-" else int(chunk),
+            sequence_parallel=int(tp) > 1,
+        )
+        check(Invocation(other, dry_run=True, dry_run_world_size=num_gpus))
+    assert num_layouts + text.count("does not fit") == 4
 
 
 def test_sizes_read_the_same_packs(place):
@@ -90,7 +105,7 @@ def test_sizes_read_the_same_packs(place):
     configs = [load_config(["--config", str(file)]) for file in FILES]
     own = {
         "load", "model", "run_dir", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-        "micro_batch_size",
+        "num_layers_per_virtual_pipeline_stage",
     }  # fmt: skip
     differing = {name for config in configs for name, value in vars(config).items() if value != vars(configs[0])[name]}
     assert differing == own
