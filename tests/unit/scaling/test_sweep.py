@@ -332,10 +332,19 @@ def test_arrays_on_slurm(scripts, tmp_path):
 
 @pytest.mark.slow
 def test_runs_cost_what_was_planned(sweep):
-    """Real runs on one process: what they count is the manifest to the last token, FLOP and digit of the hash."""
-    assert sweep("--iterations", "2", "--models", sweep.models[0]) == 0
+    """Real runs on one process, one of which goes on from where it was stopped: what they count is the manifest to the
+    last token, FLOP and digit of the hash."""
+    sweep.models.pop()
+    assert sweep("--iterations", "2") == 0
+    stopped = sweep.output / "configs" / f"{next(iter(sweep.runs))}.yaml"
+    launcher = Path(__file__).parents[3] / "examples" / "pretrain_laver.sh"
+    done = run_script(launcher, "--config", str(stopped), "--exit-interval", "1", NPROC_PER_NODE="1")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match="unfinished: is at iteration 1 of 2"):
+        read_registry([sweep.output / "runs"])
     done = run_script(sweep.output / "run.sh")
     assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr and "at iteration 1" in done.stderr
     registry = read_registry([sweep.output / "runs"])
     assert len(registry.runs) == 2
     for run in registry.runs:
