@@ -68,7 +68,7 @@ class _Planner:
     def __init__(self, settings: SweepSettings, sizes: Sequence[Size]) -> None:
         self.settings, self.smallest = settings, sizes[0]
         self.problems: list[str] = []
-        self._data: dict[tuple[Path, Path, tuple[str, ...], int], PlannedData] = {}
+        self._data: dict[tuple[object, ...], PlannedData] = {}
 
     def plan(self, size: Size, amount: str, arm: str, seed: int) -> PlannedRun | None:
         """None where the amount cannot be had, which is a problem more."""
@@ -140,7 +140,8 @@ class _Planner:
         return config
 
     def _planned_data(self, size: Size, config: Config) -> PlannedData:
-        key = (size.model_dir, size.encoder_dir, config.data_path, config.seed)
+        # The rest of what packs and areas depend on is the same for all sizes.
+        key = (size.model_dir, size.encoder_dir, config.attention, config.data_path, config.seed)
         if key not in self._data:
             reader = opened(size, config)
             self._data[key] = PlannedData(reader, config, read_encoder(size.encoder_dir).window_tokens)

@@ -80,6 +80,10 @@ def run_tool(*arguments):
     return tool.main([str(argument) for argument in arguments])
 
 
+def demo_model(sweep):
+    return Path(sweep.base["encoder"]).parent / "model"
+
+
 def test_every_combination_once(sweep):
     assert sweep("--iterations", "2", "3", "--seeds", "5", "6", "--lr-warmup-share", "0.34", "--clip-grad", "0.5") == 0
     assert len(sweep.runs) == 2 * 2 * 2 * 2
@@ -109,6 +113,18 @@ def test_arms_differ_in_nothing_but_laver(sweep):
         overhead = int(runs[laver]["laver_overhead"])
         assert overhead > 0 == int(runs[baseline]["laver_overhead"])
         assert int(runs[laver]["flops"]) - overhead == int(runs[baseline]["flops"])
+
+
+def test_sizes_may_differ_in_attention(sweep, tmp_path):
+    """Each is planned with its own, also where the model is the same; a reader is told."""
+    sweep.models = [tmp_path / f"{name}.yaml" for name in ("mixed", "causal")]
+    for path in sweep.models:
+        own = {**sweep.base, "load": f"hf:{demo_model(sweep)}", "attention": path.stem}
+        path.write_text(yaml.safe_dump({**own, "run_dir": "x", "train_iters": 9}))
+    assert sweep("--iterations", "2", "--arms", "baseline") == 0
+    mixed, causal = (int(sweep.runs[f"{name}-iterations2-baseline-seed1234"]["flops"]) for name in ("mixed", "causal"))
+    assert mixed > causal
+    assert "the models' files also differ in attention" in sweep.err
 
 
 def test_tokens_are_met_to_half_an_iteration(sweep):
