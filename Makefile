@@ -2,6 +2,7 @@
 #
 #   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
 #   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
+#   make demo-scaling a scaling study in miniature: 24 runs of four sizes, a law and pictures; in runs/demo-scaling
 #   make test         lint, types and the CPU tests
 #   make test-full    the same with the slow tests
 #   make test-gpu     the tests that need CUDA
@@ -10,7 +11,7 @@
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages test test-full test-gpu lint clean
+.PHONY: help demo demo-stages demo-scaling test test-full test-gpu lint clean
 
 BASE_PYTHON ?= python3
 ifeq ($(origin PYTHON), undefined)
@@ -53,6 +54,17 @@ demo-stages: $(READY)
 	NPROC_PER_NODE=4 $(PYTHON) tools/train_stages.py \
 		examples/demo_stages/stage1_align.yaml examples/demo_stages/stage2_laver.yaml \
 		examples/demo_stages/stage3_instruct.yaml --log-interval 5 --compare-weights
+
+demo-scaling: $(READY)
+	$(PYTHON) tools/make_demo.py --dir runs/demo-scaling --num-train-samples 8192 --models 32x2 48x3 64x4 96x4
+	@echo "demo-scaling: starting over; the runs of an earlier call are removed"
+	rm -rf runs/demo-scaling/sweep runs/demo-scaling/law
+	$(PYTHON) tools/make_sweep.py --base examples/demo_scaling.yaml --tokens 1.5e5 3e5 6e5 \
+		--models $(foreach size,32x2 48x3 64x4 96x4,runs/demo-scaling/model_$(size)) \
+		--lr-exponent 0.25 --lr-warmup-share 0.1 --output runs/demo-scaling/sweep
+	bash runs/demo-scaling/sweep/run.sh
+	$(PYTHON) tools/fit_scaling_law.py --registry runs/demo-scaling/sweep/runs --arm-by laver \
+		--output runs/demo-scaling/law
 
 test: lint
 	$(PYTEST) -m "not slow" $(UNIT_TESTS)

@@ -88,8 +88,17 @@ with open(path, encoding="utf-8") as file: return json.load(file)
 """.splitlines()
 
 
-def save_language_model(directory: Path, texts: Sequence[str]) -> None:
-    """A small Qwen2ForCausalLM in float32 with random weights, and a tokenizer trained on `texts`."""
+def save_language_model(directory: Path, texts: Sequence[str], *, hidden_size: int = 128, num_layers: int = 4) -> None:
+    """A small Qwen2ForCausalLM in float32 with random weights, and a tokenizer trained on `texts`.
+
+    Raises:
+        ValueError: a size that a Qwen2 of this form cannot have.
+    """
+    if hidden_size < 16 or hidden_size % 16 or num_layers < 1:
+        raise ValueError(
+            f"a demo model has a width that is a multiple of 16 and at least one layer, not {hidden_size} "
+            f"and {num_layers}"
+        )
     tokenizer = train_tokenizer([*texts, *_SENTENCES, _SYSTEM_PROMPT, "system\nuser\nassistant\n"])
     tokenizer.save_pretrained(directory)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
@@ -99,14 +108,14 @@ def save_language_model(directory: Path, texts: Sequence[str]) -> None:
         "bos_token_id": ids["endoftext"],
         "eos_token_id": ids["im_end"],
         "hidden_act": "silu",
-        "hidden_size": 128,
+        "hidden_size": hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": 352,
+        "intermediate_size": 11 * hidden_size // 4,
         "max_position_embeddings": 32768,
-        "max_window_layers": 4,
+        "max_window_layers": num_layers,
         "model_type": "qwen2",
         "num_attention_heads": 4,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": num_layers,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,

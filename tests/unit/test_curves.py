@@ -34,10 +34,7 @@ def figures(monkeypatch):
 
 
 def write(path: Path, num: int, **changes) -> Path:
-    records = [
-        dict.fromkeys(REQUIRED_FIELDS, 0.3 + 1 / i) | {"iteration": i} | changes
-        for i in range(1, num + 1)
-    ]
+    records = [dict.fromkeys(REQUIRED_FIELDS, 0.3 + 1 / i) | {"iteration": i} | changes for i in range(1, num + 1)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -52,9 +49,7 @@ def panel(figure, title):
 
 def test_all_panels_and_validation(tmp_path, figures):
     source = write(tmp_path / "metrics.jsonl", 6)
-    (tmp_path / "validation.jsonl").write_text(
-        '{"iteration": 3, "lm_loss": 2.0}\n{"iteration": 6, "lm_loss": 1.0}\n'
-    )
+    (tmp_path / "validation.jsonl").write_text('{"iteration": 3, "lm_loss": 2.0}\n{"iteration": 6, "lm_loss": 1.0}\n')
     draw_curves(source, tmp_path / "out.png")
     assert titles(figures[0]) == ALL_TITLES
     lines = {line.get_label(): line for line in panel(figures[0], "Language loss").get_lines()}

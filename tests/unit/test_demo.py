@@ -49,6 +49,22 @@ def test_other_encoders(tmp_path, demo_dir):
     assert done.returncode == 2 and "no demo encoder of kind 'vit'" in done.stderr
 
 
+def test_other_sizes(tmp_path, demo_dir):
+    for part in ("model", "encoder", "shards"):
+        (tmp_path / part).symlink_to(demo_dir / part)
+    make_demo(tmp_path, models=["32x2", "48x3"])
+    for name, width, num_layers in (("32x2", 32, 2), ("48x3", 48, 3)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"model_{name}")
+        assert len(model.model.layers) == num_layers and model.lm_head.weight.shape == (2048, width)
+        tokenizers = [path / "tokenizer.json" for path in (tmp_path / f"model_{name}", demo_dir / "model")]
+        assert len({path.read_bytes() for path in tokenizers}) == 1
+    command = [sys.executable, TOOL, "--dir", tmp_path, "--models"]
+    for size, words in (("40x2", "a multiple of 16"), ("64", "write WIDTHxLAYERS")):
+        done = subprocess.run([*command, size], capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr
+        assert not (tmp_path / f"model_{size}").exists()
+
+
 def test_the_checkpoint_is_a_qwen(demo_dir):
     config = json.loads((demo_dir / "model" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["rope_theta"] == 1e6 and config["tie_word_embeddings"]

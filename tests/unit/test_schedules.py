@@ -41,9 +41,7 @@ def test_learning_rate_warms_up_then_decays():
     assert learning_rate(99, config) == exactly(2e-5)
     assert learning_rate(100, config) == exactly(2e-5)
     assert learning_rate(550, config) == exactly((2e-5 + 1e-6) / 2)
-    assert learning_rate(400, config) == exactly(
-        1e-6 + 1.9e-5 * (1 + 0.5) / 2
-    )  # a third of the way: cos = 1/2
+    assert learning_rate(400, config) == exactly(1e-6 + 1.9e-5 * (1 + 0.5) / 2)  # a third of the way: cos = 1/2
     assert learning_rate(999, config) > 1e-6
     assert learning_rate(1000, config) == exactly(1e-6)
     assert learning_rate(5000, config) == exactly(1e-6)
@@ -78,9 +76,7 @@ def test_mask_ratio():
 
 def test_ema_momentum():
     config = settings()
-    assert ema_momentum(0, config) == pytest.approx(
-        0.95, abs=1e-6
-    )  # one step of 1000 along the cosine: 1.2e-7
+    assert ema_momentum(0, config) == pytest.approx(0.95, abs=1e-6)  # one step of 1000 along the cosine: 1.2e-7
     assert ema_momentum(0, config) > 0.95
     assert ema_momentum(249, config) == exactly(1 - 0.05 * (1 + math.sqrt(0.5)) / 2)
     assert ema_momentum(499, config) == exactly(0.975)

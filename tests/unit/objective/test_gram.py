@@ -51,9 +51,9 @@ def test_values_and_gradient(kind, reduction):
             up, down = student_NK.detach().clone(), student_NK.detach().clone()
             up[token, component] += step
             down[token, component] -= step
-            slope = (
-                naive_loss(up, teacher_NK, kind, reduction) - naive_loss(down, teacher_NK, kind, reduction)
-            ) / (2 * step)
+            slope = (naive_loss(up, teacher_NK, kind, reduction) - naive_loss(down, teacher_NK, kind, reduction)) / (
+                2 * step
+            )
             # Central differences: step^2 from the third derivative, 1e-16 / step from rounding.
             assert student_NK.grad[token, component].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
@@ -94,9 +94,7 @@ def test_cga_acts_pair_by_pair():
     student_NK, teacher_NK = example()
     inner_NN = inner_products(student_NK)
     norms_N = inner_NN.diagonal().sqrt()
-    gram_NN = (
-        inner_NN / norms_N[:, None] / norms_N[None, :]
-    ).requires_grad_()  # cosines are inner products too
+    gram_NN = (inner_NN / norms_N[:, None] / norms_N[None, :]).requires_grad_()  # cosines are inner products too
     gram_loss(gram_NN, inner_products(teacher_NK), "cga").backward()
     above_NN = gram_NN.detach() > cosine_gram(inner_products(teacher_NK))
     off_diagonal_NN = ~torch.eye(6, dtype=torch.bool)
@@ -135,18 +133,14 @@ def test_half_precision_is_computed_in_fp32():
     student_NK, teacher_NK = (z_NK.bfloat16() for z_NK in example(8, 64))
     assert inner_products(student_NK).dtype == torch.float32
     expected = naive_loss(student_NK, teacher_NK, "cga", "mean")
-    assert loss_of(student_NK, teacher_NK).item() == pytest.approx(
-        expected, rel=1e-5
-    )  # bf16 would be off by 1e-2
+    assert loss_of(student_NK, teacher_NK).item() == pytest.approx(expected, rel=1e-5)  # bf16 would be off by 1e-2
 
 
 def test_mean_off_diagonal():
     student_NK, _ = example()
     cosines = naive_cosines(student_NK)
     expected = sum(cosines[i][j] for i in range(6) for j in range(6) if i != j) / 30
-    assert mean_off_diagonal(cosine_gram(inner_products(student_NK))).item() == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert mean_off_diagonal(cosine_gram(inner_products(student_NK))).item() == pytest.approx(expected, rel=1e-12)
     collapsed = cosine_gram(inner_products(torch.ones(5, 3)))
     assert mean_off_diagonal(collapsed).item() == pytest.approx(1, rel=1e-6)  # fp32 rounding
     assert mean_off_diagonal(torch.ones(1, 1)).item() == 0

@@ -51,9 +51,7 @@ def test_half_precision_is_computed_in_fp32():
     losses_T = language_losses(logits_TW, labels_T)
     assert losses_T.dtype == torch.float32
     # Against the same rounded logits in fp64: fp32 rounding only, bf16 arithmetic would be off by 1e-2.
-    torch.testing.assert_close(
-        losses_T.double(), language_losses(logits_TW.double(), labels_T), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(losses_T.double(), language_losses(logits_TW.double(), labels_T), rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_to_learn():

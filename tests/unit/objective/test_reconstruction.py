@@ -67,9 +67,7 @@ def test_least_at_the_teacher():
     _, teacher_TK, centre_K = example()
     student_TK = ((teacher_TK - centre_K) * 0.1 / 0.04).requires_grad_()
     losses_T = reconstruction_losses(student_TK, teacher_TK, centre_K=centre_K, **TEMPERATURES)
-    torch.testing.assert_close(
-        losses_T, teacher_entropies(teacher_TK, centre_K, 0.04), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(losses_T, teacher_entropies(teacher_TK, centre_K, 0.04), rtol=1e-12, atol=1e-12)
     losses_T.sum().backward()
     assert student_TK.grad.abs().max() < 1e-12  # fp64 rounding
 
@@ -80,9 +78,7 @@ def test_half_precision_is_computed_in_fp32():
     losses_T = reconstruction_losses(student_TK, teacher_TK, centre_K=centre_K, **TEMPERATURES)
     assert losses_T.dtype == torch.float32
     expected = naive_losses(student_TK, teacher_TK, centre_K, 0.1, 0.04)
-    assert losses_T.tolist() == pytest.approx(
-        expected, rel=1e-5
-    )  # fp32 logits / 0.04, bf16 would be off by 1e-2
+    assert losses_T.tolist() == pytest.approx(expected, rel=1e-5)  # fp32 logits / 0.04, bf16 would be off by 1e-2
 
 
 def test_large_logits_stay_finite():

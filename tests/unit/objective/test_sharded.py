@@ -57,9 +57,7 @@ def shard(tensor, group):
 def reconstruct(inputs, group, centred):
     student_TK, teacher_TK = shard(inputs["student"], group), shard(inputs["teacher"], group)
     centre_K = shard(inputs["centre"], group).detach() if centred else None
-    losses_T = sharded.sharded_reconstruction_losses(
-        student_TK, teacher_TK, group, centre_K=centre_K, **TEMPERATURES
-    )
+    losses_T = sharded.sharded_reconstruction_losses(student_TK, teacher_TK, group, centre_K=centre_K, **TEMPERATURES)
     (losses_T * inputs["weights"]).sum().backward()
     assert teacher_TK.grad is None
     entropies_T = sharded.sharded_teacher_entropies(teacher_TK, centre_K, 0.04, group)
@@ -143,9 +141,7 @@ def refuses_another_group(group):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
     for size in (2, 4):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -249,9 +245,7 @@ def test_without_a_group_it_is_the_unsharded_objective(saved):
     """Also before any process group exists, and with a group of one."""
     alone = check_all(None)
     inputs = make_inputs()
-    losses_T = reconstruction_losses(
-        inputs["student"], inputs["teacher"], centre_K=inputs["centre"], **TEMPERATURES
-    )
+    losses_T = reconstruction_losses(inputs["student"], inputs["teacher"], centre_K=inputs["centre"], **TEMPERATURES)
     assert torch.equal(alone["centred"]["losses"], losses_T)
     for rank in saved[2]:
         assert same(rank["alone"], alone)

@@ -91,9 +91,7 @@ def test_a_frozen_decoder_still_passes_gradients_on():
     model = qwen(shape, "eager").requires_grad_(False)
     inputs = torch.randn(1, num_tokens, shape.hidden_size, requires_grad=True)
     flops = counted(lambda: model(inputs_embeds=inputs).logits.sum().backward())
-    step = step_flops(
-        model_flops(shape), num_tokens=12, lm_span_area=144, laver=False, frozen=("encoder", "decoder")
-    )
+    step = step_flops(model_flops(shape), num_tokens=12, lm_span_area=144, laver=False, frozen=("encoder", "decoder"))
     assert flops == step.total
 
 
@@ -144,9 +142,7 @@ def test_heads_and_connector_match_the_counter(frozen):
             logits @ logits.transpose(1, 2)
 
     step = step_flops(
-        model_flops(
-            shape, vision_head_hidden_size=width, vision_head_output_size=output, connector_input_size=32
-        ),
+        model_flops(shape, vision_head_hidden_size=width, vision_head_output_size=output, connector_input_size=32),
         num_tokens=18,
         lm_span_area=18,
         num_visual_tokens=18,
@@ -226,8 +222,7 @@ def test_recompute_adds_one_forward_of_the_students_layers():
     assert hardware_flops(off, "full") - off.total == (off.decoder_student + off.attention) // 3
     assert hardware_flops(off, "selective") - off.total == off.attention // 3
     assert (
-        3 * (hardware_flops(step, "full") - step.total)
-        == step.decoder_student + step.attention + step.reconstruction
+        3 * (hardware_flops(step, "full") - step.total) == step.decoder_student + step.attention + step.reconstruction
     )
     with pytest.raises(ValueError, match="selective"):
         hardware_flops(step, "some")
@@ -237,9 +232,7 @@ def test_sums_over_micro_batches():
     model = model_flops(Shape())
     one = step_flops(model, num_tokens=10, lm_span_area=60, num_visual_tokens=4, reconstruction_span_area=16)
     two = step_flops(model, num_tokens=30, lm_span_area=99, num_visual_tokens=9, reconstruction_span_area=81)
-    both = step_flops(
-        model, num_tokens=40, lm_span_area=159, num_visual_tokens=13, reconstruction_span_area=97
-    )
+    both = step_flops(model, num_tokens=40, lm_span_area=159, num_visual_tokens=13, reconstruction_span_area=97)
     assert {name: one.parts[name] + two.parts[name] for name in one.parts} == both.parts
 
 
