@@ -59,7 +59,7 @@ demo-scaling: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo-scaling --num-train-samples 8192 --models 32x2 48x3 64x4 96x4
 	@echo "demo-scaling: starting over; the runs of an earlier call are removed"
 	rm -rf runs/demo-scaling/sweep runs/demo-scaling/law
-	$(PYTHON) tools/make_sweep.py --base examples/demo_scaling.yaml --tokens 1.5e5 3e5 6e5 \
+	$(PYTHON) tools/make_sweep.py --base examples/demo_scaling.yaml --tokens 2e5 4e5 8e5 \
 		--models $(foreach size,32x2 48x3 64x4 96x4,runs/demo-scaling/model_$(size)) \
 		--lr-exponent 0.25 --lr-warmup-share 0.1 --output runs/demo-scaling/sweep
 	bash runs/demo-scaling/sweep/run.sh
