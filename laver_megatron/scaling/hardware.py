@@ -33,6 +33,11 @@ class Gpu:
     matmul_efficiency: float = 0.63
     attention_efficiency: float = 0.42
 
+    def holds_groups_of(self, num_ranks: int, num_gpus: int) -> bool:
+        """Whether every group of so many neighbouring ranks lies within one machine. num_gpus: of the run, whose ranks
+        fill one machine after the other."""
+        return num_gpus <= self.node_size or self.node_size % num_ranks == 0
+
 
 # The data sheets' figures: memory, dense bf16, HBM, NVLink in one direction (PCIe 5 for the L40S); the network is one
 # 400 Gb/s adapter for each GPU (200 Gb/s with the A100), as in NVIDIA's own clusters.

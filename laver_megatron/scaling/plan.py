@@ -80,8 +80,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout with its costs. stages: the first, the last, and one of those between. flops: the model's, of one
-    iteration; hardware_flops: with what is computed again."""
+    """One layout with its costs. stages: the first, the second, which has most in flight of those between, and the
+    last. flops: the model's, of one iteration; hardware_flops: with what is computed again."""
 
     config: Config
     job: Job
@@ -131,7 +131,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
     num_micro_batches = config.global_batch_size // (dp * config.micro_batch_size)
     model = job.flops
     stages = []
-    for stage in sorted({0, pp // 2, pp - 1}):
+    for stage in sorted({0, min(1, pp - 1), pp - 1}):
         feature_size = job.workload.encoder.feature_size if job.workload.encoder else 1
         state = state_of_rank(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
         sent = sent_bytes(config, job.shape, job.workload, state, dp, num_micro_batches, stage)
@@ -165,13 +165,20 @@ def _times(step: StepFlops, number: int) -> StepFlops:
 def layout_name(config: Config, num_gpus: int) -> str:
     """A layout in a few words."""
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    chunk = config.num_layers_per_virtual_pipeline_stage
-    virtual = "" if chunk is None else f", chunks of {chunk} layers"
+    unsplit = ", sequences not split" if tp > 1 and not config.sequence_parallel else ""
     recompute = config.recompute_granularity or "nothing"
     return (
-        f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{virtual}, micro-batch {config.micro_batch_size}, "
-        f"{recompute} recomputed"
+        f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{split_name(config)}{unsplit}, "
+        f"micro-batch {config.micro_batch_size}, {recompute} recomputed"
     )
+
+
+def split_name(config: Config) -> str:
+    """How the decoder's layers lie on the stages, where that is not evenly and in one piece."""
+    chunk = config.num_layers_per_virtual_pipeline_stage
+    virtual = "" if chunk is None else f", chunks of {chunk} layers"
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    return virtual + "".join(f", {size} layers {end}" for size, end in ((first, "first"), (last, "last")) if size)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from laver_megatron.command_line import exit_on_config_error
 from laver_megatron.config import FREEZABLE_MODULES, Config, ConfigError
 from laver_megatron.encoders import encoder_tensor_sizes, open_preprocessor, read_encoder
 from laver_megatron.scaling.hardware import GIB, GPUS, find_gpu
+from laver_megatron.scaling.layouts import FIRST, LAST, Pinned, layout_problems
 from laver_megatron.scaling.models import (
     MODELS,
     REPOSITORIES,
@@ -21,9 +22,10 @@ from laver_megatron.scaling.models import (
     encoder_sizes,
     find_model,
 )
+from laver_megatron.scaling.nearest import check_possible, nearest_that_fits
 from laver_megatron.scaling.plan import Job, Plan, layout_name
 from laver_megatron.scaling.plan_report import search_json, search_report
-from laver_megatron.scaling.planner import check_layout, layout_problems, search
+from laver_megatron.scaling.planner import search
 from laver_megatron.scaling.workload import workload_of
 
 EXIT_NOTHING_FITS = 1
@@ -32,6 +34,8 @@ _PINNED = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "chunk_layers": "num_layers_per_virtual_pipeline_stage",
+    FIRST: FIRST,
+    LAST: LAST,
     "micro_batch_size": "micro_batch_size",
     "recompute": "recompute_granularity",
 }
@@ -62,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     layout.add_argument("--tp", type=int, help="tensor_model_parallel_size")
     layout.add_argument("--pp", type=int, help="pipeline_model_parallel_size")
     layout.add_argument("--chunk-layers", type=int, help="num_layers_per_virtual_pipeline_stage")
+    layout.add_argument("--decoder-first-pipeline-num-layers", type=int, metavar="N", help="of an uneven split")
+    layout.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N", help="of an uneven split")
     layout.add_argument("--micro-batch-size", type=int)
     layout.add_argument("--recompute", choices=("none", "selective", "full"))
     add("--layouts", type=int, default=8, metavar="N", help="how many to list (default: %(default)s)")
@@ -76,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_config_error():
         job = make_job(arguments)
         pinned = pinned_fields(arguments)
-        check_layout(job, pinned)
-        found = search(job, pinned)
+        check_possible(job, pinned)
+    found = search(job, pinned)
+    instead = None if found.fitting else nearest_that_fits(job, pinned)
     if arguments.json:
-        print(json.dumps(search_json(job, found, arguments.layouts), indent=1))
+        print(json.dumps(search_json(job, found, arguments.layouts, instead), indent=1))
     else:
-        print(search_report(job, found, arguments.layouts))
+        print(search_report(job, found, arguments.layouts, instead))
     if not found.fitting:
         sys.exit(EXIT_NOTHING_FITS)
     if arguments.write:
@@ -89,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {arguments.write}", file=sys.stderr)
 
 
-def pinned_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+def pinned_fields(arguments: argparse.Namespace) -> Pinned:
     """Fields of Config that the command line gives."""
     given = {field: getattr(arguments, flag) for flag, field in _PINNED.items()}
     pinned = {field: value for field, value in given.items() if value is not None}

@@ -143,7 +143,8 @@ def seconds_of_stage(
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
 
     def link(ranks_apart: int) -> float:
-        rate = gpu.node_bandwidth if ranks_apart <= gpu.node_size else gpu.network_bandwidth
+        is_near = gpu.holds_groups_of(ranks_apart, tp * data_parallel_size * pp)
+        rate = gpu.node_bandwidth if is_near else gpu.network_bandwidth
         return rate * LINK_EFFICIENCY
 
     matmul = num_micro_batches * work.linear / (gpu.peak_flops * gpu.matmul_efficiency)

@@ -6,17 +6,14 @@ import shutil
 import pytest
 
 from laver_megatron.command_line import read_command_line
-from laver_megatron.config import ConfigError
 from laver_megatron.scaling.hardware import GIB, find_gpu
+from laver_megatron.scaling.layouts import layout_problems
 from laver_megatron.scaling.models import MODELS, SIGLIP2, encoder_sizes
-from laver_megatron.scaling.plan import Job, activations_by_recomputation, laver_costs, plan_layout
-from laver_megatron.scaling.plan_command import build_parser, main, make_job
-from laver_megatron.scaling.planner import check_layout, layout_problems, search
+from laver_megatron.scaling.plan import activations_by_recomputation, laver_costs, plan_layout
+from laver_megatron.scaling.plan_command import main
+from laver_megatron.scaling.planner import search
 from laver_megatron.validate import check_run
-
-
-def job_of(*flags: str) -> Job:
-    return make_job(build_parser().parse_args(flags))
+from tests.unit.scaling.plans import job_of
 
 
 SEVEN = ("--model", "7b", "--gpus", "16", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
@@ -105,24 +102,6 @@ def test_pinned_values_are_kept(paper):
 
 
 @pytest.mark.parametrize(
-    "pinned, reason, nearest",
-    [
-        ({"tensor_model_parallel_size": 8}, "does not divide the model's 28 attention heads", "TP 4 x PP 1 x DP 4"),
-        ({"pipeline_model_parallel_size": 8}, "28 layers do not divide into 8 pipeline stages", "TP 1 x PP 4 x DP 4"),
-        ({"tensor_model_parallel_size": 16}, "reaches out of a machine of 8 GPUs", "TP 4 x PP 1 x DP 4"),
-        ({"tensor_model_parallel_size": 3}, "16 processes cannot be divided", "TP 4 x PP 1 x DP 4"),
-        ({"micro_batch_size": 3}, "global_batch_size 128 is not a multiple of micro_batch_size 3", "micro-batch 4"),
-    ],
-)
-def test_impossible_layouts_say_why_and_what_is_near(paper, pinned, reason, nearest):
-    with pytest.raises(ConfigError) as caught:
-        check_layout(paper, pinned)
-    assert any(reason in problem for problem in caught.value.problems), caught.value.problems
-    assert "the nearest possible layout: " in caught.value.problems[-1]
-    assert nearest in caught.value.problems[-1]
-
-
-@pytest.mark.parametrize(
     "flags, message",
     [
         (("--gpu", "h1000"), "GPU 'h1000' is not known; choose one of a100-40gb"),
@@ -152,7 +131,8 @@ def test_nothing_fits_ends_with_1(capsys):
         main(["--model", "72b", "--gpus", "8", "--gpu", "a100-40gb"])
     assert caught.value.code == 1
     text = capsys.readouterr().out
-    assert "no layout fits" in text and "do not fit 34.8 GiB (of 40) at their smallest" in text
+    assert "no layout fits 34.8 GiB; the smallest takes" in text and "64 GPUs are enough: TP 8 x PP 8" in text
+    assert "do not fit 34.8 GiB (of 40) at their smallest" in text
 
 
 def test_the_report(capsys):
