@@ -15,7 +15,7 @@ from laver_megatron.scaling.activations import ActivationBytes, activations_of_s
 from laver_megatron.scaling.communication import SentBytes, sent_bytes
 from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, model_flops
 from laver_megatron.scaling.hardware import GIB, Gpu
-from laver_megatron.scaling.memory import StateBytes, state_of_rank
+from laver_megatron.scaling.memory import StateBytes, fullest_state
 from laver_megatron.scaling.pipeline import bubble
 from laver_megatron.scaling.throughput import (
     NO_OVERLAP,
@@ -65,7 +65,8 @@ class Job:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a rank of a pipeline stage holds and sends, and how long an iteration would take at its pace."""
+    """What the fullest data-parallel rank of a pipeline stage holds and sends, and how long an iteration would take at
+    its pace."""
 
     stage: int
     state: StateBytes
@@ -133,7 +134,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
     stages = []
     for stage in sorted({0, min(1, pp - 1), pp - 1}):
         feature_size = job.workload.encoder.feature_size if job.workload.encoder else 1
-        state = state_of_rank(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
+        state = fullest_state(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
         sent = sent_bytes(config, job.shape, job.workload, state, dp, num_micro_batches, stage)
         work = stage_work(config, job.shape, model, job.workload, stage)
         stages.append(

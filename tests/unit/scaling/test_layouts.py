@@ -85,8 +85,8 @@ def test_a_lighter_stage_holds_and_takes_less():
     assert lighter.stages[0].activations.layers < other.stages[0].activations.layers
     assert lighter.stages[0].seconds.matmul < other.stages[0].seconds.matmul
     assert lighter.stages[-1].seconds.matmul > other.stages[-1].seconds.matmul
-    assert sum(getattr(stage.seconds, "attention") for stage in lighter.stages) == pytest.approx(
-        sum(getattr(stage.seconds, "attention") for stage in other.stages)
+    assert sum(stage.seconds.attention for stage in lighter.stages) == pytest.approx(
+        sum(stage.seconds.attention for stage in other.stages)
     )
 
 

@@ -8,13 +8,13 @@ import pytest
 from laver_megatron.command_line import read_command_line
 from laver_megatron.scaling.hardware import GIB, find_gpu
 from laver_megatron.scaling.layouts import layout_problems
+from laver_megatron.scaling.memory import state_of_rank
 from laver_megatron.scaling.models import MODELS, SIGLIP2, encoder_sizes
 from laver_megatron.scaling.plan import activations_by_recomputation, laver_costs, plan_layout
 from laver_megatron.scaling.plan_command import main
 from laver_megatron.scaling.planner import search
 from laver_megatron.validate import check_run
 from tests.unit.scaling.plans import job_of
-
 
 SEVEN = ("--model", "7b", "--gpus", "16", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
 
@@ -173,3 +173,22 @@ def test_a_job_by_hand_is_that_of_the_command(paper):
     assert paper.shape == MODELS["7b"] and paper.encoder_sizes == encoder_sizes(SIGLIP2)
     assert paper.gpu == find_gpu("a100-80gb")
     assert paper.base.visual_seq_length % 128 == 0 and paper.base.visual_seq_length >= paper.workload.num_visual_tokens
+
+
+@pytest.mark.parametrize("pp, chunk", [(1, None), (4, 1), (2, 2)])
+def test_memory_is_that_of_the_fullest_replica(paper, pp, chunk):
+    """Replicas own unequal parts of the teacher's accumulators and, for the buckets' padding, of the optimizer."""
+    config = paper.base.replace(pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=chunk)
+    config = config.replace(recompute_granularity="full")
+    plan = plan_layout(paper, config)
+    of_first = 0
+    for stage in plan.stages:
+        states = [
+            state_of_rank(config, paper.shape, paper.encoder_sizes, 1152, 16 // pp, stage.stage, rank)
+            for rank in range(16 // pp)
+        ]
+        assert stage.state == max(states, key=lambda state: state.total)
+        # Together they own every value once.
+        assert sum(state.accumulators for state in states) == 2 * states[0].teacher
+        of_first = max(of_first, states[0].total + stage.activations.total)
+    assert plan.fullest.memory_bytes > of_first
