@@ -38,8 +38,8 @@ def check_possible(job: Job, pinned: Pinned) -> None:
 
 
 def nearest_that_fits(job: Job, pinned: Pinned) -> Plan | None:
-    """Where no layout with the pinned values fits: the one that does and changes fewest of them; without any the fastest
-    on the least number of GPUs, doubled over and over; None if that does not help either."""
+    """Where no layout with the pinned values fits: the one that does and changes fewest of them; without any, the
+    fastest on the least number of GPUs, doubled over and over; None if that does not help either."""
 
     def fits(config: Config) -> bool:
         return not layout_problems(job, config) and plan_layout(job, config).fits

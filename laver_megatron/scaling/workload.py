@@ -28,6 +28,11 @@ class Workload:
     def visual_share(self) -> float:
         return self.num_visual_tokens / self.seq_length
 
+    def largest_share_of_images(self, num_packs: int, num_ranks: int) -> float:
+        """What the rank that encodes most of a micro-batch's images has of them."""
+        num_images = num_packs * self.num_images
+        return -(-num_images // num_ranks) / num_images if num_images else 0.0
+
     @property
     def image_area(self) -> int:
         """Pairs within images."""
