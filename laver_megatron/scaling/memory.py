@@ -94,7 +94,8 @@ def state_of_rank(
     """What a rank of this pipeline stage holds. Ranks of one stage that differ in their tensor-parallel rank alone hold
     the same. encoder_sizes: of the image encoder's tensors in their order; feature_size: its feature width."""
     encoder = tuple(prod(size) for size in encoder_sizes.values())
-    return _states_of_stage(config, shape, encoder, feature_size, data_parallel_size, stage)[dp_rank]
+    whole, trained, averaged = _values_of_stage(config, shape, encoder, feature_size, data_parallel_size, stage)
+    return _with_own(whole, trained[dp_rank], averaged[dp_rank], config)
 
 
 def fullest_state(
@@ -115,16 +116,25 @@ def fullest_state(
 
 @lru_cache(maxsize=4096)
 def _fullest_state(config: Config, shape: ModelShape, *rest: Any) -> StateBytes:
-    return max(_states_of_stage(config, shape, *rest), key=lambda state: state.total)
+    whole, trained, averaged = _values_of_stage(config, shape, *rest)
+    differing = set(zip(trained, averaged, strict=True))
+    return max((_with_own(whole, *own, config) for own in differing), key=lambda state: state.total)
 
 
-def _states_of_stage(
+def _with_own(whole: StateBytes, trained: int, averaged: int, config: Config) -> StateBytes:
+    """whole: what every rank holds; trained, averaged: values that this one keeps for all."""
+    optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32
+    return replace(whole, optimizer=trained * optimizer_bytes, accumulators=averaged * FP32_BYTES)
+
+
+def _values_of_stage(
     config: Config, shape: ModelShape, encoder: tuple[int, ...], feature_size: int, dp: int, stage: int
-) -> list[StateBytes]:
-    """What each data-parallel rank holds. encoder: values of its tensors."""
+) -> tuple[StateBytes, list[int], list[int]]:
+    """What every data-parallel rank holds; and of each rank how many values it keeps the optimizer's state and the
+    teacher's average of. encoder: values of its tensors."""
     chunks = layers_of_stages(config, shape.num_layers)
     whole = StateBytes()
-    trained, averaged = [0] * dp, [0] * dp  # values that each rank keeps for all
+    trained, averaged = [0] * dp, [0] * dp
     for number, num_layers in enumerate(chunks[stage]):
         tensors = _chunk(
             config,
@@ -142,11 +152,7 @@ def _states_of_stage(
             averaged[rank] += num_values if tensor.averaged else 0
         # What is frozen stays with the first rank.
         averaged[0] += sum(tensor.num_values for tensor in tensors if tensor.averaged and not tensor.trains)
-    optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32
-    return [
-        replace(whole, optimizer=own * optimizer_bytes, accumulators=own_averaged * FP32_BYTES)
-        for own, own_averaged in zip(trained, averaged, strict=True)
-    ]
+    return whole, trained, averaged
 
 
 def _on_every_rank(tensors: Sequence[LocalTensor], buffer_values: int, config: Config) -> StateBytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from laver_megatron.config import Config
 from laver_megatron.convert.weights import Size
@@ -14,8 +15,8 @@ from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.activations import ActivationBytes, activations_of_stage
 from laver_megatron.scaling.communication import SentBytes, sent_bytes
 from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, model_flops
-from laver_megatron.scaling.hardware import GIB, Gpu
-from laver_megatron.scaling.memory import StateBytes, fullest_state
+from laver_megatron.scaling.hardware import Gpu
+from laver_megatron.scaling.memory import FP32_BYTES, StateBytes, fullest_state
 from laver_megatron.scaling.pipeline import bubble
 from laver_megatron.scaling.throughput import (
     NO_OVERLAP,
@@ -28,9 +29,6 @@ from laver_megatron.scaling.throughput import (
 from laver_megatron.scaling.workload import Workload
 
 RECOMPUTATIONS = (None, "selective", "full")
-# What is left of a GPU's memory for tensors: the rest goes to CUDA, NCCL, the libraries and what lies between blocks.
-_USABLE_SHARE = 0.92
-_RESERVED_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ class Job:
             encoder=encoder,
             num_encoder_layers=None if layer is None or encoder is None else layer % (encoder.num_layers + 1),
         )
-
-    @property
-    def usable_bytes(self) -> int:
-        return int(self.gpu.memory_bytes * _USABLE_SHARE) - _RESERVED_BYTES
 
 
 @dataclass(frozen=True)
@@ -102,13 +96,18 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.memory_bytes)
 
     @property
+    def encoder_bytes(self) -> int:
+        """The image encoder's weights, whole on every rank of the first stage and among its other weights."""
+        return sum(prod(size) for size in self.job.encoder_sizes.values()) * (2 if self.config.bf16 else FP32_BYTES)
+
+    @property
     def seconds(self) -> float:
         """Of one iteration."""
         return self.slowest.seconds.total
 
     @property
     def fits(self) -> bool:
-        return self.fullest.memory_bytes <= self.job.usable_bytes
+        return self.fullest.memory_bytes <= self.job.gpu.usable_bytes
 
     @property
     def tokens_per_second_per_gpu(self) -> float:

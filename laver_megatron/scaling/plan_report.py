@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from math import prod
 from typing import Any
 
 from laver_megatron.config import Config
@@ -34,7 +33,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "recompute_granularity": config.recompute_granularity,
         },
         "fits": plan.fits,
-        "usable_bytes": plan.job.usable_bytes,
+        "usable_bytes": plan.job.gpu.usable_bytes,
+        "encoder_bytes": plan.encoder_bytes,
         "num_micro_batches": plan.num_micro_batches,
         "stages": [
             {
@@ -104,7 +104,7 @@ def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | Non
     if others:
         lines += [
             "",
-            f"do not fit {job.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
+            f"do not fit {job.gpu.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
         ]
         lines += [f"  {_why_too_large(plan)}" for plan in others[:num_layouts]]
     if found.impossible:
@@ -118,7 +118,7 @@ def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | Non
 def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
     least = found.too_large[0]
     yield (
-        f"no layout fits {least.job.usable_bytes / GIB:.1f} GiB; the smallest takes "
+        f"no layout fits {least.job.gpu.usable_bytes / GIB:.1f} GiB; the smallest takes "
         f"{least.fullest.memory_bytes / GIB:.1f}: {layout_name(least.config, least.job.num_gpus)}"
     )
     if instead is None:
@@ -193,7 +193,7 @@ def _best(plan: Plan) -> Iterator[str]:
     by_kind = activations_by_recomputation(plan).items()
     recomputed = ", ".join(f"{kind} {number / GIB:.2f} GiB" for kind, number in by_kind)
     yield f"activations by what is recomputed: {recomputed}"
-    yield f"the encoder's weights, on every rank of stage 0: {_encoder_gib(plan):.2f} GiB"
+    yield f"the encoder's weights, on every rank of stage 0: {plan.encoder_bytes / GIB:.2f} GiB"
     step, peak = plan.slowest, plan.slowest.seconds
     shares = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in asdict(peak).items() if value)
     yield f"time, on stage {step.stage}: {shares}"
@@ -216,11 +216,6 @@ def _best(plan: Plan) -> Iterator[str]:
             f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
             f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
         )
-
-
-def _encoder_gib(plan: Plan) -> float:
-    values = sum(prod(size) for size in plan.job.encoder_sizes.values())
-    return values * (2 if plan.config.bf16 else 4) / GIB
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
