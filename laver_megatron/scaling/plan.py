@@ -175,10 +175,15 @@ def layout_name(config: Config, num_gpus: int) -> str:
 
 def split_name(config: Config) -> str:
     """How the decoder's layers lie on the stages, where that is not evenly and in one piece."""
+
+    def layers(number: int) -> str:
+        return f"{number} layer{'s' if number > 1 else ''}"
+
     chunk = config.num_layers_per_virtual_pipeline_stage
-    virtual = "" if chunk is None else f", chunks of {chunk} layers"
     first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
-    return virtual + "".join(f", {size} layers {end}" for size, end in ((first, "first"), (last, "last")) if size)
+    parts = ["" if chunk is None else f"chunks of {layers(chunk)}"]
+    parts += [f"{layers(size)} {end}" for size, end in ((first, "first"), (last, "last")) if size]
+    return "".join(f", {part}" for part in parts if part)
 
 
 @dataclass(frozen=True)

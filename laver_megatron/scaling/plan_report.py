@@ -165,7 +165,7 @@ def _table(plans: Sequence[Plan]) -> list[str]:
                 str(config.tensor_model_parallel_size),
                 str(config.pipeline_model_parallel_size),
                 str(plan.data_parallel_size),
-                _chunk(config),
+                split_cell(config),
                 str(config.micro_batch_size),
                 config.recompute_granularity or "none",
                 f"{plan.fullest.memory_bytes / GIB:.1f}",
@@ -179,7 +179,7 @@ def _table(plans: Sequence[Plan]) -> list[str]:
     return align(rows)
 
 
-def _chunk(config: Config) -> str:
+def split_cell(config: Config) -> str:
     """Layers of a virtual stage, or of the first and last stage: 4, 3/-, -."""
     first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
     if first or last:

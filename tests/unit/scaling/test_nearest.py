@@ -46,7 +46,7 @@ def test_fewest_values_are_changed():
     """TP 8 alone is wrong; a layout that changed more values by less would be no nearer."""
     job = job_of(*SEVEN, "--gpus", "16")
     last = problems_of(job, {TP: 8, PP: 2, CHUNK: 1, "recompute_granularity": "full"})[-1]
-    assert "TP 4 x PP 2 x DP 2, chunks of 1 layers, micro-batch" in last and "full recomputed" in last
+    assert "TP 4 x PP 2 x DP 2, chunks of 1 layer, micro-batch" in last and "full recomputed" in last
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_image_tokens_are_the_encoders(tmp_path):
         (("--tp", "2", "--pp", "2"), "# TP 2 x PP 2 x DP 2"),
         (
             ("--pp", "2", "--decoder-first-pipeline-num-layers", "1", "--tp", "1"),
-            "# TP 1 x PP 2 x DP 4, 1 layers first",
+            "# TP 1 x PP 2 x DP 4, 1 layer first",
         ),
     ],
 )
