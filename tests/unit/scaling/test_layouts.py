@@ -53,6 +53,23 @@ def test_every_kind_of_layout_is_gone_through():
         assert len({getattr(config, field) for config in found}) > 1, field
 
 
+def test_whatever_is_found_can_be_asked_for():
+    """Every possible layout is found again if all its values are pinned, and is the only one."""
+    job = job_of(*SEVEN, "--gpus", "24")
+    found = possible(job)
+    assert len(found) > 100
+    for config in found[:: len(found) // 40]:
+        fields = (TP, PP, CHUNK, "micro_batch_size", "recompute_granularity", FIRST, LAST)
+        pinned = {field: getattr(config, field) for field in fields}
+        given = {
+            field: value for field, value in pinned.items() if value is not None or field == "recompute_granularity"
+        }
+        again = possible(job, **given)
+        assert config in again
+        if CHUNK in given or FIRST in given and LAST in given:
+            assert again == [config]
+
+
 @pytest.mark.parametrize(
     "pp, splits",
     [
