@@ -108,6 +108,18 @@ def test_nothing_fits_ends_with_1(capsys):
     assert "do not fit 34.8 GiB (of 40) at their smallest" in text
 
 
+def test_what_fits_instead_is_in_the_json(capsys):
+    """Pinned values that are possible, but too large: 1, and the layout that changes one of them."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", "7b", "--gpus", "8", "--gpu", "h100-80gb", "--tp", "1", "--pp", "1", "--json"])
+    assert caught.value.code == 1
+    content = json.loads(capsys.readouterr().out)
+    assert not content["best"] and content["too_large"] and content["instead"]["fits"]
+    layout = content["instead"]["layout"]
+    assert content["instead"]["num_gpus"] == 8
+    assert 1 in (layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"])
+
+
 def test_the_report(capsys):
     main([*SEVEN, "--layouts", "3"])
     text = capsys.readouterr().out
