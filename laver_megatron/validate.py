@@ -125,7 +125,7 @@ def validate(
     problems = [*_range_problems(config), *_training_problems(config, encoder, on_cuda)]
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
-        problems += _sequence_problems(config)
+        problems += sequence_problems(config)
         if model_shape is not None:
             problems += _tensor_parallel_problems(config, model_shape)
             problems += _pipeline_problems(config, model_shape)
@@ -239,7 +239,8 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _sequence_problems(config: Config) -> Iterator[str]:
+def sequence_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the lengths of the sequences, and how sequence parallelism splits them."""
     tp, seq, visual = config.tensor_model_parallel_size, config.seq_length, config.visual_seq_length
     if visual > seq:
         yield f"visual_seq_length {visual} is above seq_length {seq}: visual tokens are part of the sequence"

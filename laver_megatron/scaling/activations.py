@@ -118,7 +118,9 @@ class Saved:
         config, work, width = self.config, self.workload, self.value_bytes
         if work.encoder is None:
             return 0
-        own = -(-config.micro_batch_size * work.num_visual_tokens // config.tensor_model_parallel_size)
+        # Whole images are divided over the ranks.
+        most = -(-config.micro_batch_size * work.num_images // config.tensor_model_parallel_size)
+        own = most * work.image_tokens
         connector = own * (work.encoder.feature_size + 2 * self.shape.hidden_size) * width
         slots = config.micro_batch_size * config.visual_seq_length * self.shape.hidden_size * width
         indices = _INT64_BYTES * (2 * config.micro_batch_size * config.seq_length + own)

@@ -18,11 +18,13 @@ from laver_megatron.scaling.workload import Workload
 @dataclass(frozen=True)
 class SentBytes:
     """tensor_parallel: between the parts of each layer, forward, backward and recomputed; pipeline: activations and
-    their gradients to the neighbouring stages; gradients: summed over the data-parallel ranks; weights: gathered from
-    them after the optimizer's step; teacher: broadcast after the EMA's."""
+    their gradients to the neighbouring stages; tied_embeddings: the gradient of the table of words, summed over first
+    and last stage, which have a copy each; gradients: summed over the data-parallel ranks; weights: gathered from them
+    after the optimizer's step; teacher: broadcast after the EMA's."""
 
     tensor_parallel: int = 0
     pipeline: int = 0
+    tied_embeddings: int = 0
     gradients: int = 0
     weights: int = 0
     teacher: int = 0
@@ -51,6 +53,7 @@ def sent_bytes(
     return SentBytes(
         tensor_parallel=num_micro_batches * tensor_parallel_bytes(config, shape, workload, stage) // context_ranks,
         pipeline=num_micro_batches * pipeline_bytes(config, shape, workload, stage) // context_ranks,
+        tied_embeddings=tied_embedding_bytes(config, shape, stage),
         gradients=state.gradients * (dp - 1) // dp,
         weights=trained * (dp - 1) // dp,
         teacher=state.teacher // dp if dp > 1 else 0,
@@ -88,6 +91,15 @@ def pipeline_bytes(config: Config, shape: ModelShape, workload: Workload, stage:
     after = num_chunks - (stage == pp - 1)
     before = num_chunks - (stage == 0)
     return received * (after + before)
+
+
+def tied_embedding_bytes(config: Config, shape: ModelShape, stage: int) -> int:
+    """In one iteration: an all-reduce over two ranks of this rank's whole part of the table, in fp32 like all
+    gradients."""
+    pp = config.pipeline_model_parallel_size
+    if pp == 1 or not shape.tie_word_embeddings or "decoder" in config.freeze or stage not in (0, pp - 1):
+        return 0
+    return shape.vocab_size * shape.hidden_size // config.tensor_model_parallel_size * FP32_BYTES
 
 
 def optimizer_traffic(state: StateBytes) -> int:

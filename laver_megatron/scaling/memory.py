@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from laver_megatron.config import Config
 from laver_megatron.convert.weights import ModelParts, Size, weight_table
@@ -88,13 +89,52 @@ def state_of_rank(
     feature_size: int,
     data_parallel_size: int,
     stage: int,
-    dp_rank: int = 0,
+    dp_rank: int,
 ) -> StateBytes:
     """What a rank of this pipeline stage holds. Ranks of one stage that differ in their tensor-parallel rank alone hold
     the same. encoder_sizes: of the image encoder's tensors in their order; feature_size: its feature width."""
     encoder = tuple(prod(size) for size in encoder_sizes.values())
+    whole, trained, averaged = _values_of_stage(config, shape, encoder, feature_size, data_parallel_size, stage)
+    return _with_own(whole, trained[dp_rank], averaged[dp_rank], config)
+
+
+def fullest_state(
+    config: Config,
+    shape: ModelShape,
+    encoder_sizes: Mapping[str, Size],
+    feature_size: int,
+    data_parallel_size: int,
+    stage: int,
+) -> StateBytes:
+    """What the data-parallel rank of this pipeline stage holds that holds most: a bucket's padding is the last ranks',
+    and the teacher's accumulators lie wherever the averaged tensors do. Arguments as of `state_of_rank`."""
+    encoder = tuple(prod(size) for size in encoder_sizes.values())
+    # What changes nothing here, and most layouts of a search differ in.
+    config = config.replace(micro_batch_size=1, recompute_granularity=None, sequence_parallel=False)
+    return _fullest_state(config, shape, encoder, feature_size, data_parallel_size, stage)
+
+
+@lru_cache(maxsize=4096)
+def _fullest_state(config: Config, shape: ModelShape, *rest: Any) -> StateBytes:
+    whole, trained, averaged = _values_of_stage(config, shape, *rest)
+    differing = set(zip(trained, averaged, strict=True))
+    return max((_with_own(whole, *own, config) for own in differing), key=lambda state: state.total)
+
+
+def _with_own(whole: StateBytes, trained: int, averaged: int, config: Config) -> StateBytes:
+    """whole: what every rank holds; trained, averaged: values that this one keeps for all."""
+    optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32
+    return replace(whole, optimizer=trained * optimizer_bytes, accumulators=averaged * FP32_BYTES)
+
+
+def _values_of_stage(
+    config: Config, shape: ModelShape, encoder: tuple[int, ...], feature_size: int, dp: int, stage: int
+) -> tuple[StateBytes, list[int], list[int]]:
+    """What every data-parallel rank holds; and of each rank how many values it keeps the optimizer's state and the
+    teacher's average of. encoder: values of its tensors."""
     chunks = layers_of_stages(config, shape.num_layers)
-    found = StateBytes()
+    whole = StateBytes()
+    trained, averaged = [0] * dp, [0] * dp
     for number, num_layers in enumerate(chunks[stage]):
         tensors = _chunk(
             config,
@@ -105,36 +145,42 @@ def state_of_rank(
             is_first=stage == number == 0,
             is_last=stage == len(chunks) - 1 and number == len(chunks[stage]) - 1,
         )
-        found += _state_of_chunk(tensors, config, data_parallel_size, dp_rank)
-    return found
+        places, buffer_values = _buffer([tensor for tensor in tensors if tensor.trains], dp)
+        whole += _on_every_rank(tensors, buffer_values, config)
+        for rank, tensor, num_values in _owned(places, dp):
+            trained[rank] += num_values
+            averaged[rank] += num_values if tensor.averaged else 0
+        # What is frozen stays with the first rank.
+        averaged[0] += sum(tensor.num_values for tensor in tensors if tensor.averaged and not tensor.trains)
+    return whole, trained, averaged
 
 
-def _state_of_chunk(tensors: Sequence[LocalTensor], config: Config, dp: int, dp_rank: int) -> StateBytes:
+def _on_every_rank(tensors: Sequence[LocalTensor], buffer_values: int, config: Config) -> StateBytes:
     value_bytes = 2 if config.bf16 else FP32_BYTES
-    places, buffer_values = _buffer([tensor for tensor in tensors if tensor.trains], dp)
-    frozen = [tensor for tensor in tensors if not tensor.trains]
-    trained = averaged = 0
-    for tensor, start, end, bucket_start, bucket_end in places:
-        share = (bucket_end - bucket_start) // dp
-        first = bucket_start + dp_rank * share
-        owned = max(0, min(end, first + share) - max(start, first))
-        trained += owned
-        averaged += owned if tensor.averaged else 0
-    if dp_rank == 0:  # what is frozen stays with the first rank
-        averaged += sum(tensor.num_values for tensor in frozen if tensor.averaged)
+    frozen = sum(tensor.num_values for tensor in tensors if not tensor.trains)
     return StateBytes(
-        weights=(buffer_values + sum(tensor.num_values for tensor in frozen)) * value_bytes,
+        weights=(buffer_values + frozen) * value_bytes,
         gradients=buffer_values * FP32_BYTES,
-        optimizer=trained * (OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32),
         teacher=sum(tensor.num_values for tensor in tensors if tensor.averaged) * value_bytes,
-        accumulators=averaged * FP32_BYTES,
     )
 
 
-def _buffer(tensors: Sequence[LocalTensor], dp: int) -> tuple[list[tuple[LocalTensor, int, int, int, int]], int]:
+_Place = tuple[LocalTensor, int, int, int, int]
+
+
+def _owned(places: Sequence[_Place], dp: int) -> Iterator[tuple[int, LocalTensor, int]]:
+    """(data-parallel rank, tensor, how many of its values the rank owns): each rank has an equal part of a bucket."""
+    for tensor, start, end, bucket_start, bucket_end in places:
+        share = (bucket_end - bucket_start) // dp
+        for rank in range((start - bucket_start) // share, -(-(end - bucket_start) // share)):
+            first = bucket_start + rank * share
+            yield rank, tensor, min(end, first + share) - max(start, first)
+
+
+def _buffer(tensors: Sequence[LocalTensor], dp: int) -> tuple[list[_Place], int]:
     """Where Megatron's buffer has each tensor: (tensor, start, end, start and end of its bucket), and the buffer's
     length in values. Tensors lie in the reverse of their order, aligned; a bucket divides evenly over the ranks."""
-    found: list[tuple[LocalTensor, int, int, int, int]] = []
+    found: list[_Place] = []
     waiting: list[tuple[LocalTensor, int, int]] = []
     bucket_start = end = 0
 

@@ -25,6 +25,11 @@ _QWEN = {
     "110b": (80, 8192, 49152, 64, 8, 152064, False),
 }
 REPOSITORIES = {size: f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN} | {"110b": "Qwen/Qwen1.5-110B-Chat"}
+# What whoever trains on these weights must do first.
+REMARKS = {
+    "110b": "The tokenizer of Qwen1.5-110B-Chat lacks <|vision_start|>, <|vision_end|> and <|image_pad|>. Put "
+    "Qwen2.5-72B-Instruct's beside the weights."
+}
 MODELS = {
     size: ModelShape(
         num_layers=layers,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from laver_megatron.config import Config
 from laver_megatron.convert.weights import Size
@@ -14,8 +15,8 @@ from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.activations import ActivationBytes, activations_of_stage
 from laver_megatron.scaling.communication import SentBytes, sent_bytes
 from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, model_flops
-from laver_megatron.scaling.hardware import GIB, Gpu
-from laver_megatron.scaling.memory import StateBytes, state_of_rank
+from laver_megatron.scaling.hardware import Gpu
+from laver_megatron.scaling.memory import FP32_BYTES, StateBytes, fullest_state
 from laver_megatron.scaling.pipeline import bubble
 from laver_megatron.scaling.throughput import (
     NO_OVERLAP,
@@ -28,9 +29,6 @@ from laver_megatron.scaling.throughput import (
 from laver_megatron.scaling.workload import Workload
 
 RECOMPUTATIONS = (None, "selective", "full")
-# What is left of a GPU's memory for tensors: the rest goes to CUDA, NCCL, the libraries and what lies between blocks.
-_USABLE_SHARE = 0.92
-_RESERVED_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,11 @@ class Job:
             num_encoder_layers=None if layer is None or encoder is None else layer % (encoder.num_layers + 1),
         )
 
-    @property
-    def usable_bytes(self) -> int:
-        return int(self.gpu.memory_bytes * _USABLE_SHARE) - _RESERVED_BYTES
-
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a rank of a pipeline stage holds and sends, and how long an iteration would take at its pace."""
+    """What the fullest data-parallel rank of a pipeline stage holds and sends, and how long an iteration would take at
+    its pace."""
 
     stage: int
     state: StateBytes
@@ -80,8 +75,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout with its costs. stages: the first, the last, and one of those between. flops: the model's, of one
-    iteration; hardware_flops: with what is computed again."""
+    """One layout with its costs. stages: the first, the second, which has most in flight of those between, and the
+    last. flops: the model's, of one iteration; hardware_flops: with what is computed again."""
 
     config: Config
     job: Job
@@ -101,13 +96,18 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.memory_bytes)
 
     @property
+    def encoder_bytes(self) -> int:
+        """The image encoder's weights, whole on every rank of the first stage and among its other weights."""
+        return sum(prod(size) for size in self.job.encoder_sizes.values()) * (2 if self.config.bf16 else FP32_BYTES)
+
+    @property
     def seconds(self) -> float:
         """Of one iteration."""
         return self.slowest.seconds.total
 
     @property
     def fits(self) -> bool:
-        return self.fullest.memory_bytes <= self.job.usable_bytes
+        return self.fullest.memory_bytes <= self.job.gpu.usable_bytes
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -131,9 +131,9 @@ def plan_layout(job: Job, config: Config) -> Plan:
     num_micro_batches = config.global_batch_size // (dp * config.micro_batch_size)
     model = job.flops
     stages = []
-    for stage in sorted({0, pp // 2, pp - 1}):
+    for stage in sorted({0, min(1, pp - 1), pp - 1}):
         feature_size = job.workload.encoder.feature_size if job.workload.encoder else 1
-        state = state_of_rank(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
+        state = fullest_state(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
         sent = sent_bytes(config, job.shape, job.workload, state, dp, num_micro_batches, stage)
         work = stage_work(config, job.shape, model, job.workload, stage)
         stages.append(
@@ -165,13 +165,25 @@ def _times(step: StepFlops, number: int) -> StepFlops:
 def layout_name(config: Config, num_gpus: int) -> str:
     """A layout in a few words."""
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    chunk = config.num_layers_per_virtual_pipeline_stage
-    virtual = "" if chunk is None else f", chunks of {chunk} layers"
+    unsplit = ", sequences not split" if tp > 1 and not config.sequence_parallel else ""
     recompute = config.recompute_granularity or "nothing"
     return (
-        f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{virtual}, micro-batch {config.micro_batch_size}, "
-        f"{recompute} recomputed"
+        f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{split_name(config)}{unsplit}, "
+        f"micro-batch {config.micro_batch_size}, {recompute} recomputed"
     )
+
+
+def split_name(config: Config) -> str:
+    """How the decoder's layers lie on the stages, where that is not evenly and in one piece."""
+
+    def layers(number: int) -> str:
+        return f"{number} layer{'s' if number > 1 else ''}"
+
+    chunk = config.num_layers_per_virtual_pipeline_stage
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    parts = ["" if chunk is None else f"chunks of {layers(chunk)}"]
+    parts += [f"{layers(size)} {end}" for size, end in ((first, "first"), (last, "last")) if size]
+    return "".join(f", {part}" for part in parts if part)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from math import prod
 from typing import Any
 
+from laver_megatron.config import Config
 from laver_megatron.scaling.hardware import GIB
+from laver_megatron.scaling.layouts import FIRST, LAST
 from laver_megatron.scaling.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
 from laver_megatron.scaling.planner import Search
 from laver_megatron.scaling.table import align
@@ -25,12 +26,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
             "data_parallel_size": plan.data_parallel_size,
             "num_layers_per_virtual_pipeline_stage": config.num_layers_per_virtual_pipeline_stage,
+            FIRST: config.decoder_first_pipeline_num_layers,
+            LAST: config.decoder_last_pipeline_num_layers,
             "sequence_parallel": config.sequence_parallel,
             "micro_batch_size": config.micro_batch_size,
             "recompute_granularity": config.recompute_granularity,
         },
         "fits": plan.fits,
-        "usable_bytes": plan.job.usable_bytes,
+        "usable_bytes": plan.job.gpu.usable_bytes,
+        "encoder_bytes": plan.encoder_bytes,
         "num_micro_batches": plan.num_micro_batches,
         "stages": [
             {
@@ -55,14 +59,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def search_json(job: Job, found: Search, num_layouts: int) -> dict[str, Any]:
-    """The best layouts, those that do not fit, and why others cannot be."""
+def search_json(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> dict[str, Any]:
+    """The best layouts, those that do not fit, and why others cannot be. instead: what fits where none of them does."""
     return {
         "num_gpus": job.num_gpus,
         "gpu": asdict(job.gpu),
         "workload": {**asdict(job.workload), "lm_area": job.workload.lm_area, "image_area": job.workload.image_area},
         "best": [plan_json(plan) for plan in best_of_each(found.fitting)[:num_layouts]],
         "too_large": [plan_json(plan) for plan in best_of_each(found.too_large)[:num_layouts]],
+        "instead": None if instead is None else {"num_gpus": instead.job.num_gpus, **plan_json(instead)},
         "impossible": [{"reason": reason, "num_layouts": number} for reason, number in found.impossible],
     }
 
@@ -76,8 +81,9 @@ def best_of_each(plans: Iterable[Plan]) -> list[Plan]:
     return list(first.values())
 
 
-def search_report(job: Job, found: Search, num_layouts: int) -> str:
-    """Everything for people: the job, the best layouts, the costs of the best, and why the others are not it."""
+def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> str:
+    """Everything for people: the job, the best layouts, the costs of the best, and why the others are not it. instead:
+    what fits where none of them does."""
     work = job.workload
     lines = [
         f"{job.num_gpus} x {job.gpu.name}; packs of {work.seq_length} tokens, {work.num_visual_tokens} of them visual "
@@ -92,13 +98,13 @@ def search_report(job: Job, found: Search, num_layouts: int) -> str:
         ]
         lines += _best(found.fitting[0])
     else:
-        lines += ["no layout fits", ""]
+        lines += [*_nothing_fits(found, instead), ""]
     fits = {_sizes(plan) for plan in found.fitting}
     others = [plan for plan in best_of_each(found.too_large) if _sizes(plan) not in fits]
     if others:
         lines += [
             "",
-            f"do not fit {job.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
+            f"do not fit {job.gpu.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
         ]
         lines += [f"  {_why_too_large(plan)}" for plan in others[:num_layouts]]
     if found.impossible:
@@ -107,6 +113,20 @@ def search_report(job: Job, found: Search, num_layouts: int) -> str:
         rest = sum(number for _, number in found.impossible[_SHOWN_REASONS:])
         lines += [f"  {rest} others, for reasons of these kinds"] if rest else []
     return "\n".join(lines)
+
+
+def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
+    least = found.too_large[0]
+    yield (
+        f"no layout fits {least.job.gpu.usable_bytes / GIB:.1f} GiB; the smallest takes "
+        f"{least.fullest.memory_bytes / GIB:.1f}: {layout_name(least.config, least.job.num_gpus)}"
+    )
+    if instead is None:
+        yield "nor is there a larger number of GPUs on which one fits"
+    elif instead.job.num_gpus == least.job.num_gpus:
+        yield f"the nearest that fits: {layout_name(instead.config, instead.job.num_gpus)}"
+    else:
+        yield f"{instead.job.num_gpus} GPUs are enough: {layout_name(instead.config, instead.job.num_gpus)}"
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
@@ -145,7 +165,7 @@ def _table(plans: Sequence[Plan]) -> list[str]:
                 str(config.tensor_model_parallel_size),
                 str(config.pipeline_model_parallel_size),
                 str(plan.data_parallel_size),
-                str(config.num_layers_per_virtual_pipeline_stage or "-"),
+                split_cell(config),
                 str(config.micro_batch_size),
                 config.recompute_granularity or "none",
                 f"{plan.fullest.memory_bytes / GIB:.1f}",
@@ -159,13 +179,21 @@ def _table(plans: Sequence[Plan]) -> list[str]:
     return align(rows)
 
 
+def split_cell(config: Config) -> str:
+    """Layers of a virtual stage, or of the first and last stage: 4, 3/-, -."""
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    if first or last:
+        return f"{first or '-'}/{last or '-'}"
+    return str(config.num_layers_per_virtual_pipeline_stage or "-")
+
+
 def _best(plan: Plan) -> Iterator[str]:
     yield f"the fastest: {layout_name(plan.config, plan.job.num_gpus)}"
     yield from align(_memory_rows(plan))
     by_kind = activations_by_recomputation(plan).items()
     recomputed = ", ".join(f"{kind} {number / GIB:.2f} GiB" for kind, number in by_kind)
     yield f"activations by what is recomputed: {recomputed}"
-    yield f"the encoder's weights, on every rank of stage 0: {_encoder_gib(plan):.2f} GiB"
+    yield f"the encoder's weights, on every rank of stage 0: {plan.encoder_bytes / GIB:.2f} GiB"
     step, peak = plan.slowest, plan.slowest.seconds
     shares = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in asdict(peak).items() if value)
     yield f"time, on stage {step.stage}: {shares}"
@@ -188,11 +216,6 @@ def _best(plan: Plan) -> Iterator[str]:
             f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
             f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
         )
-
-
-def _encoder_gib(plan: Plan) -> float:
-    values = sum(prod(size) for size in plan.job.encoder_sizes.values())
-    return values * (2 if plan.config.bf16 else 4) / GIB
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:

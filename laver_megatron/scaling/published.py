@@ -15,7 +15,7 @@ from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.communication import sent_bytes
 from laver_megatron.scaling.flops import model_flops
 from laver_megatron.scaling.hardware import GPUS
-from laver_megatron.scaling.memory import state_of_rank
+from laver_megatron.scaling.memory import fullest_state
 from laver_megatron.scaling.throughput import FULL_OVERLAP, NO_OVERLAP, Overlap, seconds_of_stage, stage_work
 from laver_megatron.scaling.workload import Workload
 
@@ -72,7 +72,7 @@ def predicted_seconds(run: PublishedRun) -> float:
     for stage in {0, run.pp - 1}:
         # Ranks that share a sequence divide gradients and optimizer between them like replicas.
         dp = replicas * run.context
-        state = state_of_rank(config, run.shape, {}, 1, dp, stage)
+        state = fullest_state(config, run.shape, {}, 1, dp, stage)
         computed = stage_work(config, run.shape, model, work, stage, context_ranks=run.context)
         sent = sent_bytes(config, run.shape, work, state, dp, num_micro_batches, stage, context_ranks=run.context)
         seconds = seconds_of_stage(

@@ -7,7 +7,7 @@ much of the tensor-parallel communication hides behind arithmetic where it is ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from laver_megatron.config import Config
 from laver_megatron.model.shape import ModelShape
@@ -47,6 +47,7 @@ class Seconds:
     tensor_parallel: float = 0.0
     pipeline: float = 0.0
     bubble: float = 0.0
+    tied_embeddings: float = 0.0
     data_parallel: float = 0.0
     optimizer: float = 0.0
 
@@ -57,8 +58,8 @@ class Seconds:
 
 @dataclass(frozen=True)
 class StageWork:
-    """What one rank of a stage computes in one micro-batch. linear, attention: FLOPs that run, recomputation included;
-    traffic: bytes to and from memory of what is no matrix product."""
+    """What the rank of a stage that has most to do computes in one micro-batch. linear, attention: FLOPs that run,
+    recomputation included; traffic: bytes to and from memory of what is no matrix product."""
 
     linear: float
     attention: float
@@ -81,18 +82,40 @@ def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> 
     )
 
 
+def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
+    """FLOPs of one micro-batch of one replica as they run, recomputation apart: decoder and vision head compute every
+    visual slot, filled or not. An empty slot attends to itself alone, and has no part in images."""
+    real = micro_batch_flops(config, model, workload)
+    if not config.laver:
+        return real
+    packs = config.micro_batch_size
+    num_slots = packs * config.visual_seq_length
+    num_empty = num_slots - packs * workload.num_visual_tokens
+    in_slots = step_flops(
+        model,
+        num_tokens=packs * workload.seq_length,
+        lm_span_area=packs * workload.lm_area,
+        num_visual_tokens=num_slots,
+        reconstruction_span_area=packs * workload.image_area + num_empty,
+        num_images=packs * workload.num_images,
+        frozen=config.freeze,
+    )
+    return replace(in_slots, gram=real.gram, connector=real.connector, encoder=real.encoder)
+
+
 def stage_work(
     config: Config, shape: ModelShape, model: ModelFlops, workload: Workload, stage: int, *, context_ranks: int = 1
 ) -> StageWork:
-    """What a rank of a pipeline stage computes in one micro-batch. context_ranks: ranks that share a sequence, which
-    this program has none of; published runs do."""
+    """Of the ranks of a pipeline stage, what the one with most computes in one micro-batch. context_ranks: ranks that
+    share a sequence, which this program has none of; published runs do."""
     tp, packs = config.tensor_model_parallel_size, config.micro_batch_size
     layers = sum(layers_of_stages(config, shape.num_layers)[stage])
     share = layers / shape.num_layers
-    step = micro_batch_flops(config, model, workload)
-    visual = packs * workload.num_visual_tokens if config.laver else 0
-    head = visual * model.vision_head_per_token
-    in_images = packs * workload.image_area * model.attention_per_pair if config.laver else 0
+    step = computed_flops(config, model, workload)
+    slots = packs * config.visual_seq_length if config.laver else 0
+    num_empty = slots - packs * workload.num_visual_tokens if config.laver else 0
+    head = slots * model.vision_head_per_token
+    in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if config.laver else 0
     student_attention = step.student_attention_forward
     # Both operands of attention are activations: its backward pass is twice its forward pass wherever there is one.
     masked_attention = in_images * (3 if set(MODULES) - set(config.freeze) else 1)
@@ -102,18 +125,18 @@ def stage_work(
         linear += step.student_layers_forward - student_attention
     if config.recompute_granularity is not None:
         attention += student_attention
-    on_stage, attention_on_stage = linear * share, attention * share
-    if stage == 0:
-        on_stage += step.connector + step.encoder
-    if stage == config.pipeline_model_parallel_size - 1:
-        on_stage += step.lm_head + step.vision_head + step.gram + head
     ranks = tp * context_ranks
-    student = packs * workload.seq_length + visual
-    traffic = layers * (student + visual / 3) * _traffic_per_token(config, shape)
+    on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
+    if stage == 0:
+        # Whole images are divided, not their tokens.
+        on_stage += (step.connector + step.encoder) * workload.largest_share_of_images(packs, tp)
+    if stage == config.pipeline_model_parallel_size - 1:
+        on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
+    traffic = layers * (packs * workload.seq_length + slots * 4 / 3) * _traffic_per_token(config, shape)
     if stage == config.pipeline_model_parallel_size - 1:
         # Logits as bf16 and fp32, their softmax, and the gradients of both.
         traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
-    return StageWork(on_stage / ranks, attention_on_stage / ranks, traffic / context_ranks)
+    return StageWork(on_stage, attention_on_stage, traffic / context_ranks)
 
 
 def _traffic_per_token(config: Config, shape: ModelShape) -> float:
@@ -143,7 +166,8 @@ def seconds_of_stage(
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
 
     def link(ranks_apart: int) -> float:
-        rate = gpu.node_bandwidth if ranks_apart <= gpu.node_size else gpu.network_bandwidth
+        is_near = gpu.holds_groups_of(ranks_apart, tp * data_parallel_size * pp)
+        rate = gpu.node_bandwidth if is_near else gpu.network_bandwidth
         return rate * LINK_EFFICIENCY
 
     matmul = num_micro_batches * work.linear / (gpu.peak_flops * gpu.matmul_efficiency)
@@ -157,6 +181,8 @@ def seconds_of_stage(
     reduced = sent.gradients + sent.weights
     data_parallel = reduced / link(tp * data_parallel_size) * overlap.data_parallel
     data_parallel += sent.teacher * max(data_parallel_size - 1, 0) / link(tp * data_parallel_size)
+    # First and last stage are as far apart as ranks can be.
+    tied_embeddings = sent.tied_embeddings / link(tp * data_parallel_size * pp)
     return Seconds(
         matmul=matmul,
         attention=attention,
@@ -164,6 +190,7 @@ def seconds_of_stage(
         tensor_parallel=tensor_parallel,
         pipeline=pipeline,
         bubble=working * bubble(config, shape.num_layers, num_micro_batches),
+        tied_embeddings=tied_embeddings,
         data_parallel=data_parallel,
         optimizer=optimizer_traffic(state) / (gpu.memory_bandwidth * MEMORY_EFFICIENCY) + _LAUNCH_SECONDS,
     )

@@ -28,6 +28,11 @@ class Workload:
     def visual_share(self) -> float:
         return self.num_visual_tokens / self.seq_length
 
+    def largest_share_of_images(self, num_packs: int, num_ranks: int) -> float:
+        """What the rank that encodes most of a micro-batch's images has of them."""
+        num_images = num_packs * self.num_images
+        return -(-num_images // num_ranks) / num_images if num_images else 0.0
+
     @property
     def image_area(self) -> int:
         """Pairs within images."""
@@ -49,20 +54,23 @@ def workload_of(
     seq_length: int,
     visual_share: float,
     image_tokens: int,
-    num_documents: int,
+    num_documents: int | None,
     attention: str,
     encoder: EncoderShape | None,
 ) -> Workload:
-    """The most whole images within a share of a pack.
+    """The most whole images within a share of a pack. num_documents: None for one an image, or one without any.
 
     Raises:
-        ValueError: a share outside of 0 to 1, or not one image within a share that is not 0.
+        ValueError: a share that is not from 0 to below 1, documents that do not fit, or not one image within a share
+            that is not 0.
     """
     if not 0 <= visual_share < 1:
         raise ValueError(f"the visual share is {visual_share}, but must be at least 0 and below 1")
+    num_images = int(visual_share * seq_length / image_tokens)
+    if num_documents is None:
+        num_documents = max(num_images, 1)
     if not 1 <= num_documents <= seq_length:
         raise ValueError(f"{num_documents} documents do not fit a pack of {seq_length} tokens")
-    num_images = int(visual_share * seq_length / image_tokens)
     if visual_share and not num_images:
         raise ValueError(
             f"{visual_share} of {seq_length} tokens is less than one image of {image_tokens}; use a visual share of at "

@@ -86,14 +86,17 @@ def test_the_files_pass_a_dry_run_and_say_what_they_are(file, place):
     assert f"{parameters / 1e9:.4g}B parameters" in text
     assert all(len(line) <= 120 for line in text.splitlines())
     num_layouts = 0
-    for gpus, tp, pp, chunk, dp in re.findall(r"^# +([\d,]+) +(\d+) +(\d+) +(\d+|-) +(\d+) ", text, re.MULTILINE):
+    for gpus, tp, pp, chunk, dp in re.findall(r"^# +([\d,]+) +(\d+) +(\d+) +([\d/-]+) +(\d+) ", text, re.MULTILINE):
         num_layouts += 1
         num_gpus = int(gpus.replace(",", ""))
         assert num_gpus == int(tp) * int(pp) * int(dp)
+        uneven = [None if size == "-" else int(size) for size in chunk.split("/")] if "/" in chunk else [None, None]
         other = config.replace(
             tensor_model_parallel_size=int(tp),
             pipeline_model_parallel_size=int(pp),
-            num_layers_per_virtual_pipeline_stage=None if chunk == "-" else int(chunk),
+            num_layers_per_virtual_pipeline_stage=int(chunk) if chunk.isdigit() else None,
+            decoder_first_pipeline_num_layers=uneven[0],
+            decoder_last_pipeline_num_layers=uneven[1],
             sequence_parallel=int(tp) > 1,
         )
         check(Invocation(other, dry_run=True, dry_run_world_size=num_gpus))

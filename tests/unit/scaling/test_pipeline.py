@@ -1,5 +1,7 @@
 """Micro-batches in flight against Megatron's own schedule; messages and collectives by hand."""
 
+from dataclasses import replace
+
 import pytest
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
@@ -86,3 +88,18 @@ def test_what_replicas_send():
     sent = sent_bytes(settings(1, bf16=True), SHAPE_8, WORK, state, 4, 8, 0)
     assert (sent.gradients, sent.weights, sent.teacher) == (3000, 1500, 500)
     assert sent_bytes(settings(1), SHAPE_8, WORK, state, 1, 8, 0).total == 0
+
+
+def test_what_tied_embeddings_send():
+    """The table of words in fp32, once to the other stage that has it; see Megatron's `finalize_model_grads`."""
+    tied = replace(SHAPE_8, tie_word_embeddings=True)
+    config = settings(1, pipeline_model_parallel_size=4, bf16=True)
+    table = 512 * 128 * 4
+
+    def sent(config, shape=tied):
+        return [sent_bytes(config, shape, WORK, StateBytes(), 2, 8, stage).tied_embeddings for stage in (0, 1, 3)]
+
+    assert sent(config) == [table, 0, table]
+    assert sent(config.replace(tensor_model_parallel_size=2)) == [table // 2, 0, table // 2]
+    assert sent(config, SHAPE_8) == sent(config.replace(freeze=("encoder", "decoder"))) == [0, 0, 0]
+    assert sent(settings(1))[0] == 0

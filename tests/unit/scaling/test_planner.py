@@ -1,23 +1,18 @@
 """The planner as a user meets it: what it finds, what it refuses, and that what it writes can run."""
 
 import json
-import shutil
+from math import prod
 
 import pytest
 
-from laver_megatron.command_line import read_command_line
-from laver_megatron.config import ConfigError
-from laver_megatron.scaling.hardware import GIB, find_gpu
-from laver_megatron.scaling.models import MODELS, SIGLIP2, encoder_sizes
-from laver_megatron.scaling.plan import Job, activations_by_recomputation, laver_costs, plan_layout
-from laver_megatron.scaling.plan_command import build_parser, main, make_job
-from laver_megatron.scaling.planner import check_layout, layout_problems, search
-from laver_megatron.validate import check_run
-
-
-def job_of(*flags: str) -> Job:
-    return make_job(build_parser().parse_args(flags))
-
+from laver_megatron.scaling.hardware import GIB
+from laver_megatron.scaling.layouts import layout_problems
+from laver_megatron.scaling.memory import state_of_rank
+from laver_megatron.scaling.models import SIGLIP2, encoder_sizes
+from laver_megatron.scaling.plan import activations_by_recomputation, laver_costs, plan_layout
+from laver_megatron.scaling.plan_command import main
+from laver_megatron.scaling.planner import search
+from tests.unit.scaling.plans import job_of
 
 SEVEN = ("--model", "7b", "--gpus", "16", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
 
@@ -38,10 +33,10 @@ def test_what_fits_fits_and_the_fastest_comes_first(paper, found):
     times = [plan.seconds for plan in found.fitting]
     assert times == sorted(times)
     for plan in found.fitting:
-        assert plan.fullest.memory_bytes <= paper.usable_bytes < 80 * GIB
+        assert plan.fullest.memory_bytes <= paper.gpu.usable_bytes < 80 * GIB
         assert not layout_problems(paper, plan.config)
     for plan in found.too_large:
-        assert plan.fullest.memory_bytes > paper.usable_bytes
+        assert plan.fullest.memory_bytes > paper.gpu.usable_bytes
     # Every kind of layout was looked at.
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
                  "num_layers_per_virtual_pipeline_stage", "recompute_granularity"):  # fmt: skip
@@ -104,55 +99,25 @@ def test_pinned_values_are_kept(paper):
     assert all(plan.config.recompute_granularity is None for plan in found.fitting)
 
 
-@pytest.mark.parametrize(
-    "pinned, reason, nearest",
-    [
-        ({"tensor_model_parallel_size": 8}, "does not divide the model's 28 attention heads", "TP 4 x PP 1 x DP 4"),
-        ({"pipeline_model_parallel_size": 8}, "28 layers do not divide into 8 pipeline stages", "TP 1 x PP 4 x DP 4"),
-        ({"tensor_model_parallel_size": 16}, "reaches out of a machine of 8 GPUs", "TP 4 x PP 1 x DP 4"),
-        ({"tensor_model_parallel_size": 3}, "16 processes cannot be divided", "TP 4 x PP 1 x DP 4"),
-        ({"micro_batch_size": 3}, "global_batch_size 128 is not a multiple of micro_batch_size 3", "micro-batch 4"),
-    ],
-)
-def test_impossible_layouts_say_why_and_what_is_near(paper, pinned, reason, nearest):
-    with pytest.raises(ConfigError) as caught:
-        check_layout(paper, pinned)
-    assert any(reason in problem for problem in caught.value.problems), caught.value.problems
-    assert "the nearest possible layout: " in caught.value.problems[-1]
-    assert nearest in caught.value.problems[-1]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--gpu", "h1000"), "GPU 'h1000' is not known; choose one of a100-40gb"),
-        ((), "no GPU is named; choose one of a100-40gb"),
-        (("--gpu", "h100-80gb", "--gpus", "0"), "--gpus is 0, but must be at least 1"),
-        (
-            ("--gpu", "h100-80gb", "--seq-length", "65536"),
-            "seq_length 65536 is above the model's max_position_embeddings",
-        ),
-        (("--gpu", "h100-80gb", "--visual-share", "0.01"), "less than one image of 729"),
-        (("--gpu", "h100-80gb", "--tp", "0"), "tensor_model_parallel_size is 0, but must be at least 1"),
-        (("--gpu", "h100-80gb", "--model", "8b"), "model '8b' is not known"),
-        (("--gpu", "h100-80gb", "--encoder", "/nowhere"), "no such directory"),
-    ],
-)
-def test_bad_input_ends_with_2(capsys, flags, message):
-    given = [] if "--model" in flags else ["--model", "7b"]
-    given += [] if "--gpus" in flags else ["--gpus", "16"]
-    with pytest.raises(SystemExit) as caught:
-        main([*given, *flags])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_nothing_fits_ends_with_1(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--model", "72b", "--gpus", "8", "--gpu", "a100-40gb"])
     assert caught.value.code == 1
     text = capsys.readouterr().out
-    assert "no layout fits" in text and "do not fit 34.8 GiB (of 40) at their smallest" in text
+    assert "no layout fits 34.8 GiB; the smallest takes" in text and "64 GPUs are enough: TP 8 x PP 8" in text
+    assert "do not fit 34.8 GiB (of 40) at their smallest" in text
+
+
+def test_what_fits_instead_is_in_the_json(capsys):
+    """Pinned values that are possible, but too large: 1, and the layout that changes one of them."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", "7b", "--gpus", "8", "--gpu", "h100-80gb", "--tp", "1", "--pp", "1", "--json"])
+    assert caught.value.code == 1
+    content = json.loads(capsys.readouterr().out)
+    assert not content["best"] and content["too_large"] and content["instead"]["fits"]
+    layout = content["instead"]["layout"]
+    assert content["instead"]["num_gpus"] == 8
+    assert 1 in (layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"])
 
 
 def test_the_report(capsys):
@@ -170,26 +135,25 @@ def test_json(capsys):
     assert len(content["best"]) == 2 and best["fits"] and best["laver_costs"] is None
     assert best["seconds"] == pytest.approx(max(sum(stage["seconds"].values()) for stage in best["stages"]))
     assert set(best["stages"][0]["state_bytes"]) == {"weights", "gradients", "optimizer", "teacher", "accumulators"}
+    assert best["encoder_bytes"] == 2 * sum(prod(size) for size in encoder_sizes(SIGLIP2).values())
+    assert content["instead"] is None
     assert best["model_flops"]["total"] == sum(v for name, v in best["model_flops"].items() if name != "total")
 
 
-def test_the_written_configuration_passes_a_dry_run(demo_dir, tmp_path, capsys):
-    """On directories without weights, as examples/ and the hub's small files make them."""
-    for part in ("model", "encoder"):
-        shutil.copytree(demo_dir / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
-    file = tmp_path / "plan.yaml"
-    flags = ["--model", str(tmp_path / "model"), "--encoder", str(tmp_path / "encoder"), "--gpus", "8", "--gpu-memory",
-             "4", "--gpu-tflops", "1", "--bandwidth", "1", "--seq-length", "512", "--global-batch-size", "64",
-             "--tp", "2", "--pp", "2", "--write", str(file)]  # fmt: skip
-    main(flags)
-    text = file.read_text()
-    assert text.startswith("# TP 2 x PP 2 x DP 2") and "# Made by: python tools/plan.py --model" in text
-    capsys.readouterr()
-    assert check_run(read_command_line(["--config", str(file), "--dry-run", "8"])) is None
-    assert "dry run, nothing wrong" in capsys.readouterr().out
-
-
-def test_a_job_by_hand_is_that_of_the_command(paper):
-    assert paper.shape == MODELS["7b"] and paper.encoder_sizes == encoder_sizes(SIGLIP2)
-    assert paper.gpu == find_gpu("a100-80gb")
-    assert paper.base.visual_seq_length % 128 == 0 and paper.base.visual_seq_length >= paper.workload.num_visual_tokens
+@pytest.mark.parametrize("pp, chunk", [(1, None), (4, 1), (2, 2)])
+def test_memory_is_that_of_the_fullest_replica(paper, pp, chunk):
+    """Replicas own unequal parts of the teacher's accumulators and, for the buckets' padding, of the optimizer."""
+    config = paper.base.replace(pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=chunk)
+    config = config.replace(recompute_granularity="full")
+    plan = plan_layout(paper, config)
+    of_first = 0
+    for stage in plan.stages:
+        states = [
+            state_of_rank(config, paper.shape, paper.encoder_sizes, 1152, 16 // pp, stage.stage, rank)
+            for rank in range(16 // pp)
+        ]
+        assert stage.state == max(states, key=lambda state: state.total)
+        # Together they own every value once.
+        assert sum(state.accumulators for state in states) == 2 * states[0].teacher
+        of_first = max(of_first, states[0].total + stage.activations.total)
+    assert plan.fullest.memory_bytes > of_first

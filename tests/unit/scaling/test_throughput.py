@@ -8,7 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from laver_megatron.encoders import read_encoder
+from laver_megatron.model.image_division import divide_images
+from laver_megatron.scaling.activations import Saved
 from laver_megatron.scaling.communication import SentBytes
+from laver_megatron.scaling.encoder_flops import EncoderFlops
 from laver_megatron.scaling.flops import hardware_flops, model_flops
 from laver_megatron.scaling.hardware import GPUS
 from laver_megatron.scaling.memory import StateBytes
@@ -17,12 +20,14 @@ from laver_megatron.scaling.throughput import (
     FULL_OVERLAP,
     NO_OVERLAP,
     StageWork,
+    computed_flops,
     micro_batch_flops,
     seconds_of_stage,
     stage_work,
 )
 from tests.unit.scaling.small_run import (
     SHAPE,
+    SIDE,
     build_stage,
     loss_of,
     make_micro_batch,
@@ -61,6 +66,9 @@ def model_of(config, encoder_dir):
         (2, {"freeze": ()}),
         (1, {"micro_batch_size": 2}),
         (1, {"freeze": ("encoder", "decoder")}),
+        # Empty visual slots are computed like full ones.
+        (1, {"visual_seq_length": 2 * SIDE**2}),
+        (2, {"visual_seq_length": 640, "micro_batch_size": 2, "freeze": ("encoder", "connector")}),
     ],
     ids=str,
 )
@@ -80,8 +88,10 @@ def test_linear_layers_match_the_counter(encoder_dir, recompute, num_images, cha
     expected = computed.linear - pairs * (3 if "encoder" not in config.freeze else 1)
     # 1% is promised; what is off is the Gram matrices, which are also monitored without a gradient.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
-    step = micro_batch_flops(config, model, work)
+    step = computed_flops(config, model, work)
     assert computed.linear + computed.attention == pytest.approx(hardware_flops(step, recompute), rel=1e-12)
+    has_empty_slots = config.laver and config.visual_seq_length > work.num_visual_tokens
+    assert (step.total > micro_batch_flops(config, model, work).total) == has_empty_slots
 
 
 def test_stages_share_the_work(encoder_dir):
@@ -97,6 +107,24 @@ def test_stages_share_the_work(encoder_dir):
         assert sum(getattr(part, name) for part in parts) == pytest.approx(getattr(one, name))
     two = stage_work(config.replace(tensor_model_parallel_size=2), shape, model, work, 0)
     assert (2 * two.linear, 2 * two.attention) == pytest.approx((one.linear, one.attention))
+
+
+@pytest.mark.parametrize("num_packs, tp", [(1, 2), (1, 8), (3, 4), (2, 3)])
+def test_whole_images_are_divided(encoder_dir, num_packs, tp):
+    """Two images keep two of eight ranks busy: the encoder takes as long as one image."""
+    config = settings(2, micro_batch_size=num_packs, tensor_model_parallel_size=tp)
+    model, work = model_of(config, encoder_dir), workload(2, encoder_dir)
+    with_images = stage_work(config, SHAPE, model, work, 0).linear
+    without = stage_work(config, SHAPE, replace(model, encoder=EncoderFlops()), work, 0).linear
+    division = divide_images([SIDE**2] * 2 * num_packs, tp)
+    step = micro_batch_flops(config, model, work)
+    share = max(len(images) for images in division) / (2 * num_packs)
+    assert with_images - without == pytest.approx(step.encoder * share)
+    own = Saved(config, SHAPE, work, fused=True).input_side()
+    one = Saved(config.replace(tensor_model_parallel_size=1), SHAPE, work, fused=True).input_side()
+    tokens = 2 * num_packs * SIDE**2
+    per_token = work.encoder.feature_size * 4 + 2 * SHAPE.hidden_size * 4 + 8
+    assert one - own == pytest.approx(tokens * (1 - share) * per_token)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name} on {run.num_gpus} {run.gpu} {run.recompute}")
@@ -132,6 +160,7 @@ def test_every_part_of_the_time_counts():
         ({"work": StageWork(0, 0, 1e12)}, "memory"),
         ({"sent": SentBytes(tensor_parallel=10**9)}, "tensor_parallel"),
         ({"sent": SentBytes(pipeline=10**9)}, "pipeline"),
+        ({"sent": SentBytes(tied_embeddings=10**9)}, "tied_embeddings"),
         ({"sent": SentBytes(gradients=10**9)}, "data_parallel"),
         ({"sent": SentBytes(teacher=10**9)}, "data_parallel"),
         ({"state": StateBytes(optimizer=10**9)}, "optimizer"),
