@@ -16,7 +16,7 @@ from laver_megatron.data.opening import open_indexes
 from laver_megatron.data.subset import write_subset
 from laver_megatron.demo import make_demo
 from laver_megatron.scaling import sweep_files
-from laver_megatron.scaling.registry import read_registry
+from laver_megatron.scaling.registry_files import read_registry
 from laver_megatron.scaling.run_summary import config_hash
 from laver_megatron.scaling.sweep import nearest
 from laver_megatron.validate import check
