@@ -9,7 +9,7 @@ from laver_megatron.scaling.comparison import Arm, Difference, Extrapolation, co
 from laver_megatron.scaling.compute import SIX_N_D, fit_cost
 from laver_megatron.scaling.law import DELTA, fit_law
 from laver_megatron.scaling.measured import MeanDifference, Pair, find_pairs, mean_differences
-from laver_megatron.scaling.points import Array, check_points, listed
+from laver_megatron.scaling.points import PARAMETERS, Array, check_points, listed
 from laver_megatron.scaling.study import StudyArm
 
 _NUM_BUDGETS = 5
@@ -92,7 +92,9 @@ def _fit_arm(name: str, data: StudyArm, settings: FitSettings, study: Mapping[st
         fit = fit_law(data.points, num_resamples=settings.num_resamples, seed=settings.seed, delta=settings.delta)
     except ValueError as error:
         others = ""
-        if len(study) > 1:  # a stray value of the column that makes the arms is an arm of few runs
+        if len(study) > 1 and len(data.points) < len(
+            PARAMETERS
+        ):  # a stray value of the column that makes the arms is an arm of few runs
             told = (f"{arm} ({len(of_arm.points)}: {listed(of_arm.points.names, 1)})" for arm, of_arm in study.items())
             others = f"\n  the arms and their runs are {', '.join(told)}; --where chooses among them"
         raise ValueError(f"{name}: {error}{others}") from error

@@ -149,8 +149,8 @@ class Registry:
     def _refuse(self, without: Sequence[str], what: str) -> None:
         if without:
             raise ValueError(
-                f"{len(without)} of {len(self.runs)} runs have no {what}: {listed(without)}; choose the others by a "
-                "column that tells them apart (--where COLUMN=VALUE, such as --where laver=true)"
+                f"{len(without)} of {len(self.runs)} runs have no {what}: {listed(without)}; mend these, or "
+                "choose others by a column (--where COLUMN=VALUE, such as --where laver=true)"
             )
 
 

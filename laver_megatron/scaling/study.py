@@ -9,7 +9,7 @@ import numpy as np
 from laver_megatron.scaling.points import Array, Points
 from laver_megatron.scaling.registry import SIZE_PARTS, Registry, is_number
 from laver_megatron.scaling.registry_files import read_registry
-from laver_megatron.scaling.study_settings import check_equal_settings, varying_settings
+from laver_megatron.scaling.study_settings import check_equal_settings, setting_notes
 
 ALL_RUNS = "all runs"
 CONTINUED_TRAINING = (
@@ -80,16 +80,18 @@ def study_of_registry(
             notes += check_equal_settings(parts, registry.full_name(arm_by), allow_differences)
     arms = {}
     for name, part in parts.items():
-        varying = varying_settings(part)
-        of_arm = (f"the runs also differ in {', '.join(varying)}, which the law takes for noise",) if varying else ()
         seeds = tuple(str(run.value("seed")) for run in part.runs)
-        arms[name] = StudyArm(part.points(column, size_parts, tokens, ceiling), part.flops(), seeds, of_arm)
+        arms[name] = StudyArm(
+            part.points(column, size_parts, tokens, ceiling), part.flops(), seeds, tuple(setting_notes(part))
+        )
     return Study(arms, tuple(notes), registry)
 
 
 def _check_column(parts: dict[str, Registry], column: str) -> None:
     """An arm of which no run has the column is no accident, such as LaVer's monitors in the baseline."""
     without = [name for name, part in parts.items() if not any(is_number(run.value(column)) for run in part.runs)]
+    if len(without) == len(parts):
+        raise ValueError(f"no run has a number in {column}; choose another column")
     if without:
         raise ValueError(
             f"no run of {' or '.join(without)} has a number in {column}; fit the other runs alone, chosen with --where "

@@ -4,15 +4,18 @@ import csv
 import json
 from collections.abc import Callable, Collection, Hashable, Mapping
 
+import numpy as np
+
 from laver_megatron.config import fields_of
+from laver_megatron.scaling.points import groups
 from laver_megatron.scaling.registry import SIZE_PARTS, Registry, Run, text_of
-from laver_megatron.scaling.run_summary import hashed_settings
+from laver_megatron.scaling.run_summary import MANIFEST, hashed_settings
 
 # What a ladder is made of: the size's model, and the amount of data.
 _LADDER_SETTINGS = {"load", "model", "encoder", "train_iters"}
 # Data and validation: with others, a difference of two losses is none of the arms'.
 _OF_THE_LOSS = {item.name for item in fields_of("data")} | {"eval_iters"}
-_MANIFEST = "manifest.csv"
+_DATA_PATH = "config.data_path"
 
 
 def varying_settings(runs: Registry) -> list[str]:
@@ -22,20 +25,41 @@ def varying_settings(runs: Registry) -> list[str]:
     has_laver = all(run.value("config.laver") for run in runs.runs)
     names = [f"config.{name}" for name in sorted(hashed_settings(has_laver) - _LADDER_SETTINGS)]
     varying = [name for name in names if len({repr(run.value(name)) for run in runs.runs}) > 1]
-    if "config.data_path" in varying and all(map(_sees_its_amount, runs.runs)):
-        varying.remove("config.data_path")
+    if _DATA_PATH in varying and all(map(_sees_its_amount, runs.runs)):
+        varying.remove(_DATA_PATH)
     return varying
+
+
+def setting_notes(runs: Registry) -> list[str]:
+    """What a reader should know of the settings by which the runs of one arm differ."""
+    varying, notes = varying_settings(runs), []
+    if _DATA_PATH in varying and _follows_tokens(runs):
+        varying.remove(_DATA_PATH)
+        notes.append(
+            f"{_DATA_PATH} changes with the number of tokens: right where these are nested subsets "
+            "(tools/subset_shards.py); what else differs between the data, the law takes for an effect of D"
+        )
+    if varying:
+        notes.append(f"the runs also differ in {', '.join(varying)}, which the law takes for noise")
+    return notes
+
+
+def _follows_tokens(runs: Registry) -> bool:
+    """Whether each amount of data is of one path, and each path of one amount."""
+    tokens_R = np.array([run.value("tokens.total") for run in runs.runs], dtype=float)
+    both = {(run.value(_DATA_PATH), number) for run, number in zip(runs.runs, groups(tokens_R).tolist(), strict=True)}
+    return len(both) == len({path for path, _ in both}) == len({number for _, number in both})
 
 
 def _sees_its_amount(run: Run) -> bool:
     """Whether the manifest of the run's sweep names its data as the amount."""
-    path = run.path.resolve().parent.parent / _MANIFEST
+    path = run.path.resolve().parent.parent / MANIFEST
     if not path.is_file():
         return False
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line.get("config_hash") == run.value("config_hash") and line.get("seed") == str(run.value("seed")):
-                return json.dumps([line.get("amount")]) == run.value("config.data_path")
+                return json.dumps([line.get("amount")]) == run.value(_DATA_PATH)
     return False
 
 

@@ -257,6 +257,7 @@ def test_a_stray_value_of_the_arms_is_named(tmp_path, capsys):
             ("--arm-by", "laver", "--column", "last.teacher_entropy"),
             "no run of baseline has a number in validation.last",
         ),
+        (("--arm-by", "laver", "--column", "config.load"), "no run has a number in config.load; choose another column"),
         (("--where", "laver=maybe"), "no run has 'maybe' in config.laver; there are true, false"),
         (("--resamples", -1), "--resamples -1 is below 0"),
         (("--resamples", 1), "--resamples 1 are too few for an interval; use at least 20, or 0"),

@@ -90,7 +90,7 @@ def test_runs_chosen_by_a_value(study):
 
 def test_a_run_without_a_value_is_of_no_arm(study):
     change(study / "a", recipe="new")
-    with pytest.raises(ValueError, match=r"2 of 3 runs have no value in recipe: .*/b, .*/c; choose the others by"):
+    with pytest.raises(ValueError, match=r"2 of 3 runs have no value in recipe: .*/b, .*/c; mend these, or choose"):
         read_registry([study]).arms("recipe")
 
 

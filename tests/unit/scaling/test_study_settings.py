@@ -7,7 +7,7 @@ import pytest
 
 from laver_megatron.scaling.registry_files import read_registry
 from laver_megatron.scaling.study import study_of_registry
-from laver_megatron.scaling.study_settings import check_equal_settings, varying_settings
+from laver_megatron.scaling.study_settings import check_equal_settings, setting_notes, varying_settings
 from tests.unit.scaling.summaries import change, write_run
 
 
@@ -123,8 +123,16 @@ def test_subsets_of_a_sweep_are_its_amounts(tmp_path):
     assert varying_settings(registry.arms("laver")["laver"]) == ["config.data_path"]
     write_manifest(tmp_path, registry, amount="elsewhere")
     assert varying_settings(registry.arms("laver")["laver"]) == ["config.data_path"]
+    (note,) = setting_notes(registry.arms("laver")["laver"])
+    assert "config.data_path changes with the number of tokens: right where these are nested subsets" in note
     write_manifest(tmp_path, registry)
     assert varying_settings(registry.arms("laver")["laver"]) == []
     study = study_of_registry([tmp_path / "runs"], "last.lm_loss", arm_by="laver")
     assert study.notes == () and [arm.notes for arm in study.arms.values()] == [(), ()]
     assert np.unique(study.arms["laver"].points.tokens_R).tolist() == [10_000, 20_000]
+
+
+def test_other_data_of_one_amount_are_noise(tmp_path):
+    write_arms(tmp_path, of_size=lambda size, iterations: {"data_path": (f"data-{size}-{iterations}",)})
+    (note,) = setting_notes(read_registry([tmp_path]).arms("laver")["laver"])
+    assert note == "the runs also differ in config.data_path, which the law takes for noise"
