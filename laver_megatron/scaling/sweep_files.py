@@ -29,7 +29,11 @@ _RUN_SH = """\
 #   bash {output}/run.sh [NAME ...]
 # Finished runs are skipped, interrupted ones go on from their last checkpoint: the same command does what is left.
 set -uo pipefail
-cd {directory}
+cd {directory} || exit 1
+if [[ ! -r {output}/{manifest} ]]; then
+  echo "sweep: no {manifest} in "{output}", where this sweep was made" >&2
+  exit 1
+fi
 trap 'exit 130' INT
 trap 'exit 143' TERM
 unknown=()

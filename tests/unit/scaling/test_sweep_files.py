@@ -71,6 +71,14 @@ def test_the_loop_refuses_names_that_it_does_not_know(scripts, tmp_path):
     assert done.returncode == 0 and f"finished: {first}" in done.stderr and "all runs" not in done.stderr
 
 
+def test_the_loop_without_its_manifest_is_not_finished(scripts, tmp_path):
+    """As after the sweep was moved: its paths are those of where it was made."""
+    scripts.output.rename(tmp_path / "moved")
+    done = run_script(tmp_path / "moved" / "run.sh")
+    assert done.returncode == 1 and "no manifest.csv in" in done.stderr and "are finished" not in done.stderr
+    assert calls(tmp_path) == []
+
+
 def test_a_place_with_odd_characters(sweep, tmp_path, monkeypatch):
     """What is printed can be pasted, and what SLURM reads is one word."""
     (tmp_path / "launcher.sh").write_text(LAUNCHER.format(place=tmp_path))
