@@ -63,9 +63,11 @@ def leave_largest_out(fit: Fit) -> Extrapolation:
 
 @dataclass(frozen=True)
 class Difference:
-    """The two arms at one point. kind: what is equal there. sizes and tokens are those of baseline and treated."""
+    """The two laws at one point. kind: what is equal there. sizes and tokens are those of baseline and treated.
+    outside: in which of them a law is asked beyond its own runs, as `laver: D`; empty where in none."""
 
     kind: str
+    outside: str
     baseline_size: float
     treated_size: float
     baseline_tokens: float
@@ -135,8 +137,8 @@ def _differences(
     resampled = _resampled(treated).value(*theirs) - _resampled(baseline).value(*ours)
     flops = baseline.cost.flops(*ours), treated.cost.flops(*theirs)
     columns = (ours[0], theirs[0], ours[1], theirs[1], *flops, *values, *percentiles(resampled, level))
-    for row in np.stack(columns, axis=1):
-        yield Difference(kind, *map(float, row))
+    for row, outside in zip(np.stack(columns, axis=1), _outside(baseline, treated, ours, theirs), strict=True):
+        yield Difference(kind, outside, *map(float, row))
 
 
 def _best_differences(baseline: Arm, treated: Arm, budgets_X: Array, level: float) -> Iterator[Difference]:
@@ -146,8 +148,17 @@ def _best_differences(baseline: Arm, treated: Arm, budgets_X: Array, level: floa
     resampled = [optimum(_resampled(arm), arm.cost, budgets_X).value_X for arm in arms]
     low_X, high_X = percentiles(resampled[1] - resampled[0], level)
     places = (ours.size_X, theirs.size_X, ours.tokens_X, theirs.tokens_X, budgets_X, budgets_X)
-    for row in np.stack([*places, ours.value_X, theirs.value_X, low_X, high_X], axis=1):
-        yield Difference(BEST_AT_FLOPS, *map(float, row))
+    outside_X = _outside(baseline, treated, (ours.size_X, ours.tokens_X), (theirs.size_X, theirs.tokens_X))
+    rows = np.stack([*places, ours.value_X, theirs.value_X, low_X, high_X], axis=1)
+    for row, outside in zip(rows, outside_X, strict=True):
+        yield Difference(BEST_AT_FLOPS, outside, *map(float, row))
+
+
+def _outside(baseline: Arm, treated: Arm, ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> Iterator[str]:
+    found = (arm.fit.points.outside(*places) for arm, places in ((baseline, ours), (treated, theirs)))
+    for letters in zip(*found, strict=True):
+        named = zip((baseline, treated), letters, strict=True)
+        yield "; ".join(f"{arm.name}: {where}" for arm, where in named if where)
 
 
 def _resampled(arm: Arm) -> Law:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
 from laver_megatron.scaling.law import Array, Law
+from laver_megatron.scaling.points import Points, listed
 
 # Where the best size of any budget is looked for; far beyond both ends of what exists.
 _LOG_SIZES = (0.0, np.log(1e18))
@@ -42,15 +43,17 @@ class Cost:
 SIX_N_D = Cost(0.0, 6.0)
 
 
-def fit_cost(size_R: Array, tokens_R: Array, flops_R: Array) -> Cost:
-    """The non-negative c0 and c1 of least relative squares.
+def fit_cost(points: Points, flops_R: Array) -> Cost:
+    """The non-negative c0 and c1 of least relative squares, of points that `check_points` has passed.
 
     Raises:
         ValueError: FLOPs that are not above 0, or do not grow with the size.
     """
-    if not (np.isfinite(flops_R).all() and (flops_R > 0).all()):
-        raise ValueError(f"FLOPs must be finite and above 0, and range from {flops_R.min():g} to {flops_R.max():g}")
-    per_token_R = flops_R / tokens_R
+    size_R = points.size_R
+    bad = [points.names[i] for i in np.flatnonzero(~(np.isfinite(flops_R) & (flops_R > 0)))]
+    if bad:
+        raise ValueError(f"FLOPs of {listed(bad)} are not finite and above 0; leave these runs out")
+    per_token_R = flops_R / points.tokens_R
     design_R2 = np.stack([np.ones_like(size_R), size_R], axis=1) / per_token_R[:, None]
     scale_2 = np.abs(design_R2).max(axis=0)
     (constant, per_parameter), _ = nnls(design_R2 / scale_2, np.ones_like(size_R))

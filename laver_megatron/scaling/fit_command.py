@@ -1,16 +1,24 @@
 """tools/fit_scaling_law.py: its options; reading a study, fitting it, writing tables and pictures."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.manifest import replace_text
-from laver_megatron.scaling.law_report import FitSettings, fit_study, report_text
+from laver_megatron.scaling.csv_points import SEED_COLUMN, study_of_points
+from laver_megatron.scaling.law_report import FitSettings, fit_study
 from laver_megatron.scaling.law_tables import write_tables
+from laver_megatron.scaling.law_text import report_text
 from laver_megatron.scaling.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
-from laver_megatron.scaling.study import CONTINUED_TRAINING, StudyArm, study_of_points, study_of_registry
+from laver_megatron.scaling.study import CONTINUED_TRAINING, study_of_registry
 
+# Fewer resamples have no percentiles worth the name.
+_FEWEST_RESAMPLES = 20
+# Below, rounding decides; above, residuals of a factor of e are still squared, and nothing changes any more.
+_DELTAS = (1e-12, 1.0)
+_MOST_FLOPS = 1e35  # beyond, best sizes leave the range in which they are looked for
 DEFAULT_COLUMNS = {"registry": "validation.last.lm_loss", "points": "loss"}
 
 
@@ -20,7 +28,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--registry", nargs="+", metavar="DIR", help="run directories, or folders of them at any depth")
     source.add_argument(
-        "--points", type=Path, metavar="CSV", help="plain points instead: N, D (or FLOPs: D = C / 6N), loss"
+        "--points",
+        type=Path,
+        metavar="CSV",
+        help=f"plain points instead: N, D (or FLOPs: D = C / 6N), loss; a column {SEED_COLUMN} tells repeats apart",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="where tables and pictures go")
     add(
@@ -29,6 +40,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--ceiling", type=float, metavar="LIMIT", help="the column rises toward this limit: fit its distance from it")
     add("--arm-by", metavar="COLUMN", help="fit the runs of each value of this column by themselves, such as laver")
+    add(
+        "--where",
+        action="append",
+        default=[],
+        type=_column_and_value,
+        metavar="COLUMN=VALUE",
+        help="only the runs that have this value there, such as laver=true; more than once: all of them",
+    )
     add(
         "--baseline",
         default="baseline",
@@ -41,6 +60,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=FAULTS,
         default=[],
         help="leave out runs with these faults instead of stopping",
+    )
+    add(
+        "--allow-differences",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help="compare two arms although these settings of their data or validation differ",
     )
     add(
         "--drop-highest",
@@ -60,11 +86,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--size-column", default="N", metavar="NAME", help="of --points (default: N)")
     add("--tokens-column", default="D", metavar="NAME", help="of --points (default: D)")
     add("--flops-column", default="FLOPs", metavar="NAME", help="of --points (default: FLOPs)")
-    add("--resamples", type=int, default=1000, metavar="K", help="of the bootstrap; 0: no intervals (default: 1000)")
+    add(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="K",
+        help="of the bootstrap, from 20 on; 0: no intervals (default: 1000)",
+    )
     add("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
     add("--delta", type=float, default=1e-3, help="of the Huber loss of log residuals (default: 0.001)")
     add("--budgets", type=float, nargs="+", default=[], metavar="FLOPS", help="also look at these, such as 1e24")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+
+
+def _column_and_value(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not (column and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not COLUMN=VALUE, such as laver=true")
+    return column, value
 
 
 def fit_and_write(options: argparse.Namespace) -> None:
@@ -76,19 +115,22 @@ def fit_and_write(options: argparse.Namespace) -> None:
     _check(options)
     column = options.column or DEFAULT_COLUMNS["registry" if options.registry else "points"]
     facts: dict[str, Any] = {"column": column, "ceiling": options.ceiling, "drop_highest": options.drop_highest}
-    notes, registry = [], None
-    study: dict[str, StudyArm]
+    facts["where"] = [f"{name}={value}" for name, value in options.where]
+    notes: list[str] = []
     if options.registry:
-        study, registry = study_of_registry(
+        study = study_of_registry(
             options.registry,
             column,
             arm_by=options.arm_by,
+            where=options.where,
             size_parts=options.size_parts,
             tokens=options.tokens,
             ceiling=options.ceiling,
             leave_out=options.leave_out,
+            allow_differences=options.allow_differences,
         )
-        left_out = [f"{fault.path}: {fault.kind}: {fault.reason}" for fault in registry.left_out]
+        assert study.registry is not None
+        left_out = [f"{fault.path}: {fault.kind}: {fault.reason}" for fault in study.registry.left_out]
         facts |= {"registry": list(options.registry), "size_parts": list(options.size_parts)}
         facts |= {"tokens": options.tokens, "left_out": left_out}
         notes = [CONTINUED_TRAINING, *(f"left out: {text}" for text in left_out)]
@@ -97,20 +139,21 @@ def fit_and_write(options: argparse.Namespace) -> None:
             options.points,
             column,
             arm_by=options.arm_by,
+            where=options.where,
             size_column=options.size_column,
             tokens_column=options.tokens_column,
             flops_column=options.flops_column,
             ceiling=options.ceiling,
         )
         facts["points"] = str(options.points)
-    study = {name: arm.without_highest(options.drop_highest) for name, arm in study.items()}
+    arms = {name: arm.without_highest(options.drop_highest) for name, arm in study.arms.items()}
     settings = FitSettings(
         options.resamples, options.seed, options.delta, options.level, tuple(options.budgets), options.baseline
     )
-    report = fit_study(study, settings, notes)
+    report = fit_study(arms, settings, [*notes, *study.notes])
     files = write_tables(report, options.output, facts)
-    if registry is not None:
-        replace_text(options.output / "runs.csv", registry.to_csv())
+    if study.registry is not None:
+        replace_text(options.output / "runs.csv", study.registry.to_csv())
         files.append(options.output / "runs.csv")
     from laver_megatron.scaling.law_plots import draw_report  # matplotlib takes a second, and errors come first
 
@@ -123,13 +166,26 @@ def _check(options: argparse.Namespace) -> None:
     problems = []
     if options.resamples < 0:
         problems.append(f"--resamples {options.resamples} is below 0")
+    elif 0 < options.resamples < _FEWEST_RESAMPLES:
+        problems.append(
+            f"--resamples {options.resamples} are too few for an interval; use at least {_FEWEST_RESAMPLES}, or 0"
+        )
+    if options.seed < 0:
+        problems.append(f"--seed {options.seed} is below 0")
     if not 0 < options.level < 1:
         problems.append(f"--level {options.level:g} is not between 0 and 1")
-    if options.delta <= 0:
-        problems.append(f"--delta {options.delta:g} is not above 0")
+    if not _DELTAS[0] <= options.delta <= _DELTAS[1]:
+        problems.append(f"--delta {options.delta:g} is not between {_DELTAS[0]:g} and {_DELTAS[1]:g}")
+    if options.ceiling is not None and not math.isfinite(options.ceiling):
+        problems.append(f"--ceiling {options.ceiling:g} is not finite")
     if options.drop_highest < 0:
         problems.append(f"--drop-highest {options.drop_highest} is below 0")
-    if any(budget <= 0 for budget in options.budgets):
-        problems.append(f"--budgets {min(options.budgets):g} is not above 0")
+    problems += [
+        f"--budgets {budget:g} is not above 0 and at most {_MOST_FLOPS:g}"
+        for budget in options.budgets
+        if not 0 < budget <= _MOST_FLOPS
+    ]
+    if twice := sorted({part for part in options.size_parts if options.size_parts.count(part) > 1}):
+        problems.append(f"--size-parts names {', '.join(twice)} twice, which would count twice in N")
     if problems:
         raise ValueError("; ".join(problems))

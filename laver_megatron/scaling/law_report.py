@@ -1,24 +1,19 @@
-"""A study fitted: every arm's law, what follows from the laws together, and the text for the terminal."""
+"""A study fitted: every arm's law, what the runs and the laws say of the arms, and what a reader must know of both."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from laver_megatron.scaling.comparison import (
-    BEST_AT_FLOPS,
-    Arm,
-    Difference,
-    Extrapolation,
-    compare,
-    leave_largest_out,
-)
+from laver_megatron.scaling.comparison import Arm, Difference, Extrapolation, compare, leave_largest_out
 from laver_megatron.scaling.compute import SIX_N_D, fit_cost
 from laver_megatron.scaling.law import DELTA, fit_law
-from laver_megatron.scaling.points import Array
+from laver_megatron.scaling.measured import MeanDifference, Pair, find_pairs, mean_differences
+from laver_megatron.scaling.points import PARAMETERS, Array, check_points, listed
 from laver_megatron.scaling.study import StudyArm
 
 _NUM_BUDGETS = 5
+_LARGE_RESIDUAL = 0.05  # mean |log residual|; that of Chinchilla's points is about 0.005
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,14 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """The fitted arms of a study and what follows from them. differences: empty unless there are two arms."""
+    """The fitted arms of a study and what follows from them. pairs, means: of two arms, as measured; differences: of
+    two arms, between their laws."""
 
     arms: tuple[Arm, ...]
     budgets_X: Array
     extrapolations: tuple[Extrapolation, ...]
+    pairs: tuple[Pair, ...]
+    means: tuple[MeanDifference, ...]
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     settings: FitSettings
@@ -55,27 +53,52 @@ def fit_study(study: Mapping[str, StudyArm], settings: FitSettings, notes: Seque
         raise ValueError(f"the arms are {' and '.join(study)}; name the one to compare with as --baseline")
     arms, gathered = [], list(notes)
     for name, data in study.items():
-        try:
-            cost = SIX_N_D
-            if data.flops_R is not None:
-                cost = fit_cost(data.points.size_R, data.points.tokens_R, data.flops_R)
-            fit = fit_law(data.points, num_resamples=settings.num_resamples, seed=settings.seed, delta=settings.delta)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        arms.append(Arm(name, fit, cost))
-        gathered += [f"{name}: {note}" for note in (*data.notes, *fit.warnings)]
+        arm = _fit_arm(name, data, settings, study)
+        arms.append(arm)
+        gathered += [f"{name}: {note}" for note in (*data.notes, *arm.fit.warnings)]
     # The baseline first, whatever the order of the runs.
     arms.sort(key=lambda arm: arm.name != settings.baseline)
     if len(arms) > 2:
         gathered.append(f"{len(arms)} arms: only two can be compared")
     if settings.num_resamples == 0:
-        gathered.append("no resamples: parameters without intervals, and arms are not compared")
+        laws = ", and the laws of the arms are not compared" if len(arms) == 2 else ""
+        gathered.append(f"no resamples: parameters without intervals{laws}")
     budgets_X = _budgets(arms, settings.budgets)
+    pairs: list[Pair] = []
     differences: list[Difference] = []
-    if len(arms) == 2 and settings.num_resamples > 0:
-        differences = compare(arms[0], arms[1], budgets_X, settings.level)
+    if len(arms) == 2:
+        pairs = find_pairs(*(study[arm.name] for arm in arms))
+        if settings.num_resamples > 0:
+            differences = compare(arms[0], arms[1], budgets_X, settings.level)
+    means = mean_differences(pairs, settings.level)
+    gathered += [*_residual_notes(arms, pairs), *_comparison_notes(arms, pairs, differences)]
     extrapolations = tuple(leave_largest_out(arm.fit) for arm in arms)
-    return Report(tuple(arms), budgets_X, extrapolations, tuple(differences), tuple(gathered), settings)
+    return Report(
+        tuple(arms),
+        budgets_X,
+        extrapolations,
+        tuple(pairs),
+        tuple(means),
+        tuple(differences),
+        tuple(gathered),
+        settings,
+    )
+
+
+def _fit_arm(name: str, data: StudyArm, settings: FitSettings, study: Mapping[str, StudyArm]) -> Arm:
+    try:
+        check_points(data.points)  # before the cost, which would give its own reasons for points that are none
+        cost = SIX_N_D if data.flops_R is None else fit_cost(data.points, data.flops_R)
+        fit = fit_law(data.points, num_resamples=settings.num_resamples, seed=settings.seed, delta=settings.delta)
+    except ValueError as error:
+        others = ""
+        if len(study) > 1 and len(data.points) < len(
+            PARAMETERS
+        ):  # a stray value of the column that makes the arms is an arm of few runs
+            told = (f"{arm} ({len(of_arm.points)}: {listed(of_arm.points.names, 1)})" for arm, of_arm in study.items())
+            others = f"\n  the arms and their runs are {', '.join(told)}; --where chooses among them"
+        raise ValueError(f"{name}: {error}{others}") from error
+    return Arm(name, fit, cost)
 
 
 def _budgets(arms: Sequence[Arm], more: Sequence[float]) -> Array:
@@ -83,54 +106,37 @@ def _budgets(arms: Sequence[Arm], more: Sequence[float]) -> Array:
     return np.unique([*np.geomspace(flops.min(), flops.max(), _NUM_BUDGETS), *more])
 
 
-def report_text(report: Report) -> str:
-    """What a person wants to see first."""
-    lines = []
-    for arm, extrapolation in zip(report.arms, report.extrapolations, strict=True):
-        lines += [*_arm_lines(arm, report.settings.level), f"  {_extrapolation_text(extrapolation)}"]
-    if report.differences:
-        baseline, treated = (arm.name for arm in report.arms)
-        interval = f"{100 * report.settings.level:g}% interval"
-        lines.append(
-            f"{treated} minus {baseline}, with {interval}, at the most tokens of each size (the table has all):"
+def _residual_notes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> Iterator[str]:
+    """What makes laws useless: runs that lie far off them, or farther than the arms lie apart."""
+    errors = {arm.name: float(np.abs(arm.fit.residuals_R).mean()) for arm in arms}
+    for arm in arms:
+        error = errors[arm.name]
+        if error > _LARGE_RESIDUAL:
+            worst = int(np.abs(arm.fit.residuals_R).argmax())
+            factor = np.exp(np.abs(arm.fit.residuals_R[worst]))
+            yield (
+                f"{arm.name}: the law misses its runs by {error:.1%} on average (mean |log residual|, above "
+                f"{_LARGE_RESIDUAL:.0%}) and {arm.fit.points.names[worst]} by a factor of {factor:.3g}: the runs do "
+                "not follow it, so its parameters, its best sizes and all differences from it are not to be relied on"
+            )
+    if pairs:
+        apart = float(np.abs([pair.log_ratio for pair in pairs]).mean())
+        if apart < max(errors.values()):
+            yield (
+                f"the laws miss their runs by more (up to {max(errors.values()):.2%} on average) than the pairs of "
+                f"runs differ ({apart:.2%}): read the measured differences, not those of the laws"
+            )
+
+
+def _comparison_notes(arms: Sequence[Arm], pairs: Sequence[Pair], differences: Sequence[Difference]) -> Iterator[str]:
+    if len(arms) == 2 and not pairs:
+        yield (
+            "no two runs of the arms have size, seed and tokens or FLOPs in common: nothing is measured in pairs, and "
+            "differences are those of the laws alone"
         )
-        most = {row.baseline_size: row.baseline_tokens for row in report.differences}  # they rise with each size
-        for row in report.differences:
-            if row.kind == BEST_AT_FLOPS or row.baseline_tokens == most[row.baseline_size]:
-                lines.append(f"  {_difference_text(row)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
-
-
-def _arm_lines(arm: Arm, level: float) -> Iterator[str]:
-    fit, cost = arm.fit, arm.cost
-    distance = "" if fit.points.ceiling is None else f"{fit.points.ceiling:g} - "
-    yield f"{arm.name}: {distance}{fit.points.column} = E + A / N^a + B / D^b, {len(fit.points)} runs"
-    intervals = fit.intervals(level) if fit.resampled else {}
-    for name, value in fit.law.named().items():
-        shown = ""
-        if name in intervals:
-            low, high = intervals[name]
-            shown = f"   {100 * level:g}% interval [{low:.5g}, {high:.5g}]"
-        yield f"  {name} = {value:<10.5g}{shown}"
-    residual = np.abs(fit.residuals_R).mean()
-    yield f"  {fit.num_agreeing} of {fit.num_starts} starts end at this minimum; mean |log residual| {residual:.3g}"
-    error = f"within {cost.largest_error:.1%} of every run"
-    yield f"  FLOPs per token: {cost.constant:.4g} + {cost.per_parameter:.4g} N, {error}"
-
-
-def _extrapolation_text(extrapolation: Extrapolation) -> str:
-    left_out = f"{extrapolation.num_left_out} runs of the largest size ({extrapolation.size:.3g})"
-    if extrapolation.problem is not None:
-        reason = extrapolation.problem.splitlines()[-1].strip(" -")
-        return f"without the {left_out} there is no law to predict them: {reason}"
-    error = f"{extrapolation.mean_error:.2%} on average"
-    return f"the {left_out}, predicted from the other {extrapolation.num_fitted}, are off by {error}"
-
-
-def _difference_text(row: Difference) -> str:
-    place = f"{row.baseline_flops:8.2e} FLOPs  N {row.baseline_size:8.2e}  D {row.baseline_tokens:8.2e}"
-    if row.kind == BEST_AT_FLOPS:
-        place += f"  against N {row.treated_size:8.2e}  D {row.treated_tokens:8.2e}"
-    elif row.treated_tokens != row.baseline_tokens:
-        place += f"  against D {row.treated_tokens:8.2e}"
-    return f"{row.kind:<22} {place}  {row.difference:+.4g} [{row.low:+.4g}, {row.high:+.4g}]"
+    outside = [row for row in differences if row.outside]
+    if outside:
+        yield (
+            f"{len(outside)} of {len(differences)} differences between the laws are outside the runs (marked): N or D "
+            "is beyond those of an arm's runs, and its law is extrapolated"
+        )

@@ -3,7 +3,11 @@
 law.json          everything: settings, parameters with intervals, extrapolation, frontier, differences, notes
 law.csv           arm, parameter, value, low, high
 frontier.csv      arm, FLOPs, and the best size, tokens and value there, with intervals
-differences.csv   treated minus baseline, at equal data and at equal FLOPs
+measured.csv      the pairs of runs that two arms have in common, treated minus baseline
+means.csv         the means of these by amount and of all, with intervals
+differences.csv   treated minus baseline by the laws, at equal data and at equal FLOPs
+
+A column `outside` names what lies beyond the runs there, N or D, so that a law is extrapolated.
 """
 
 import csv
@@ -31,6 +35,9 @@ def write_tables(report: Report, directory: Path, facts: Mapping[str, Any]) -> l
         "law.csv": _csv(_parameter_rows(report)),
         "frontier.csv": _csv(_frontier_rows(report)),
     }
+    if report.pairs:
+        tables["measured.csv"] = _csv(_pair_rows(report))
+        tables["means.csv"] = _csv(map(dataclasses.asdict, report.means))
     if report.differences:
         tables["differences.csv"] = _csv(_difference_rows(report))
     for name, text in tables.items():
@@ -44,6 +51,10 @@ def _as_json(report: Report) -> dict[str, Any]:
         "notes": list(report.notes),
         "arms": {
             arm.name: _arm_as_json(arm, e, report) for arm, e in zip(report.arms, report.extrapolations, strict=True)
+        },
+        "measured": {
+            "pairs": list(_pair_rows(report)),
+            "means": [dataclasses.asdict(mean) for mean in report.means],
         },
         "differences": list(_difference_rows(report)),
     }
@@ -81,6 +92,7 @@ def _frontier_rows(report: Report) -> Iterator[dict[str, Any]]:
     for arm in report.arms:
         best = optimum(arm.fit.law, arm.cost, report.budgets_X)
         resampled = optimum(arm.fit.resampled, arm.cost, report.budgets_X) if arm.fit.resampled else None
+        outside_X = arm.fit.points.outside(best.size_X, best.tokens_X)
         for x, flops in enumerate(report.budgets_X.tolist()):
             row: dict[str, Any] = {"arm": arm.name, "flops": flops}
             for name in ("size", "tokens", "value"):
@@ -88,7 +100,12 @@ def _frontier_rows(report: Report) -> Iterator[dict[str, Any]]:
                 if resampled is not None:
                     low, high = map(float, percentiles(getattr(resampled, f"{name}_X")[:, x], report.settings.level))
                 row |= {name: float(getattr(best, f"{name}_X")[x]), f"{name}_low": low, f"{name}_high": high}
-            yield row
+            yield row | {"outside": outside_X[x]}
+
+
+def _pair_rows(report: Report) -> Iterator[dict[str, Any]]:
+    for pair in report.pairs:
+        yield {**dataclasses.asdict(pair), "difference": pair.difference}
 
 
 def _difference_rows(report: Report) -> Iterator[dict[str, Any]]:

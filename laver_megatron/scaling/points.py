@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
 PARAMETERS = ("E", "A", "B", "a", "b")
 NEEDED_DISTINCT = 3  # sizes, and amounts of tokens: an amplitude and an exponent each
-_DISTINCT = 0.01  # those that differ by less than 1% count as one
+SAME = 0.01  # of a logarithm: sizes and amounts of tokens that differ by less than 1% count as one
 _MOST_CORRELATED = 0.999
+_ROUNDING = 1e-9  # of a logarithm: what differs by less does not differ
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,36 @@ class Points:
         arrays = (self.size_R[indexes], self.tokens_R[indexes], self.column_R[indexes])
         return Points(names, *arrays, self.column, self.ceiling)
 
+    def outside(self, size_X: ArrayLike, tokens_X: ArrayLike) -> list[str]:
+        """Where a law of these runs is asked beyond them: of each point `N`, `D`, `N D`, or nothing where its size and
+        tokens lie between the runs' least and most, to 1%."""
+        names_X = [[""] * np.size(size_X) for _ in range(2)]
+        kinds = ((size_X, self.size_R), (tokens_X, self.tokens_R))
+        for names, (values_X, values_R), letter in zip(names_X, kinds, "ND", strict=True):
+            log_X = np.log(np.atleast_1d(np.asarray(values_X, dtype=float)))
+            low, high = np.log(values_R.min()) - SAME, np.log(values_R.max()) + SAME
+            for x in np.flatnonzero((log_X < low) | (log_X > high)):
+                names[x] = letter
+        return [" ".join(filter(None, names)) for names in zip(*names_X, strict=True)]
+
+
+def groups(values_R: Array) -> NDArray[np.int64]:
+    """Of each value the number of its group, in rising order. A group holds what is less than 1% above its least."""
+    order = np.argsort(values_R, kind="stable")
+    ordered = np.log(values_R[order])
+    numbers, start = np.zeros(len(order), np.int64), 0
+    for number in range(len(order)):
+        end = int(np.searchsorted(ordered, ordered[start] + SAME, side="right"))
+        numbers[order[start:end]] = number
+        if end == len(order):
+            break
+        start = end
+    return numbers
+
 
 def num_distinct(values_R: Array) -> int:
-    """Values more than 1% apart from the next smaller one."""
-    return 1 + int((np.diff(np.sort(np.log(values_R))) > _DISTINCT).sum())
+    """How many `groups` there are."""
+    return int(groups(values_R).max()) + 1
 
 
 def check_points(points: Points) -> None:
@@ -63,14 +90,14 @@ def _bad_values(points: Points) -> Iterator[str]:
     for kind, values_R in kinds:
         bad = [points.names[i] for i in np.flatnonzero(~np.isfinite(values_R))]
         if bad:
-            yield f"{kind} of {_list(bad)} is NaN or infinite; leave these runs out"
+            yield f"{kind} of {listed(bad)} is NaN or infinite; leave these runs out"
     for kind, values_R in kinds[:2]:
         bad = [points.names[i] for i in np.flatnonzero(values_R <= 0)]
         if bad:
-            yield f"{kind} of {_list(bad)} is not above 0"
+            yield f"{kind} of {listed(bad)} is not above 0"
     low = np.flatnonzero(points.loss_R <= 0)
     if low.size:
-        names, values_R = _list([points.names[i] for i in low]), points.column_R[low]
+        names, values_R = listed([points.names[i] for i in low]), points.column_R[low]
         if points.ceiling is not None:
             limit = f"the ceiling {points.ceiling:g}"
             yield f"{points.column} of {names} is not below {limit} (the highest is {values_R.max():g})"
@@ -102,15 +129,18 @@ def _too_little(points: Points) -> Iterator[str]:
 
 def _rising(points: Points) -> Iterator[str]:
     """The law only falls. Slopes of a plane through the logarithms, by least squares, show what rises."""
-    if len(points) <= 3:
+    if np.ptp(np.log(points.loss_R)) < _ROUNDING:
+        value = points.column_R[0]
+        yield f"{points.column} is {value:.6g} in all runs: it depends on neither parameters nor tokens"
         return
     design_R3 = np.stack([np.ones(len(points)), np.log(points.size_R), np.log(points.tokens_R)], axis=1)
     slopes_3, *_ = np.linalg.lstsq(design_R3, np.log(points.loss_R), rcond=None)
     residuals_R = np.log(points.loss_R) - design_R3 @ slopes_3
     variance = residuals_R @ residuals_R / (len(points) - 3)
     errors_3 = np.sqrt(variance * np.diag(np.linalg.inv(design_R3.T @ design_R3)))
-    for kind, slope, error in zip(("parameters", "tokens"), slopes_3[1:], errors_3[1:], strict=True):
-        if slope > 2 * error:
+    rises_3 = slopes_3 * np.ptp(design_R3, axis=0)  # from the least to the most of each
+    for kind, slope, error, rise in zip(("parameters", "tokens"), slopes_3[1:], errors_3[1:], rises_3[1:], strict=True):
+        if slope > 2 * error and rise > _ROUNDING:
             if points.ceiling is None:
                 what, remedy = points.column, "give the limit it rises toward as the ceiling (1 for a similarity)"
             else:
@@ -119,6 +149,7 @@ def _rising(points: Points) -> Iterator[str]:
             yield f"{what} rises with {kind} ({power}), and this law only falls; {remedy}"
 
 
-def _list(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the registry reads summaries without loading torch
     from laver_megatron.checkpoint import Progress
 
 FILE_NAME = "run_summary.json"
+MANIFEST = "manifest.csv"  # of a sweep: the runs that it made, beside the folder with their directories
 FORMAT, VERSION = "laver_megatron run summary", 1
 FINISHED, UNFINISHED = "finished", "unfinished"
 

@@ -1,15 +1,15 @@
-"""What a law is to be fitted to, arm by arm: from the summaries of runs, or from a CSV of plain points."""
+"""What a law is to be fitted to, arm by arm, from the summaries of runs. `csv_points.py` reads plain points."""
 
-import csv
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from laver_megatron.scaling.compute import SIX_N_D
 from laver_megatron.scaling.points import Array, Points
-from laver_megatron.scaling.registry import Registry, read_registry
+from laver_megatron.scaling.registry import SIZE_PARTS, Registry, is_number
+from laver_megatron.scaling.registry_files import read_registry
+from laver_megatron.scaling.study_settings import check_equal_settings, setting_notes
 
 ALL_RUNS = "all runs"
 CONTINUED_TRAINING = (
@@ -20,10 +20,12 @@ CONTINUED_TRAINING = (
 
 @dataclass(frozen=True)
 class StudyArm:
-    """The runs of one arm. flops_R: None where nobody counted them. notes: what a reader should know of the runs."""
+    """The runs of one arm. flops_R: None where nobody counted them. seeds: of the runs, as text; those of two arms that
+    share size, seed and data are a pair. notes: what a reader should know of the runs."""
 
     points: Points
     flops_R: Array | None
+    seeds: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     def without_highest(self, number: int) -> "StudyArm":
@@ -32,7 +34,17 @@ class StudyArm:
             return self
         kept = np.sort(np.argsort(self.points.column_R, kind="stable")[: max(len(self.points) - number, 0)])
         notes = (*self.notes, f"the {number} runs with the highest {self.points.column} are left out")
-        return StudyArm(self.points.take(kept), None if self.flops_R is None else self.flops_R[kept], notes)
+        flops_R = None if self.flops_R is None else self.flops_R[kept]
+        return StudyArm(self.points.take(kept), flops_R, tuple(self.seeds[i] for i in kept), notes)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The arms by name. notes: of all of them together. registry: the table of the runs; None of plain points."""
+
+    arms: dict[str, StudyArm]
+    notes: tuple[str, ...] = ()
+    registry: Registry | None = None
 
 
 def study_of_registry(
@@ -40,69 +52,48 @@ def study_of_registry(
     column: str,
     *,
     arm_by: str | None = None,
-    size_parts: Sequence[str],
-    tokens: str,
+    where: Sequence[tuple[str, str]] = (),
+    size_parts: Sequence[str] = SIZE_PARTS,
+    tokens: str = "total",
     ceiling: float | None = None,
     leave_out: Collection[str] = (),
-) -> tuple[dict[str, StudyArm], Registry]:
-    """The arms of these runs by name, and their table. Raises ValueError as `read_registry` and `Registry.points`."""
-    registry = read_registry(paths, leave_out)
-    arms = {}
-    for name, part in (registry.arms(arm_by) if arm_by else {ALL_RUNS: registry}).items():
-        varying = part.varying_settings()
-        notes = (f"the runs also differ in {', '.join(varying)}, which the law takes for noise",) if varying else ()
-        arms[name] = StudyArm(part.points(column, size_parts, tokens, ceiling), part.flops(), notes)
-    return arms, registry
+    allow_differences: Collection[str] = (),
+) -> Study:
+    """The arms of these runs.
 
-
-def study_of_points(
-    path: Path,
-    column: str = "loss",
-    *,
-    arm_by: str | None = None,
-    size_column: str = "N",
-    tokens_column: str = "D",
-    flops_column: str = "FLOPs",
-    ceiling: float | None = None,
-) -> dict[str, StudyArm]:
-    """The arms of a CSV with a header. Tokens that are not there follow from FLOPs at 6 N a token.
+    where: columns and the values that runs must have there. allow_differences: settings of data and validation that
+    may differ between two arms.
 
     Raises:
-        ValueError: a column is missing, or a cell is no number, with its line.
+        ValueError: as `read_registry`, the methods of `Registry` and `check_equal_settings`.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows, header = list(reader), list(reader.fieldnames or ())
-    has_flops = flops_column in header
-    needed = [size_column, column, *([arm_by] if arm_by else [])]
-    missing = [name for name in needed if name not in header]
-    if tokens_column not in header and not has_flops:
-        missing.append(f"{tokens_column} or {flops_column}")
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(header)}")
-    names: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        names.setdefault(row[arm_by] if arm_by else ALL_RUNS, []).append(i)
-    if not rows:
-        raise ValueError(f"{path} has a header and no points")
-    values = {
-        name: np.array([_number(path, i, name, row[name]) for i, row in enumerate(rows)])
-        for name in (size_column, tokens_column, flops_column, column)
-        if name in header
-    }
-    sizes = values[size_column]
-    flops = values.get(flops_column)
-    amounts = values[tokens_column] if tokens_column in header else SIX_N_D.tokens(sizes, flops)  # type: ignore[arg-type]
+    registry = read_registry(paths, leave_out)
+    for name, value in where:
+        registry = registry.where(name, value)
+    column = registry.full_name(column)
+    parts = {ALL_RUNS: registry}
+    notes: list[str] = []
+    if arm_by:
+        parts = registry.arms(arm_by)
+        _check_column(parts, column)
+        if len(parts) == 2:
+            notes += check_equal_settings(parts, registry.full_name(arm_by), allow_differences)
     arms = {}
-    for name, indexes in names.items():
-        lines = tuple(f"line {i + 2}" for i in indexes)
-        points = Points(lines, sizes[indexes], amounts[indexes], values[column][indexes], column, ceiling)
-        arms[name] = StudyArm(points, None if flops is None else flops[indexes])
-    return arms
+    for name, part in parts.items():
+        seeds = tuple(str(run.value("seed")) for run in part.runs)
+        arms[name] = StudyArm(
+            part.points(column, size_parts, tokens, ceiling), part.flops(), seeds, tuple(setting_notes(part))
+        )
+    return Study(arms, tuple(notes), registry)
 
 
-def _number(path: Path, index: int, column: str, text: str | None) -> float:
-    try:
-        return float(text or "")
-    except ValueError:
-        raise ValueError(f"{path}, line {index + 2}: {column} is {text!r}, no number") from None
+def _check_column(parts: dict[str, Registry], column: str) -> None:
+    """An arm of which no run has the column is no accident, such as LaVer's monitors in the baseline."""
+    without = [name for name, part in parts.items() if not any(is_number(run.value(column)) for run in part.runs)]
+    if len(without) == len(parts):
+        raise ValueError(f"no run has a number in {column}; choose another column")
+    if without:
+        raise ValueError(
+            f"no run of {' or '.join(without)} has a number in {column}; fit the other runs alone, chosen with --where "
+            "COLUMN=VALUE (such as --where laver=true) in place of --arm-by"
+        )

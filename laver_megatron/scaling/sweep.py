@@ -6,16 +6,24 @@ packs; a compute budget gives each of them as many iterations as it pays for, La
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from laver_megatron.command_line import Invocation
 from laver_megatron.config import Config, ConfigError
 from laver_megatron.encoders import read_encoder
 from laver_megatron.scaling.planned_data import PlannedData
+from laver_megatron.scaling.points import listed
 from laver_megatron.scaling.run_summary import config_hash
-from laver_megatron.scaling.sweep_sizes import ARMS, Size, SweepSettings, opened, read_sizes, with_visual_budget
+from laver_megatron.scaling.sweep_sizes import (
+    ARMS,
+    Size,
+    SweepSettings,
+    amount_label,
+    opened,
+    read_sizes,
+    with_visual_budget,
+)
 from laver_megatron.validate import check
 
 
@@ -67,24 +75,26 @@ class _Planner:
 
     def __init__(self, settings: SweepSettings, sizes: Sequence[Size]) -> None:
         self.settings, self.smallest = settings, sizes[0]
-        self.problems: list[str] = []
+        self._problems: dict[str, list[str]] = {}
         self._data: dict[tuple[object, ...], PlannedData] = {}
+
+    @property
+    def problems(self) -> Iterator[str]:
+        return _grouped(self._problems)
 
     def plan(self, size: Size, amount: str, arm: str, seed: int) -> PlannedRun | None:
         """None where the amount cannot be had, which is a problem more."""
         settings = self.settings
         config = size.config.replace(laver=ARMS[arm], seed=seed)
         if settings.amount_kind == "subsets":
-            config, label = config.replace(data_path=(amount,), data_weights=None), Path(amount).stem
-        else:
-            label = f"{settings.amount_kind}{float(amount):g}".replace("+", "")
-        name = f"{size.name}-{label}-{arm}-seed{seed}"
+            config = config.replace(data_path=(amount,), data_weights=None)
+        name = f"{size.name}-{amount_label(settings.amount_kind, amount)}-{arm}-seed{seed}"
         data = self._planned_data(size, config)
 
         try:
             num_iterations = self._num_iterations(size, config, data, amount)
         except ValueError as error:
-            self.problems.append(f"{name}: {error}")
+            self._problems.setdefault(str(error), []).append(name)
             return None
         cost = data.flops(size.flops, config, num_iterations)
         counts = data.counts(num_iterations)
@@ -172,12 +182,18 @@ def nearest(count: Callable[[int], int], amount: float, unit: str, most: int) ->
 
 def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[str]:
     """Runs with one configuration and seed, which the registry would refuse."""
-    same: dict[tuple[str, int], list[str]] = {}
+    same: dict[tuple[str, int], list[PlannedRun]] = {}
     for run in runs:
-        same.setdefault((config_hash(run.config), run.config.seed), []).append(run.name)
-    for names in same.values():
-        if len(names) > 1:
-            yield f"{' and '.join(names)} would be the same run; leave out all but one of their amounts or models"
+        same.setdefault((config_hash(run.config), run.config.seed), []).append(run)
+    # Every size, arm and seed has the amounts that are too near each other; one of them is told.
+    told: dict[tuple[str, ...], list[str]] = {}
+    for runs_alike in same.values():
+        if len(runs_alike) > 1:
+            amounts = tuple(run.amount for run in runs_alike)
+            told.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
+    for cases in told.values():
+        more = f" (as {len(cases) - 1} more)" if len(cases) > 1 else ""
+        yield f"{cases[0]} would be the same run{more}; leave out all but one of their amounts or models"
 
 
 def _start_problems(runs: Sequence[PlannedRun]) -> Iterator[str]:
@@ -189,6 +205,10 @@ def _start_problems(runs: Sequence[PlannedRun]) -> Iterator[str]:
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(run.name)
-    for problem, names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{names[0]}{more}: {problem}"
+    yield from _grouped(found)
+
+
+def _grouped(problems: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Each problem once, with the first of the runs that have it."""
+    for problem, names in problems.items():
+        yield f"{listed(names, 1)}: {problem}"

@@ -1,13 +1,15 @@
 """tools/make_sweep.py: its options; planning a sweep, writing it, and saying what it is."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from laver_megatron.scaling.points import NEEDED_DISTINCT
+from laver_megatron.scaling.run_summary import MANIFEST
 from laver_megatron.scaling.sweep import PlannedRun, plan_sweep
-from laver_megatron.scaling.sweep_files import MANIFEST, write_sweep
+from laver_megatron.scaling.sweep_files import write_sweep
 from laver_megatron.scaling.sweep_sizes import AMOUNT_KINDS, ARMS, SweepSettings, varying_settings
 
 _FAR = 0.02  # from an amount, as a share of it: worth a word
@@ -75,7 +77,8 @@ def make_sweep(options: argparse.Namespace, flags: Sequence[str]) -> None:
     for note in notes(runs, kind):
         print(f"note: {note}", file=sys.stderr)
     output = options.output
-    print(f"{len(runs)} runs in {output / MANIFEST}; bash {output}/run.sh runs them here, {output}/submit.sh on SLURM")
+    here, on_slurm = (f"bash {shlex.quote(str(output / name))}" for name in ("run.sh", "submit.sh"))
+    print(f"{len(runs)} runs in {output / MANIFEST}; {here} runs them here, {on_slurm} on SLURM")
 
 
 def table(runs: Sequence[PlannedRun]) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from laver_megatron.scaling.run_summary import FILE_NAME, config_hash
+from laver_megatron.scaling.run_summary import FILE_NAME, MANIFEST, config_hash
 from laver_megatron.scaling.sweep import PlannedRun
 from laver_megatron.stages.chain import LAUNCHER
 
-MANIFEST = "manifest.csv"
+_NO_WORD = re.compile(r"[^A-Za-z0-9._-]+")  # what SLURM would read as the end of a name, or as an option
 # The scripts read the first three columns.
 COLUMNS = (
     "name", "num_gpus", "num_nodes", "model", "arm", "seed", "amount", "N", "train_iters", "tokens", "visual_tokens",
@@ -28,9 +29,21 @@ _RUN_SH = """\
 #   bash {output}/run.sh [NAME ...]
 # Finished runs are skipped, interrupted ones go on from their last checkpoint: the same command does what is left.
 set -uo pipefail
-cd {directory}
+cd {directory} || exit 1
+if [[ ! -r {output}/{manifest} ]]; then
+  echo "sweep: no {manifest} in "{output}", where this sweep was made" >&2
+  exit 1
+fi
 trap 'exit 130' INT
 trap 'exit 143' TERM
+unknown=()
+for wanted in "$@"; do
+  tail -n +2 {output}/{manifest} | cut -d, -f1 | grep -qxF -- "$wanted" || unknown+=("$wanted")
+done
+if ((${{#unknown[@]}})); then
+  echo "sweep: no run ${{unknown[*]}} in {manifest}; its first column names the runs" >&2
+  exit 2
+fi
 is_finished() {{ grep -qs '"state": "finished"' {output}/runs/"$1"/{summary}; }}
 left=()
 while IFS=, read -r name num_gpus num_nodes _ <&3; do
@@ -50,7 +63,11 @@ if ((${{#left[@]}})); then
   echo "sweep: not finished: ${{left[*]}}" >&2
   exit 1
 fi
-echo "sweep: all runs are finished" >&2
+if (($#)); then
+  echo "sweep: finished: $*" >&2
+else
+  echo "sweep: all runs are finished" >&2
+fi
 """
 
 _ARRAY_SH = """\
@@ -95,7 +112,7 @@ def write_sweep(runs: Sequence[PlannedRun], output: Path, gpus_per_node: int) ->
             "launcher": shlex.quote(str(LAUNCHER)),
             "manifest": MANIFEST,
             "summary": FILE_NAME,
-            "job": output.name,
+            "job": _NO_WORD.sub("-", output.absolute().name),
         }
         for name, text in (("run.sh", _RUN_SH), ("array.sh", _ARRAY_SH)):
             (place / name).write_text(text.format(**names))

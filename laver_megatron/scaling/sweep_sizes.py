@@ -134,8 +134,10 @@ def _setting_problems(settings: SweepSettings) -> Iterator[str]:
             yield f"{name} names {', '.join(twice)} twice: its runs would be the same"
     if settings.lr_warmup_share is not None and not 0 <= settings.lr_warmup_share < 1:
         yield f"--lr-warmup-share is {settings.lr_warmup_share}, but must be at least 0 and below 1"
-    if not settings.max_epochs > 0:
-        yield f"--max-epochs is {settings.max_epochs}, but must be above 0"
+    if not 0 < settings.max_epochs < math.inf:
+        yield f"--max-epochs is {settings.max_epochs}, but must be finite and above 0"
+    if settings.lr_exponent is not None and not math.isfinite(settings.lr_exponent):
+        yield f"--lr-exponent is {settings.lr_exponent}, but must be finite"
     if settings.amount_kind == "subsets":
         yield from _subset_problems(settings.amounts)
     else:
@@ -145,11 +147,28 @@ def _setting_problems(settings: SweepSettings) -> Iterator[str]:
             for amount in settings.amounts
             if not _is_amount(amount, whole=settings.amount_kind == "iterations")
         )
+    labels = [amount_label(settings.amount_kind, amount) for amount in settings.amounts]
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        named = ", ".join(a for a, other in zip(settings.amounts, labels, strict=True) if other == label)
+        yield f"--{settings.amount_kind} {named}: all would be {label} in the names of the runs; leave out all but one"
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
         yield (
             f"--output {settings.output} is there already; name another (the registry takes the runs of several "
             "sweeps together), or remove it with the runs in it"
         )
+
+
+def amount_label(kind: str, amount: str) -> str:
+    """An amount as part of a run's name: a subset's file name, a number with as many digits as it has."""
+    if kind == "subsets":
+        return Path(amount).stem
+    try:
+        number = float(amount)
+    except ValueError:  # told as no amount
+        return f"{kind}{amount}"
+    short = f"{number:g}"
+    digits = short if float(short) == number else repr(number).removesuffix(".0")
+    return f"{kind}{digits}".replace("+", "")
 
 
 def _is_amount(text: str, *, whole: bool) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from laver_megatron.scaling.csv_points import study_of_points
 from laver_megatron.scaling.law import fit_law
-from laver_megatron.scaling.study import ALL_RUNS, study_of_points
+from laver_megatron.scaling.study import ALL_RUNS
 
 SHA256 = "193478df4e90f040016431996c45682659306840ecdadf83cfb9cd5ca0aa1b30"
 # As Besiroglu et al. (2024) and their notebook print them: the parameters, and 95% intervals of 4000 resamples.
@@ -33,7 +34,7 @@ def points():
         pytest.skip("CHINCHILLA_POINTS does not name the points; the head of this file says where they are")
     assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == SHA256, "other points than the published fit's"
     study = study_of_points(Path(path), size_column="Model Size", flops_column="Training FLOP")
-    return study[ALL_RUNS].without_highest(5).points
+    return study.arms[ALL_RUNS].without_highest(5).points
 
 
 def test_the_corrected_fit(points):

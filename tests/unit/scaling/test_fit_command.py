@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests.unit.scaling.synthetic import TRUE_5, make_points
 
 TOOL = Path(__file__).parents[3] / "tools" / "fit_scaling_law.py"
 BETTER_5 = TRUE_5 * (1, 1, 0.9, 1, 1)  # with LaVer: a tenth less of the term of tokens
+NAN, INF = float("nan"), float("inf")
 PICTURES = ["fit.png", "frontier.png", "iso_flop.png", "residuals.png"]
 
 
@@ -46,7 +49,7 @@ def rows(path):
 def test_a_study_with_two_arms(study, tmp_path, capsys):
     output = tmp_path / "out"
     assert run_tool("--registry", study, "--arm-by", "laver", "--resamples", 20, "--output", output) == 0
-    names = ["differences.csv", "frontier.csv", "law.csv", "law.json", "runs.csv"]
+    names = ["differences.csv", "frontier.csv", "law.csv", "law.json", "means.csv", "measured.csv", "runs.csv"]
     assert sorted(path.name for path in output.iterdir()) == sorted([*PICTURES, *names])
     told = json.loads((output / "law.json").read_text(), parse_constant=pytest.fail)
     assert list(told["arms"]) == ["baseline", "laver"] and told["column"] == "validation.last.lm_loss"
@@ -66,7 +69,20 @@ def test_a_study_with_two_arms(study, tmp_path, capsys):
             assert float(row["low"]) <= float(row["difference"]) < 0
     assert len(rows(output / "runs.csv")) == 32 and len(rows(output / "law.csv")) == 10
     text = capsys.readouterr().out
-    assert "laver minus baseline, with 95% interval" in text and text.count("  equal data ") == 4
+    assert "laver minus baseline by the laws, with 95% interval" in text
+    by_the_laws = text.split("by the laws")[1]
+    assert by_the_laws.count("  equal data ") == 4
+    # LaVer sees fewer tokens at equal FLOPs, but at the most tokens not fewer than its runs; best sizes leave them.
+    differences = rows(output / "differences.csv")
+    assert {row["outside"] for row in differences if row["kind"] == "equal data"} == {""}
+    fewer = [row for row in differences if row["kind"] == "equal FLOPs"]
+    assert {row["outside"] for row in fewer if float(row["baseline_tokens"]) < 3e9} == {"laver: D"}
+    assert {row["outside"] for row in fewer if float(row["baseline_tokens"]) > 3e9} == {""}
+    marked = sum(bool(row["outside"]) for row in differences)
+    assert f"{marked} of {len(differences)} differences between the laws are outside the runs" in text
+    assert by_the_laws.count("  outside the runs (") >= 1
+    frontier = rows(output / "frontier.csv")
+    assert {bool(row["outside"]) for row in frontier} == {True, False}
     assert "Qwen2.5 checkpoints are pretrained" in text and "continued training" in told["notes"][0]
     for name in PICTURES:
         with Image.open(output / name) as picture:
@@ -102,9 +118,10 @@ def test_points_with_arms_and_a_ceiling(tmp_path):
             for n, d, y in zip(points.size_R, points.tokens_R, points.column_R, strict=True):
                 file.write(f"{n},{d},{1 - y + gain},{kind}\n")
     base = ("--points", tmp_path / "points.csv", "--column", "similarity", "--arm-by", "kind", "--output", tmp_path)
-    assert run_tool(*base, "--ceiling", 1, "--baseline", "old", "--resamples", 5) == 0
+    assert run_tool(*base, "--ceiling", 1, "--baseline", "old", "--resamples", 20) == 0
     differences = rows(tmp_path / "differences.csv")
     assert all(float(row["difference"]) == pytest.approx(0.02, rel=1e-3) for row in differences[:16])
+    assert all(float(row["difference"]) == pytest.approx(0.02) for row in rows(tmp_path / "measured.csv"))
     told = json.loads((tmp_path / "law.json").read_text())
     assert told["arms"]["new"]["parameters"]["E"]["value"] == pytest.approx(0.18, rel=1e-3)
 
@@ -115,7 +132,7 @@ OPTIONS = {"delta": 1.0, "seed": 3, "level": 0.5, "tokens": "text"}
 @pytest.mark.usefixtures("no_pictures")
 def test_options_change_the_numbers(study, tmp_path):
     def fitted(*options):
-        assert run_tool("--registry", study / "plain", "--resamples", 4, "--output", tmp_path, *options) == 0
+        assert run_tool("--registry", study / "plain", "--resamples", 20, "--output", tmp_path, *options) == 0
         return json.loads((tmp_path / "law.json").read_text())
 
     usual = fitted()
@@ -132,6 +149,42 @@ def test_size_parts_decide_what_n_is(study, tmp_path):
     sizes = [run["parameters.decoder"] for run in rows(tmp_path / "runs.csv")]
     largest = json.loads((tmp_path / "law.json").read_text())["arms"]["all runs"]["leave_largest_out"]["size"]
     assert largest == max(map(float, sizes)) + 7
+
+
+def examples():
+    """The commands of the tool's own help, as lists of words."""
+    text = TOOL.read_text().split('"""')[1].replace("\\\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.strip().startswith("python tools/")]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_the_help_are_true(study, tmp_path, number):
+    """Of one sweep, with LaVer on and off."""
+    words = examples()[number][2:]
+    words[words.index("--registry") + 1] = str(study)
+    words[words.index("--output") + 1] = str(tmp_path)
+    if "last.student_visual_similarity" in words:  # in this study all end at the same one
+        rises = {
+            run: 1 - Law(np.array([0.2, 5.0, 40.0, 0.2, 0.2])).value(*place) for run, place in places(study / "laver")
+        }
+        study = tmp_path / "study"
+        shutil.copytree(words[words.index("--registry") + 1], study)
+        words[words.index("--registry") + 1] = str(study)
+        for run, value in rises.items():
+            change(study / "laver" / run, validation__last__student_visual_similarity=float(value))
+    assert run_tool(*words, "--resamples", "0") == 0
+    told = json.loads((tmp_path / "law.json").read_text())
+    assert [arm["num_runs"] for arm in told["arms"].values()] == ([16, 16] if number == 0 else [16])
+    if number == 1:
+        assert told["where"] == ["laver=true"] and told["arms"]["all runs"]["parameters"]["E"]["value"] < 0.3
+
+
+def places(directory):
+    """(name, (N, D)) of every run."""
+    for path in sorted(directory.glob("*/run_summary.json")):
+        told = json.loads(path.read_text())
+        yield path.parent.name, (told["parameters"]["decoder"] + 10, told["tokens"]["total"])
 
 
 # --- bad input -----------------------------------------------------------------------------------------
@@ -166,6 +219,30 @@ def test_settings_that_differ_are_noted(tmp_path, capsys):
     assert "all runs: the runs also differ in config.lr, which the law takes for noise" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_arms_on_other_data_are_refused_unless_allowed(tmp_path, capsys):
+    write_study(tmp_path / "runs", {False: Law(TRUE_5).value, True: Law(TRUE_5).value}, sizes=3, amounts=3)
+    for run in (tmp_path / "runs" / "laver").iterdir():
+        change(run, config__valid_data_path=["other"], config__lr=0.5)
+    options = ("--registry", tmp_path / "runs", "--arm-by", "laver", "--resamples", 0, "--output", tmp_path / "out")
+    message = refused(capsys, *options)
+    assert "cannot be compared: their runs differ in data or validation" in message
+    assert 'valid_data_path: ["other"] in laver, null in baseline' in message and not (tmp_path / "out").exists()
+    assert run_tool(*options, "--allow-differences", "valid_data_path") == 0
+    text = capsys.readouterr().out
+    assert 'also differ in valid_data_path (["other"] in laver' in text and "also differ in lr (0.5 in laver" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stray_value_of_the_arms_is_named(tmp_path, capsys):
+    write_study(tmp_path, {False: Law(TRUE_5).value, True: Law(TRUE_5).value}, sizes=3, amounts=3)
+    stray = sorted((tmp_path / "laver").iterdir())[4]
+    change(stray, config__laver="maybe")
+    message = refused(capsys, "--registry", tmp_path, "--arm-by", "laver", "--output", tmp_path / "out")
+    assert "maybe: no law can be fitted" in message and "1 runs are fewer than the law's 5 parameters" in message
+    assert f"maybe (1: {stray})" in message and "baseline (9: " in message
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -174,33 +251,31 @@ def test_settings_that_differ_are_noted(tmp_path, capsys):
         (("--drop-highest", 28), "4 runs are fewer than the law's 5 parameters"),
         (("--arm-by", "laver", "--baseline", "other"), "the arms are laver and baseline; name the one to compare with"),
         (("--column", "time.training_seconds", "--ceiling", "30"), "is not below the ceiling 30 (the highest is 60)"),
+        (("--drop-highest", 40, "--arm-by", "laver"), "0 runs are fewer than the law's 5 parameters"),
+        (("--column", "last.student_visual_similarity", "--ceiling", 1), "--where laver=true"),
+        (
+            ("--arm-by", "laver", "--column", "last.teacher_entropy"),
+            "no run of baseline has a number in validation.last",
+        ),
+        (("--arm-by", "laver", "--column", "config.load"), "no run has a number in config.load; choose another column"),
+        (("--where", "laver=maybe"), "no run has 'maybe' in config.laver; there are true, false"),
         (("--resamples", -1), "--resamples -1 is below 0"),
+        (("--resamples", 1), "--resamples 1 are too few for an interval; use at least 20, or 0"),
+        (("--seed", -1), "--seed -1 is below 0"),
+        (("--ceiling", "nan"), "--ceiling nan is not finite"),
+        (("--size-parts", "decoder", "decoder"), "--size-parts names decoder twice, which would count twice in N"),
         (("--level", 1), "--level 1 is not between 0 and 1"),
-        (("--delta", 0), "--delta 0 is not above 0"),
+        *((("--delta", value), f"--delta {value:g} is not between 1e-12 and 1") for value in (0, 1e-300, NAN, INF, 2)),
         (("--drop-highest", -2), "--drop-highest -2 is below 0"),
-        (("--budgets", 0), "--budgets 0 is not above 0"),
+        *(
+            (("--budgets", 1e20, value), f"--budgets {value:g} is not above 0 and at most 1e+35")
+            for value in (0, NAN, INF)
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_told(study, tmp_path, capsys, options, message):
     assert message in refused(capsys, "--registry", study, *options, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("N,loss\n1,2\n", "has no column D or FLOPs; its columns are N, loss"),
-        ("a,b\n1,2\n", "has no column N, loss, D or FLOPs"),
-        ("N,D,loss\n", "has a header and no points"),
-        ("N,D,loss\n1e9,1e9,2\n1e9,many,2\n", "line 3: D is 'many', no number"),
-        ("N,D,loss\n1e9,1e9\n", "line 2: loss is None, no number"),
-        ("N,D,loss\n" + "1e9,1e9,nan\n" * 9, "loss of line 2, line 3, line 4 and 6 more is NaN"),
-        ("N,D,loss\n" + "1e9,1e9,2\n" * 9, "1 different numbers of parameters (from 1e+09 to 1e+09)"),
-    ],
-)
-def test_points_that_cannot_be_read_are_told(tmp_path, capsys, text, message):
-    (tmp_path / "points.csv").write_text(text)
-    assert message in refused(capsys, "--points", tmp_path / "points.csv", "--output", tmp_path / "out")
 
 
 def test_noise_does_not_move_the_study(study):

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from laver_megatron.scaling.registry import FAULTS, read_registry
+from laver_megatron.scaling.registry import FAULTS
+from laver_megatron.scaling.registry_files import read_registry
+from laver_megatron.scaling.study_settings import varying_settings
 from tests.unit.scaling.summaries import change, write_run
 
 
@@ -75,10 +77,33 @@ def test_arms_by_a_column(study):
     assert {name: names(arm) for name, arm in registry.arms("seed").items()} == {"1": ["a"], "2": ["b"], "3": ["c"]}
 
 
+def test_runs_chosen_by_a_value(study):
+    change(study / "a", score=0.5)
+    registry = read_registry([study])
+    chosen = {("laver", "true"): "ab", ("laver", "false"): "c", ("seed", "2.0"): "b", ("config.load", "null"): "abc"}
+    chosen |= {("score", "5e-1"): "a", ("data_path", '["shards"]'): "abc"}
+    for (column, value), letters in chosen.items():
+        assert names(registry.where(column, value)) == list(letters), column
+    with pytest.raises(ValueError, match=r"no run has '7' in seed; there are 1, 2, 3"):
+        registry.where("seed", "7")
+
+
+def test_a_run_without_a_value_is_of_no_arm(study):
+    change(study / "a", recipe="new")
+    with pytest.raises(ValueError, match=r"2 of 3 runs have no value in recipe: .*/b, .*/c; mend these, or choose"):
+        read_registry([study]).arms("recipe")
+
+
+def test_one_directory_by_two_names_is_one_run(study):
+    assert names(read_registry([study, study / "more" / ".."])) == ["a", "b", "c"]
+    (study / "zz").symlink_to(study / "a")
+    assert names(read_registry([study / "a", study / "zz"])) == ["a"]
+
+
 def test_settings_that_differ_within_an_arm_are_found(study):
     write_run(study / "d", settings={"seed": 1, "mask_ratio": 0.3, "load": "hf:other"})
     arms = read_registry([study]).arms("laver")
-    assert arms["laver"].varying_settings() == ["config.mask_ratio"] and arms["baseline"].varying_settings() == []
+    assert varying_settings(arms["laver"]) == ["config.mask_ratio"] and varying_settings(arms["baseline"]) == []
 
 
 # --- runs with faults ----------------------------------------------------------------------------------
@@ -106,6 +131,27 @@ def changed(**changes):
     return write
 
 
+def with_number(text, **changes):
+    """A number that json.dumps cannot be asked for."""
+
+    def write(directory):
+        changed(**dict.fromkeys(changes, "HERE"))(directory)
+        path = directory / "run_summary.json"
+        path.write_text(path.read_text().replace('"HERE"', text))
+
+    return write
+
+
+def without(section, field):
+    def write(directory):
+        changed()(directory)
+        summary = json.loads((directory / "run_summary.json").read_text())
+        del summary[section][field]
+        (directory / "run_summary.json").write_text(json.dumps(summary))
+
+    return write
+
+
 BAD_RUNS = {
     "stopped": (
         lambda at: write_run(at, iteration=60, counted_iterations=60),
@@ -119,7 +165,33 @@ BAD_RUNS = {
     "torn": (broken('{"format": "lav'), "damaged", "run_summary.json cannot be read"),
     "a list": (broken("[]"), "damaged", "run_summary.json is list, not"),
     "other version": (changed(version=2), "damaged", "('laver_megatron run summary', 2), not"),
-    "no tokens": (broken('{"format": "laver_megatron run summary", "version": 1}'), "damaged", "lacks state, seed"),
+    "no tokens": (
+        broken('{"format": "laver_megatron run summary", "version": 1}'),
+        "damaged",
+        "lacks iteration, counted_iterations, seed",
+    ),
+    "literal nan": (
+        with_number("NaN", validation__last__lm_loss=0),
+        "nan",
+        "validation.last.lm_loss was NaN or infinite",
+    ),
+    "infinite": (with_number("1e999", training__loss=0), "nan", "training.loss was NaN or infinite"),
+    "null in an added column": (changed(score=None), "nan", "score was NaN or infinite"),
+    "nan in an added column": (with_number("NaN", analysis=0), "nan", "analysis was NaN or infinite"),
+    "no decoder": (without("parameters", "decoder"), "damaged", "run_summary.json lacks parameters.decoder"),
+    "no flops": (without("flops", "model"), "damaged", "lacks flops.model"),
+    "text for parameters": (changed(parameters__decoder="abc"), "damaged", "says parameters.decoder is 'abc', no"),
+    "text for tokens": (changed(tokens__total="1e9"), "damaged", "says tokens.total is '1e9', no number from 0 on"),
+    "text for flops": (changed(flops__model="x"), "damaged", "says flops.model is 'x', no number"),
+    "too large": (changed(flops__model=10**400), "damaged", "says flops.model is of 1329 bits, no number"),
+    "nan for tokens": (with_number("NaN", tokens__total=0), "damaged", "says tokens.total is nan, no number"),
+    "below 0": (changed(tokens__total=-5), "damaged", "says tokens.total is -5, no number from 0 on"),
+    "no time": (changed(time__written_at=5), "damaged", "says time.written_at is 5, no text"),
+    "no hash": (changed(config_hash=None), "damaged", "says config_hash is None, no text"),
+    "no config": (changed(config=None), "damaged", "lacks config"),
+    "another state": (changed(state="done"), "damaged", "says state is 'done', neither finished nor unfinished"),
+    "deep": (broken("[" * 100_000), "damaged", "run_summary.json cannot be read"),
+    "deep columns": (broken('{"a":' * 900 + "1" + "}" * 900), "damaged", "run_summary.json"),
     "sums of a part": (changed(counted_iterations=40), "damaged", "are sums over 40 of 100 iterations"),
 }
 

@@ -1,83 +1,19 @@
-"""Sweeps: what is planned, what is written, what the scripts do with it, and bad input."""
+"""Sweeps: what is planned, and bad input."""
 
-import csv
 import dataclasses
-import importlib.util
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from laver_megatron.command_line import Invocation, load_config
+from laver_megatron.command_line import Invocation
 from laver_megatron.data.opening import open_indexes
 from laver_megatron.data.subset import write_subset
-from laver_megatron.demo import make_demo
-from laver_megatron.scaling import sweep_files
-from laver_megatron.scaling.registry import read_registry
 from laver_megatron.scaling.run_summary import config_hash
 from laver_megatron.scaling.sweep import nearest
+from laver_megatron.scaling.sweep_sizes import amount_label
 from laver_megatron.validate import check
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_sweep.py"
-SIZES = ["16x1", "32x2"]
-BASE = {
-    "seq_length": 256, "visual_seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "num_workers": 0,
-    "lr": 4e-3, "eval_interval": 100, "eval_iters": 1, "vision_head_hidden_size": 32, "preset": "paper",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ladder(demo_dir, tmp_path_factory):
-    """The demo with two more sizes, two nested subsets and one of another seed."""
-    place = tmp_path_factory.mktemp("ladder")
-    for part in ("model", "encoder", "shards"):
-        (place / part).symlink_to(demo_dir / part)
-    make_demo(place, models=SIZES)
-    (index,) = open_indexes([str(demo_dir / "shards" / "train-*.tar")])
-    for number, seed in ((40, 1), (80, 1), (80, 2)):
-        write_subset(index, number, seed, place / f"subset-{number}-{seed}.parquet")
-    return place
-
-
-@pytest.fixture
-def sweep(ladder, tmp_path, capsys):
-    """Runs the tool: `sweep("--tokens", "1e4")` is the exit code; `.runs` are the manifest's lines by name."""
-
-    class Sweep:
-        output = tmp_path / "sweep"
-        base = {
-            **BASE, "encoder": str(ladder / "encoder"), "data_path": str(ladder / "shards" / "train-*.tar"),
-            "valid_data_path": str(ladder / "shards" / "valid-*.tar"),
-        }  # fmt: skip
-        models = [str(ladder / f"model_{size}") for size in SIZES]
-
-        def __call__(self, *arguments):
-            (tmp_path / "base.yaml").write_text(yaml.safe_dump(self.base))
-            fixed = ["--base", tmp_path / "base.yaml", "--models", *self.models, "--output", self.output]
-            status = run_tool(*fixed, *arguments)
-            said = capsys.readouterr()
-            self.out, self.err = said.out, said.err
-            return status
-
-        @property
-        def runs(self):
-            with (self.output / "manifest.csv").open() as file:
-                return {line["name"]: line for line in csv.DictReader(file)}
-
-        def config(self, name):
-            return load_config(["--config", str(self.output / "configs" / f"{name}.yaml")])
-
-    return Sweep()
-
-
-def run_tool(*arguments):
-    spec = importlib.util.spec_from_file_location("make_sweep", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main([str(argument) for argument in arguments])
+from tests.unit.scaling.sweeps import BASE, SIZES
 
 
 def demo_model(sweep):
@@ -195,7 +131,10 @@ def refused(sweep, *arguments):
 
 
 def test_more_than_the_data_hold(sweep):
+    said = refused(sweep, "--tokens", "1e6", "--seeds", "1", "2")
+    assert said.count("1e+06 tokens are more") == 2 and "-laver-seed1 and 3 more: " in said  # seeds have other packs
     said = refused(sweep, "--tokens", "1e6")
+    assert said.count("1e+06 tokens are more") == 1 and " and 3 more: " in said  # the sizes and arms read the same
     assert "1e+06 tokens are more than 1 epoch of the data hold" in said and "--max-epochs" in said
     said = refused(sweep, "--flops", "1e15", "--arms", "laver")
     assert said.count("at most") == 2 and "FLOPs, more data" in said  # each size with its own number
@@ -203,6 +142,11 @@ def test_more_than_the_data_hold(sweep):
     assert sweep("--tokens", "3e4", "--max-epochs", "4", "--arms", "baseline") == 0
     assert all(2 < float(line["epochs"]) < 4 for line in sweep.runs.values())
     assert "2 runs see samples again" in sweep.err
+
+
+@pytest.mark.parametrize("flags", [("--max-epochs", "inf"), ("--max-epochs", "nan"), ("--lr-exponent", "nan")])
+def test_numbers_that_are_none(sweep, flags):
+    assert f"{flags[0]} is {flags[1]}, but must be finite" in refused(sweep, "--iterations", "2", *flags)
 
 
 def test_less_than_one_iteration(sweep):
@@ -213,6 +157,8 @@ def test_less_than_one_iteration(sweep):
 def test_the_same_run_twice(sweep, tmp_path):
     said = refused(sweep, "--tokens", "2000", "2001", "--arms", "laver")
     assert "model_16x1-tokens2000-laver-seed1234 and model_16x1-tokens2001-laver-seed1234 would be the same" in said
+    assert said.count("would be the same") == 1 and "(as 1 more)" in said  # the other size
+    assert "--tokens 2e3, 2000: all would be tokens2000 in the names" in refused(sweep, "--tokens", "2e3", "2000")
     assert "names 3 twice" in refused(sweep, "--iterations", "2", "--seeds", "3", "3")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "model_16x1").symlink_to(sweep.models[0])
@@ -262,6 +208,19 @@ def test_subsets_that_are_not_nested(sweep, ladder, tmp_path):
     assert "fewer than one iteration's 4" in refused(sweep, "--subsets", tmp_path / "tiny.parquet")
 
 
+def test_two_subsets_of_one_name(sweep, ladder, tmp_path):
+    """Their runs would have one configuration file."""
+    (index,) = open_indexes([str(ladder / "shards" / "train-*.tar")])
+    write_subset(index, 80, 1, tmp_path / "subset-40-1.parquet")
+    said = refused(sweep, "--subsets", ladder / "subset-40-1.parquet", tmp_path / "subset-40-1.parquet")
+    assert "all would be subset-40-1 in the names of the runs" in said
+
+
+def test_amounts_in_names_have_all_their_digits():
+    told = {"1e10": "flops1e10", "150000": "flops150000", "1000001": "flops1000001", "2.5e18": "flops2.5e18"}
+    assert {amount: amount_label("flops", amount) for amount in told} == told
+
+
 def test_nearest():
     assert [nearest(lambda n: 10 * n, amount, "tokens", 8) for amount in (10, 14, 15, 16, 44, 80, 84, 1e9)] == [
         1, 1, 1, 2, 4, 8, 8, 8,
@@ -269,109 +228,3 @@ def test_nearest():
     assert nearest(lambda n: n, 1000, "tokens", 10**6) == 1000
     with pytest.raises(ValueError, match="less than one iteration"):
         nearest(lambda n: 10 * n, 9.9, "tokens", 8)
-
-
-# --- the scripts ------------------------------------------------------------------------------------
-
-LAUNCHER = """\
-#!/usr/bin/env bash
-# Stands for the launcher: notes how it was called; fails where a file `fail` says so, else leaves a summary.
-echo "$NPROC_PER_NODE $*" >> {place}/calls
-name=$(basename "$2" .yaml)
-[[ -e {place}/fail ]] && grep -qx "$name" {place}/fail && exit 1
-mkdir -p {place}/sweep/runs/$name
-echo ' "state": "finished",' > {place}/sweep/runs/$name/run_summary.json
-"""
-
-
-@pytest.fixture
-def scripts(sweep, tmp_path, monkeypatch):
-    (tmp_path / "launcher.sh").write_text(LAUNCHER.format(place=tmp_path))
-    monkeypatch.setattr(sweep_files, "LAUNCHER", tmp_path / "launcher.sh")
-    assert sweep("--iterations", "2", "--num-gpus", "1", "2", "--gpus-per-node", "2") == 0
-    return sweep
-
-
-def run_script(path, *arguments, **environ):
-    command = ["bash", str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ}, cwd="/")
-
-
-def calls(place):
-    path = place / "calls"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return lines
-
-
-def test_the_loop_does_what_is_left(scripts, tmp_path):
-    names = list(scripts.runs)
-    (tmp_path / "fail").write_text(names[1])
-    done = run_script(scripts.output / "run.sh")
-    assert done.returncode == 1 and f"not finished: {names[1]}\n" in done.stderr
-    expected = [f"{scripts.runs[name]['num_gpus']} --config {scripts.output}/configs/{name}.yaml" for name in names]
-    assert calls(tmp_path) == expected
-    (tmp_path / "fail").unlink()
-    done = run_script(scripts.output / "run.sh")
-    assert done.returncode == 0 and f"{names[0]} is finished" in done.stderr
-    assert calls(tmp_path) == [expected[1]]
-
-
-def test_the_loop_runs_those_that_are_named(scripts, tmp_path):
-    name = list(scripts.runs)[2]
-    assert run_script(scripts.output / "run.sh", name).returncode == 0
-    assert [call.split("/")[-1] for call in calls(tmp_path)] == [f"{name}.yaml"]
-
-
-def test_arrays_on_slurm(scripts, tmp_path):
-    """sbatch is played by running what it was given once for each number of --array."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "srun").write_text('#!/usr/bin/env bash\n[[ $1 == --ntasks-per-node=1 ]] && shift && exec "$@"\n')
-    (tools / "sbatch").write_text(
-        "#!/usr/bin/env bash\n"
-        f'echo "$*" >> {tmp_path}/submitted\n'
-        'for word in "$@"; do case $word in --array=*) ids=${word#--array=};; esac; done\n'
-        'for id in ${ids//,/ }; do SLURM_ARRAY_TASK_ID=$id bash "${@: -1}" || exit 1; done\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    submit = scripts.output / "submit.sh"
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    assert run_script(submit, "--time=1", PATH=path).returncode == 0
-    started = {call.split("/")[-1].removesuffix(".yaml"): call.split()[0] for call in calls(tmp_path)}
-    assert started == {name: line["num_gpus"] for name, line in scripts.runs.items()}
-    assert all("--nodes=1" in line and "--time=1" in line for line in (tmp_path / "submitted").read_text().splitlines())
-    assert run_script(submit, PATH=path).returncode == 0
-    assert calls(tmp_path) == []  # all are finished
-
-
-@pytest.mark.slow
-def test_runs_cost_what_was_planned(sweep):
-    """Real runs on one process, one of which goes on from where it was stopped: what they count is the manifest to the
-    last token, FLOP and digit of the hash."""
-    sweep.models.pop()
-    assert sweep("--iterations", "2") == 0
-    stopped = sweep.output / "configs" / f"{next(iter(sweep.runs))}.yaml"
-    launcher = Path(__file__).parents[3] / "examples" / "pretrain_laver.sh"
-    done = run_script(launcher, "--config", str(stopped), "--exit-interval", "1", NPROC_PER_NODE="1")
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(ValueError, match="unfinished: is at iteration 1 of 2"):
-        read_registry([sweep.output / "runs"])
-    done = run_script(sweep.output / "run.sh")
-    assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stderr and "at iteration 1" in done.stderr
-    registry = read_registry([sweep.output / "runs"])
-    assert len(registry.runs) == 2
-    for run in registry.runs:
-        line = sweep.runs[run.path.name]
-        counted = {
-            "N": sum(run.value(f"parameters.{part}") for part in ("decoder", "embedding", "lm_head")),
-            "tokens": run.value("tokens.total"), "visual_tokens": run.value("tokens.visual"),
-            "flops": run.value("flops.model"), "laver_overhead": run.value("flops.laver_overhead"),
-            "train_iters": run.value("iteration"), "seed": run.value("seed"),
-        }  # fmt: skip
-        assert {key: int(line[key]) for key in counted} == counted
-        assert line["config_hash"] == run.value("config_hash")
-        assert run.value("validation.last.lm_loss") > 0
-    assert json.loads((registry.runs[0].path / "run_summary.json").read_text())["state"] == "finished"
