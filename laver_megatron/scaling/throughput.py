@@ -76,6 +76,7 @@ def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> 
         num_visual_tokens=packs * workload.num_visual_tokens,
         reconstruction_span_area=packs * workload.image_area,
         num_images=packs * workload.num_images,
+        image_window_area=packs * workload.image_window_area,
         laver=config.laver,
         gram=config.gram_loss != "none",
         frozen=config.freeze,

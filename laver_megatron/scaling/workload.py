@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from laver_megatron.encoders.interface import EncoderShape
+from laver_megatron.scaling.encoder_flops import window_area
 from laver_megatron.scaling.flops import document_area
 
 
@@ -37,6 +39,14 @@ class Workload:
     def image_area(self) -> int:
         """Pairs within images."""
         return self.num_images * self.image_tokens**2
+
+    @property
+    def image_window_area(self) -> int:
+        """Pairs that share a window of the encoder's, of square images; in proportion where no square has as many."""
+        if self.encoder is None:
+            return 0
+        side = math.isqrt(self.image_tokens)
+        return self.num_visual_tokens * window_area([(side, side)], self.encoder.window_tokens) // side**2
 
     @property
     def lm_area(self) -> int:

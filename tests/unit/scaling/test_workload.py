@@ -1,10 +1,18 @@
 """Mask areas of planned packs against the spans of real ones."""
 
+from dataclasses import replace
+
 import pytest
 
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.encoders import read_encoder
 from laver_megatron.model.spans import language_spans, reconstruction_spans, span_area
-from laver_megatron.scaling.workload import workload_of
+from laver_megatron.scaling.encoder_flops import EncoderWork
+from laver_megatron.scaling.flops import model_flops
+from laver_megatron.scaling.throughput import micro_batch_flops
+from laver_megatron.scaling.workload import Workload, workload_of
 from tests.packs import pack
+from tests.unit.scaling.small_run import SHAPE, settings
 
 
 @pytest.mark.parametrize("attention", ["mixed", "causal"])
@@ -49,3 +57,17 @@ def test_what_cannot_be(changes, message):
     given = {"seq_length": 240, "visual_share": 0.5, "image_tokens": 16, "num_documents": 1, **changes}
     with pytest.raises(ValueError, match=message):
         workload_of(**given, attention="mixed", encoder=None)
+
+
+def test_windows_of_the_encoder_are_counted(tmp_path):
+    """As by the grids of real images where these are square, and in proportion where they are not."""
+    save_encoder(tmp_path, "qwen2_5_vl")
+    encoder = read_encoder(tmp_path)
+    planned = Workload(512, 3, 81, 3, "mixed", encoder)
+    real = EncoderWork.of_grids([(9, 9)] * 3, encoder)
+    assert planned.image_window_area == real.window_area > 0
+    assert replace(planned, image_tokens=90).image_window_area == planned.image_window_area * 90 // 81
+    assert replace(planned, encoder=None).image_window_area == 0
+    model = model_flops(SHAPE, encoder=encoder)
+    step = micro_batch_flops(settings(2, micro_batch_size=2), model, planned)
+    assert step.encoder == 2 * sum(model.encoder.forward(real))
