@@ -52,13 +52,14 @@ def draw_report(report: Report, directory: Path) -> list[Path]:
             FigureCanvasAgg(figure)
             rows = [draw] if num_rows == 1 else [draw, _draw_frontier_value]
             for row, draw_panel in enumerate(rows):
+                panels = []
                 for column, arm in enumerate(report.arms):
                     axes = figure.add_subplot(num_rows, num_arms, row * num_arms + column + 1)
                     axes.set_xscale("log")
                     axes.set_title(f"{arm.name}: {title}" if row == 0 else "", loc="left")
                     draw_panel(axes, arm, report)
-                    for axis in (axes.xaxis, axes.yaxis):
-                        _mark_powers(axis)
+                    panels.append(axes)
+                _share_limits(panels)
             _save(figure, directory / name)
     return [directory / name for name in pictures]
 
@@ -67,6 +68,18 @@ def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
+
+
+def _share_limits(panels: list[Axes]) -> None:
+    """Arms stand side by side to be compared: the same place means the same numbers."""
+    horizontal, vertical = (
+        np.array(limits) for limits in zip(*((a.get_xlim(), a.get_ylim()) for a in panels), strict=True)
+    )
+    for axes in panels:
+        axes.set_xlim(horizontal.min(), horizontal.max())
+        axes.set_ylim(vertical.min(), vertical.max())
+        for axis in (axes.xaxis, axes.yaxis):
+            _mark_powers(axis)
 
 
 def _mark_powers(axis: Axis) -> None:

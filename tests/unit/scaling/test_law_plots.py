@@ -55,3 +55,6 @@ def test_every_picture_explains_its_points(tmp_path, monkeypatch):
     for name in ("iso_flop.png", "fit.png", "frontier.png"):
         assert "outside the runs" in words[name]
     assert {"best size", "best size, outside the runs"} <= words["iso_flop.png"]
+    for figure in figures.values():
+        *_, one, other = figure.axes  # the lowest row
+        assert (one.get_xlim(), one.get_ylim()) == (other.get_xlim(), other.get_ylim())
