@@ -3,22 +3,25 @@
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.manifest import replace_text
 from laver_megatron.scaling.csv_points import SEED_COLUMN, study_of_points
 from laver_megatron.scaling.law_report import FitSettings, fit_study
-from laver_megatron.scaling.law_tables import write_tables
+from laver_megatron.scaling.law_tables import TABLES, write_tables
 from laver_megatron.scaling.law_text import report_text
 from laver_megatron.scaling.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
 from laver_megatron.scaling.study import CONTINUED_TRAINING, study_of_registry
+from laver_megatron.scaling.study_settings import OF_THE_LOSS
 
 # Fewer resamples have no percentiles worth the name.
 _FEWEST_RESAMPLES = 20
 # Below, rounding decides; above, residuals of a factor of e are still squared, and nothing changes any more.
 _DELTAS = (1e-12, 1.0)
 _MOST_FLOPS = 1e35  # beyond, best sizes leave the range in which they are looked for
+_RUNS = "runs.csv"
 DEFAULT_COLUMNS = {"registry": "validation.last.lm_loss", "points": "loss"}
 
 
@@ -153,13 +156,22 @@ def fit_and_write(options: argparse.Namespace) -> None:
     report = fit_study(arms, settings, [*notes, *study.notes])
     files = write_tables(report, options.output, facts)
     if study.registry is not None:
-        replace_text(options.output / "runs.csv", study.registry.to_csv())
-        files.append(options.output / "runs.csv")
+        replace_text(options.output / _RUNS, study.registry.to_csv())
+        files.append(options.output / _RUNS)
     from laver_megatron.scaling.law_plots import draw_report  # matplotlib takes a second, and errors come first
 
     files += draw_report(report, options.output)
     print(report_text(report))
+    _remove_others(options.output, files)
     print(f"written to {options.output}: {', '.join(file.name for file in files)}", file=sys.stderr)
+
+
+def _remove_others(directory: Path, written: Sequence[Path]) -> None:
+    """Tables that this study has not, such as differences of arms: those of an earlier study would pass for its own."""
+    for path in (directory / name for name in (*TABLES, _RUNS)):
+        if path not in written and path.exists():
+            path.unlink()
+            print(f"removed {path}, of an earlier study", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -185,6 +197,13 @@ def _check(options: argparse.Namespace) -> None:
         for budget in options.budgets
         if not 0 < budget <= _MOST_FLOPS
     ]
+    if options.allow_differences and not (options.registry and options.arm_by):
+        problems.append("--allow-differences is for two arms of a --registry, which --arm-by makes")
+    if unknown := sorted(set(options.allow_differences) - OF_THE_LOSS):
+        problems.append(
+            f"--allow-differences names {', '.join(unknown)}; the settings of data and validation are "
+            f"{', '.join(sorted(OF_THE_LOSS))}"
+        )
     if twice := sorted({part for part in options.size_parts if options.size_parts.count(part) > 1}):
         problems.append(f"--size-parts names {', '.join(twice)} twice, which would count twice in N")
     if problems:

@@ -8,7 +8,7 @@ import numpy as np
 from laver_megatron.scaling.comparison import Arm, Difference, Extrapolation, compare, leave_largest_out
 from laver_megatron.scaling.compute import SIX_N_D, fit_cost
 from laver_megatron.scaling.law import DELTA, fit_law
-from laver_megatron.scaling.measured import MeanDifference, Pair, find_pairs, mean_differences
+from laver_megatron.scaling.measured import MeanDifference, Pair, find_pairs, mean_differences, missed
 from laver_megatron.scaling.points import PARAMETERS, Array, check_points, listed
 from laver_megatron.scaling.study import StudyArm
 
@@ -65,13 +65,16 @@ def fit_study(study: Mapping[str, StudyArm], settings: FitSettings, notes: Seque
         gathered.append(f"no resamples: parameters without intervals{laws}")
     budgets_X = _budgets(arms, settings.budgets)
     pairs: list[Pair] = []
+    alone: dict[str, float] = {}
     differences: list[Difference] = []
     if len(arms) == 2:
-        pairs = find_pairs(*(study[arm.name] for arm in arms))
+        baseline, treated = (study[arm.name] for arm in arms)
+        pairs = find_pairs(baseline, treated)
+        alone = missed(baseline, treated, pairs)
         if settings.num_resamples > 0:
             differences = compare(arms[0], arms[1], budgets_X, settings.level)
     means = mean_differences(pairs, settings.level)
-    gathered += [*_residual_notes(arms, pairs), *_comparison_notes(arms, pairs, differences)]
+    gathered += [*_residual_notes(arms, pairs), *_comparison_notes(arms, pairs, alone, differences)]
     extrapolations = tuple(leave_largest_out(arm.fit) for arm in arms)
     return Report(
         tuple(arms),
@@ -128,11 +131,19 @@ def _residual_notes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> Iterator[str]
             )
 
 
-def _comparison_notes(arms: Sequence[Arm], pairs: Sequence[Pair], differences: Sequence[Difference]) -> Iterator[str]:
+def _comparison_notes(
+    arms: Sequence[Arm], pairs: Sequence[Pair], alone: Mapping[str, float], differences: Sequence[Difference]
+) -> Iterator[str]:
     if len(arms) == 2 and not pairs:
         yield (
             "no two runs of the arms have size, seed and tokens or FLOPs in common: nothing is measured in pairs, and "
             "differences are those of the laws alone"
+        )
+    elif alone:
+        off = [f"{name} ({_off(distance)})" for name, distance in alone.items()]
+        yield (
+            f"{len(alone)} of {sum(len(arm.fit.points) for arm in arms)} runs have no partner with their size and seed "
+            f"and tokens or FLOPs within 1%, and so no part in what is measured: {listed(off)}"
         )
     outside = [row for row in differences if row.outside]
     if outside:
@@ -140,3 +151,7 @@ def _comparison_notes(arms: Sequence[Arm], pairs: Sequence[Pair], differences: S
             f"{len(outside)} of {len(differences)} differences between the laws are outside the runs (marked): N or D "
             "is beyond those of an arm's runs, and its law is extrapolated"
         )
+
+
+def _off(distance: float) -> str:
+    return f"the nearest is {distance:.1%} off" if distance < np.inf else "none of its size and seed"

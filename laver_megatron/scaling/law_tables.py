@@ -26,6 +26,8 @@ from laver_megatron.scaling.compute import optimum
 from laver_megatron.scaling.law import percentiles
 from laver_megatron.scaling.law_report import Report
 
+TABLES = ("law.json", "law.csv", "frontier.csv", "measured.csv", "means.csv", "differences.csv")
+
 
 def write_tables(report: Report, directory: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Writes the tables; `facts` of the study go into law.json as they are. Returns the files."""
@@ -40,6 +42,7 @@ def write_tables(report: Report, directory: Path, facts: Mapping[str, Any]) -> l
         tables["means.csv"] = _csv(map(dataclasses.asdict, report.means))
     if report.differences:
         tables["differences.csv"] = _csv(_difference_rows(report))
+    assert set(tables) <= set(TABLES)
     for name, text in tables.items():
         replace_text(directory / name, text)
     return [directory / name for name in tables]

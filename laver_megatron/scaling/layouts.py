@@ -83,23 +83,33 @@ def _chunks(num_layers: int, pp: int) -> list[int | None]:
 
 def _splits(num_layers: int, pp: int, pinned: Pinned) -> list[tuple[int | None, int | None]]:
     """(layers of the first stage, of the last), None for as many as the other stages have. Where the layers do not
-    divide, the first stage, the last, or both have fewer; in no other way if they are to be interleaved."""
+    divide, the first stage, the last, or both have fewer than the others, or more; in no other way if they are to be
+    interleaved."""
     first, last = pinned.get(FIRST), pinned.get(LAST)
     if pp == 1 or pinned.get(_CHUNK) is not None or (first is not None and last is not None):
         return [(first, last)]
     given = (first or 0) + (last or 0)
     rest, stages = num_layers - given, pp - bool(given)
-    spare = -rest % stages
-    if not spare:
+    if rest % stages == 0:
         return [(first, last)]
-    each = (rest + spare) // stages
-    if given:
-        found = [(first or each - spare, last or each - spare)]
-    else:
-        less = spare // 2
-        found = [(each - spare, None), (None, each - spare), *([(each - less, each - spare + less)] if less else [])]
+    found: dict[tuple[int, ...], tuple[int | None, int | None]] = {}
+    for each in (rest // stages + 1, rest // stages):
+        left = rest - each * stages  # below 0: so many fewer at the ends
+        half = int(left / 2)
+        if first is not None:
+            ends = [(first, each + left)]
+        elif last is not None:
+            ends = [(each + left, last)]
+        else:
+            ends = [(each + left, each), (each, each + left), (each + half, each + left - half)]
+        for at_first, at_last in ends:
+            if min(at_first, each, at_last) > 0:
+                # Two stages could be told in several ways.
+                layers_of_stages = (at_first, at_last) if pp == 2 else (at_first, each, at_last)
+                told = first or (None if at_first == each else at_first), last or (None if at_last == each else at_last)
+                found.setdefault(layers_of_stages, told)
     # Without a layer for every stage it stays as it is, for `validate` to say why not.
-    return [split for split in found if all(size is None or size > 0 for size in split)] or [(first, last)]
+    return list(found.values()) or [(first, last)]
 
 
 def _can_split_sequences(base: Config, tp: int) -> bool:

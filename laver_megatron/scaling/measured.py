@@ -7,7 +7,7 @@ seeds (over all amounts also with these), which noise and a difference that chan
 Letters: R runs of the baseline, T of the treated arm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,12 +69,32 @@ def find_pairs(baseline: StudyArm, treated: StudyArm) -> list[Pair]:
     return pairs
 
 
+def missed(baseline: StudyArm, treated: StudyArm, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Runs of either arm that are in no pair, by name: how far off (0.02: 2%) the nearest of the other arm with the
+    same size and seed is, in tokens or FLOPs; infinity where it has none."""
+    paired = {name for pair in pairs for name in (pair.baseline_name, pair.treated_name)}
+    found: dict[str, float] = {}
+    for ours, theirs in ((baseline, treated), (treated, baseline)):
+        may_RT = _same_places(ours, theirs)
+        kinds = [np.abs(np.log(ours.points.tokens_R)[:, None] - np.log(theirs.points.tokens_R))]
+        if ours.flops_R is not None and theirs.flops_R is not None:
+            kinds.append(np.abs(np.log(ours.flops_R)[:, None] - np.log(theirs.flops_R)))
+        nearest_R = np.where(may_RT, np.minimum.reduce(kinds), np.inf).min(axis=1)
+        alone = zip(ours.points.names, np.expm1(nearest_R).tolist(), strict=True)
+        found |= {name: distance for name, distance in alone if name not in paired}
+    return found
+
+
+def _same_places(baseline: StudyArm, treated: StudyArm) -> Array:
+    """Which runs have size and seed in common."""
+    sizes_RT = np.abs(np.log(baseline.points.size_R)[:, None] - np.log(treated.points.size_R))
+    return (sizes_RT < SAME) & (np.array(baseline.seeds)[:, None] == np.array(treated.seeds))
+
+
 def _nearest(baseline: StudyArm, ours_R: Array, treated: StudyArm, theirs_T: Array) -> Iterator[tuple[int, int]]:
     """Indexes of those that are each other's nearest."""
     distance_RT = np.abs(np.log(ours_R)[:, None] - np.log(theirs_T))
-    sizes_RT = np.abs(np.log(baseline.points.size_R)[:, None] - np.log(treated.points.size_R))
-    seeds_RT = np.array(baseline.seeds)[:, None] == np.array(treated.seeds)
-    may_RT = (distance_RT < SAME) & (sizes_RT < SAME) & seeds_RT
+    may_RT = (distance_RT < SAME) & _same_places(baseline, treated)
     distance_RT = np.where(may_RT, distance_RT, np.inf)
     nearest_RT = may_RT & (distance_RT == distance_RT.min(axis=1, keepdims=True))
     nearest_RT &= distance_RT == distance_RT.min(axis=0)

@@ -33,7 +33,7 @@ def check_possible(job: Job, pinned: Pinned) -> None:
     if nearest is not None:
         problems.append(f"the nearest possible layout: {layout_name(nearest.config, job.num_gpus)}")
     else:
-        problems += _other_sizes(job, pinned) or _other_sizes(job, {})
+        problems += _other_sizes(job, pinned) or [f"without {_named(pinned)}: {line}" for line in _other_sizes(job, {})]
     raise ConfigError(problems)
 
 
@@ -108,6 +108,10 @@ def _other_sizes(job: Job, pinned: Pinned) -> list[str]:
     return found
 
 
+def _named(pinned: Pinned) -> str:
+    return ", ".join(f"{field} {value}" for field, value in pinned.items())
+
+
 def _first_possible(jobs: Iterable[Job], pinned: Pinned) -> Job | None:
     return next((job for job in jobs if _is_possible(job, pinned)), None)
 
@@ -119,7 +123,7 @@ def _nearby(numbers: Iterable[int], number: int) -> list[int]:
 def _sizes(job: Job, pinned: Pinned) -> Iterator[tuple[int, int]]:
     """TP and PP that this model can have on some number of GPUs, roughly."""
     asked = pinned.get("tensor_model_parallel_size")
-    for tp in [asked] if asked else range(1, job.gpu.node_size + 1):
+    for tp in [asked] if asked else range(1, min(job.gpu.node_size, job.shape.num_attention_heads) + 1):
         alone = replace(job, num_gpus=tp)
         if _is_possible(alone, {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1}):
             stages = pinned.get("pipeline_model_parallel_size")

@@ -23,6 +23,7 @@ _NUMBERS = (
     "iteration", "counted_iterations", "seed", *(f"parameters.{part}" for part in SIZE_PARTS),
     *(f"tokens.{kind}" for kind in TOKEN_KINDS), "flops.model",
 )  # fmt: skip
+_WHOLE = ("iteration", "counted_iterations", "seed")
 _TEXTS = ("state", "config_hash", "time.written_at")
 # Null is a value of a setting, and of what a run without validation has not.
 _MAY_BE_NULL = ("config.", "hardware.")
@@ -107,6 +108,8 @@ def _damage(run: Run) -> Iterator[str]:
         value = run.value(name)
         if name in run.columns and not (is_number(value) and value >= 0):
             yield f"says {name} is {_short(value)}, no number from 0 on"
+        elif name in run.columns and name in _WHOLE and value != int(value):
+            yield f"says {name} is {_short(value)}, no whole number"
     for name in _TEXTS:
         if name in run.columns and not isinstance(run.value(name), str):
             yield f"says {name} is {_short(run.value(name))}, no text"

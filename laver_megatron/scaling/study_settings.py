@@ -14,7 +14,7 @@ from laver_megatron.scaling.run_summary import MANIFEST, hashed_settings
 # What a ladder is made of: the size's model, and the amount of data.
 _LADDER_SETTINGS = {"load", "model", "encoder", "train_iters"}
 # Data and validation: with others, a difference of two losses is none of the arms'.
-_OF_THE_LOSS = {item.name for item in fields_of("data")} | {"eval_iters"}
+OF_THE_LOSS = {item.name for item in fields_of("data")} | {"eval_iters"}
 _DATA_PATH = "config.data_path"
 
 
@@ -75,7 +75,7 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
     has_laver = all(run.value("config.laver") for runs in arms.values() for run in runs.runs)
     names = hashed_settings(has_laver) - {"laver", "train_iters", arm_by.removeprefix("config.")}
     found = {name: shown for name in sorted(names) if (shown := _difference(arms, f"config.{name}"))}
-    refused = {name: shown for name, shown in found.items() if name in _OF_THE_LOSS and name not in allowed}
+    refused = {name: shown for name, shown in found.items() if name in OF_THE_LOSS and name not in allowed}
     if refused:
         lines = "".join(f"\n  - {name}: {shown}" for name, shown in refused.items())
         raise ValueError(

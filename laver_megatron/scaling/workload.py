@@ -82,9 +82,10 @@ def workload_of(
     if not 1 <= num_documents <= seq_length:
         raise ValueError(f"{num_documents} documents do not fit a pack of {seq_length} tokens")
     if visual_share and not num_images:
+        larger = f"a visual share of at least {image_tokens / seq_length:.3f}, " if image_tokens < seq_length else ""
         raise ValueError(
-            f"{visual_share} of {seq_length} tokens is less than one image of {image_tokens}; use a visual share of at "
-            f"least {image_tokens / seq_length:.3f}, longer packs, or smaller images"
+            f"{visual_share} of {seq_length} tokens is less than one image of {image_tokens}; use {larger}"
+            "longer packs, or smaller images"
         )
     if -(-num_images // num_documents) * image_tokens > seq_length // num_documents:
         raise ValueError(

@@ -285,3 +285,41 @@ def test_noise_does_not_move_the_study(study):
     sizes = [run["parameters"]["decoder"] + 10 for run in told if not run["config"]["laver"]]
     amounts = [run["tokens"]["total"] for run in told if not run["config"]["laver"]]
     assert np.asarray(values) == pytest.approx(Law(TRUE_5).value(sizes, amounts), rel=5e-4)
+
+
+def test_what_an_earlier_study_left_is_removed(study, tmp_path, no_pictures, capsys):
+    """Its tables would pass for this study's own; files of others stay."""
+    options = ("--registry", study, "--output", tmp_path, "--resamples", 0)
+    assert run_tool(*options, "--arm-by", "laver") == 0
+    (tmp_path / "mine.csv").write_text("kept")
+    assert {"measured.csv", "means.csv", "runs.csv"} < {path.name for path in tmp_path.iterdir()}
+    assert run_tool(*options, "--where", "laver=true") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "frontier.csv", "law.csv", "law.json", "mine.csv", "runs.csv",
+    ]  # fmt: skip
+    assert "removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--arm-by", "laver", "--allow-differences", "nosuch"),
+            "names nosuch; the settings of data and validation are",
+        ),
+        (("--allow-differences", "seq_length"), "is for two arms of a --registry"),
+    ],
+)
+def test_differences_that_cannot_be_allowed(study, tmp_path, capsys, flags, message):
+    assert run_tool("--registry", study, "--output", tmp_path / "out", *flags) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_runs_without_a_partner_are_told(study, tmp_path, no_pictures, capsys):
+    shutil.copytree(study, tmp_path / "study")
+    one = min((tmp_path / "study").rglob("run_summary.json")).parent
+    change(one, seed=77)
+    options = ("--registry", tmp_path / "study", "--arm-by", "laver", "--resamples", 0, "--output", tmp_path / "out")
+    assert run_tool(*options) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "have no partner" in line]
+    assert note.startswith("note: 2 of ") and "none of its size and seed" in note and one.name in note

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from laver_megatron.scaling.comparison import EQUAL_DATA, EQUAL_FLOPS
-from laver_megatron.scaling.measured import find_pairs, mean_differences
+from laver_megatron.scaling.measured import find_pairs, mean_differences, missed
 from laver_megatron.scaling.points import Points
 from laver_megatron.scaling.study import StudyArm
 
@@ -88,3 +88,29 @@ def test_the_ratio_is_that_of_what_falls():
     treated = make_arm("laver", lambda *place: 0.6, ceiling=1.0)
     pair = find_pairs(baseline, treated)[0]
     assert pair.difference == pytest.approx(0.1) and pair.log_ratio == pytest.approx(np.log(0.4 / 0.5))
+
+
+def test_runs_without_a_partner_are_named_with_what_is_nearest():
+    """A budget that whole iterations miss by 3% for one size; another has no run of the other arm at all."""
+    cost = 9.0
+
+    def amounts(size):
+        return 1.03 if size == SIZES[0] else 1.0
+
+    baseline, treated = make_arm("plain", plain, seeds=("1", "2")), make_arm("laver", better, cost=cost)
+    points = treated.points
+    tokens_R = points.tokens_R * 6 / cost * np.array([amounts(size) for size in points.size_R])
+    treated = dataclasses.replace(
+        treated, points=dataclasses.replace(points, tokens_R=tokens_R), flops_R=cost * points.size_R * tokens_R
+    )
+    pairs = find_pairs(baseline, treated)
+    assert len(pairs) == 4
+    alone = missed(baseline, treated, pairs)
+    near = {name: distance for name, distance in alone.items() if distance < np.inf}
+    assert sorted(near) == ["laver-1e+08-1e+09-1", "laver-1e+08-3e+09-1", "plain-1e+08-1e+09-1", "plain-1e+08-3e+09-1"]
+    assert list(near.values()) == pytest.approx([0.03] * 4)
+    assert {name for name in alone if name not in near} == {
+        name for name in baseline.points.names if name.endswith("-2")
+    }
+    both = make_arm("plain", plain), make_arm("laver", better)
+    assert missed(*both, find_pairs(*both)) == {}

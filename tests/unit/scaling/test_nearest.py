@@ -52,14 +52,14 @@ def test_fewest_values_are_changed():
 @pytest.mark.parametrize(
     "gpus, pinned, number, batch",
     [
-        (13, {}, 12, 130),
-        (13, {TP: 2}, 12, None),
-        (100000, {}, 14336, 2500),  # TP 4 x PP 28 x DP 128 are the most GPUs that a batch of 128 employs
+        (29, {}, 28, 116),
+        (29, {TP: 2}, 28, None),
+        (100000, {}, 14336, 1000),  # TP 4 x PP 28 x DP 128 are the most GPUs that a batch of 128 employs
     ],
 )
 def test_where_no_layout_is_possible_other_numbers_are_offered(gpus, pinned, number, batch):
     problems = problems_of(job_of(*SEVEN, "--gpus", str(gpus)), pinned)
-    if TP in pinned:  # on 13 GPUs only without it
+    if TP in pinned:  # on 29 GPUs only without it
         assert any("cannot be divided into TP 2" in problem for problem in problems)
     offers = {line.rsplit(": ", 1)[0]: line.rsplit(": ", 1)[1] for line in problems if "that is possible: " in line}
     assert offers["the nearest number of GPUs that is possible"] == str(number), problems
@@ -89,3 +89,19 @@ def test_where_nothing_fits_more_gpus_do():
     # A model that one GPU cannot hold a layer of is beyond help.
     tiny = job_of("--model", "72b", "--gpus", "8", "--gpu", "h100-80gb", "--gpu-memory", "3")
     assert nearest_that_fits(tiny, {}) is None
+
+
+def test_an_offer_that_drops_what_was_given_says_so():
+    """PP 29 cuts 28 layers on no number of GPUs: 28 GPUs help without it alone."""
+    problems = problems_of(job_of(*SEVEN, "--gpus", "29"), {PP: 29})
+    offers = [line for line in problems if "that is possible" in line]
+    assert offers == [
+        f"without {PP} 29: the nearest number of GPUs that is possible: 28",
+        f"without {PP} 29: the nearest global_batch_size that is possible: 116",
+    ]
+
+
+def test_large_machines_are_no_reason_to_search_long():
+    """Beyond the model's heads there is no tensor parallelism to look at; to look at a million sizes took hours."""
+    job = job_of(*SEVEN, "--gpus", "29", "--gpus-per-node", "1000000")
+    assert any("the nearest number of GPUs that is possible: 28" in line for line in problems_of(job, {}))

@@ -38,7 +38,7 @@ def no_search(monkeypatch):
         ((), "no GPU is named; choose one of a100-40gb"),
         ((*H100, "--gpus", "0"), "--gpus is 0, but must be at least 1"),
         ((*H100, "--gpus", "2000000000"), "--gpus is 2000000000, but must be at most 1,000,000"),
-        ((*H100, "--gpus", "13"), "the nearest number of GPUs that is possible: 12"),
+        ((*H100, "--gpus", "29"), "the nearest number of GPUs that is possible: 28"),
         ((*H100, "--seq-length", "65536"), "seq_length 65536 is above the model's max_position_embeddings"),
         ((*H100, "--visual-share", "0.01"), "less than one image of 729"),
         ((*H100, "--visual-share", "0"), "leaves nothing to reconstruct; give a --visual-share above 0, or --no-laver"),

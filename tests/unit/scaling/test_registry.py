@@ -186,6 +186,7 @@ BAD_RUNS = {
     "too large": (changed(flops__model=10**400), "damaged", "says flops.model is of 1329 bits, no number"),
     "nan for tokens": (with_number("NaN", tokens__total=0), "damaged", "says tokens.total is nan, no number"),
     "below 0": (changed(tokens__total=-5), "damaged", "says tokens.total is -5, no number from 0 on"),
+    "half a seed": (changed(seed=1.5), "damaged", "says seed is 1.5, no whole number"),
     "no time": (changed(time__written_at=5), "damaged", "says time.written_at is 5, no text"),
     "no hash": (changed(config_hash=None), "damaged", "says config_hash is None, no text"),
     "no config": (changed(config=None), "damaged", "lacks config"),

@@ -59,6 +59,14 @@ def test_what_cannot_be(changes, message):
         workload_of(**given, attention="mixed", encoder=None)
 
 
+def test_no_share_is_offered_that_cannot_be():
+    """An image larger than the pack."""
+    with pytest.raises(ValueError, match="use longer packs, or smaller images"):
+        workload_of(
+            seq_length=240, visual_share=0.5, image_tokens=240, num_documents=1, attention="mixed", encoder=None
+        )
+
+
 def test_windows_of_the_encoder_are_counted(tmp_path):
     """As by the grids of real images where these are square, and in proportion where they are not."""
     save_encoder(tmp_path, "qwen2_5_vl")
