@@ -176,7 +176,9 @@ def _table(plans: Sequence[Plan]) -> list[str]:
                 f"{plan.gpu_hours:,.0f}",
             ]
         )
-    return align(rows)
+    is_uneven = any("/" in split_cell(plan.config) for plan in plans)
+    legend = "chunk a/b: a layers on the first stage and b on the last, -: as many as on the others"
+    return [*align(rows), *([legend] if is_uneven else [])]
 
 
 def split_cell(config: Config) -> str:

@@ -120,6 +120,12 @@ def test_what_fits_instead_is_in_the_json(capsys):
     assert 1 in (layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"])
 
 
+def test_uneven_splits_are_explained_where_there_are_any(capsys):
+    for gpus, is_uneven in (("24", True), ("16", False)):
+        main(["--model", "7b", "--gpu", "h100-80gb", "--gpus", gpus, *(["--pp", "3"] if is_uneven else ["--pp", "2"])])
+        assert ("chunk a/b: a layers on the first stage" in capsys.readouterr().out) == is_uneven
+
+
 def test_the_report(capsys):
     main([*SEVEN, "--layouts", "3"])
     text = capsys.readouterr().out
