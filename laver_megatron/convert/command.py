@@ -50,6 +50,8 @@ def run_conversion(convert: Callable[[], None]) -> None:
 
 def _stop(message: str, status: int) -> None:
     print(message, file=sys.stderr)
+    sys.stdout.flush()
     sys.stderr.flush()
-    # Leaving the group in order would wait for ranks that are waiting for this one.
-    os._exit(status) if dist.is_initialized() else sys.exit(status)
+    # At once: leaving the group in order would wait for ranks that are waiting for this one, and an interpreter that is
+    # taken down just after its threads were told to stop aborts now and then, in torch's own destructors.
+    os._exit(status)

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -784,10 +785,11 @@ def test_a_killed_conversion_is_not_mistaken_for_nothing(whole, tmp_path):
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
-def test_exit_status(capsys, error, status, words):
+def test_exit_status(capsys, monkeypatch, error, status, words):
     def fail():
         raise error
 
+    monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as raised:
         run_conversion(fail)
     assert raised.value.code == status
