@@ -9,11 +9,12 @@ from typing import Any
 
 from laver_megatron.manifest import replace_text
 from laver_megatron.scaling.csv_points import SEED_COLUMN, study_of_points
-from laver_megatron.scaling.law_report import FitSettings, fit_study
-from laver_megatron.scaling.law_tables import TABLES, write_tables
-from laver_megatron.scaling.law_text import report_text
+from laver_megatron.scaling.law_report import PICTURES, FitSettings, fit_study
+from laver_megatron.scaling.law_tables import TABLES, write_measured, write_tables
+from laver_megatron.scaling.law_text import measured_text, report_text
+from laver_megatron.scaling.measured import measure
 from laver_megatron.scaling.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
-from laver_megatron.scaling.study import CONTINUED_TRAINING, study_of_registry
+from laver_megatron.scaling.study import CONTINUED_TRAINING, Study, study_of_registry
 from laver_megatron.scaling.study_settings import OF_THE_LOSS
 
 # Fewer resamples have no percentiles worth the name.
@@ -72,6 +73,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="compare two arms although these settings of their data or validation differ",
     )
     add(
+        "--no-law",
+        action="store_true",
+        help="only compare two arms by their pairs of runs, which takes as few as two runs",
+    )
+    add(
         "--drop-highest",
         type=int,
         default=0,
@@ -110,18 +116,44 @@ def _column_and_value(text: str) -> tuple[str, str]:
 
 
 def fit_and_write(options: argparse.Namespace) -> None:
-    """Nothing is written unless everything could be fitted.
+    """Nothing is written unless everything could be fitted, or compared.
 
     Raises:
         ValueError: as reading and fitting do, or options that fit nothing.
     """
     _check(options)
     column = options.column or DEFAULT_COLUMNS["registry" if options.registry else "points"]
-    facts: dict[str, Any] = {"column": column, "ceiling": options.ceiling, "drop_highest": options.drop_highest}
-    facts["where"] = [f"{name}={value}" for name, value in options.where]
-    notes: list[str] = []
+    study = _read(options, column)
+    left_out = (
+        [f"{fault.path}: {fault.kind}: {fault.reason}" for fault in study.registry.left_out] if study.registry else []
+    )
+    notes = [*(f"left out: {text}" for text in left_out), *study.notes]
+    arms = {name: arm.without_highest(options.drop_highest) for name, arm in study.arms.items()}
+    if options.no_law:
+        measured = measure(arms, options.baseline, options.level)
+        if not measured.pairs:
+            raise ValueError(measured.notes[0])
+        text, files = measured_text(measured, options.level, notes), write_measured(measured, options.output)
+    else:
+        settings = FitSettings(
+            options.resamples, options.seed, options.delta, options.level, tuple(options.budgets), options.baseline
+        )
+        report = fit_study(arms, settings, [CONTINUED_TRAINING, *notes] if study.registry else notes)
+        text, files = report_text(report), write_tables(report, options.output, _facts(options, column, left_out))
+        from laver_megatron.scaling.law_plots import draw_report  # matplotlib takes a second, and errors come first
+
+        files += draw_report(report, options.output)
+    if study.registry is not None:
+        replace_text(options.output / _RUNS, study.registry.to_csv())
+        files.append(options.output / _RUNS)
+    print(text)
+    _remove_others(options.output, files)
+    print(f"written to {options.output}: {', '.join(file.name for file in files)}", file=sys.stderr)
+
+
+def _read(options: argparse.Namespace, column: str) -> Study:
     if options.registry:
-        study = study_of_registry(
+        return study_of_registry(
             options.registry,
             column,
             arm_by=options.arm_by,
@@ -132,43 +164,33 @@ def fit_and_write(options: argparse.Namespace) -> None:
             leave_out=options.leave_out,
             allow_differences=options.allow_differences,
         )
-        assert study.registry is not None
-        left_out = [f"{fault.path}: {fault.kind}: {fault.reason}" for fault in study.registry.left_out]
+    return study_of_points(
+        options.points,
+        column,
+        arm_by=options.arm_by,
+        where=options.where,
+        size_column=options.size_column,
+        tokens_column=options.tokens_column,
+        flops_column=options.flops_column,
+        ceiling=options.ceiling,
+    )
+
+
+def _facts(options: argparse.Namespace, column: str, left_out: list[str]) -> dict[str, Any]:
+    """What law.json says of the study."""
+    facts: dict[str, Any] = {"column": column, "ceiling": options.ceiling, "drop_highest": options.drop_highest}
+    facts["where"] = [f"{name}={value}" for name, value in options.where]
+    if options.registry:
         facts |= {"registry": list(options.registry), "size_parts": list(options.size_parts)}
         facts |= {"tokens": options.tokens, "left_out": left_out}
-        notes = [CONTINUED_TRAINING, *(f"left out: {text}" for text in left_out)]
     else:
-        study = study_of_points(
-            options.points,
-            column,
-            arm_by=options.arm_by,
-            where=options.where,
-            size_column=options.size_column,
-            tokens_column=options.tokens_column,
-            flops_column=options.flops_column,
-            ceiling=options.ceiling,
-        )
         facts["points"] = str(options.points)
-    arms = {name: arm.without_highest(options.drop_highest) for name, arm in study.arms.items()}
-    settings = FitSettings(
-        options.resamples, options.seed, options.delta, options.level, tuple(options.budgets), options.baseline
-    )
-    report = fit_study(arms, settings, [*notes, *study.notes])
-    files = write_tables(report, options.output, facts)
-    if study.registry is not None:
-        replace_text(options.output / _RUNS, study.registry.to_csv())
-        files.append(options.output / _RUNS)
-    from laver_megatron.scaling.law_plots import draw_report  # matplotlib takes a second, and errors come first
-
-    files += draw_report(report, options.output)
-    print(report_text(report))
-    _remove_others(options.output, files)
-    print(f"written to {options.output}: {', '.join(file.name for file in files)}", file=sys.stderr)
+    return facts
 
 
 def _remove_others(directory: Path, written: Sequence[Path]) -> None:
-    """Tables that this study has not, such as differences of arms: those of an earlier study would pass for its own."""
-    for path in (directory / name for name in (*TABLES, _RUNS)):
+    """What this study has not, such as differences of arms: files of an earlier study would pass for its own."""
+    for path in (directory / name for name in (*TABLES, *PICTURES, _RUNS)):
         if path not in written and path.exists():
             path.unlink()
             print(f"removed {path}, of an earlier study", file=sys.stderr)

@@ -27,7 +27,7 @@ from laver_megatron.curves import BLUE, GREY, ORANGE, STYLE
 from laver_megatron.scaling.comparison import Arm
 from laver_megatron.scaling.compute import optimum
 from laver_megatron.scaling.law import percentiles
-from laver_megatron.scaling.law_report import Report
+from laver_megatron.scaling.law_report import PICTURES, Report
 from laver_megatron.scaling.points import Array, groups
 
 _COLOURS = matplotlib.colormaps["viridis"]
@@ -44,6 +44,7 @@ def draw_report(report: Report, directory: Path) -> list[Path]:
         "frontier.png": ("best size and value", _draw_frontier_size, 2),
         "residuals.png": ("log residuals", _draw_residuals, 1),
     }
+    assert tuple(pictures) == PICTURES
     with matplotlib.rc_context(STYLE):
         for name, (title, draw, num_rows) in pictures.items():
             num_arms = len(report.arms)

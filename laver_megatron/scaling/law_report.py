@@ -8,10 +8,11 @@ import numpy as np
 from laver_megatron.scaling.comparison import Arm, Difference, Extrapolation, compare, leave_largest_out
 from laver_megatron.scaling.compute import SIX_N_D, fit_cost
 from laver_megatron.scaling.law import DELTA, fit_law
-from laver_megatron.scaling.measured import MeanDifference, Pair, find_pairs, mean_differences, missed
+from laver_megatron.scaling.measured import Measured, measure
 from laver_megatron.scaling.points import PARAMETERS, Array, check_points, listed
 from laver_megatron.scaling.study import StudyArm
 
+PICTURES = ("fit.png", "iso_flop.png", "frontier.png", "residuals.png")
 _NUM_BUDGETS = 5
 _LARGE_RESIDUAL = 0.05  # mean |log residual|; that of Chinchilla's points is about 0.005
 
@@ -30,14 +31,13 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """The fitted arms of a study and what follows from them. pairs, means: of two arms, as measured; differences: of
-    two arms, between their laws."""
+    """The fitted arms of a study and what follows from them. measured: two arms by their pairs of runs; differences: by
+    their laws."""
 
     arms: tuple[Arm, ...]
     budgets_X: Array
     extrapolations: tuple[Extrapolation, ...]
-    pairs: tuple[Pair, ...]
-    means: tuple[MeanDifference, ...]
+    measured: Measured | None
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     settings: FitSettings
@@ -64,24 +64,20 @@ def fit_study(study: Mapping[str, StudyArm], settings: FitSettings, notes: Seque
         laws = ", and the laws of the arms are not compared" if len(arms) == 2 else ""
         gathered.append(f"no resamples: parameters without intervals{laws}")
     budgets_X = _budgets(arms, settings.budgets)
-    pairs: list[Pair] = []
-    alone: dict[str, float] = {}
+    measured = None
     differences: list[Difference] = []
     if len(arms) == 2:
-        baseline, treated = (study[arm.name] for arm in arms)
-        pairs = find_pairs(baseline, treated)
-        alone = missed(baseline, treated, pairs)
+        measured = measure(study, settings.baseline, settings.level)
+        gathered += measured.notes
         if settings.num_resamples > 0:
             differences = compare(arms[0], arms[1], budgets_X, settings.level)
-    means = mean_differences(pairs, settings.level)
-    gathered += [*_residual_notes(arms, pairs), *_comparison_notes(arms, pairs, alone, differences)]
+    gathered += [*_residual_notes(arms, measured), *_comparison_notes(differences)]
     extrapolations = tuple(leave_largest_out(arm.fit) for arm in arms)
     return Report(
         tuple(arms),
         budgets_X,
         extrapolations,
-        tuple(pairs),
-        tuple(means),
+        measured,
         tuple(differences),
         tuple(gathered),
         settings,
@@ -100,6 +96,8 @@ def _fit_arm(name: str, data: StudyArm, settings: FitSettings, study: Mapping[st
         ):  # a stray value of the column that makes the arms is an arm of few runs
             told = (f"{arm} ({len(of_arm.points)}: {listed(of_arm.points.names, 1)})" for arm, of_arm in study.items())
             others = f"\n  the arms and their runs are {', '.join(told)}; --where chooses among them"
+        if len(study) == 2:
+            others += "\n  --no-law compares the two arms by their pairs of runs alone"
         raise ValueError(f"{name}: {error}{others}") from error
     return Arm(name, fit, cost)
 
@@ -109,7 +107,7 @@ def _budgets(arms: Sequence[Arm], more: Sequence[float]) -> Array:
     return np.unique([*np.geomspace(flops.min(), flops.max(), _NUM_BUDGETS), *more])
 
 
-def _residual_notes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> Iterator[str]:
+def _residual_notes(arms: Sequence[Arm], measured: Measured | None) -> Iterator[str]:
     """What makes laws useless: runs that lie far off them, or farther than the arms lie apart."""
     errors = {arm.name: float(np.abs(arm.fit.residuals_R).mean()) for arm in arms}
     for arm in arms:
@@ -122,8 +120,8 @@ def _residual_notes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> Iterator[str]
                 f"{_LARGE_RESIDUAL:.0%}) and {arm.fit.points.names[worst]} by a factor of {factor:.3g}: the runs do "
                 "not follow it, so its parameters, its best sizes and all differences from it are not to be relied on"
             )
-    if pairs:
-        apart = float(np.abs([pair.log_ratio for pair in pairs]).mean())
+    if measured is not None and measured.pairs:
+        apart = float(np.abs([pair.log_ratio for pair in measured.pairs if pair.log_ratio is not None]).mean())
         if apart < max(errors.values()):
             yield (
                 f"the laws miss their runs by more (up to {max(errors.values()):.2%} on average) than the pairs of "
@@ -131,27 +129,10 @@ def _residual_notes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> Iterator[str]
             )
 
 
-def _comparison_notes(
-    arms: Sequence[Arm], pairs: Sequence[Pair], alone: Mapping[str, float], differences: Sequence[Difference]
-) -> Iterator[str]:
-    if len(arms) == 2 and not pairs:
-        yield (
-            "no two runs of the arms have size, seed and tokens or FLOPs in common: nothing is measured in pairs, and "
-            "differences are those of the laws alone"
-        )
-    elif alone:
-        off = [f"{name} ({_off(distance)})" for name, distance in alone.items()]
-        yield (
-            f"{len(alone)} of {sum(len(arm.fit.points) for arm in arms)} runs have no partner with their size and seed "
-            f"and tokens or FLOPs within 1%, and so no part in what is measured: {listed(off)}"
-        )
+def _comparison_notes(differences: Sequence[Difference]) -> Iterator[str]:
     outside = [row for row in differences if row.outside]
     if outside:
         yield (
             f"{len(outside)} of {len(differences)} differences between the laws are outside the runs (marked): N or D "
             "is beyond those of an arm's runs, and its law is extrapolated"
         )
-
-
-def _off(distance: float) -> str:
-    return f"the nearest is {distance:.1%} off" if distance < np.inf else "none of its size and seed"

@@ -25,6 +25,7 @@ from laver_megatron.scaling.comparison import Arm, Extrapolation
 from laver_megatron.scaling.compute import optimum
 from laver_megatron.scaling.law import percentiles
 from laver_megatron.scaling.law_report import Report
+from laver_megatron.scaling.measured import Measured
 
 TABLES = ("law.json", "law.csv", "frontier.csv", "measured.csv", "means.csv", "differences.csv")
 
@@ -37,15 +38,33 @@ def write_tables(report: Report, directory: Path, facts: Mapping[str, Any]) -> l
         "law.csv": _csv(_parameter_rows(report)),
         "frontier.csv": _csv(_frontier_rows(report)),
     }
-    if report.pairs:
-        tables["measured.csv"] = _csv(_pair_rows(report))
-        tables["means.csv"] = _csv(map(dataclasses.asdict, report.means))
+    if report.measured:
+        tables |= _measured_tables(report.measured)
     if report.differences:
         tables["differences.csv"] = _csv(_difference_rows(report))
+    return _write(tables, directory)
+
+
+def write_measured(measured: Measured, directory: Path) -> list[Path]:
+    """Writes the tables of two arms that are compared without a law. Returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return _write(_measured_tables(measured), directory)
+
+
+def _write(tables: Mapping[str, str], directory: Path) -> list[Path]:
     assert set(tables) <= set(TABLES)
     for name, text in tables.items():
         replace_text(directory / name, text)
     return [directory / name for name in tables]
+
+
+def _measured_tables(measured: Measured) -> dict[str, str]:
+    if not measured.pairs:
+        return {}
+    return {
+        "measured.csv": _csv(_pair_rows(measured)),
+        "means.csv": _csv(map(dataclasses.asdict, measured.means)),
+    }
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -56,8 +75,8 @@ def _as_json(report: Report) -> dict[str, Any]:
             arm.name: _arm_as_json(arm, e, report) for arm, e in zip(report.arms, report.extrapolations, strict=True)
         },
         "measured": {
-            "pairs": list(_pair_rows(report)),
-            "means": [dataclasses.asdict(mean) for mean in report.means],
+            "pairs": list(_pair_rows(report.measured)) if report.measured else [],
+            "means": [dataclasses.asdict(mean) for mean in report.measured.means] if report.measured else [],
         },
         "differences": list(_difference_rows(report)),
     }
@@ -106,8 +125,8 @@ def _frontier_rows(report: Report) -> Iterator[dict[str, Any]]:
             yield row | {"outside": outside_X[x]}
 
 
-def _pair_rows(report: Report) -> Iterator[dict[str, Any]]:
-    for pair in report.pairs:
+def _pair_rows(measured: Measured) -> Iterator[dict[str, Any]]:
+    for pair in measured.pairs:
         yield {**dataclasses.asdict(pair), "difference": pair.difference}
 
 

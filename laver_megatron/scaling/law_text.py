@@ -1,12 +1,12 @@
 """A fitted study as text for the terminal: what a person wants to see first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from laver_megatron.scaling.comparison import BEST_AT_FLOPS, EQUAL_DATA, Arm, Difference, Extrapolation
 from laver_megatron.scaling.law_report import Report
-from laver_megatron.scaling.measured import MeanDifference
+from laver_megatron.scaling.measured import MeanDifference, Measured
 
 _WIDTH = 22  # of what is equal
 
@@ -17,10 +17,8 @@ def report_text(report: Report) -> str:
     for arm, extrapolation in zip(report.arms, report.extrapolations, strict=True):
         lines += [*_arm_lines(arm, report.settings.level), f"  {_extrapolation_text(extrapolation)}"]
     interval = f"{100 * report.settings.level:g}% interval"
-    if report.means:
-        baseline, treated = (arm.name for arm in report.arms)
-        lines.append(f"{treated} minus {baseline}, measured: means over pairs of runs, with {interval} (Student's t):")
-        lines += [f"  {_mean_text(mean)}" for mean in report.means]
+    if report.measured:
+        lines += _measured_lines(report.measured, interval)
     if report.differences:
         baseline, treated = (arm.name for arm in report.arms)
         lines.append(f"{treated} minus {baseline} by the laws, with {interval}, at the most tokens of each size:")
@@ -29,6 +27,19 @@ def report_text(report: Report) -> str:
             if row.kind == BEST_AT_FLOPS or row.baseline_tokens == most[row.baseline_size]:
                 lines.append(f"  {_difference_text(row)}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def measured_text(measured: Measured, level: float, notes: Sequence[str]) -> str:
+    """Two arms by their pairs of runs, without any law."""
+    lines = _measured_lines(measured, f"{100 * level:g}% interval")
+    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *measured.notes))])
+
+
+def _measured_lines(measured: Measured, interval: str) -> Iterator[str]:
+    if measured.means:
+        arms = f"{measured.treated} minus {measured.baseline}"
+        yield f"{arms}, measured: means over pairs of runs, with {interval} (Student's t):"
+        yield from (f"  {_mean_text(mean)}" for mean in measured.means)
 
 
 def _arm_lines(arm: Arm, level: float) -> Iterator[str]:

@@ -7,21 +7,22 @@ seeds (over all amounts also with these), which noise and a difference that chan
 Letters: R runs of the baseline, T of the treated arm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
 
 from laver_megatron.scaling.comparison import EQUAL_DATA, EQUAL_FLOPS
-from laver_megatron.scaling.points import SAME, Array, groups
+from laver_megatron.scaling.points import SAME, Array, check_values, groups, listed
 from laver_megatron.scaling.study import StudyArm
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two runs. kind: what is equal beside size and seed. tokens, flops (None where nobody counted them) and the
-    column's value are of each run; log_ratio: of treated over baseline, of the loss (the distance from a ceiling)."""
+    column's value are of each run; log_ratio: of treated over baseline, of the loss (the distance from a ceiling); None
+    where that is not above 0, which only a law needs."""
 
     kind: str
     size: float
@@ -34,7 +35,7 @@ class Pair:
     treated_flops: float | None
     baseline: float
     treated: float
-    log_ratio: float
+    log_ratio: float | None
 
     @property
     def difference(self) -> float:
@@ -52,6 +53,54 @@ class MeanDifference:
     difference: float
     low: float | None
     high: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Two arms, by name, and what their pairs say. notes: what a reader should know of the pairs."""
+
+    baseline: str
+    treated: str
+    pairs: tuple[Pair, ...]
+    means: tuple[MeanDifference, ...]
+    notes: tuple[str, ...]
+
+
+def measure(study: Mapping[str, StudyArm], baseline: str, level: float = 0.95) -> Measured:
+    """Compares two arms by their pairs of runs.
+
+    Raises:
+        ValueError: other than two arms, or none of them the baseline; values that are no numbers.
+    """
+    if len(study) != 2:
+        raise ValueError(
+            f"pairs of runs are those of two arms, but there are {len(study)} ({', '.join(study)}); --arm-by COLUMN, "
+            "such as laver, makes arms, and --where chooses among them"
+        )
+    if baseline not in study:
+        raise ValueError(f"the arms are {' and '.join(study)}; name the one to compare with as --baseline")
+    (treated,) = set(study) - {baseline}
+    for arm in study.values():
+        check_values(arm.points)
+    pairs = find_pairs(study[baseline], study[treated])
+    alone = missed(study[baseline], study[treated], pairs)
+    notes = []
+    if not pairs:
+        notes.append(
+            "no two runs of the arms have size, seed and tokens or FLOPs in common: nothing is measured in pairs"
+        )
+    elif alone:
+        off = [f"{name} ({_off(distance)})" for name, distance in alone.items()]
+        number = sum(len(arm.points) for arm in study.values())
+        notes.append(
+            f"{len(alone)} of {number} runs have no partner with their size and seed and tokens or FLOPs within 1%, "
+            f"and so no part in what is measured: {listed(off)}"
+        )
+    return Measured(baseline, treated, tuple(pairs), tuple(mean_differences(pairs, level)), tuple(notes))
+
+
+def _off(distance: float) -> str:
+    return f"the nearest is {distance:.1%} off" if distance < np.inf else "none of its size and seed"
 
 
 def find_pairs(baseline: StudyArm, treated: StudyArm) -> list[Pair]:
@@ -118,8 +167,12 @@ def _pair(kind: str, baseline: StudyArm, i: int, treated: StudyArm, j: int) -> P
         treated_flops=None if treated.flops_R is None else float(treated.flops_R[j]),
         baseline=float(ours.column_R[i]),
         treated=float(theirs.column_R[j]),
-        log_ratio=float(np.log(theirs.loss_R[j] / ours.loss_R[i])),
+        log_ratio=_log_ratio(theirs.loss_R[j], ours.loss_R[i]),
     )
+
+
+def _log_ratio(one: float, other: float) -> float | None:
+    return float(np.log(one / other)) if min(one, other) > 0 else None
 
 
 def mean_differences(pairs: list[Pair], level: float = 0.95) -> list[MeanDifference]:

@@ -85,16 +85,16 @@ def check_points(points: Points) -> None:
         raise ValueError(f"no law can be fitted to {points.column!r} of {len(points)} runs:{lines}")
 
 
+def check_values(points: Points) -> None:
+    """Raises ValueError, with the runs' names, if there are values that cannot even be compared."""
+    problems = [*_no_numbers(points)]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"{points.column!r} of {len(points)} runs cannot be compared:{lines}")
+
+
 def _bad_values(points: Points) -> Iterator[str]:
-    kinds = (("parameters", points.size_R), ("tokens", points.tokens_R), (points.column, points.column_R))
-    for kind, values_R in kinds:
-        bad = [points.names[i] for i in np.flatnonzero(~np.isfinite(values_R))]
-        if bad:
-            yield f"{kind} of {listed(bad)} is NaN or infinite; leave these runs out"
-    for kind, values_R in kinds[:2]:
-        bad = [points.names[i] for i in np.flatnonzero(values_R <= 0)]
-        if bad:
-            yield f"{kind} of {listed(bad)} is not above 0"
+    yield from _no_numbers(points)
     low = np.flatnonzero(points.loss_R <= 0)
     if low.size:
         names, values_R = listed([points.names[i] for i in low]), points.column_R[low]
@@ -105,6 +105,18 @@ def _bad_values(points: Points) -> Iterator[str]:
             remedy = "a column that rises toward a limit is fitted with a ceiling"
             lowest = f"the lowest is {values_R.min():g}"
             yield f"{points.column} of {names} is not above 0 ({lowest}), and logarithms need that; {remedy}"
+
+
+def _no_numbers(points: Points) -> Iterator[str]:
+    kinds = (("parameters", points.size_R), ("tokens", points.tokens_R), (points.column, points.column_R))
+    for kind, values_R in kinds:
+        bad = [points.names[i] for i in np.flatnonzero(~np.isfinite(values_R))]
+        if bad:
+            yield f"{kind} of {listed(bad)} is NaN or infinite; leave these runs out"
+    for kind, values_R in kinds[:2]:
+        bad = [points.names[i] for i in np.flatnonzero(values_R <= 0)]
+        if bad:
+            yield f"{kind} of {listed(bad)} is not above 0"
 
 
 def _too_little(points: Points) -> Iterator[str]:

@@ -323,3 +323,46 @@ def test_runs_without_a_partner_are_told(study, tmp_path, no_pictures, capsys):
     assert run_tool(*options) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "have no partner" in line]
     assert note.startswith("note: 2 of ") and "none of its size and seed" in note and one.name in note
+
+
+def two_runs_of_each_arm(directory):
+    for laver in (False, True):
+        for size, value in ((7e9, 2.0), (7e10, 1.5)):
+            loss = value - (0.02 if laver else 0)
+            write_run(
+                directory / f"{size:g}-{laver}", loss, size=size, settings={"laver": laver, "load": f"hf:{size:g}"}
+            )
+
+
+def test_too_few_runs_for_a_law_are_compared_without_one(tmp_path, capsys):
+    """A 7B and a 70B of each arm: no law, but two pairs, and nothing of an earlier study beside them."""
+    two_runs_of_each_arm(tmp_path / "runs")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "law.json").write_text("{}")
+    (output / "fit.png").write_bytes(b"")
+    options = ("--registry", tmp_path / "runs", "--arm-by", "laver", "--output", output)
+    assert run_tool(*options) == 1
+    assert "--no-law compares the two arms by their pairs of runs alone" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == ["fit.png", "law.json"]
+    assert run_tool(*options, "--no-law") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("laver minus baseline, measured") and "2 pairs    -0.02 [-0.02, -0.02]" in out
+    assert sorted(path.name for path in output.iterdir()) == ["means.csv", "measured.csv", "runs.csv"]
+    assert [float(row["difference"]) for row in rows(output / "measured.csv")] == pytest.approx([-0.02] * 2)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((), "pairs of runs are those of two arms, but there are 1 (all runs)"),
+        (("--arm-by", "laver", "--baseline", "plain"), "the arms are baseline and laver; name the one to compare with"),
+        (("--arm-by", "load"), "nothing is measured in pairs"),
+    ],
+)
+def test_what_has_no_pairs(tmp_path, capsys, flags, message):
+    two_runs_of_each_arm(tmp_path / "runs")
+    if "load" in flags:
+        flags = (*flags, "--baseline", "hf:7e+09")
+    assert run_tool("--registry", tmp_path / "runs", "--output", tmp_path / "out", "--no-law", *flags) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

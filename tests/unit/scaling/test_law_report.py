@@ -50,9 +50,9 @@ def test_residuals_are_held_against_the_difference_of_the_arms():
         report = fit_study(make_study(noise=noise), FitSettings(num_resamples=0))
         notes = notes_with(report, "read the measured differences, not those of the laws")
         assert bool(notes) == told, noise
-        assert len(report.pairs) == 16
-        assert all(pair.log_ratio == pytest.approx(np.log(0.99)) for pair in report.pairs)
-        assert [mean.num_pairs for mean in report.means] == [4, 4, 4, 4, 16]
+        assert len(report.measured.pairs) == 16
+        assert all(pair.log_ratio == pytest.approx(np.log(0.99)) for pair in report.measured.pairs)
+        assert [mean.num_pairs for mean in report.measured.means] == [4, 4, 4, 4, 16]
     assert (
         "(1.01%)" in notes_with(fit_study(make_study(noise=0.04), FitSettings(num_resamples=0)), "read the measured")[0]
     )
@@ -64,7 +64,7 @@ def test_means_are_in_the_text_and_need_no_resamples():
         report = fit_study(study, settings)
         measured = report_text(report).split("laver minus baseline, measured")[1].split("laver minus")[0]
         assert measured.count("4 pairs") == 4 and measured.count("all  ") == 1
-        mean = report.means[-1]
+        mean = report.measured.means[-1]
         assert f"{mean.difference:+.4g} [{mean.low:+.4g}, {mean.high:+.4g}]" in measured
     assert report.differences == ()
 
@@ -73,7 +73,7 @@ def test_arms_without_a_pair_are_told():
     study = make_study(noise=1e-3)
     study["laver"] = dataclasses.replace(study["laver"], seeds=("2",) * 16)
     report = fit_study(study, SETTINGS)
-    assert report.pairs == () and notes_with(report, "nothing is measured in pairs")
+    assert report.measured.pairs == () and notes_with(report, "nothing is measured in pairs")
     assert "measured: means" not in report_text(report)
 
 
