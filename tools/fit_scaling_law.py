@@ -5,6 +5,7 @@
         --ceiling 1 --output similarity
     python tools/fit_scaling_law.py --points chinchilla.csv --size-column 'Model Size' --flops-column 'Training FLOP' \\
         --drop-highest 5 --output chinchilla
+    python tools/fit_scaling_law.py --registry runs/7b runs/7b-baseline --arm-by laver --no-law --output compared
 
 --registry reads the run_summary.json that every run leaves. With --arm-by, and two arms, LaVer is compared with plain
 training: as measured, over pairs of runs of the same size, seed and data; and by the laws at equal data and at equal
