@@ -54,7 +54,7 @@ from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro
 from laver_megatron.parameter_counts import count_parameters
 from laver_megatron.scaling.encoder_flops import window_area
 from laver_megatron.scaling.flops import ModelFlops, StepFlops, step_flops, tflops_per_gpu
-from laver_megatron.scaling.run_summary import make_summary, read_run_records, write_summary
+from laver_megatron.scaling.registry.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
 

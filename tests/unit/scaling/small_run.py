@@ -11,7 +11,7 @@ from laver_megatron.encoders import read_encoder
 from laver_megatron.losses import micro_batch_losses
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import StreamSettings, build_micro_batch
-from laver_megatron.scaling.workload import workload_of
+from laver_megatron.scaling.planning.workload import workload_of
 from tests.packs import pack, stack
 
 ENCODER = {

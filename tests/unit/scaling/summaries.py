@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from laver_megatron.config import Config
-from laver_megatron.scaling.run_summary import make_summary, write_summary
+from laver_megatron.scaling.registry.run_summary import make_summary, write_summary
 
 
 @dataclasses.dataclass

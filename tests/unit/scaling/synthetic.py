@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from laver_megatron.scaling.law import Law, Points
+from laver_megatron.scaling.studies.law import Law, Points
 
 # Of the size of published fits; at 7e9 parameters and 1e11 tokens each term counts: 1.8 + 0.17 + 0.18.
 TRUE_5 = np.array([1.8, 480.0, 2085.0, 0.35, 0.37])
