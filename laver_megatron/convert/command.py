@@ -53,5 +53,5 @@ def _stop(message: str, status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # At once: leaving the group in order would wait for ranks that are waiting for this one, and an interpreter that is
-    # taken down just after its threads were told to stop aborts now and then, in torch's own destructors.
+    # taken down just after its threads were told to stop aborts now and then (std::terminate, behind all Python).
     os._exit(status)
