@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 from laver_megatron.config import Config
 from laver_megatron.model.shape import ModelShape
-from laver_megatron.scaling.planning.memory import FP32_BYTES, layers_of_stages
+from laver_megatron.scaling.planning.memory import FP32_BYTES, layers_of_stages, value_bytes
 from laver_megatron.scaling.planning.pipeline import chunks_in_flight
 from laver_megatron.scaling.planning.workload import Workload
 
@@ -56,7 +56,7 @@ class Saved:
 
     @property
     def value_bytes(self) -> int:
-        return 2 if self.config.bf16 else FP32_BYTES
+        return value_bytes(self.config)
 
     @property
     def num_tokens(self) -> int:

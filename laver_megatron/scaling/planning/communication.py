@@ -11,7 +11,13 @@ from dataclasses import dataclass, fields
 from laver_megatron.config import Config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.planning.activations import Saved
-from laver_megatron.scaling.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, StateBytes, layers_of_stages
+from laver_megatron.scaling.planning.memory import (
+    FP32_BYTES,
+    OPTIMIZER_BYTES_BF16,
+    StateBytes,
+    layers_of_stages,
+    value_bytes,
+)
 from laver_megatron.scaling.planning.workload import Workload
 
 
@@ -47,9 +53,8 @@ def sent_bytes(
 ) -> SentBytes:
     """Of one GPU of a pipeline stage. state: what it holds; context_ranks: that share a sequence, in published runs."""
     dp = data_parallel_size
-    value_bytes = 2 if config.bf16 else FP32_BYTES
     # Weights and gradients of what trains, as Megatron's buffers hold them.
-    trained = state.gradients // FP32_BYTES * value_bytes
+    trained = state.gradients // FP32_BYTES * value_bytes(config)
     return SentBytes(
         tensor_parallel=num_micro_batches * tensor_parallel_bytes(config, shape, workload, stage) // context_ranks,
         pipeline=num_micro_batches * pipeline_bytes(config, shape, workload, stage) // context_ranks,

@@ -36,6 +36,11 @@ _LAYER_ORDER = (
 )  # fmt: skip
 
 
+def value_bytes(config: Config) -> int:
+    """Of one weight or activation in the run's dtype."""
+    return 2 if config.bf16 else FP32_BYTES
+
+
 @dataclass(frozen=True)
 class StateBytes:
     """Of one rank. weights: the student's, in the run's dtype, alignment of Megatron's buffers included; gradients:
@@ -156,12 +161,11 @@ def _values_of_stage(
 
 
 def _on_every_rank(tensors: Sequence[LocalTensor], buffer_values: int, config: Config) -> StateBytes:
-    value_bytes = 2 if config.bf16 else FP32_BYTES
     frozen = sum(tensor.num_values for tensor in tensors if not tensor.trains)
     return StateBytes(
-        weights=(buffer_values + frozen) * value_bytes,
+        weights=(buffer_values + frozen) * value_bytes(config),
         gradients=buffer_values * FP32_BYTES,
-        teacher=sum(tensor.num_values for tensor in tensors if tensor.averaged) * value_bytes,
+        teacher=sum(tensor.num_values for tensor in tensors if tensor.averaged) * value_bytes(config),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from laver_megatron.config import Config, ConfigError
 from laver_megatron.scaling.planning.layouts import Pinned, divisors, layout_problems, layouts
 from laver_megatron.scaling.planning.plan import Job, Plan, layout_name, plan_layout
+from laver_megatron.scaling.planning.planner import search
 
 _SHOWN_REASONS = 3
 _MOST_TIMES = 64  # as many GPUs are looked at for a model that does not fit
@@ -47,10 +48,7 @@ def nearest_that_fits(job: Job, pinned: Pinned) -> Plan | None:
     nearest = _nearest_layout(job, pinned, fits)
     factor = 2
     while nearest is None and factor <= _MOST_TIMES:
-        larger = replace(job, num_gpus=job.num_gpus * factor)
-        possible = (config for config in layouts(larger, {}) if not layout_problems(larger, config))
-        fitting = (plan for plan in (plan_layout(larger, config) for config in possible) if plan.fits)
-        nearest = min(fitting, key=lambda plan: plan.seconds, default=None)
+        nearest = next(iter(search(replace(job, num_gpus=job.num_gpus * factor)).fitting), None)
         factor *= 2
     return nearest
 

@@ -16,7 +16,7 @@ from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, 
 from laver_megatron.scaling.planning.activations import ActivationBytes, activations_of_stage
 from laver_megatron.scaling.planning.communication import SentBytes, sent_bytes
 from laver_megatron.scaling.planning.hardware import Gpu
-from laver_megatron.scaling.planning.memory import FP32_BYTES, StateBytes, fullest_state
+from laver_megatron.scaling.planning.memory import StateBytes, fullest_state, value_bytes
 from laver_megatron.scaling.planning.pipeline import bubble
 from laver_megatron.scaling.planning.throughput import (
     NO_OVERLAP,
@@ -98,7 +98,7 @@ class Plan:
     @property
     def encoder_bytes(self) -> int:
         """The image encoder's weights, whole on every rank of the first stage and among its other weights."""
-        return sum(prod(size) for size in self.job.encoder_sizes.values()) * (2 if self.config.bf16 else FP32_BYTES)
+        return sum(prod(size) for size in self.job.encoder_sizes.values()) * value_bytes(self.config)
 
     @property
     def seconds(self) -> float:

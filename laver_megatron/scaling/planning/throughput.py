@@ -14,7 +14,7 @@ from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.flops import MODULES, ModelFlops, StepFlops, step_flops
 from laver_megatron.scaling.planning.communication import SentBytes, optimizer_traffic
 from laver_megatron.scaling.planning.hardware import Gpu
-from laver_megatron.scaling.planning.memory import StateBytes, layers_of_stages
+from laver_megatron.scaling.planning.memory import StateBytes, layers_of_stages, value_bytes
 from laver_megatron.scaling.planning.pipeline import bubble
 from laver_megatron.scaling.planning.workload import Workload
 
@@ -142,14 +142,14 @@ def stage_work(
 
 def _traffic_per_token(config: Config, shape: ModelShape) -> float:
     """Bytes that a layer's norms, residuals, rotary and SwiGLU move for one token, forward and backward."""
-    tp, value_bytes = config.tensor_model_parallel_size, 2 if config.bf16 else 4
+    tp = config.tensor_model_parallel_size
     query_key = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / tp
     hidden = shape.hidden_size / (tp if config.sequence_parallel else 1)
     ffn = shape.ffn_hidden_size / tp
     forward = 10 * hidden + 2 * query_key + 3 * ffn
     backward = 12 * hidden + 2 * query_key + 5 * ffn
     again = forward if config.recompute_granularity == "full" else 0
-    return (forward + backward + again) * value_bytes
+    return (forward + backward + again) * value_bytes(config)
 
 
 def seconds_of_stage(

@@ -8,7 +8,7 @@ import numpy as np
 from laver_megatron.scaling.studies.comparison import Arm, Difference, Extrapolation, compare, leave_largest_out
 from laver_megatron.scaling.studies.compute import SIX_N_D, fit_cost
 from laver_megatron.scaling.studies.law import DELTA, fit_law
-from laver_megatron.scaling.studies.measured import Measured, measure
+from laver_megatron.scaling.studies.measured import Measured, measure, treated_arm
 from laver_megatron.scaling.studies.points import PARAMETERS, Array, check_points, listed
 from laver_megatron.scaling.studies.study import StudyArm
 
@@ -49,8 +49,8 @@ def fit_study(study: Mapping[str, StudyArm], settings: FitSettings, notes: Seque
     Raises:
         ValueError: an arm that determines no law, by name; arms of which none is the baseline.
     """
-    if len(study) == 2 and settings.baseline not in study:
-        raise ValueError(f"the arms are {' and '.join(study)}; name the one to compare with as --baseline")
+    if len(study) == 2:
+        treated_arm(study, settings.baseline)  # before the arms are fitted, which takes a while
     arms, gathered = [], list(notes)
     for name, data in study.items():
         arm = _fit_arm(name, data, settings, study)

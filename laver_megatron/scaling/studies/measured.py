@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from laver_megatron.scaling.studies.comparison import EQUAL_DATA, EQUAL_FLOPS
@@ -77,9 +78,7 @@ def measure(study: Mapping[str, StudyArm], baseline: str, level: float = 0.95) -
             f"pairs of runs are those of two arms, but there are {len(study)} ({', '.join(study)}); --arm-by COLUMN, "
             "such as laver, makes arms, and --where chooses among them"
         )
-    if baseline not in study:
-        raise ValueError(f"the arms are {' and '.join(study)}; name the one to compare with as --baseline")
-    (treated,) = set(study) - {baseline}
+    treated = treated_arm(study, baseline)
     for arm in study.values():
         check_values(arm.points)
     pairs = find_pairs(study[baseline], study[treated])
@@ -99,6 +98,18 @@ def measure(study: Mapping[str, StudyArm], baseline: str, level: float = 0.95) -
     return Measured(baseline, treated, tuple(pairs), tuple(mean_differences(pairs, level)), tuple(notes))
 
 
+def treated_arm(study: Mapping[str, StudyArm], baseline: str) -> str:
+    """The other of two arms.
+
+    Raises:
+        ValueError: neither is the baseline.
+    """
+    if baseline not in study:
+        raise ValueError(f"the arms are {' and '.join(study)}; name the one to compare with as --baseline")
+    (treated,) = set(study) - {baseline}
+    return treated
+
+
 def _off(distance: float) -> str:
     return f"the nearest is {distance:.1%} off" if distance < np.inf else "none of its size and seed"
 
@@ -106,11 +117,8 @@ def _off(distance: float) -> str:
 def find_pairs(baseline: StudyArm, treated: StudyArm) -> list[Pair]:
     """All pairs, at equal data and then at equal FLOPs, by amount and size. Runs that could pair with several alike
     (repeats that no seed tells apart) have none."""
-    kinds = [(EQUAL_DATA, baseline.points.tokens_R, treated.points.tokens_R)]
-    if baseline.flops_R is not None and treated.flops_R is not None:
-        kinds.append((EQUAL_FLOPS, baseline.flops_R, treated.flops_R))
     pairs: list[Pair] = []
-    for kind, ours_R, theirs_T in kinds:
+    for kind, ours_R, theirs_T in _amounts(baseline, treated):
         found = [_pair(kind, baseline, i, treated, j) for i, j in _nearest(baseline, ours_R, treated, theirs_T)]
         # Where a token costs both arms alike, equal FLOPs are equal data.
         told = {(pair.baseline_name, pair.treated_name) for pair in pairs}
@@ -125,24 +133,34 @@ def missed(baseline: StudyArm, treated: StudyArm, pairs: Sequence[Pair]) -> dict
     found: dict[str, float] = {}
     for ours, theirs in ((baseline, treated), (treated, baseline)):
         may_RT = _same_places(ours, theirs)
-        kinds = [np.abs(np.log(ours.points.tokens_R)[:, None] - np.log(theirs.points.tokens_R))]
-        if ours.flops_R is not None and theirs.flops_R is not None:
-            kinds.append(np.abs(np.log(ours.flops_R)[:, None] - np.log(theirs.flops_R)))
-        nearest_R = np.where(may_RT, np.minimum.reduce(kinds), np.inf).min(axis=1)
+        distances = [_apart(ours_R, theirs_T) for _, ours_R, theirs_T in _amounts(ours, theirs)]
+        nearest_R = np.where(may_RT, np.minimum.reduce(distances), np.inf).min(axis=1)
         alone = zip(ours.points.names, np.expm1(nearest_R).tolist(), strict=True)
         found |= {name: distance for name, distance in alone if name not in paired}
     return found
 
 
-def _same_places(baseline: StudyArm, treated: StudyArm) -> Array:
+def _amounts(baseline: StudyArm, treated: StudyArm) -> Iterator[tuple[str, Array, Array]]:
+    """(what may be equal, the baseline's, the treated arm's): tokens, and FLOPs where both have been counted."""
+    yield EQUAL_DATA, baseline.points.tokens_R, treated.points.tokens_R
+    if baseline.flops_R is not None and treated.flops_R is not None:
+        yield EQUAL_FLOPS, baseline.flops_R, treated.flops_R
+
+
+def _apart(ours_R: Array, theirs_T: Array) -> Array:
+    """How far every one is from every other, as absolute logarithms of ratios, [R, T]."""
+    return np.abs(np.log(ours_R)[:, None] - np.log(theirs_T))
+
+
+def _same_places(baseline: StudyArm, treated: StudyArm) -> NDArray[np.bool_]:
     """Which runs have size and seed in common."""
-    sizes_RT = np.abs(np.log(baseline.points.size_R)[:, None] - np.log(treated.points.size_R))
+    sizes_RT = _apart(baseline.points.size_R, treated.points.size_R)
     return (sizes_RT < SAME) & (np.array(baseline.seeds)[:, None] == np.array(treated.seeds))
 
 
 def _nearest(baseline: StudyArm, ours_R: Array, treated: StudyArm, theirs_T: Array) -> Iterator[tuple[int, int]]:
     """Indexes of those that are each other's nearest."""
-    distance_RT = np.abs(np.log(ours_R)[:, None] - np.log(theirs_T))
+    distance_RT = _apart(ours_R, theirs_T)
     may_RT = (distance_RT < SAME) & _same_places(baseline, treated)
     distance_RT = np.where(may_RT, distance_RT, np.inf)
     nearest_RT = may_RT & (distance_RT == distance_RT.min(axis=1, keepdims=True))

@@ -8,6 +8,7 @@ import pytest
 
 from laver_megatron.command_line import Invocation, load_config
 from laver_megatron.model.shape import read_model_shape
+from laver_megatron.scaling.planning.models import MODELS
 from laver_megatron.scaling.sweeps.sweep_sizes import language_model_parameters
 from laver_megatron.validate import check
 
@@ -81,6 +82,7 @@ def test_the_files_pass_a_dry_run_and_say_what_they_are(file, place):
     num_gpus = {"eight": 8, "sixteen": 16}.get(words) or int(words)
     assert num_gpus == tp * pp * sizes["DP"]
     shape = check(Invocation(config, dry_run=True, dry_run_world_size=num_gpus))
+    assert shape == MODELS[file.stem]  # what the planner takes the size to be
     parameters = language_model_parameters(shape)
     assert parameters == PUBLISHED_PARAMETERS[file.stem]
     assert f"{parameters / 1e9:.4g}B parameters" in text

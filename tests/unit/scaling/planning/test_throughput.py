@@ -33,15 +33,9 @@ from tests.unit.scaling.small_run import (
     make_micro_batch,
     settings,
     workload,
-    write_encoder,
 )
 
 pytestmark = pytest.mark.usefixtures("single_process")
-
-
-@pytest.fixture(scope="module")
-def encoder_dir(tmp_path_factory):
-    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def model_of(config, encoder_dir):
