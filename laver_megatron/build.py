@@ -14,13 +14,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config import Config
-from laver_megatron.encoders import EncoderShape, build_encoder, read_encoder
+from laver_megatron.encoders import build_encoder, read_encoder
 from laver_megatron.model.image_division import BY_TOKENS, ImageCost, sum_partial_gradients
 from laver_megatron.model.laver import MODULES, LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.encoder_flops import image_cost
-from laver_megatron.scaling.flops import ModelFlops, model_flops
 
 
 def build_stages(
@@ -112,24 +111,7 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
     return chunks, optimizer
 
 
-def run_flops(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelFlops:
-    """FLOPs of each part of a run's model per token and per pair."""
-    return model_flops(
-        shape,
-        vision_head_hidden_size=config.vision_head_hidden_size,
-        vision_head_output_size=config.vision_head_output_size,
-        encoder=read_encoder(encoder_dir),
-        num_encoder_layers=_num_encoder_layers(config, read_encoder(encoder_dir)),
-    )
-
-
 def run_image_cost(config: Config, encoder_dir: Path) -> ImageCost:
     """By what a run divides images over the tensor-parallel ranks."""
     encoder = read_encoder(encoder_dir)
-    return image_cost(encoder, _num_encoder_layers(config, encoder))
-
-
-def _num_encoder_layers(config: Config, encoder: EncoderShape) -> int | None:
-    """How many run before the features; None: all."""
-    layer = encoder.feature_layer(config.encoder_feature_layer)
-    return None if layer is None else layer % (encoder.num_layers + 1)
+    return image_cost(encoder, encoder.num_layers_run(config.encoder_feature_layer))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from laver_megatron import schedules
 from laver_megatron.backend import Backend, hardware_of, initialise_parallelism, shut_down_parallelism, use_backend
-from laver_megatron.build import build_stages, run_flops, run_image_cost, wrap
+from laver_megatron.build import build_stages, run_image_cost, wrap
 from laver_megatron.checkpoint import (
     Progress,
     TrainingState,
@@ -53,7 +53,7 @@ from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
 from laver_megatron.parameter_counts import count_parameters
 from laver_megatron.scaling.encoder_flops import window_area
-from laver_megatron.scaling.flops import ModelFlops, StepFlops, step_flops, tflops_per_gpu
+from laver_megatron.scaling.flops import ModelFlops, StepFlops, run_flops, step_flops, tflops_per_gpu
 from laver_megatron.scaling.registry.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.teacher import Centre, TeacherAverage
 from laver_megatron.validate import check_run
@@ -169,7 +169,7 @@ def setup(config: Config) -> Trainer:
         streams=streams,
         training_data=training_data,
         validation_data=validation_data,
-        flops=run_flops(config, shape, encoder_dir),
+        flops=run_flops(config, shape, encoder),
         model_dir=model_dir,
         encoder_dir=encoder_dir,
         progress=Progress(data_fingerprint=training_data.fingerprint),

@@ -89,6 +89,11 @@ class EncoderShape:
         height, width = self.image_size
         return (height // self.token_size) * (width // self.token_size)
 
+    def num_layers_run(self, asked: int | None) -> int | None:
+        """How many layers run before the features; None: all. Raises as `feature_layer`."""
+        layer = self.feature_layer(asked)
+        return None if layer is None else layer % (self.num_layers + 1)
+
     def feature_layer(self, asked: int | None) -> int | None:
         """Which hidden state the features are: what is asked for, or the family's default.
 

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from laver_megatron.config import Config
 from laver_megatron.encoders.interface import EncoderShape
 from laver_megatron.model.shape import ModelShape
 from laver_megatron.scaling.encoder_flops import EncoderFlops, EncoderWork, encoder_flops
@@ -163,6 +164,17 @@ def model_flops(
         connector_first_per_token=matmul_flops(1, hidden, connector_input_size) if connector_input_size else 0,
         connector_second_per_token=matmul_flops(1, hidden, hidden) if connector_input_size else 0,
         encoder=encoder_flops(encoder, num_encoder_layers) if encoder else EncoderFlops(),
+    )
+
+
+def run_flops(config: Config, shape: ModelShape, encoder: EncoderShape | None) -> ModelFlops:
+    """FLOPs of each part of a run's model per token and per pair."""
+    return model_flops(
+        shape,
+        vision_head_hidden_size=config.vision_head_hidden_size,
+        vision_head_output_size=config.vision_head_output_size,
+        encoder=encoder,
+        num_encoder_layers=None if encoder is None else encoder.num_layers_run(config.encoder_feature_layer),
     )
 
 

@@ -12,7 +12,7 @@ from math import prod
 from laver_megatron.config import Config
 from laver_megatron.convert.weights import Size
 from laver_megatron.model.shape import ModelShape
-from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, model_flops
+from laver_megatron.scaling.flops import ModelFlops, StepFlops, hardware_flops, run_flops
 from laver_megatron.scaling.planning.activations import ActivationBytes, activations_of_stage
 from laver_megatron.scaling.planning.communication import SentBytes, sent_bytes
 from laver_megatron.scaling.planning.hardware import Gpu
@@ -46,15 +46,7 @@ class Job:
 
     @property
     def flops(self) -> ModelFlops:
-        encoder, config = self.workload.encoder, self.base
-        layer = None if encoder is None else encoder.feature_layer(config.encoder_feature_layer)
-        return model_flops(
-            self.shape,
-            vision_head_hidden_size=config.vision_head_hidden_size,
-            vision_head_output_size=config.vision_head_output_size,
-            encoder=encoder,
-            num_encoder_layers=None if layer is None or encoder is None else layer % (encoder.num_layers + 1),
-        )
+        return run_flops(self.base, self.shape, self.workload.encoder)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from laver_megatron.build import run_flops
 from laver_megatron.command_line import read_command_line
 from laver_megatron.config import Config, ConfigError, fields_of
 from laver_megatron.data.dataset import open_reader
@@ -21,7 +20,7 @@ from laver_megatron.data.subset import read_manifest
 from laver_megatron.encoders import read_encoder
 from laver_megatron.inputs import HF_PREFIX, find_inputs
 from laver_megatron.model.shape import ModelShape, read_model_shape
-from laver_megatron.scaling.flops import ModelFlops, decoder_layer_flops
+from laver_megatron.scaling.flops import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.scaling.registry.run_summary import hashed_settings
 
 ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
@@ -75,7 +74,7 @@ class Size:
 
     @cached_property
     def flops(self) -> ModelFlops:
-        return run_flops(self.config, self.shape, self.encoder_dir)
+        return run_flops(self.config, self.shape, read_encoder(self.encoder_dir))
 
 
 def language_model_parameters(shape: ModelShape) -> int:

@@ -40,12 +40,11 @@ pytestmark = pytest.mark.usefixtures("single_process")
 
 def model_of(config, encoder_dir):
     encoder = read_encoder(encoder_dir)
-    layer = encoder.feature_layer(None)
     return model_flops(
         SHAPE,
         vision_head_hidden_size=config.vision_head_hidden_size,
         encoder=encoder,
-        num_encoder_layers=layer % (encoder.num_layers + 1),
+        num_encoder_layers=encoder.num_layers_run(None),
     )
 
 
