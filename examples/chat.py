@@ -8,6 +8,7 @@ repository. An export in laver format brings code of its own, which is run: use 
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         format = _format_of(options.model)
-        pictures = [_open(path) for path in options.image]
+        pictures = [_open(path, format) for path in options.image]
         device = _device(options.device)
         print(f"loading {options.model} on {device} ...", file=sys.stderr)
         try:
@@ -40,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"chat.py: {error}", file=sys.stderr)
         return 2
     for question in _questions(options.question):
-        chat.ask(question)
+        try:
+            chat.ask(question)
+        except ValueError as error:  # words that stand for a picture that is not there
+            print(f"chat.py: this cannot be asked: {error}", file=sys.stderr)
+            if options.question is not None:
+                return 2
     return 0
 
 
@@ -87,12 +93,19 @@ def _format_of(directory: Path) -> str:
     return format
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, format: str) -> Image.Image:
+    """A picture as it is in its file: a processor of the laver format makes of it what training did. That of the llava
+    format is stock, and takes what transformers makes of it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        picture = Image.open(io.BytesIO(path.read_bytes()))
+        picture.load()
+        if format == "laver":
+            return picture
+        from transformers.image_utils import load_image
+
+        return load_image(picture)
     except Exception as error:  # Pillow's decoders raise what they like on broken files
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
 
@@ -148,9 +161,10 @@ class Chat:
         from transformers import TextStreamer
 
         shown = [] if self.messages else [{"type": "image"} for _ in self.pictures]
-        self.messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
-        prompt = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
+        asked = {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
+        prompt = self.processor.apply_chat_template([*self.messages, asked], add_generation_prompt=True)
         inputs = self.processor(text=prompt, images=self.pictures or None, return_tensors="pt").to(self.model.device)
+        self.messages.append(asked)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
         answer = self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

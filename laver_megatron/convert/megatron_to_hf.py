@@ -172,6 +172,8 @@ def megatron_to_hf(
         all_ranks("write the weights", write)
         on_rank_0("finish the export", lambda: small_files(directory))
     conversion.finished(progress)
+    if format == "llava" and rank() == 0:
+        print(description.STOCK_PICTURES, end="")
 
 
 def _format(checkpoint: Checkpoint, format: str | None) -> str | None:

@@ -5,6 +5,7 @@ their place, which hold just what the adapters use.
 """
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,9 +17,12 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, SiglipVisionModel
 
+from laver_megatron.data.images import decode_image
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
+from laver_megatron.encoders import open_preprocessor
 from tests.exports import add_processor, write_export
+from tests.picture_files import picture_files
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "examples" / "evaluation"
 NUM_NEW = 6
@@ -248,6 +252,29 @@ def test_vlmeval_conversations(laver_of_vlmeval, export, pictures):
     tokens_1L = model.generate(**inputs, do_sample=False, max_new_tokens=NUM_NEW)
     theirs = processor.decode(tokens_1L[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert laver_of_vlmeval.chat(turns) == theirs != laver_of_vlmeval.chat(turns[:1])
+
+
+def test_adapters_see_the_pixels_of_training(laver_of_lmms_eval, laver_of_vlmeval, export, tmp_path, monkeypatch):
+    """Of every mode, transparent or not, turned or not: what either adapter hands to the model, to the bit."""
+    preprocessor = open_preprocessor(export.parent / "encoder")
+    seen = []
+
+    def generate(input_ids, pixel_values, **settings):
+        seen.append(pixel_values[0])
+        return input_ids
+
+    of_lmms_eval, of_vlmeval = laver_of_lmms_eval(), laver_of_vlmeval
+    monkeypatch.setattr(of_lmms_eval.model, "generate", generate)
+    monkeypatch.setattr(of_vlmeval.model, "generate", generate)
+    for number, (name, content) in enumerate(picture_files().items()):
+        expected_3HW = preprocessor(decode_image(content))
+        path = tmp_path / str(number)
+        path.write_bytes(content)
+        of_lmms_eval.task_dict = {"task": {"test": [[Image.open(io.BytesIO(content)), "What?"]]}}
+        of_lmms_eval.generate_until([request(0)])
+        of_vlmeval.generate(parts(path, "What?"))
+        assert [torch.equal(pixels_3HW, expected_3HW) for pixels_3HW in seen] == [True, True], name
+        seen.clear()
 
 
 def test_vlmeval_refuses_films(laver_of_vlmeval):

@@ -202,6 +202,13 @@ def chat_template(tokenizer_template: str) -> str:
     return tokenizer_template if tokenizer_template.startswith(_PREAMBLE) else _PREAMBLE + tokenizer_template
 
 
+STOCK_PICTURES = """\
+Stock processors prepare the pictures. They agree with training on opaque pictures of 8 bits that lie upright (Pillow's
+modes 1, L, P, RGB, CMYK). In training, what is transparent was laid over white (modes LA, PA, RGBA, and any mode with a
+transparent colour), 16-bit grey was scaled (modes I and I;16), and EXIF tags turned pictures.
+Convert such pictures to upright RGB in this way first, or export with --format laver, whose processor does it.
+"""
+
 _LOADING = {
     "laver": (
         "AutoModelForImageTextToText",
@@ -213,7 +220,8 @@ _LOADING = {
         "LlavaForConditionalGeneration",
         "",
         "Stock transformers loads it; there is no code in this directory. Where torchvision is installed, transformers "
-        "resizes\npictures with it and not with Pillow as in training: pixels differ by up to 1 in 255.",
+        "resizes\npictures with it and not with Pillow as in training: pixels differ by up to 1 in 255.\n\n"
+        + STOCK_PICTURES.strip(),
     ),
 }
 

@@ -22,14 +22,16 @@ I images of a batch, T visual tokens of all these images, P pixels of a visual t
 decoder, F frequency pairs and D width of an attention head.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     Aimv2VisionConfig,
@@ -57,7 +59,6 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.image_transforms import normalize, rescale
-from transformers.image_utils import load_image
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -76,6 +77,18 @@ _MROPE_SHARES = (16, 24, 24)
 _VISION_START, _IMAGE_PAD, _VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 _ONE_PICTURE = _VISION_START + _IMAGE_PAD + _VISION_END
 _PLACEHOLDER = "<image>"
+_PATIENCE_SECONDS = 60  # with the server of a picture
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 # --- the image encoders ----------------------------------------------------------------------------------
@@ -753,9 +766,10 @@ Picture = Image.Image | np.ndarray | Tensor | str | Path
 class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
-    In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. patch_size: side in
-    pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of native
-    resolution, whose pictures keep their proportions.
+    In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. The chat template
+    writes the second for a part that is an image; where it places all pictures, `<image>` is a word. patch_size: side
+    in pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of
+    native resolution, whose pictures keep their proportions.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -825,12 +839,13 @@ class LaverProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"text is missing; a picture is used where the text says {_PLACEHOLDER}")
         texts = [text] if isinstance(text, str) else list(text)
-        texts = [words.replace(_PLACEHOLDER, _ONE_PICTURE) for words in texts]
+        if not _are_placed(texts, images):
+            texts = [words.replace(_PLACEHOLDER, _ONE_PICTURE) for words in texts]
         pictures = _in_order(images, [_count_places(words) for words in texts])
         data: dict[str, Any] = {}
         counts: list[int] = []
         if pictures:
-            data = self._prepare([_upright(picture) for picture in pictures])
+            data = self._prepare([upright_rgb(_opened(picture)) for picture in pictures])
             counts = self._count_tokens(data)
         options = {"padding_side": "left", **(common_kwargs or {}), **(text_kwargs or {}), **kwargs}
         return_tensors = options.pop("return_tensors", None)
@@ -898,12 +913,21 @@ def _count_places(text: str) -> int:
     return places
 
 
+def _listed(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return [images] if isinstance(images, (Image.Image, np.ndarray, Tensor, str, Path)) else list(images)
+
+
+def _are_placed(texts: list[str], images: Any) -> bool:
+    """Whether the texts already hold the place of every picture, so that a `<image>` in them is nothing but a word."""
+    num_pictures = sum(len(own) if isinstance(own, (list, tuple)) else 1 for own in _listed(images))
+    return 0 < num_pictures == sum(words.count(_ONE_PICTURE) for words in texts)
+
+
 def _in_order(images: Any, places: list[int]) -> list[Picture]:
     """All pictures in one list; given for each text, they are held against the places in that text."""
-    if images is None:
-        images = []
-    elif isinstance(images, (Image.Image, np.ndarray, Tensor, str, Path)):
-        images = [images]
+    images = _listed(images)
     if any(isinstance(own, (list, tuple)) for own in images):
         found = [len(own) for own in images]
         if found != places:
@@ -913,7 +937,7 @@ def _in_order(images: Any, places: list[int]) -> list[Picture]:
         raise ValueError(
             f"the texts have {sum(places)} places for pictures ({_PLACEHOLDER}), but {len(images)} were given"
         )
-    return list(images)
+    return images
 
 
 def _write_out(texts: list[str], counts: list[int]) -> list[str]:
@@ -926,12 +950,47 @@ def _write_out(texts: list[str], counts: list[int]) -> list[str]:
     return written
 
 
-def _upright(picture: Picture) -> Image.Image:
-    """A picture in RGB, turned upright as its EXIF tag says."""
+def _opened(picture: Picture) -> Image.Image:
+    """A picture wherever it comes from, not decoded yet. transformers' own `load_image` drops what is transparent and
+    the upper bits of 16."""
     if isinstance(picture, Image.Image):
-        image = picture
-    elif isinstance(picture, (str, Path)):
-        image = load_image(str(picture))
+        return picture
+    if not isinstance(picture, (str, Path)):
+        return Image.fromarray(np.asarray(picture))
+    address = str(picture)
+    if address.startswith(("http://", "https://", "data:")):
+        with urlopen(address, timeout=_PATIENCE_SECONDS) as answer:
+            content = answer.read()
     else:
-        image = Image.fromarray(np.asarray(picture))
-    return ImageOps.exif_transpose(image).convert("RGB")
+        content = Path(address).read_bytes()
+    return Image.open(io.BytesIO(content))  # not by its name: Pillow would map the file, and garble a turned TIFF
+
+
+# The same as in training, whose laver_megatron/data/images.py has these two functions, too.
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture in 8-bit RGB, turned upright as its EXIF or XMP tag says.
+
+    What is transparent is laid over white; 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        ValueError: floating-point pixels, which have no agreed range.
+    """
+    image.load()  # a PNG may say behind its pixels how it is to be turned; a TIFF is turned here, by Pillow
+    turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    picture = _opaque_rgb(image)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):  # I;16 and its kin, and I, which holds 16 bits too
+        grey_HW = np.asarray(image.convert("I")).clip(0, 65535)
+        grey_HW = np.where(grey_HW == image.info.get("transparency", -1), 65535, grey_HW) >> 8
+        return Image.fromarray(grey_HW.astype(np.uint8), "L").convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

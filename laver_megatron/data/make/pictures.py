@@ -6,15 +6,12 @@ JPEG, PNG and WebP keep their bytes; GIF, BMP and TIFF become PNG, of which an a
 import io
 from dataclasses import dataclass
 
-from PIL import Image
-
-from laver_megatron.data.faults import Fault, SampleFault
+from laver_megatron.data.faults import SampleFault
 from laver_megatron.data.images import decode_image, image_size
 
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _RIFF_HEADER_BYTES = 8
-_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +61,7 @@ def _ends_well(content: bytes, extension: str) -> bool:
 
 
 def _to_png(content: bytes) -> bytes:
+    """The picture as training sees it, upright and opaque, without loss."""
     buffer = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(content), formats=("GIF", "BMP", "TIFF")) as image:
-            image.load()
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no agreed range")
-            picture = image if image.mode in _PNG_MODES else image.convert("I;16" if image.mode == "I" else "RGB")
-            picture.save(buffer, "PNG", icc_profile=None)
-    except Exception as error:  # Pillow's decoders raise what they like on broken files
-        message = f"cannot turn a picture of {len(content)} bytes into PNG: {error}"
-        raise SampleFault(Fault.unreadable_image, message) from error
+    decode_image(content).save(buffer, "PNG")
     return buffer.getvalue()

@@ -3,7 +3,9 @@
 The model and its tokenizer are the demo's: small, random, in the form of the real ones.
 """
 
+import base64
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -28,13 +30,15 @@ from transformers import (
 
 from laver_megatron.convert.export import description, modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverProcessor
+from laver_megatron.data import images as data_images
 from laver_megatron.data.conversations import parse_conversation
-from laver_megatron.data.images import decode_image
+from laver_megatron.data.images import decode_image, upright_rgb
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor
 from tests.exports import add_processor, write_export
+from tests.picture_files import images, picture_files
 
 GRID = (8, 8)
 CHAT = Path(__file__).parents[3] / "examples" / "chat.py"
@@ -179,42 +183,72 @@ def _in_parts(text: str, pictures) -> list[dict]:
     return parts
 
 
-def _encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def _turned() -> bytes:
-    """A JPEG whose EXIF tag says that it lies on its side."""
-    image = picture(1)
-    exif = image.getexif()
-    exif[0x0112] = 6
-    return _encoded(image, "JPEG", exif=exif)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        _encoded(picture(2), "PNG"),
-        _encoded(picture(3).convert("RGBA"), "PNG"),
-        _encoded(picture(4).convert("L"), "PNG"),
-        _encoded(picture(5).convert("P"), "PNG"),
-        _turned(),
-    ],
-    ids=["rgb", "rgba", "grey", "palette", "turned"],
-)
-def test_pixels_are_those_of_training(content, sources, processor, tmp_path):
-    preprocessor = open_preprocessor(sources / "encoder")
+@pytest.mark.parametrize("name", picture_files())
+def test_pixels_are_those_of_training(name, sources, processor, chat, tmp_path):
+    """Of every mode, transparent or not, turned or not, however the picture comes: to the bit."""
+    content = picture_files()[name]
     upright = decode_image(content)
-    expected = preprocessor(upright)
+    expected_3HW = open_preprocessor(sources / "encoder")(upright)
     path = tmp_path / "picture"
     path.write_bytes(content)
-    for given in (Image.open(io.BytesIO(content)), path, str(path), np.asarray(upright)):
-        found = processor(text="<image>", images=given, return_tensors="pt")["pixel_values"]
-        assert found.dtype == torch.float32 and torch.equal(found[0], expected)
-    assert preprocessor.grid(*upright.size) == GRID
-    assert processor(text="<image>", images=upright)["input_ids"][0].count(processor.image_token_id) == 64
+    address = f"data:image/any;base64,{base64.b64encode(content).decode()}"
+    ways = (Image.open(io.BytesIO(content)), path, str(path), address, chat._open(path, "laver"), np.asarray(upright))
+    for given in ways:
+        found_I3HW = processor(text="<image>", images=given, return_tensors="pt")["pixel_values"]
+        assert found_I3HW.dtype == torch.float32 and torch.equal(found_I3HW[0], expected_3HW)
+    shown = {"type": "image", "image": str(path)}
+    messages = [{"role": "user", "content": [shown]}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"][0], expected_3HW)
+
+
+def test_the_files_cover_what_can_go_wrong():
+    names = " ".join(picture_files())
+    kinds = ("PNG LA", "PNG RGBA", "PNG P, transparent", "PNG I;16, transparent", "PNG 1, transparent")
+    others = ("GIF P, transparent", "TIFF I;16B", "TIFF PA", "TIFF I", "WEBP RGBA", "JPEG CMYK")
+    for what in (*kinds, *others, "turned behind its pixels", "turned by xmp", "TIFF L, turned by exif"):
+        assert what in names
+    assert {decode_image(content).size for content in picture_files().values()} == {(37, 23), (23, 37)}
+
+
+@pytest.mark.parametrize("mode", images())
+def test_every_mode_of_pillow_is_the_same_here_and_there(mode):
+    """Also modes that no file has."""
+    image = images()[mode]
+    if mode == "F":
+        for function in (upright_rgb, modeling_laver.upright_rgb):
+            with pytest.raises(ValueError, match="floating-point pixels have no agreed range"):
+                function(image)
+        return
+    assert upright_rgb(image).tobytes() == modeling_laver.upright_rgb(image).tobytes()
+
+
+def test_the_two_copies_are_the_same_text():
+    for name in ("upright_rgb", "_opaque_rgb"):
+        assert inspect.getsource(getattr(data_images, name)) == inspect.getsource(getattr(modeling_laver, name))
+    assert data_images._UPRIGHT == modeling_laver._UPRIGHT
+
+
+def test_arrays_of_sixteen_bits_and_with_alpha(sources, processor):
+    preprocessor = open_preprocessor(sources / "encoder")
+    grey_HW = (np.arange(2400).reshape(40, 60) * 20).astype(np.uint16)
+    clear_HW4 = np.zeros((40, 60, 4), np.uint8)
+    scaled = Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
+    for given, rgb in ((grey_HW, scaled), (clear_HW4, Image.new("RGB", (60, 40), "white"))):
+        found_I3HW = processor(text="<image>", images=given, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found_I3HW[0], preprocessor(rgb))
+
+
+def test_a_word_that_looks_like_a_place(processor):
+    """Where every picture has its place, `<image>` is a word of the text, as in training."""
+    tokens = processor.tokenizer
+    text = f"{TRIPLE} Write <image>."
+    inputs = processor(text=text, images=picture(0))
+    (ids,) = inputs["input_ids"]
+    assert ids.count(tokens.convert_tokens_to_ids("<|image_pad|>")) == 64
+    assert tokens.decode(ids, skip_special_tokens=True) == " Write <image>."
+    with pytest.raises(ValueError, match="1 places for pictures .*, but 0 were given"):
+        processor(text="<image> Which?")
 
 
 def test_the_image_processor_is_the_one_of_pillow(laver, monkeypatch):
