@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         add(f"--min-{name.replace('_', '-')}", type=float, metavar="X", help="drops turns of Parquet files with less")
     add("--max-bad-fraction", type=float, default=0.01, metavar="X", help="unusable samples allowed (default: 0.01)")
     add("--decode-images", action="store_true", help="decode every picture to its end, which finds garbled ones; slow")
+    add("--images-in-answers", action="store_true", help="<image> in an answer stands for a picture, not for the word")
     add("--tokenizer", type=Path, metavar="DIR", help="counts text tokens in the summary, instead of words")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--overwrite", dest="mode", action="store_const", const="overwrite", default="new", help="start anew")

@@ -1,30 +1,77 @@
-"""What a sample's JSON says: its turns, where pictures belong in them, and whether there is something to learn from.
+"""What a sample's JSON says: its turns, where images belong in them, and which answers are trained.
 
-A conversation is a list of {"role": "system" | "user" | "assistant", "content": text}, with IMAGE_PLACEHOLDER in the
-text where a picture belongs.
+An `<image>` in the text of a user or the system is the place of an image, and so is a message part of type `image`. If
+there is no such place, images go before the first question, as in LLaVA. In an answer `<image>` is plain text unless
+the record says `images_in_answers: true`. In a record without images it is plain text too (a question about the HTML
+tag), provided that it stands inside a line or in a code block: at the start or end of a line it is taken for the place
+of an image that is missing, and the record is refused.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from laver_megatron.data.faults import Fault, SampleFault
+from laver_megatron.data.record_keys import (
+    IMAGE_PARTS,
+    IMAGES_IN_ANSWERS,
+    check_part,
+    check_record,
+    check_role,
+    check_turn,
+    first_present,
+    is_to_train,
+    other_keys,
+    system_texts,
+)
 
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_IMAGE_PARTS = ("image", "image_url")
+# At the start or end of a line, where records place what they show.
+_PLACED = re.compile(r"^[ \t]*<(image|video|audio)>|<(image|video|audio)>[ \t]*$", re.MULTILINE)
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
-Message = dict[str, str]
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. role: system, user or assistant; texts: with a picture between each two of them; is_trained: an answer,
+    and not marked as one that is not to be learnt."""
+
+    role: str
+    texts: tuple[str, ...]
+    is_trained: bool = False
+
+    @property
+    def num_images(self) -> int:
+        return len(self.texts) - 1
+
+    @property
+    def content(self) -> str:
+        """The text with IMAGE_PLACEHOLDER for each picture."""
+        return IMAGE_PLACEHOLDER.join(self.texts)
 
 
-def parse_conversation(content: bytes | str, name: str) -> list[Message]:
-    """The messages of a sample's JSON; see `read_conversation` for the accepted forms.
+@dataclass(frozen=True)
+class Conversation:
+    """What a record says. is_placed: its pictures were put before the first question, as no text says where they
+    belong; images_in_answers: the record's own word for what `<image>` means there; other_keys: what it says that
+    nothing is made of, with counts."""
 
-    name: shard and key, for messages.
+    messages: tuple[Message, ...]
+    is_placed: bool
+    images_in_answers: bool
+    other_keys: Counter[str]
+
+
+def parse_conversation(content: bytes | str, num_images: int, name: str) -> Conversation:
+    """`read_conversation` of a sample's JSON.
 
     Raises:
-        SampleFault: not JSON, no turns, an unknown role, text that is not text.
+        SampleFault: not JSON, and what `read_conversation` refuses.
     """
-    return read_conversation(parse_json(content, name), name)
+    return read_conversation(parse_json(content, name), num_images, name)
 
 
 def parse_json(content: bytes | str, name: str) -> object:
@@ -42,89 +89,150 @@ def parse_json(content: bytes | str, name: str) -> object:
     return document
 
 
-def read_conversation(document: object, name: str) -> list[Message]:
-    """The messages of a parsed document as [{"role": system|user|assistant, "content": text}, ...].
+def read_conversation(document: object, num_images: int, name: str, *, images_in_answers: bool = False) -> Conversation:
+    """The conversation of a parsed document that comes with `num_images` pictures.
 
     Accepts a bare list of turns or an object with `conversations` or `messages`; turns as {"from", "value"} or
     {"role", "content"}; human/gpt for user/assistant; a text, or a list of parts {"type": "text", "text"} and
-    {"type": "image" | "image_url"}, of which the pictures become IMAGE_PLACEHOLDER.
+    {"type": "image" | "image_url"}. What is null counts as absent. docs/data.md has the table of keys. name: shard and
+    key, for messages. images_in_answers: as if the record said so.
 
     Raises:
-        SampleFault: no turns, an unknown role, text that is not text.
+        SampleFault: no turns, an unknown role, text that is not a string, what this trainer cannot learn from (video,
+            audio, tools, fractional weights), other numbers of places and images, an empty answer, no answer to train.
     """
-    turns = turns_of(document)
+    record = document if isinstance(document, dict) else {"conversations": document}
+    turns = turns_of(record)
     if not isinstance(turns, list) or not turns:
         raise SampleFault(
             Fault.no_turns, f"{name}: expected a list of turns, or an object with `conversations` or `messages`"
         )
-    return [_message(turn, number, name) for number, turn in enumerate(turns)]
+    check_record(record, name)
+    images_in_answers = images_in_answers or record.get(IMAGES_IN_ANSWERS) is True
+    messages = _with_system(system_texts(record, name), [_message(turn, i, name) for i, turn in enumerate(turns)])
+    messages, is_placed = _place_images(messages, num_images, images_in_answers, name)
+    _check_answers(messages, name)
+    return Conversation(tuple(messages), is_placed, images_in_answers, other_keys(record, turns))
 
 
 def turns_of(document: object) -> object:
     """What stands where the list of turns should be."""
-    if isinstance(document, dict):
-        return document.get("conversations", document.get("messages"))
-    return document
+    if not isinstance(document, dict):
+        return document
+    return document.get("messages") if document.get("conversations") in (None, []) else document["conversations"]
 
 
-def check_conversation(messages: Sequence[Message], num_images: int, name: str) -> None:
-    """Holds a conversation against its images and asks for answers.
-
-    Raises:
-        SampleFault: more or fewer `<image>` than images, an answer without words, no answer at all.
-    """
-    found = count_placeholders(messages)
-    if found != num_images:
-        raise SampleFault(
-            Fault.image_count, f"{name}: {found} {IMAGE_PLACEHOLDER} in the text but {num_images} pictures"
-        )
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise SampleFault(Fault.no_answer, f"{name}: no turn of an assistant")
-    if not all(answer.strip() for answer in answers):
-        raise SampleFault(Fault.empty_answer, f"{name}: an answer without words")
-
-
-def count_placeholders(messages: Sequence[Message]) -> int:
-    """`<image>` in all turns."""
-    return sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
-
-
-def place_images(messages: Sequence[Message], num_images: int) -> list[Message]:
-    """The conversation with its pictures before the first user's text if no text says where they belong, as LLaVA
-    does it. A conversation with any `<image>`, or without a user, stays as it is."""
-    first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
-    if first is None or not num_images or count_placeholders(messages):
-        return list(messages)
-    text = f"{IMAGE_PLACEHOLDER}\n" * num_images + messages[first]["content"]
-    return [*messages[:first], {"role": "user", "content": text}, *messages[first + 1 :]]
+def image_parts(turns: object) -> Iterator[dict]:
+    """The parts of messages that are pictures, wherever a document has any."""
+    for turn in turns if isinstance(turns, list) else []:
+        content = first_present(turn, "value", "content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") in IMAGE_PARTS:
+                yield part
 
 
 def _message(turn: object, number: int, name: str) -> Message:
     if not isinstance(turn, dict):
         raise SampleFault(Fault.no_turns, f"{name}: turn {number} is not an object")
-    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = first_present(turn, "from", "role")
+    check_role(role, number, name)
+    check_turn(turn, number, name)
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleFault(
             Fault.unknown_role, f"{name}: turn {number} has the role {role!r:.40}; known are {', '.join(_ROLES)}"
         )
-    if isinstance(text, list):
-        text = "".join(_part(part, number, name) for part in text)
-    if not isinstance(text, str):
-        raise SampleFault(
-            Fault.text_not_string, f"{name}: the text of turn {number} is {type(text).__name__}, not a string"
-        )
-    return {"role": _ROLES[role], "content": text}
+    texts = _texts(first_present(turn, "value", "content"), number, name)
+    return Message(_ROLES[role], texts, is_to_train(turn, number, name) and _ROLES[role] == "assistant")
 
 
-def _part(part: object, number: int, name: str) -> str:
-    """A part of a message as text."""
-    kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-    if kind in _IMAGE_PARTS:
-        return IMAGE_PLACEHOLDER
-    if kind != "text" or not isinstance(text, str):
+def _texts(content: object, number: int, name: str) -> tuple[str, ...]:
+    """The texts of a turn, cut where a part is a picture."""
+    texts = [""]
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind in IMAGE_PARTS:
+            texts.append("")
+            continue
+        check_part(kind, number, name)
+        if kind != "text":
+            raise SampleFault(
+                Fault.text_not_string,
+                f"{name}: turn {number} has a part of the type {kind!r:.40}; known are text and image",
+            )
+        if not isinstance(text, str):
+            message = f"{name}: the text of turn {number} is {type(text).__name__}, not a string"
+            raise SampleFault(Fault.text_not_string, message)
+        texts[-1] += text
+    return tuple(texts)
+
+
+def _with_system(texts: Sequence[str], messages: list[Message]) -> list[Message]:
+    """The record's own system texts before those of a system turn that it begins with; the same text once."""
+    if messages and messages[0].role == "system":
+        first, *others = messages
+        before = [text for text in texts if text != first.content]
+        return [replace(first, texts=("\n".join([*before, first.texts[0]]), *first.texts[1:])), *others]
+    return [Message("system", ("\n".join(texts),)), *messages] if texts else messages
+
+
+def _split(messages: Sequence[Message], images_in_answers: bool) -> list[Message]:
+    """Every `<image>` as the place of a picture, in answers if they may show some."""
+    return [
+        replace(message, texts=tuple(piece for text in message.texts for piece in text.split(IMAGE_PLACEHOLDER)))
+        if message.role != "assistant" or images_in_answers
+        else message
+        for message in messages
+    ]
+
+
+def _place_images(
+    messages: list[Message], num_images: int, images_in_answers: bool, name: str
+) -> tuple[list[Message], bool]:
+    """The conversation with a place for each picture, and whether these are places that no text names.
+
+    Raises:
+        SampleFault: the place of a video or audio; an image part in an answer; other numbers of places and images.
+    """
+    asking = [message for message in messages if message.role != "assistant" or images_in_answers]
+    kinds = {kind for message in asking for text in message.texts for kind in _placed_kinds(text)}
+    if other := kinds - {"image"}:
         raise SampleFault(
-            Fault.text_not_string,
-            f"{name}: turn {number} has a part of the type {kind!r:.40}; known are text and image",
+            Fault.video_or_audio,
+            f"{name}: <{min(other)}> stands for {min(other)}, which this trainer cannot learn from",
         )
-    return text
+    if not images_in_answers and any(message.num_images for message in messages if message.role == "assistant"):
+        raise SampleFault(
+            Fault.image_count, f"{name}: an image in an answer; make_shards allows it with --images-in-answers"
+        )
+    split = _split(messages, images_in_answers)
+    found = sum(message.num_images for message in split)
+    if found == num_images:
+        return split, False
+    first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+    if found == 0 and first is not None:
+        question = split[first]
+        texts = ("", *["\n"] * (num_images - 1), "\n" + question.texts[0])
+        return [*split[:first], replace(question, texts=texts), *split[first + 1 :]], True
+    if num_images == 0 and not kinds and not any(message.num_images for message in messages):
+        return messages, False  # a text about the word
+    where = "text" if images_in_answers else "questions"
+    raise SampleFault(
+        Fault.image_count, f"{name}: {found} {IMAGE_PLACEHOLDER} in the {where} but {num_images} pictures"
+    )
+
+
+def _placed_kinds(text: str) -> Iterator[str]:
+    """What a text has a place for: image, video, audio."""
+    for match in _PLACED.finditer(_CODE.sub("", text)) if "<" in text else ():
+        yield match[1] or match[2]
+
+
+def _check_answers(messages: Sequence[Message], name: str) -> None:
+    """Raises SampleFault: an answer without words, or none to learn from."""
+    if not any(message.role == "assistant" for message in messages):
+        raise SampleFault(Fault.no_answer, f"{name}: no turn of an assistant")
+    trained = [message for message in messages if message.is_trained]
+    if not trained:
+        raise SampleFault(Fault.no_answer, f"{name}: every answer is marked as not to be trained")
+    if not all(message.content.strip() for message in trained):
+        raise SampleFault(Fault.empty_answer, f"{name}: an answer without words")

@@ -33,7 +33,7 @@ Limits = tuple[int, int] | None  # tokens and visual tokens that longer samples 
 
 _SAMPLES_A_TASK = 1000
 _METADATA_KEY = b"laver_counts"
-_VERSION = 2  # of what is counted, and how
+_VERSION = 3  # of what is counted, and how
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Counter:
         else:
             content = self._files.read_member(shard, sample.text)
         try:
-            messages = parse_conversation(content, sample.key)
+            messages = parse_conversation(content, len(sample.images), sample.key).messages
         except SampleFault as error:  # when it was indexed it was sound
             raise SampleFault(Fault.damaged_shard, f"the shard has changed since it was indexed: {error}") from error
         grids = [self._preprocessor.grid(*size) for size in self._index.image_sizes(row)]

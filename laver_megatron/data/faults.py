@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 REMEDY = "look at these samples, or allow more with --max-bad-fraction"
+_NAME_THE_FOLDER = "say in which folder their pictures lie with --images"
 
 
 class Fault(StrEnum):
@@ -23,10 +24,15 @@ class Fault(StrEnum):
     image_count = "image_count"
     empty_answer = "empty_answer"
     no_answer = "no_answer"
+    video_or_audio = "video_or_audio"
+    tool_use = "tool_use"
+    loss_weight = "loss_weight"
+    no_image_folder = "no_image_folder"
     unreadable_image = "unreadable_image"
     image_too_large = "image_too_large"
     image_shape = "image_shape"
     damaged_shard = "damaged_shard"
+    scattered = "scattered"
     duplicate_key = "duplicate_key"
     unsafe_key = "unsafe_key"
 
@@ -47,13 +53,18 @@ _DESCRIPTIONS = {
     Fault.no_turns: "no list of turns, bare or under `conversations` or `messages`",
     Fault.unknown_role: "a turn is neither human/user, gpt/assistant nor system",
     Fault.text_not_string: "the text of a turn is not a string",
-    Fault.image_count: "not as many <image> in the text as images",
+    Fault.image_count: "not as many <image> in the questions as images",
     Fault.empty_answer: "an answer without words",
     Fault.no_answer: "no answer to learn from",
+    Fault.video_or_audio: "video or audio, which this trainer cannot learn from",
+    Fault.tool_use: "tool calls, which this trainer cannot learn from",
+    Fault.loss_weight: "a turn whose loss, weight or train is neither 0 nor 1",
+    Fault.no_image_folder: "names a picture, but no --images says in which folder",
     Fault.unreadable_image: "an image that cannot be read",
     Fault.image_too_large: "an image with more pixels than allowed",
     Fault.image_shape: "an image far longer than wide, or the other way round",
     Fault.damaged_shard: "lost in a truncated, garbled or changed tar",
+    Fault.scattered: "files of one sample that do not lie together in the tar; `tar --sort=name` puts them together",
     Fault.duplicate_key: "a key, or a file of it, comes twice in a tar",
     Fault.unsafe_key: "a key that is absolute, climbs with .. or holds odd characters",
 }
@@ -88,6 +99,8 @@ class FaultLog:
         none."""
         before, self.counts[fault] = self.counts[fault], self.counts[fault] + count
         now = self.counts[fault]
+        if fault is Fault.no_image_folder and before:
+            return  # one line says it of all
         if before < self._first or len(str(now)) > len(str(before)):
             last = "; more of these are counted and rarely logged" if now == self._first else ""
             self._logger.warning(
@@ -116,9 +129,12 @@ class FaultLog:
         num_bad = self.counts.total() if num_bad is None else num_bad
         if num_bad > limit_fraction * num_samples:
             share, limit = _told_apart(num_bad / max(num_samples, 1), limit_fraction)
-            table = fault_table(self.counts if found is None else found) or "what is wrong was logged before this start"
+            counts = self.counts if found is None else found
+            table = fault_table(counts) or "what is wrong was logged before this start"
+            most = max(counts, key=lambda fault: counts[fault], default=None)
+            remedy = _NAME_THE_FOLDER if most is Fault.no_image_folder else REMEDY
             raise ValueError(
-                f"{num_bad} of {num_samples} samples cannot be used ({share}, allowed are {limit}); {REMEDY}\n{table}"
+                f"{num_bad} of {num_samples} samples cannot be used ({share}, allowed are {limit}); {remedy}\n{table}"
             )
 
 

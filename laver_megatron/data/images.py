@@ -63,8 +63,8 @@ def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """
     with _opened(content, max_pixels) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow has turned its size already
-            return width, height
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and _EXIF_ORIENTATION in image.tag_v2:
+            return width, height  # Pillow has turned them already
         if image.format == "PNG" and not any(tag in content for tag in _LATE_PNG_TAGS):
             return width, height  # asked for its EXIF tag, Pillow would decode all of it
         return (height, width) if image.getexif().get(_EXIF_ORIENTATION) in _SWAPS_SIDES else (width, height)

@@ -25,6 +25,7 @@ import xxhash
 
 from laver_megatron.data.faults import FAULT_NAMES, FAULTS, Fault
 from laver_megatron.data.members import Member
+from laver_megatron.data.record_keys import add_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class ShardIndex:
 
     shard_I: number into `shards`; image_start_I `[I + 1]`: where each sample's pictures start in the columns `_P`;
     image_extension_P: number into `extensions`; fault_I: `Fault.code`, 0 where usable; left_out: what the shards hold
-    that is no row, by fault; ignored: files that belong to no sample, by extension; path: of the index's file.
+    that is no row, by fault; ignored: files that belong to no sample, by extension; other_keys: of the records, those
+    that are not used; path: of the index's file.
     """
 
     shards: tuple[Shard, ...]
@@ -88,6 +90,7 @@ class ShardIndex:
     fault_I: np.ndarray
     left_out: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    other_keys: Counter[str] = field(default_factory=Counter)
     path: Path | None = None
 
     def __len__(self) -> int:
@@ -177,6 +180,10 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         shard_I.append(index.shard_I + np.int32(first_shard))
         starts.append(index.image_start_I[1:] + first_image)
 
+    other_keys: Counter[str] = Counter()
+    for index in indexes:
+        add_keys(other_keys, index.other_keys)
+
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(index, name) for index in indexes])
 
@@ -197,6 +204,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         fault_I=joined("fault_I"),
         left_out=sum((index.left_out for index in indexes), Counter()),
         ignored=sum((index.ignored for index in indexes), Counter()),
+        other_keys=other_keys,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +16,29 @@ from laver_megatron.data.index import Shard, ShardIndex
 INDEX_NAME = "index.parquet"
 PROGRESS_NAME = ".progress"  # in a folder of shards that is still being made
 _METADATA_KEY = b"laver_index"
-_VERSION = 1
+_VERSION = 2  # the first one judged records by other rules
 _ROWS_A_GROUP = 1 << 17
 _AGAIN = "index the shards again with tools/index_shards.py --overwrite"
 
 
 def is_url(path: str) -> bool:
-    """Whether a shard is named by a URL (`https://...`, `pipe:...`) and not by a path."""
+    """Whether a shard is named by a URL (`https://...`, `pipe:...`) and not by a path; `file:` names a path."""
     scheme, colon, _ = path.partition(":")
-    return bool(colon) and len(scheme) > 1 and scheme.isalnum()
+    return bool(colon) and len(scheme) > 1 and scheme.isalnum() and scheme.lower() != "file"
+
+
+def local_path(path: str) -> str:
+    """The path that `file:///a/b%20c`, `file:a/b` or a plain path names.
+
+    Raises:
+        ValueError: `file://host/...`, which is a file of another machine.
+    """
+    if not path.lower().startswith("file:"):
+        return path
+    parts = urlsplit(path)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{path} names a file of the machine {parts.netloc}; write file:///PATH, or the path alone")
+    return unquote(parts.path)
 
 
 def write_index(index: ShardIndex, path: str | Path) -> None:
@@ -41,6 +56,7 @@ def write_index(index: ShardIndex, path: str | Path) -> None:
         ],
         "left_out": dict(index.left_out),
         "ignored": dict(index.ignored),
+        "other_keys": dict(index.other_keys),
         "fingerprint": index.fingerprint,
     }
     table = _table(index, names).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
@@ -190,6 +206,7 @@ def _from_table(table: pa.Table, metadata: dict, path: Path, url: str | None) ->
         fault_I=codes(column("fault"), list(FAULT_NAMES)).astype(np.int8),
         left_out=Counter(metadata["left_out"]),
         ignored=Counter(metadata["ignored"]),
+        other_keys=Counter(metadata["other_keys"]),
         path=path,
     )
 

@@ -2,6 +2,7 @@
 
 from laver_megatron.data.faults import fault_table
 from laver_megatron.data.index import ShardIndex
+from laver_megatron.data.record_keys import keys_line
 
 
 def summary(index: ShardIndex) -> str:
@@ -19,4 +20,6 @@ def summary(index: ShardIndex) -> str:
     if index.ignored:
         named = ", ".join(f"{count:,} .{extension}" for extension, count in index.ignored.most_common(10))
         lines.append(f"{index.ignored.total():>12,}  files of no sample, never opened ({named})")
+    if index.other_keys:
+        lines.append(f"{len(index.other_keys):>12,}  unused keys of records: {keys_line(index.other_keys)}")
     return "\n".join(lines)

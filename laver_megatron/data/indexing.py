@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from laver_megatron.data.conversations import check_conversation, parse_conversation
+from laver_megatron.data.conversations import Conversation, parse_conversation
 from laver_megatron.data.faults import Fault, FaultLog, SampleFault
 from laver_megatron.data.images import MAX_PIXELS, image_size
 from laver_megatron.data.index import Shard, ShardIndex, concatenate
@@ -25,12 +25,14 @@ from laver_megatron.data.members import (
     IMAGE_EXTENSION,
     MAX_PICTURE_BYTES,
     MAX_RECORD_BYTES,
+    SCATTERED,
     Damage,
     Member,
     MemberGroup,
     group_members,
 )
 from laver_megatron.data.processes import map_in_processes
+from laver_megatron.data.record_keys import add_keys
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,9 @@ class _IndexBuilder:
         self._counts: Counter[Fault] = Counter()
         self._left_out: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
+        self._other_keys: Counter[str] = Counter()
+        self._lone_pictures: set[str] = set()  # keys of groups of pictures without a .json, as far as was read
+        self._scattered: set[str] = set()
         self._num_damages = 0  # that no sample has been found lost to
         self._num_found_lost = 0
         self._num_damaged_bytes = 0
@@ -132,8 +137,12 @@ class _IndexBuilder:
             self._note(Fault.damaged_shard, found.key, found.what)
             return
         text, images = self._split(found)
+        if text is None and images and found.key in self._row_of:
+            self._mark_scattered(self._row_of[found.key])
+            return
         if text is None:
             if images:
+                self._lone_pictures.add(found.key)
                 lost = found.beside_damage
                 self._num_damages -= lost and self._num_damages > 0
                 self._num_found_lost += lost
@@ -145,6 +154,7 @@ class _IndexBuilder:
 
     def finish(self, path: str, num_bytes: int) -> ShardIndex:
         """The index of this shard."""
+        self.examples = [e for e in self.examples if e[0] is Fault.scattered or e[1] not in self._scattered]
         self._left_out[Fault.damaged_shard] += self._num_lost(num_bytes)
         rows = np.array(self._rows, np.int64).reshape(-1, 4)
         pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
@@ -165,6 +175,7 @@ class _IndexBuilder:
             fault_I=rows[:, 3].astype(np.int8),
             left_out=+self._left_out,
             ignored=self._ignored,
+            other_keys=self._other_keys,
         )
 
     def _num_lost(self, num_bytes: int) -> int:
@@ -198,14 +209,15 @@ class _IndexBuilder:
             fault = error.fault
             self._note(fault, group.key, str(error))
         try:
-            self._read(text, images, digest, group.key)
+            conversation = self._read(text, images, digest, group.key)
+            add_keys(self._other_keys, conversation.other_keys)
         except SampleFault as error:
             if fault is None:
                 fault = Fault.damaged_shard if group.beside_damage else error.fault
                 self._note(fault, group.key, str(error))
-        if fault is None and group.beside_damage and not images:
+        if fault is None and group.beside_damage and (not images or conversation.is_placed):
             fault = Fault.damaged_shard
-            self._note(fault, group.key, "beside a damage, and without a picture: it may have had some")
+            self._note(fault, group.key, "beside a damage, and no text says how many pictures it has: it may lack some")
         if fault is None and group.beside_damage and self._ends_in_zeros(images[-1]):
             fault = Fault.damaged_shard
             self._note(fault, group.key, f"before a damage, and .{images[-1].extension} ends in zeros: it is cut off")
@@ -214,10 +226,21 @@ class _IndexBuilder:
             self._num_found_lost += 1
         for member in images[len(self._pictures) - num_pictures :]:  # those behind one that cannot be read
             self._add_picture(member, (0, 0))
-        self._row_of.setdefault(group.key, len(self._rows))
+        row = self._row_of.setdefault(group.key, len(self._rows))
         self._keys.append(group.key)
         self._rows.append((text.offset, text.size, len(images), 0 if fault is None else fault.code))
         self._checksums.append(digest.intdigest())
+        if group.key in self._lone_pictures and row == len(self._rows) - 1:
+            self._left_out[Fault.no_json] -= 1
+            self._mark_scattered(row)
+
+    def _mark_scattered(self, row: int) -> None:
+        """A row some of whose files lie elsewhere in the tar: as it was read, it lacks pictures."""
+        offset, size, num_images, code = self._rows[row]
+        if code in (0, Fault.image_count.code):
+            self._rows[row] = offset, size, num_images, Fault.scattered.code
+            self._scattered.add(self._keys[row])
+            self._note(Fault.scattered, self._keys[row], SCATTERED)
 
     def _check_key(self, group: MemberGroup) -> None:
         key = group.key
@@ -230,13 +253,13 @@ class _IndexBuilder:
         if key in self._row_of:
             raise SampleFault(Fault.duplicate_key, f"sample {self._row_of[key]} of the shard has the same key")
 
-    def _read(self, text: Member, images: list[Member], digest: xxhash.xxh3_64, key: str) -> None:
+    def _read(self, text: Member, images: list[Member], digest: xxhash.xxh3_64, key: str) -> Conversation:
         """Reads and judges a sample; the first fault is raised when all of it has been read."""
         first: SampleFault | None = None
         content = self._content(text)
         digest.update(content)
         try:
-            check_conversation(parse_conversation(content, key), len(images), key)
+            conversation = parse_conversation(content, len(images), key)
         except SampleFault as error:
             first = error
         for member in images:
@@ -250,6 +273,7 @@ class _IndexBuilder:
             self._add_picture(member, size)
         if first is not None:
             raise first
+        return conversation
 
     def _ends_in_zeros(self, member: Member) -> bool:
         """Whether the last 16 bytes are zeros, as no picture's are that is compressed."""

@@ -1,13 +1,16 @@
 """Walks the headers of a tar: which files lie in it, which samples they make up, and where it is damaged.
 
 A sample is a run of files that share a key: `0001.json` with `0001.jpg`, or `0002.json` with `0002.0.png`,
-`0002.1.jpg`. webdataset ends a shard without a word at a header that it cannot read; here the walk goes on at the next
+`0002.1.jpg`. As in webdataset, files whose names begin with a dot (macOS adds `._0001.jpg`) or contain none belong to
+no sample and do not end one; the same holds for what lies in `__MACOSX/` or a folder like `__meta__/`.
+
+webdataset ends a shard without a word at a header that it cannot read; here the walk goes on at the next
 header that is whole, and says where it could not read.
 """
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -26,7 +29,9 @@ _COMPRESSED = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip",
 }  # fmt: skip
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20  # names and attributes; nobody writes a megabyte of them
-_SKIPPED = tarfile.REGULAR_TYPES + (tarfile.DIRTYPE,)
+SCATTERED = "its files do not lie together in the tar, as those of a sample must; pack it with `tar --sort=name`"
+_OF_NO_SAMPLE = re.compile(r"__[^/]*__(?:/|$)|(?:.*/)?__MACOSX/|(?:.*/)?(?:\.[^/]*|[^./]*)$", re.DOTALL)
+_LINK = "(link)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ def group_members(file: BinaryIO, num_bytes: int) -> Iterator[MemberGroup | Dama
             yield entry
             continue
         key, member = entry
+        if group is not None and group.key != key and member.extension == _LINK:
+            continue
         if group is None or group.key != key:
             if group is not None:
                 yield group
@@ -85,9 +92,20 @@ def group_members(file: BinaryIO, num_bytes: int) -> Iterator[MemberGroup | Dama
         yield group
 
 
+def scattered_keys(found: Iterable[MemberGroup | Damage]) -> set[str]:
+    """Keys of which one group lacks the .json that another one has."""
+    with_text: set[str] = set()
+    without: set[str] = set()
+    for entry in found:
+        if isinstance(entry, MemberGroup):
+            has_text = any(member.extension == "json" for member in entry.members)
+            (with_text if has_text else without).add(entry.key)
+    return with_text & without
+
+
 def walk(file: BinaryIO, num_bytes: int) -> Iterator[tuple[str, Member] | Damage]:
-    """(key, member) of every file of a tar in order, without reading its content. Links and the like come with the
-    extension "(link)": they have no content of their own."""
+    """(key, member) of every file of a tar that can belong to a sample, in order, without reading its content. Links
+    and the like come with the extension "(link)": they have no content of their own."""
     position = 0
     name: str | None = None  # from an extended header, for the header that follows
     size: int | None = None
@@ -122,13 +140,12 @@ def walk(file: BinaryIO, num_bytes: int) -> Iterator[tuple[str, Member] | Damage
             found_name, found_size = _extended(header, file.read(num_content))
             name, size = name if found_name is None else found_name, size if found_size is None else found_size
             continue
-        key, extension = _split_name(name or header.name)
-        name = size = None
-        if header.type in tarfile.REGULAR_TYPES and header.type != tarfile.GNUTYPE_SPARSE:
-            if not header.name.endswith("/"):
-                yield key, Member(extension, content, num_content)
-        elif header.type not in _SKIPPED:
-            yield key, Member("(link)", content, num_content)
+        full_name, name, size = name or header.name, None, None
+        if header.type == tarfile.DIRTYPE or header.name.endswith("/") or _OF_NO_SAMPLE.match(full_name):
+            continue
+        key, extension = _split_name(full_name)
+        is_file = header.type in tarfile.REGULAR_TYPES and header.type != tarfile.GNUTYPE_SPARSE
+        yield key, Member(extension if is_file else _LINK, content, num_content)
 
 
 def _header(file: BinaryIO, position: int) -> tarfile.TarInfo:

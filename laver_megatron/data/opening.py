@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from braceexpand import braceexpand
 from tqdm import tqdm
 
 from laver_megatron.data.index import ShardIndex, concatenate, select
-from laver_megatron.data.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, read_index
+from laver_megatron.data.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
 from laver_megatron.data.indexing import index_tars, open_path
 from laver_megatron.data.remote import ShardCache, expand_urls
 
@@ -21,7 +22,8 @@ _TOOL = "tools/index_shards.py"
 
 
 def find_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The tars that paths, directories (their `*.tar`) and globs name, each once, sorted within each entry.
+    """The tars that paths, directories (their `*.tar`), globs and brace lists (`x-{000..099}.tar`) name, each once,
+    sorted within each entry.
 
     Raises:
         ValueError: what is missing or empty, all of it in one message.
@@ -46,6 +48,7 @@ def find_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 
 def find_shards_and_urls(entries: Sequence[str]) -> list[str]:
     """As `find_shards`, and then those that are named by URLs, with `{00000..00099}` written out."""
+    entries = _entries(entries)
     urls = [entry for entry in entries if is_url(entry)]
     local = [entry for entry in entries if not is_url(entry)]
     return [*(map(str, find_shards(local)) if local or not urls else ()), *expand_urls(urls)]
@@ -54,11 +57,12 @@ def find_shards_and_urls(entries: Sequence[str]) -> list[str]:
 def path_problems(paths: Sequence[str]) -> list[str]:
     """What can be said against entries without reading them; remote ones are looked at when they are opened."""
     problems = []
-    for entry in paths:
-        path = Path(entry)
-        if (path.is_dir() and (path / INDEX_NAME).is_file()) or (is_url(entry) and not path.is_file()):
-            continue
+    for named in paths:
         try:
+            [entry] = _entries(named)
+            path = Path(entry)
+            if (path.is_dir() and (path / INDEX_NAME).is_file()) or (is_url(entry) and not path.is_file()):
+                continue
             find_shards(entry)
         except ValueError as error:
             problems.append(str(error).removeprefix("shards: "))
@@ -108,7 +112,7 @@ def index_with_bar(
 
 
 def _entries(paths: str | Path | Iterable[str | Path]) -> list[str]:
-    return [str(paths)] if isinstance(paths, str | Path) else [str(path) for path in paths]
+    return [local_path(str(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
 def _open(entry: str, num_workers: int, cache: ShardCache | None, reads_shards: bool) -> ShardIndex:
@@ -205,7 +209,24 @@ def _expand(entry: str) -> tuple[list[Path], str]:
         return found, "" if found else f"the directory {entry} holds no .tar file"
     if path.is_file():
         return [path], ""
+    if "{" in entry:
+        return _expand_braces(entry)
     if glob.has_magic(entry):
         found = sorted(Path(match) for match in glob.glob(entry, recursive=True) if Path(match).is_file())
         return found, "" if found else f"no file matches {entry}"
     return [], f"{entry} does not exist"
+
+
+def _expand_braces(entry: str) -> tuple[list[Path], str]:
+    """The files of a brace list, every one of which must be there."""
+    try:
+        names = list(braceexpand(entry))
+    except ValueError as error:  # unbalanced
+        return [], f"{entry}: {error}"
+    found, problems = [], []
+    for name in names:
+        files, problem = ([], f"{name} does not exist") if "{" in name else _expand(name)
+        found += files
+        problems += [problem] if problem else []
+    more = f" and {len(problems) - 1} more of {entry}" if len(problems) > 1 else ""
+    return found, f"{problems[0]}{more}" if problems else ""

@@ -149,7 +149,7 @@ class PackMaker:
         index, row = self.locate_sample(sample_id)
         sample = index.sample(row)
         text, *contents = self._files.read(index.shards[index.shard_I[row]], sample)
-        messages = parse_conversation(text, sample.name)
+        messages = parse_conversation(text, len(contents), sample.name).messages
         sizes = index.image_sizes(row)
         encoded = self.encoder.encode(
             messages, [self.preprocessor.grid(*size) for size in sizes], sample.key, self.limits

@@ -4,8 +4,9 @@ Letters: T tokens of one sample.
 
     <|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n
 
-Only what an assistant says is trained, and the <|im_end|> after it. An `<image>` in the text becomes
-<|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is ever trained.
+Only what an assistant says is trained, and the <|im_end|> after it, unless the record says otherwise of a turn. A
+picture in the text becomes <|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is
+ever trained.
 """
 
 from collections.abc import Sequence
@@ -53,16 +54,16 @@ class SampleEncoder:
 
         grids: (rows, columns) of the visual tokens of each of the sample's pictures. The tokens equal those
         of the tokenizer's own `apply_chat_template` on the text with the image tokens written out. limits: (tokens,
-        visual tokens); a longer sample loses its last turns, with their images, until it fits and ends with an
-        answer. If not even the first answer fits, it is returned whole: it is the plan's to leave it out.
+        visual tokens); a longer sample loses its last turns, with their images, until it fits and ends with a
+        trained answer. If not even the first answer fits, it is returned whole: it is the plan's to leave it out.
 
         Raises:
-            ValueError: more or fewer `<image>` in the text than pictures, or image tokens spelt out.
+            ValueError: more or fewer places in the text than pictures, or image tokens spelt out.
         """
         text, assistant_spans, ends = self._render(messages)
-        found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
+        found = sum(message.num_images for message in messages)
         if found != len(grids):
-            raise ValueError(f"sample {key!r}: {found} {IMAGE_PLACEHOLDER} in the text but {len(grids)} pictures")
+            raise ValueError(f"sample {key!r}: the text has places for {found} pictures but there are {len(grids)}")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens_T = torch.tensor(encoding.ids, dtype=torch.int64)
         num_pads = int((tokens_T == self.image_pad).sum())
@@ -81,17 +82,17 @@ class SampleEncoder:
         return _without_last_turns(whole, messages, first_tokens, limits)
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The conversation as ChatML with one image token a picture, where the assistant's words and
+        """The conversation as ChatML with one image token a picture, where the words to be learnt and their
         end-of-turn lie in it, and where each of the given messages ends."""
-        added = messages[0]["role"] != "system"
+        added = messages[0].role != "system"
         if added:
-            messages = [{"role": "system", "content": self.default_system}, *messages]
+            messages = [Message("system", (self.default_system,)), *messages]
         text, spans, ends = "", [], []
         for message in messages:
-            text += f"<|im_start|>{message['role']}\n"
+            text += f"<|im_start|>{message.role}\n"
             start = len(text)
-            text += message["content"].replace(IMAGE_PLACEHOLDER, "".join(_VISION_TOKENS)) + "<|im_end|>"
-            if message["role"] == "assistant":
+            text += "".join(_VISION_TOKENS).join(message.texts) + "<|im_end|>"
+            if message.is_trained:
                 spans.append((start, len(text)))
             text += "\n"
             ends.append(len(text))
@@ -118,7 +119,8 @@ class SampleEncoder:
         """Holds our rendering against the tokenizer's, so that a model with another template is noticed."""
         messages = [{"role": role, "content": f"{role} speaks"} for role in ("system", "user", "assistant", "user")]
         for probe in (messages, messages[1:3]):
-            theirs, ours = tokenizer.apply_chat_template(probe, tokenize=False), self._render(probe)[0]
+            theirs = tokenizer.apply_chat_template(probe, tokenize=False)
+            ours = self._render([Message(turn["role"], (turn["content"],)) for turn in probe])[0]
             if theirs != ours:
                 raise ValueError(
                     f"the tokenizer's chat template is not Qwen2.5's ChatML: it gives {theirs!r}, not {ours!r}"
@@ -160,8 +162,8 @@ def _with_images(
 def _without_last_turns(
     whole: EncodedSample, messages: Sequence[Message], first_tokens: Sequence[int], limits: tuple[int, int]
 ) -> EncodedSample:
-    """As many turns as fit, the last of them an answer; the whole sample if there are none. first_tokens: tokens of
-    the first turns up to each, an image counting as one."""
+    """As many turns as fit, the last of them a trained answer; the whole sample if there are none. first_tokens: tokens
+    of the first turns up to each, an image counting as one."""
     is_image_T = whole.image_number_T >= 0
     # Where a token before the images were spread out stands now: an image's is its first visual token.
     begins_T = torch.ones_like(is_image_T)
@@ -170,7 +172,7 @@ def _without_last_turns(
     for number in reversed(range(len(messages))):
         length = places[first_tokens[number]]
         visual = int(is_image_T[:length].sum())
-        if messages[number]["role"] == "assistant" and length <= limits[0] and visual <= limits[1]:
+        if messages[number].is_trained and length <= limits[0] and visual <= limits[1]:
             num_images = int(whole.image_number_T[:length].max()) + 1
             columns = whole.tokens_T, whole.labels_T, whole.image_number_T, whole.row_T, whole.col_T
             tokens_T, labels_T, number_T, row_T, col_T = (column_T[:length] for column_T in columns)

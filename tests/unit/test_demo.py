@@ -109,7 +109,7 @@ def test_samples_of_every_kind(demo_dir):
     }
     files = SampleFiles()
     contents = [files.read(index.shards[number], s) for number, s in zip(index.shard_I, samples, strict=True)]
-    turns = [len(parse_conversation(text, "name")) for text, *_ in contents]
+    turns = [len(parse_conversation(text, len(pictures), "name").messages) for text, *pictures in contents]
     assert min(turns) == 2 and max(turns) >= 4
     assert len({size for row in range(len(index)) for size in index.image_sizes(row)}) > 50
     texts = {split: {b"".join(content) for s, content in zip(samples, contents, strict=True) if split in s.key}

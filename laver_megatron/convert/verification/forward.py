@@ -25,7 +25,7 @@ from laver_megatron.config import Config
 from laver_megatron.convert.parts import Training
 from laver_megatron.convert.verification.probes import PackedProbes, Probe
 from laver_megatron.convert.verification.workers import Worker
-from laver_megatron.data.samples import IMAGE_PLACEHOLDER
+from laver_megatron.data.conversations import IMAGE_PLACEHOLDER
 from laver_megatron.inputs import has_encoder
 
 STUDENT, TEACHER = "student", "teacher"

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from laver_megatron.data.conversations import IMAGE_PLACEHOLDER, Message
 from laver_megatron.data.images import decode_image
 from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
-from laver_megatron.data.samples import IMAGE_PLACEHOLDER, SampleEncoder
+from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.encoders import open_preprocessor
 from laver_megatron.model_files import load_tokenizer
 
@@ -99,7 +100,8 @@ def make_probes(
         count = prompt.count(IMAGE_PLACEHOLDER)
         shown = [(next_picture + i) % len(pictures) for i in range(count)]
         next_picture += count
-        sample = encoder.encode([{"role": "user", "content": prompt}], [grids[i] for i in shown], prompt)
+        question = Message("user", tuple(prompt.split(IMAGE_PLACEHOLDER)))
+        sample = encoder.encode([question], [grids[i] for i in shown], prompt)
         probes.append(Probe(prompt, sample, tuple(pixels[i] for i in shown), tuple(pictures[i] for i in shown)))
     return probes
 

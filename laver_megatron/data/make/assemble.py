@@ -1,22 +1,18 @@
 """A sample as it was found to the files of one key in a shard: KEY.json with KEY.jpg, or KEY.0.png, KEY.1.jpg, ..."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from laver_megatron.data.conversations import (
-    IMAGE_PLACEHOLDER,
-    Message,
-    check_conversation,
-    place_images,
-    read_conversation,
-)
+from laver_megatron.data.conversations import Conversation, Message, read_conversation
 from laver_megatron.data.make.found import FoundSample
 from laver_megatron.data.make.pictures import Picture, prepare_picture
 from laver_megatron.data.make.report import Report
+from laver_megatron.data.record_keys import IMAGES_IN_ANSWERS, add_keys
 
 _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -46,10 +42,12 @@ class SampleMaker:
     """Makes samples for shards of found ones, and counts them.
 
     decode: whether every picture is decoded to its end. tokenizer: counts the text's tokens, if there is one.
+    images_in_answers: whether `<image>` in an answer stands for a picture, in every record.
     """
 
     decode: bool = False
     tokenizer: Tokenizer | None = None
+    images_in_answers: bool = False
 
     def make(self, found: FoundSample, key: str, report: Report) -> Sample:
         """The sample under its new key.
@@ -57,23 +55,25 @@ class SampleMaker:
         Raises:
             SampleFault: what makes the sample unusable; the report then stays as it was.
         """
-        as_found = read_conversation(found.conversation, found.name)
-        messages = place_images(as_found, len(found.pictures))
-        check_conversation(messages, len(found.pictures), found.name)
+        conversation = read_conversation(
+            found.conversation, len(found.pictures), found.name, images_in_answers=self.images_in_answers
+        )
         pictures = tuple(prepare_picture(content, found.name, self.decode) for content in found.pictures)
-        text = _text(found, messages, key)
+        text = _text(found, conversation, key)
         report.num_samples += 1
         report.num_images += len(pictures)
         report.num_image_bytes += sum(len(picture.content) for picture in pictures)
         report.num_text_bytes += len(text)
-        report.num_placed += messages != as_found
+        report.num_placed += conversation.is_placed
         report.num_converted += sum(p.content is not old for p, old in zip(pictures, found.pictures, strict=True))
         report.num_dropped_turns += found.num_dropped_turns
-        self._count_text(messages, report)
+        report.num_untrained += sum(m.role == "assistant" and not m.is_trained for m in conversation.messages)
+        add_keys(report.other_keys, conversation.other_keys + Counter(found.unread_keys))
+        self._count_text(conversation.messages, report)
         return Sample(key, text, pictures)
 
     def _count_text(self, messages: Sequence[Message], report: Report) -> None:
-        texts = [message["content"].replace(IMAGE_PLACEHOLDER, "") for message in messages]
+        texts = ["".join(message.texts) for message in messages]
         if self.tokenizer is None:
             report.num_words += sum(len(text.split()) for text in texts)
         else:
@@ -98,9 +98,16 @@ def load_tokenizer(directory: Path | None) -> Tokenizer | None:
     return tokenizer
 
 
-def _text(found: FoundSample, messages: Sequence[Message], key: str) -> bytes:
+def _text(found: FoundSample, conversation: Conversation, key: str) -> bytes:
     document: dict[str, object] = {"id": key if found.sample_id is None else found.sample_id}
     if found.origin is not None:
         document["source"] = found.origin
-    document["conversations"] = [{"from": _SPEAKERS[m["role"]], "value": m["content"]} for m in messages]
+    if conversation.images_in_answers:
+        document[IMAGES_IN_ANSWERS] = True
+    document["conversations"] = [_turn(message) for message in conversation.messages]
     return json.dumps(document, ensure_ascii=False).encode()
+
+
+def _turn(message: Message) -> dict[str, str | bool]:
+    turn: dict[str, str | bool] = {"from": _SPEAKERS[message.role], "value": message.content}
+    return {**turn, "loss": False} if message.role == "assistant" and not message.is_trained else turn

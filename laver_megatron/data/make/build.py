@@ -31,7 +31,7 @@ from laver_megatron.data.make.slices import Slice, SliceMaker, make_in_worker, s
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is written for given sources and settings
+_VERSION = 2  # of what is written for given sources and settings
 _POLL_SECONDS = 0.5
 _SLICES_AHEAD = 2  # a worker, so that none waits while the sources are read
 _EARLY_SAMPLES = 10_000  # before so many, only faults that are too many for so many end the work
@@ -44,7 +44,8 @@ class MakeSettings:
     sources: files, or folders of them. output: the folder of the shards. format_name, images, min_ratings: see
     open_source. samples_per_shard, max_shard_bytes: a shard ends at whichever comes first; records that pack several
     samples count as one. num_workers: processes; 0 works in the caller. max_bad_fraction: of the samples may be
-    unusable. decode_images: decode every picture to its end. tokenizer: a directory, to count text tokens with.
+    unusable. decode_images: decode every picture to its end. images_in_answers: `<image>` in an answer stands for a
+    picture. tokenizer: a directory, to count text tokens with.
     mode: `new`, `overwrite` or `resume`.
     """
 
@@ -58,6 +59,7 @@ class MakeSettings:
     num_workers: int = 0
     max_bad_fraction: float = 0.01
     decode_images: bool = False
+    images_in_answers: bool = False
     tokenizer: Path | None = None
     mode: str = "new"
 
@@ -78,7 +80,7 @@ def make_shards(settings: MakeSettings) -> Report:
     source = open_source(settings.sources, settings.format_name, settings.images, settings.min_ratings)
     output = settings.output.absolute()
     _check_apart(settings.sources, source, output)
-    samples = SampleMaker(settings.decode_images, load_tokenizer(settings.tokenizer))
+    samples = SampleMaker(settings.decode_images, load_tokenizer(settings.tokenizer), settings.images_in_answers)
     with Ledger(output, _fingerprint(settings, source), settings.mode) as ledger:
         report = ledger.made(lambda: _stamps(settings, source))
         if report is not None:
@@ -201,6 +203,7 @@ def _fingerprint(settings: MakeSettings, source: Source) -> str:
         "samples_per_shard": settings.samples_per_shard,
         "max_shard_bytes": settings.max_shard_bytes,
         "decode_images": settings.decode_images,
+        "images_in_answers": settings.images_in_answers,
         "tokenizer": str(settings.tokenizer.resolve()) if settings.tokenizer else None,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

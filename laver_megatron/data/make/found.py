@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.data.faults import SampleFault
+from laver_megatron.data.record_keys import first_present
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSample:
     """A sample as its source has it. name: for messages; sample_id, origin: kept in the shard's JSON, if there are
     any; conversation: parsed JSON in any of the accepted forms; pictures: the image files' bytes, in order;
-    num_dropped_turns: those that the user's own filters left out."""
+    num_dropped_turns: those that the user's own filters left out; unread_keys: what the record says beside the
+    conversation that is not used."""
 
     name: str
     sample_id: str | int | None
@@ -21,6 +23,7 @@ class FoundSample:
     pictures: tuple[bytes, ...]
     origin: str | None = None
     num_dropped_turns: int = 0
+    unread_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +78,5 @@ def identity(document: object, fallback: str | int | None = None) -> str | int |
 
 def origin(document: object) -> str | None:
     """Where an object says that it comes from: `source` or `data_source`."""
-    value = document.get("source", document.get("data_source")) if isinstance(document, dict) else None
+    value = first_present(document, "source", "data_source") if isinstance(document, dict) else None
     return value if isinstance(value, str) else None

@@ -6,10 +6,11 @@ import stat
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from laver_megatron.data.conversations import parse_json, turns_of
+from laver_megatron.data.conversations import image_parts, parse_json, turns_of
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.data.make.json_records import read_records
@@ -75,8 +76,8 @@ def picture_names(document: object, name: str) -> list[str]:
     Raises:
         SampleFault: unreadable_image, for what is not a file's name.
     """
-    named = (document.get("image") or document.get("images")) if isinstance(document, dict) else None
-    named = named or _names_in_parts(turns_of(document))
+    named: Any = (document.get("image") or document.get("images")) if isinstance(document, dict) else None
+    named = named or [_name_in(part) for part in image_parts(turns_of(document))]
     names = named if isinstance(named, list) else [named]
     for entry in names:
         if not isinstance(entry, str) or not entry:
@@ -84,15 +85,9 @@ def picture_names(document: object, name: str) -> list[str]:
     return names
 
 
-def _names_in_parts(turns: object) -> list[object]:
-    names: list[object] = []
-    for turn in turns if isinstance(turns, list) else []:
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type") != "text":
-                value = next((part[key] for key in _PART_NAMES if part.get(key)), None)
-                names += [value.get("url") if isinstance(value, dict) else value]
-    return names
+def _name_in(part: dict) -> object:
+    value = next((part[key] for key in _PART_NAMES if part.get(key)), None)
+    return value.get("url") if isinstance(value, dict) else value
 
 
 def read_picture(folder: Path | None, file: str, name: str) -> bytes:
@@ -103,7 +98,8 @@ def read_picture(folder: Path | None, file: str, name: str) -> bytes:
         SampleFault: unsafe_key (it would leave the folder), unreadable_image (no such file) or image_too_large.
     """
     if folder is None:
-        raise SampleFault(Fault.unreadable_image, f"{name}: names the picture {file[:80]!r}; say where with --images")
+        message = f"{name}: names the picture {file[:80]!r}; say in which folder it lies with --images"
+        raise SampleFault(Fault.no_image_folder, message)
     if "://" in file or file.startswith("data:"):
         raise SampleFault(Fault.unreadable_image, f"{name}: {file[:80]!r} is no file; download pictures first")
     try:

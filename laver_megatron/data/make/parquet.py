@@ -15,6 +15,7 @@ from pyarrow import parquet
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, Unwanted, identity, origin
 from laver_megatron.data.members import MAX_PICTURE_BYTES
+from laver_megatron.data.record_keys import REFUSED_KEYS, USED_KEYS
 
 # What may be asked for, and the column that answers it.
 RATINGS = {
@@ -24,7 +25,6 @@ RATINGS = {
     "formatting": "formatting_ratings",
 }
 _CONVERSATIONS = ("conversations", "messages")
-_OTHERS = ("id", "source", "data_source", "image", "images")
 _BATCH_ROWS = 32  # rows held at once: a picture can have megabytes
 
 Reference = tuple[int, int, int]  # number of the file, of the row group, of the row in it
@@ -42,6 +42,7 @@ class ParquetSource(Source):
     def __init__(self, paths: Sequence[Path], min_ratings: Mapping[str, float]) -> None:
         self.paths = paths
         self.min_ratings = dict(min_ratings)
+        self._wanted = {"texts", *USED_KEYS, *REFUSED_KEYS, *(RATINGS[key] for key in min_ratings)}
         for path in paths:
             self._check(path)
 
@@ -54,12 +55,13 @@ class ParquetSource(Source):
 
     def load(self, references: Sequence[Reference]) -> Iterator[list[Found]]:
         for (number, group), members in groupby(references, key=lambda reference: reference[:2]):
+            unread = tuple(sorted(set(parquet.read_schema(self.paths[number]).names) - self._wanted))
             rows = [row for *_, row in members]
             assert rows == list(range(rows[0], rows[-1] + 1)), "references are runs of rows"
             for row, values in zip(rows, self._rows(self.paths[number], group, rows[0], len(rows)), strict=True):
                 name = f"{self.paths[number].name}: row {row} of row group {group}"
                 try:
-                    yield [self._sample(values, name)]
+                    yield [self._sample(values, unread, name)]
                 except SampleFault as fault:
                     yield [fault]
 
@@ -84,8 +86,7 @@ class ParquetSource(Source):
     def _rows(self, path: Path, group: int, first: int, count: int) -> Iterator[dict[str, Any]]:
         """Rows of a row group as dictionaries, a few in memory at a time."""
         with parquet.ParquetFile(path, buffer_size=1 << 20) as file:
-            wanted = {"texts", *_CONVERSATIONS, *_OTHERS, *(RATINGS[key] for key in self.min_ratings)}
-            columns = [name for name in file.schema_arrow.names if name in wanted]
+            columns = [name for name in file.schema_arrow.names if name in self._wanted]
             position = 0
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
                 start, stop = max(first - position, 0), min(first + count - position, len(batch))
@@ -95,17 +96,18 @@ class ParquetSource(Source):
                 if position >= first + count:
                     return
 
-    def _sample(self, values: dict[str, Any], name: str) -> Found:
-        turns, num_dropped = next((values[key] for key in _CONVERSATIONS if values.get(key)), None), 0
+    def _sample(self, values: dict[str, Any], unread: tuple[str, ...], name: str) -> Found:
+        document = {key: value for key, value in values.items() if key in USED_KEYS or key in REFUSED_KEYS}
+        num_dropped = 0
         if values.get("texts"):
             turns = self._wanted_turns(values)
             num_dropped = len(values["texts"]) - len(turns) // 2
             if not turns:
                 return Unwanted(num_dropped)
-        cells = values.get("images") or values.get("image")
-        cells = cells if isinstance(cells, list) else [cells] if cells else []
-        pictures = tuple(_picture(cell, name) for cell in cells)
-        return FoundSample(name, identity(values), turns, pictures, origin(values), num_dropped)
+            document = {**document, "conversations": turns, "messages": None}
+        cells: Any = values.get("images") or values.get("image") or []
+        pictures = tuple(_picture(cell, name) for cell in (cells if isinstance(cells, list) else [cells]))
+        return FoundSample(name, identity(values), document, pictures, origin(values), num_dropped, unread)
 
     def _wanted_turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
         """FineVision's turns as messages, less those whose ratings are below what is asked for."""
@@ -113,9 +115,10 @@ class ParquetSource(Source):
         for number, text in enumerate(values["texts"]):
             ratings = [(_rating(values[RATINGS[key]], number), least) for key, least in self.min_ratings.items()]
             if all(rating is not None and rating >= least for rating, least in ratings):
-                text = text or {}
-                turns.append({"role": "user", "content": text.get("user")})
-                turns.append({"role": "assistant", "content": text.get("assistant")})
+                marks = dict(text or {})  # what else it says is the answer's
+                turns.append({"role": "user", "content": marks.pop("user", None)})
+                answer = marks.pop("assistant", None)
+                turns.append({**marks, "role": "assistant", "content": answer})
         return turns
 
 

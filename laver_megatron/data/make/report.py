@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from laver_megatron.data.faults import Fault, SampleFault, fault_table
+from laver_megatron.data.record_keys import add_keys, keys_line
 
 NUM_EXAMPLES = 5  # of each fault that a worker keeps for the log
 
@@ -15,7 +16,8 @@ class Report:
 
     num_placed: samples whose pictures were put in front of the first question, as no text said where they belong;
     num_converted: pictures that became PNG; num_unwanted, num_dropped_turns: samples and turns that the user's own
-    filters left out; num_words or num_tokens: of the text without `<image>`, words if no tokenizer was given.
+    filters left out; num_untrained: answers that are marked as not to be trained; num_words or num_tokens: of the text
+    without `<image>`, words if no tokenizer was given; other_keys: of records, those that are not used.
     examples: (key, message) of the first faults of each kind.
     """
 
@@ -29,6 +31,8 @@ class Report:
     num_converted: int = 0
     num_unwanted: int = 0
     num_dropped_turns: int = 0
+    num_untrained: int = 0
+    other_keys: Counter[str] = field(default_factory=Counter)
     faults: Counter[Fault] = field(default_factory=Counter)
     examples: dict[Fault, list[tuple[str, str]]] = field(default_factory=dict)
 
@@ -49,16 +53,18 @@ class Report:
         for name in (entry.name for entry in fields(self) if entry.name.startswith("num_")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.faults.update(other.faults)
+        add_keys(self.other_keys, other.other_keys)
 
     def to_json(self) -> dict[str, Any]:
         """For a file, without the examples."""
         document = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "examples"}
-        return {**document, "faults": dict(self.faults)}
+        return {**document, "faults": dict(self.faults), "other_keys": dict(self.other_keys)}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Report":
         """Back from `to_json`."""
-        return cls(**{**document, "faults": Counter({Fault(name): n for name, n in document["faults"].items()})})
+        faults = Counter({Fault(name): count for name, count in document["faults"].items()})
+        return cls(**{**document, "faults": faults, "other_keys": Counter(document["other_keys"])})
 
     def summary(self, has_tokenizer: bool) -> str:
         """The whole story in a few lines."""
@@ -73,6 +79,10 @@ class Report:
             lines.append(
                 f"left out by --min-...: {self.num_dropped_turns:,} turns, and with them {self.num_unwanted:,} samples"
             )
+        if self.num_untrained:
+            lines.append(f"{self.num_untrained:,} answers are marked as not to be trained: they carry no labels")
+        if self.other_keys:
+            lines.append(f"unused keys of records: {keys_line(self.other_keys)}")
         share = self.faults.total() / max(self.num_seen, 1)
         lines.append(f"skipped: {self.faults.total():,} ({share:.2%})" if self.faults else "skipped: none")
         return "\n".join(

@@ -14,33 +14,38 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from laver_megatron.data.conversations import count_placeholders, parse_json, read_conversation
+from laver_megatron.data.conversations import parse_json, read_conversation
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.data.members import (
     MAX_PICTURE_BYTES,
     MAX_RECORD_BYTES,
+    SCATTERED,
     Damage,
     Member,
     MemberGroup,
     group_members,
+    scattered_keys,
 )
+from laver_megatron.data.record_keys import USED_KEYS, is_nothing
 
 # Also names that are no numbers (KEY.left.jpg), which training would not take for pictures.
 _PICTURE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)", re.DOTALL)
 _DIGITS = re.compile(r"(\d{1,9})")
+_PACKED_KEYS = frozenset(("texts", "captions", "prompts", "prompt", "name", "media"))  # of LLaVA-OneVision-1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """The members of one key, in the order of the tar; or a damage of the tar, in words. is_suspect: members may have
-    been lost in a damage beside them."""
+    been lost in a damage beside them; is_scattered: more of this key lie elsewhere in the tar."""
 
     file_number: int
     key: str
     members: tuple[Member, ...]
     damage: str = ""
     is_suspect: bool = False
+    is_scattered: bool = False
 
 
 class TarSource(Source):
@@ -55,11 +60,13 @@ class TarSource(Source):
 
     def references(self) -> Iterator[Record]:
         for number, path in enumerate(self.paths):
+            scattered = scattered_keys(_entries(path))
             for entry in _entries(path):
                 if isinstance(entry, Damage):
                     yield Record(number, entry.key, (), f"{path} at byte {entry.start}: {entry.what}")
                 else:
-                    yield Record(number, entry.key, tuple(entry.members), is_suspect=entry.beside_damage)
+                    members, is_scattered = tuple(entry.members), entry.key in scattered
+                    yield Record(number, entry.key, members, "", entry.beside_damage, is_scattered)
 
     def load(self, references: Sequence[Record]) -> Iterator[list[Found]]:
         for number, records in groupby(references, key=lambda record: record.file_number):
@@ -77,6 +84,8 @@ class TarSource(Source):
         name = f"{self.paths[record.file_number].name}: {record.key[:200]!r}"
         if record.damage:
             raise SampleFault(Fault.damaged_shard, record.damage)
+        if record.is_scattered:
+            raise SampleFault(Fault.scattered, f"{name}: {SCATTERED}")
         document = parse_json(_read(file, _text_member(record, name), MAX_RECORD_BYTES, name), name)
         pictures = sorted((member for member in record.members if _PICTURE.fullmatch(member.extension)), key=_order)
         if self.packed and isinstance(document, dict) and "captions" in document:
@@ -84,13 +93,30 @@ class TarSource(Source):
                 raise SampleFault(Fault.damaged_shard, f"{name} lies beside a damage of the tar")
             return _unpack(document, pictures, file, name, record.key)
         if self.packed and isinstance(document, dict) and "texts" in document:
+            _check_media(document, name)
             pictures = _named(document["name"], pictures, name) if document.get("name") else pictures
-            document = {**document, "conversations": document["texts"]}
+            turns, others = document["texts"], document.items()
+            document = {key: value for key, value in others if key not in _PACKED_KEYS} | {"conversations": turns}
         contents = tuple(_read(file, member, MAX_PICTURE_BYTES, name) for member in pictures)
-        placed = count_placeholders(read_conversation(document, name)) if record.is_suspect else None
-        if placed == 0 or (placed is not None and placed != len(contents)):
+        if record.is_suspect and not _names_its_pictures(document, len(contents), name):
             raise SampleFault(Fault.damaged_shard, f"{name} lies beside a damage of the tar, and may lack pictures")
         return [FoundSample(name, identity(document, record.key), document, contents, origin(document))]
+
+
+def _names_its_pictures(document: object, num_images: int, name: str) -> bool:
+    """Whether a record says itself that it has so many pictures, and at least one."""
+    try:
+        return num_images > 0 and not read_conversation(document, num_images, name).is_placed
+    except SampleFault as fault:
+        if fault.fault is Fault.image_count:
+            return False
+        raise
+
+
+def _check_media(document: dict, name: str) -> None:
+    if document.get("media") not in (None, "image", "text"):
+        message = f"{name}: `media` is {document['media']!r:.40}, which this trainer cannot learn from"
+        raise SampleFault(Fault.video_or_audio, message)
 
 
 def holds_packed(path: Path) -> bool:
@@ -156,6 +182,7 @@ def _named(names: object, members: Sequence[Member], name: str) -> list[Member]:
 
 def _unpack(document: dict, pictures: Sequence[Member], file: BinaryIO, name: str, key: str) -> list[Found]:
     """The samples of a packed record."""
+    _check_media(document, name)
     captions = document["captions"]
     num_samples = len(captions) if isinstance(captions, list) else 0
     prompts = document.get("prompts", document.get("prompt")) or [""] * num_samples
@@ -165,11 +192,17 @@ def _unpack(document: dict, pictures: Sequence[Member], file: BinaryIO, name: st
         raise SampleFault(Fault.no_turns, f"{name}: images, prompts and captions are not lists of the same length")
     groups = [entry if isinstance(entry, list) else [entry] for entry in images]
     files = iter(_named(list(chain.from_iterable(groups)), pictures, name))
+    unread = tuple(k for k, v in document.items() if k not in USED_KEYS and k not in _PACKED_KEYS and not is_nothing(v))
     samples: list[Found] = []
     for number, (prompt, caption, group) in enumerate(zip(prompts, captions, groups, strict=True)):
         contents = tuple(_read(file, next(files), MAX_PICTURE_BYTES, name) for _ in group)
         turns = _turns(prompt, caption)
-        samples.append(FoundSample(f"{name}, part {number}", f"{key}/{number}", turns, contents, origin(document)))
+        samples.append(
+            FoundSample(
+                f"{name}, part {number}", f"{key}/{number}", turns, contents, origin(document),
+                unread_keys=() if number else unread,
+            )
+        )  # fmt: skip
     return samples
 
 

@@ -5,6 +5,8 @@ import json
 
 from PIL import Image
 
+from laver_megatron.data.conversations import Message
+
 
 def picture_bytes(size: tuple[int, int] = (40, 30), extension: str = "jpeg", **options) -> bytes:
     buffer = io.BytesIO()
@@ -14,6 +16,12 @@ def picture_bytes(size: tuple[int, int] = (40, 30), extension: str = "jpeg", **o
 
 def question(text: str = "<image>\nWhat is it?", answer: str = "Noise.") -> bytes:
     return json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": answer}]).encode()
+
+
+def messages_of(turns: list[str]) -> list[Message]:
+    """messages_of(["user: <image> Q", "assistant: A"]): every `<image>` is the place of a picture."""
+    parts = [turn.split(": ", 1) for turn in turns]
+    return [Message(role, tuple(text.split("<image>")), role == "assistant") for role, text in parts]
 
 
 def read_member(sample, member) -> bytes:

@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_encoder(index, count, encoder, preprocessor):
     assert {getattr(counts, f"{name}_I").dtype for name in ("tokens", "visual", "images", "labels")} == {np.dtype("i4")}
     for row in range(len(index)):
         sample = index.sample(row)
-        messages = parse_conversation(read_member(sample, sample.text), sample.name)
+        messages = parse_conversation(read_member(sample, sample.text), len(sample.images), sample.name).messages
         encoded = encoder.encode(messages, [preprocessor.grid(*size) for size in index.image_sizes(row)], sample.key)
         assert counts.tokens_I[row] == len(encoded) and counts.images_I[row] == len(sample.images)
         assert counts.visual_I[row] == encoded.num_visual_tokens

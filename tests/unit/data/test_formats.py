@@ -53,6 +53,7 @@ def the_index(folder: Path) -> ShardIndex:
         fault_I=np.array(codes, np.int8),
         left_out=Counter({"no_json": 2}),
         ignored=Counter({"txt": 7}),
+        other_keys=Counter({"turns.name": 3}),
     )
 
 
@@ -78,14 +79,26 @@ def assert_same(found, expected, without=()):
                 assert one == other, field.name
 
 
-def test_an_index_of_version_1_is_read():
-    index = read_index(GOLDEN / "index-1.parquet")
+def test_an_index_of_version_2_is_read():
+    index = read_index(GOLDEN / "index-2.parquet")
     assert_same(index, the_index(GOLDEN), without=("path",))
-    assert index.fingerprint == "696b07f3f5af8393f562ac4f83a1dde1", "runs that go on, and counts, know their data by it"
+    assert index.fingerprint == "3d45de859ea07880bd4797a26a58da01", "runs that go on, and counts, know their data by it"
 
 
-def test_counts_of_version_2_are_read():
-    assert_same(read_counts(GOLDEN / "counts-2.parquet", 3), the_counts())
+def test_an_index_of_version_1_is_refused():
+    """It took records for usable that are refused now, and samples for whole whose files were scattered."""
+    with pytest.raises(ValueError, match=r"it is no index of version 2 \(it says 1\); index the shards again with"):
+        read_index(GOLDEN / "index-1.parquet")
+
+
+def test_counts_of_version_3_are_read():
+    assert_same(read_counts(GOLDEN / "counts-3.parquet", 3), the_counts())
+
+
+def test_counts_of_version_2_are_made_anew():
+    """They counted the labels of answers that are marked as not to be trained."""
+    with pytest.raises(ValueError, match="they are of version 2, not 3"):
+        read_counts(GOLDEN / "counts-2.parquet", 3)
 
 
 def written(path: Path) -> tuple[pa.Schema, dict]:
@@ -104,12 +117,12 @@ def test_what_is_written_today_is_the_newest_version(tmp_path):
 def test_other_versions_say_which_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(index_file, "_VERSION", 7)
     monkeypatch.setattr(counts_module, "_VERSION", 8)
-    with pytest.raises(ValueError, match=r"it is no index of version 7 \(it says 1\); index the shards again with"):
-        read_index(GOLDEN / "index-1.parquet")
-    with pytest.raises(ValueError, match="they are of version 2, not 8"):
-        read_counts(GOLDEN / "counts-2.parquet", 3)
+    with pytest.raises(ValueError, match=r"it is no index of version 7 \(it says 2\); index the shards again with"):
+        read_index(GOLDEN / "index-2.parquet")
+    with pytest.raises(ValueError, match="they are of version 3, not 8"):
+        read_counts(GOLDEN / "counts-3.parquet", 3)
     with pytest.raises(ValueError, match=r"no index of version 7 \(it says nothing\)"):
-        read_index(GOLDEN / "counts-2.parquet")
+        read_index(GOLDEN / "counts-3.parquet")
 
 
 if __name__ == "__main__":

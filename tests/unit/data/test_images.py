@@ -15,6 +15,7 @@ from transformers import SiglipVisionModel
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.images import decode_image, image_size
 from laver_megatron.encoders import open_preprocessor
+from tests.picture_files import picture_files
 from tests.unit.data.content import picture_bytes
 
 
@@ -40,6 +41,38 @@ def test_colours_and_normalisation(preprocessor):
     pixels_3HW = preprocessor(Image.new("RGB", (20, 30), (255, 0, 51)))
     # Mean and standard deviation 0.5 map 0..255 to -1..1; float32 rounding only.
     torch.testing.assert_close(pixels_3HW, torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand(3, 64, 64))
+
+
+KINDS = {
+    "an HTML page": b"\n <!DOCTYPE html><html>404</html>",
+    "an XML file": b"<?xml version='1.0'?><svg/>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\n",
+    "HEIC": b"\0\0\0\x18ftypheic" + bytes(40),
+    "a file that begins b'garbage!'": b"garbage! and more",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_named_like_a_picture_and_is_none(kind):
+    for look in (image_size, decode_image):
+        with pytest.raises(
+            SampleFault, match=f"a picture of {len(KINDS[kind])} bytes: it is {kind}.*none of"
+        ) as caught:
+            look(KINDS[kind])
+        assert "BytesIO" not in str(caught.value)
+
+
+def test_a_sixteen_bit_colour_that_is_transparent_is_white():
+    grey = Image.fromarray(np.array([[1000, 2000, 65535]], np.uint16))
+    assert pixels_of(grey, transparency=1000) == [(v, v, v) for v in (255, 7, 255)]
+
+
+def test_tags_behind_the_pixels_of_a_png_turn_it():
+    """Where the header alone does not say it, the size is that of the picture as it is decoded."""
+    for name, content in picture_files().items():
+        turned = "turned" in name
+        assert image_size(content) == decode_image(content).size == ((23, 37) if turned else (37, 23)), name
 
 
 def test_orientation_is_applied():

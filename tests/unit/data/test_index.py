@@ -21,8 +21,9 @@ from PIL import Image
 from laver_megatron.data.faults import FAULTS, Fault
 from laver_megatron.data.index import concatenate, select
 from laver_megatron.data.index_file import check_index, read_index, write_index
+from laver_megatron.data.index_summary import summary
 from laver_megatron.data.indexing import index_tars
-from laver_megatron.data.opening import find_shards, open_indexes
+from laver_megatron.data.opening import find_shards, find_shards_and_urls, open_indexes, path_problems
 from tests.unit.data.content import picture_bytes, question, read_member
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
@@ -157,6 +158,61 @@ def test_keys_that_come_twice(tmp_path):
     ]  # fmt: skip
     again = index_tars([write_tar(tmp_path / "1.tar", ["a.json"]), write_tar(tmp_path / "2.tar", ["a.json"])])
     assert not again.faults  # keys need only be unique within a shard
+
+
+MANY = [f"{number:04d}" for number in range(20)]
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it?"])
+@pytest.mark.parametrize("order", [("json", "jpg"), ("jpg", "json")])
+def test_files_of_a_sample_that_do_not_lie_together(tmp_path, order, text, caplog):
+    """Taken as they come, texts would be learnt without their pictures."""
+    contents = {"json": question(text), "jpg": picture_bytes()}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for extension in order:
+            for key in MANY:
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(contents[extension])
+                tar.addfile(info, io.BytesIO(contents[extension]))
+    index = index_tars([tmp_path / "a.tar"])
+    assert index.faults == {"scattered": 20} and not +index.left_out
+    assert caplog.messages and all("`tar --sort=name`" in message for message in caplog.messages)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        tar.extractall(tmp_path / "files", filter="data")
+    subprocess.run(["tar", "--sort=name", "-cf", "../b.tar", "-C", ".", "."], cwd=tmp_path / "files", check=True)
+    mended = index_tars([tmp_path / "b.tar"])
+    assert not mended.faults and len(mended.image_offset_P) == 20
+
+
+def test_a_tar_of_a_mac(write_shard):
+    """Every file comes with one of the same name behind `._`."""
+    samples = {f"{number}": {"json": question(), "jpg": picture_bytes()} for number in range(3)}
+    plain = index_tars([write_shard(samples)])
+    shard = write_shard({f"{prefix}{key}": files for key, files in samples.items() for prefix in ("._", "")}, "mac.tar")
+    index = index_tars([shard])
+    assert not index.faults and not +index.left_out
+    assert [index.key(row) for row in range(3)] == [plain.key(row) for row in range(3)]
+    assert index.image_width_P.tolist() == plain.image_width_P.tolist()
+
+
+def test_a_tar_that_is_cut_off_between_two_samples_says_so(write_shard, caplog):
+    shard = write_shard({f"{i}": {"json": question(), "jpg": picture_bytes()} for i in range(8)})
+    os.truncate(shard, index_tars([shard]).sample(5).text.offset - tarfile.BLOCKSIZE)
+    caplog.clear()
+    index = index_tars([shard])
+    assert len(index) == 5 and index.left_out == {"damaged_shard": 1}
+    assert "cut off: the file ends without a tar's closing zeros" in caplog.text
+
+
+def test_unused_keys_of_records_stand_in_the_index(write_shard, tmp_path):
+    records = [json.loads(question("Q")), {"messages": json.loads(question("Q")), "score": 3, "note": None}]
+    shard = write_shard({f"{i}": {"json": json.dumps(record).encode()} for i, record in enumerate(records * 2)})
+    index = index_tars([shard])
+    assert index.other_keys == {"score": 2}
+    write_index(index, tmp_path / "index.parquet")
+    assert read_index(tmp_path / "index.parquet").other_keys == {"score": 2}
+    assert concatenate([index, index]).other_keys == {"score": 4}
+    assert "1  unused keys of records: score (2)" in summary(index)
 
 
 def test_a_truncated_tar_gives_what_is_before_the_cut(write_shard, caplog):
@@ -314,7 +370,7 @@ def test_files_that_are_no_index(tmp_path, demo_index):
     write_index(demo_index, path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({}), path)
-    with pytest.raises(ValueError, match="no index of version 1"):
+    with pytest.raises(ValueError, match="no index of version 2"):
         read_index(path)
     pq.write_table(table.drop_columns(["checksum"]), path)
     with pytest.raises(ValueError, match="cannot be used"):
@@ -325,6 +381,26 @@ def test_files_that_are_no_index(tmp_path, demo_index):
 
 
 # --- what a user names ---------------------------------------------------------------------------------
+
+
+def test_lists_in_braces_and_file_urls(write_shard, tmp_path):
+    for number in range(3):
+        write_shard({"a": {"json": question("Q")}}, f"x-{number:03d}.tar")
+    names = [tmp_path / f"x-{number:03d}.tar" for number in range(3)]
+    assert find_shards(f"{tmp_path}/x-{{000..002}}.tar") == names
+    assert find_shards(f"{tmp_path}/x-{{000,002}}.tar") == [names[0], names[2]]
+    assert find_shards(f"{tmp_path}/x-{{000..001}}*.tar") == names[:2]
+    with pytest.raises(ValueError, match=r"x-003.tar does not exist and 1 more of .*x-{000..004}.tar"):
+        find_shards(f"{tmp_path}/x-{{000..004}}.tar")
+    (tmp_path / "a folder").mkdir()
+    spaced = Path(shutil.copy(names[0], tmp_path / "a folder" / "x{1}.tar"))
+    assert find_shards(str(spaced)) == [spaced]
+    for url in (spaced.as_uri(), f"file://localhost{spaced.as_uri()[7:]}", f"file:{spaced}", f"FILE://{spaced}"):
+        assert find_shards(url) == [spaced] == [Path(path) for path in find_shards_and_urls([url])]
+        assert path_problems([url]) == [] and len(open_indexes(url)) == 1
+    [problem] = path_problems(["file://other/x.tar"])
+    assert problem == "file://other/x.tar names a file of the machine other; write file:///PATH, or the path alone"
+    assert path_problems([(tmp_path / "none.tar").as_uri()]) == [f"{tmp_path}/none.tar does not exist"]
 
 
 def test_entries_of_all_kinds(shards, tmp_path, demo_index, caplog):

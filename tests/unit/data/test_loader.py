@@ -144,7 +144,7 @@ def test_too_many_unusable_samples_stop_the_start(write_shard, open_shards):
     open_shards(shard, max_bad_fraction=0.5)
     with pytest.raises(ValueError, match=r"1 of 2 samples cannot be used \(50.0%, allowed are 49.0%\)") as caught:
         open_shards(shard, max_bad_fraction=0.49)
-    assert "1  image_count       not as many <image> in the text as images" in str(caught.value)
+    assert "1  image_count       not as many <image> in the questions as images" in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,11 +1,13 @@
 import io
 import random
 import tarfile
+from itertools import groupby
 
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from webdataset import tariterators
 
 from laver_megatron.data.members import Damage, MemberGroup, group_members, walk
 
@@ -70,6 +72,53 @@ def test_keys_and_groups_are_webdatasets(tmp_path):
     theirs = webdataset.WebDataset(str(path), shardshuffle=False)
     expected = [(s["__key__"], {e for e in s if not e.startswith("__")}) for s in theirs]
     assert [(group.key, {m.extension for m in group.members}) for group in found(path.read_bytes())] == expected
+
+
+names = st.builds(
+    "".join,
+    st.tuples(
+        st.sampled_from(
+            ["", "./", "d/", "a.b/", "d/e/", ".h/", "__MACOSX/", "__MACOSX/d/", "__meta__/", "d/__MACOSX/"]
+        ),
+        st.sampled_from(["", "._", ".", ".."]),
+        st.sampled_from(["0001", "0002", "README", "x y", "é" * 60, "long" * 40]),
+        st.sampled_from(["", ".", ".json", ".jpg", ".JPG", ".0.png", ".Tar.GZ", ".json.gz"]),
+    ),
+)
+kinds = st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.DIRTYPE, tarfile.SYMTYPE])
+
+
+@given(st.lists(st.tuples(names, kinds), max_size=14), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+@settings(max_examples=300)
+def test_grouping_is_webdatasets(entries, form):
+    """On any tar, but for names that webdataset takes for keys by mistake: hidden files of a folder (`d/._a.jpg` has
+    the key `d/` there), and copies of them in `__MACOSX/`."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, kind in entries:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, 2 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"{}"))
+
+    def is_wanted(name):
+        *folders, base = name.split("/")
+        return not base.startswith(".") and "__MACOSX" not in folders
+
+    files = tariterators.tar_file_iterator(io.BytesIO(buffer.getvalue()), select_files=is_wanted)
+    # A key that comes twice ends webdataset's grouping; ours reports it, and only the order of files is compared then.
+    listed = [tariterators.base_plus_ext(file["fname"]) for file in files]
+    theirs = [(key, extension.lower()) for key, extension in listed if key is not None]
+    ours = [(g.key, [m.extension for m in g.members if m.extension != "(link)"]) for g in found(buffer.getvalue())]
+    grouped = [(key, [extension for _, extension in group]) for key, group in groupby(theirs, lambda entry: entry[0])]
+    assert [entry for entry in ours if entry[1]] == grouped
+
+
+def test_what_macos_adds_breaks_no_sample():
+    pairs = [(f"{number}.{end}", b"{}") for number in range(3) for end in ("json", "jpg")]
+    added = [(f"._{name}", b"\0\5\x16\7") for name, _ in pairs]
+    mixed = [entry for pair in zip(added, pairs, strict=True) for entry in pair] + [("__MACOSX/._0.json", b"x")]
+    expected = [(str(number), ["json", "jpg"]) for number in range(3)]
+    assert [(g.key, [m.extension for m in g.members]) for g in found(tar_bytes(mixed))] == expected
 
 
 def test_links_and_folders_are_no_content():

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from laver_megatron.data.packing import IGNORE_LABEL, PackedSample, build_packs, check_features
+from tests.unit.data.content import messages_of
 
 PADDING = 7
 
 
 def sample(encoder, text, grids=(), key="k"):
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
-    return encoder.encode(messages, grids, key)
+    return encoder.encode(messages_of([f"user: {text}", "assistant: Yes."]), grids, key)
 
 
 @pytest.fixture

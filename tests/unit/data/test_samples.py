@@ -1,12 +1,13 @@
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Qwen2Tokenizer
 
-from laver_megatron.data.conversations import parse_conversation
+from laver_megatron.data.conversations import Message
 from laver_megatron.data.packing import IGNORE_LABEL
 from laver_megatron.data.samples import SampleEncoder
+from tests.unit.data.content import messages_of
 
 GRID = (2, 3)
 PADS = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
@@ -32,19 +33,15 @@ CONVERSATIONS = {
 }
 
 
-def messages_of(turns):
-    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
-
-
 def grids_of(messages):
-    return [GRID] * sum(message["content"].count("<image>") for message in messages)
+    return [GRID] * sum(message.num_images for message in messages)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_tokens_equal_apply_chat_template(tokenizer, encoder, name):
     messages = messages_of(CONVERSATIONS[name])
     encoded = encoder.encode(messages, grids_of(messages), "key")
-    written_out = [{**message, "content": message["content"].replace("<image>", PADS)} for message in messages]
+    written_out = [{"role": message.role, "content": PADS.join(message.texts)} for message in messages]
     assert encoded.tokens_T.tolist() == tokenizer.apply_chat_template(written_out)["input_ids"]
 
 
@@ -70,6 +67,30 @@ def test_nothing_else_is_trained(tokenizer, encoder):
     assert trained("image in the answer") == "Here:  so.<|im_end|>"
 
 
+def test_an_untrained_answer_has_no_labels(tokenizer, encoder):
+    question, wrong, again, right = messages_of(["user: A", "assistant: WRONG", "user: C", "assistant: D"])
+    unmarked = encoder.encode([question, wrong, again, right], [], "key")
+    marked = encoder.encode([question, replace(wrong, is_trained=False), again, right], [], "key")
+    assert torch.equal(marked.tokens_T, unmarked.tokens_T)
+    assert tokenizer.decode(unmarked.labels_T[unmarked.labels_T != IGNORE_LABEL]) == "WRONG<|im_end|>D<|im_end|>"
+    assert tokenizer.decode(marked.labels_T[marked.labels_T != IGNORE_LABEL]) == "D<|im_end|>"
+
+
+def test_a_shortened_sample_ends_with_a_trained_answer(encoder):
+    messages = messages_of(["user: A", "assistant: B", "user: C", "assistant: WRONG", "user: E", "assistant: F"])
+    messages[3] = replace(messages[3], is_trained=False)
+    whole, alone = (encoder.encode(turns, [], "key") for turns in (messages, messages[:2]))
+    assert_same_sample(encoder.encode(messages, [], "key", (len(whole) - 1, 9)), alone)
+
+
+def test_the_word_image_is_text_where_it_is_no_place(tokenizer, encoder):
+    answer = "![fig](<image>)"
+    messages = [*messages_of(["user: <image>\nCopy it."]), Message("assistant", (answer,), True)]
+    encoded = encoder.encode(messages, [GRID], "key")
+    assert encoded.num_visual_tokens == 6
+    assert tokenizer.decode(encoded.labels_T[encoded.labels_T != IGNORE_LABEL]) == f"{answer}<|im_end|>"
+
+
 def test_an_image_lies_in_raster_order(encoder):
     encoded = encoder.encode(messages_of(["user: a <image> b <image>"]), [(2, 3), (1, 2)], "key")
     visual_T = encoded.image_number_T >= 0
@@ -83,7 +104,7 @@ def test_an_image_lies_in_raster_order(encoder):
 
 @pytest.mark.parametrize("text, num_pictures", [("Hello", 1), ("<image>", 0), ("<image> <image>", 3)])
 def test_placeholders_must_match_the_pictures(encoder, text, num_pictures):
-    message = rf"'some/key': {text.count('<image>')} <image> in the text but {num_pictures} pictures"
+    message = f"'some/key': the text has places for {text.count('<image>')} pictures but there are {num_pictures}"
     with pytest.raises(ValueError, match=message):
         encoder.encode(messages_of([f"user: {text}"]), [GRID] * num_pictures, "some/key")
 
@@ -91,31 +112,6 @@ def test_placeholders_must_match_the_pictures(encoder, text, num_pictures):
 def test_image_tokens_spelt_out_are_refused(encoder):
     with pytest.raises(ValueError, match=r"'k': the text holds 2 image tokens but there are 1 pictures"):
         encoder.encode(messages_of(["user: <image> <|image_pad|>"]), [GRID], "k")
-
-
-def test_forms_of_a_conversation():
-    expected = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    llava = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    for document in (llava, expected, {"conversations": llava, "id": 1}, {"messages": expected}):
-        assert parse_conversation(json.dumps(document), "name") == expected
-
-
-@pytest.mark.parametrize(
-    "content, what",
-    [
-        (b"{", "not valid JSON"),
-        (b"\xff\xfe\xfa", "not valid JSON"),
-        (b"[]", "expected a list of turns"),
-        (b'{"text": "a"}', "expected a list of turns"),
-        (b'["a"]', "turn 0 is not an object"),
-        (b'[{"from": "robot", "value": "a"}]', "turn 0 has the role 'robot'"),
-        (b'[{"role": ["user"], "content": "a"}]', "turn 0 has the role"),
-        (b'[{"role": "user", "content": 3}]', "the text of turn 0 is int"),
-    ],
-)
-def test_bad_conversations(content, what):
-    with pytest.raises(ValueError, match=f"shard: 'k'.*{what}"):
-        parse_conversation(content, "shard: 'k'")
 
 
 def test_tokenizer_without_a_special_token_or_with_another_template(tokenizer):

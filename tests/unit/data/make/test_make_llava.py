@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.data.make.llava import picture_names, read_picture
+from laver_megatron.data.opening import open_indexes
 from tests.unit.data.make.form import jpeg, turns, write_llava
 
 
@@ -176,12 +177,53 @@ def test_a_relative_folder_and_one_that_is_a_link_itself(folder, tmp_path, monke
         assert read_picture(Path(relative), "a.jpg", "x") == (folder / "a.jpg").read_bytes()
 
 
-def test_pictures_need_a_folder(tmp_path, make):
-    source = write(tmp_path, {"image": "a.jpg", "conversations": turns()})
-    with pytest.raises(ValueError, match="unreadable_image"):
+def test_pictures_need_a_folder(tmp_path, make, caplog):
+    source = write(tmp_path, *[{"image": "a.jpg", "conversations": turns()}] * 30)
+    with pytest.raises(ValueError, match="30 of 30 samples .*; say in which folder .* lie with --images\n") as caught:
         make(source)
+    assert "30  no_image_folder" in str(caught.value)
+    assert len(caplog.messages) == 1 and "say in which folder it lies with --images" in caplog.messages[0]
     with pytest.raises(ValueError, match="--images .* is not a folder"):
         make(source, images=tmp_path / "gone")
+
+
+RECORDS = [
+    {"id": "b", "system_prompt": "Explain.", "video": "a.mp4", "conversations": turns("<video>\nWhat?", "Sample")},
+    {"id": "c", "system": "Be terse.", "conversations": turns("A", "B"), "model": "m"},
+    {"id": "d", "messages": [
+        {"role": "user", "content": "A"}, {"role": "assistant", "content": "WRONG", "loss": False},
+        {"role": "user", "content": "C"}, {"role": "assistant", "content": "D", "name": "Bo"}]},
+    {"id": "e", "conversations": None, "messages": [{"from": None, "value": None, "role": "user", "content": "What is "
+     "<image> in HTML?"}, {"from": "gpt", "value": "A tag: <image>.", "role": None, "content": None}]},
+    {"id": "f", "image": "a.jpg", "conversations": turns("What is it?", "![fig](<image>)")},
+]  # fmt: skip
+
+
+def test_what_a_record_says_is_what_the_shard_says(tmp_path, make):
+    samples = make(write(tmp_path, *RECORDS), images=tmp_path / "images", max_bad_fraction=1)
+    assert make.report.faults == {"video_or_audio": 1}
+    said = {sample["json"]["id"]: sample["json"] for sample in samples.values()}
+    assert said["c"] == {"id": "c", "conversations": [{"from": "system", "value": "Be terse."}, *turns("A", "B")]}
+    assert said["d"]["conversations"][:2] == [turns("A")[0], {"from": "gpt", "value": "WRONG", "loss": False}]
+    assert said["d"]["conversations"][2:] == turns("C", "D")
+    assert said["e"]["conversations"] == turns("What is <image> in HTML?", "A tag: <image>.")
+    assert said["f"]["conversations"] == turns("<image>\nWhat is it?", "![fig](<image>)")
+    summary = make.report.summary(has_tokenizer=False)
+    assert "1 answers are marked as not to be trained: they carry no labels" in summary
+    assert "unused keys of records: model (1), turns.name (1)" in summary
+    assert "1  video_or_audio    video or audio, which this trainer cannot learn from" in summary
+    assert "1 samples had pictures but no <image>: put before the first question" in summary
+
+
+def test_pictures_in_answers_are_asked_for(tmp_path, make):
+    source, images = write(tmp_path, RECORDS[-1]), tmp_path / "images"
+    [plain] = make(source, images=images).values()
+    [asked] = make(source, images=images, images_in_answers=True, output="asked").values()
+    assert "images_in_answers" not in plain["json"]
+    assert asked["json"]["images_in_answers"] is True
+    assert asked["json"]["conversations"] == turns("What is it?", "![fig](<image>)")
+    (index,) = open_indexes(tmp_path / "asked")
+    assert index.fault_I.tolist() == [0]
 
 
 def test_names_in_order():

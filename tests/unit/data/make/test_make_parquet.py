@@ -113,6 +113,25 @@ def test_faults_of_rows(tmp_path, make):
         make(path, max_bad_fraction=1, output="other")
 
 
+def test_what_a_row_says_beside_its_turns(tmp_path, make):
+    """Arrow writes every key of the schema in every row: null is absent."""
+    turn = {"from": "human", "value": "A", "role": None, "content": None, "loss": None}
+    answer = {"from": None, "value": None, "role": "assistant", "content": "B", "loss": None}
+    rows = [
+        {"id": "c", "system": "Be terse.", "conversations": [turn, answer], "video": None, "score": 1.0},
+        {"id": "d", "system": None, "conversations": [turn, {**answer, "loss": False}, turn, answer], "video": None},
+        {"id": "b", "system": None, "conversations": [turn, answer], "video": "a.mp4", "score": None},
+    ]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pyarrow.Table.from_pylist(rows), path)
+    samples = make(path, max_bad_fraction=1)
+    said = {sample["json"]["id"]: sample["json"]["conversations"] for sample in samples.values()}
+    assert said["c"] == [{"from": "system", "value": "Be terse."}, *turns("A", "B")]
+    assert said["d"][1] == {"from": "gpt", "value": "B", "loss": False} and len(said["d"]) == 4
+    assert make.report.faults == {"video_or_audio": 1}
+    assert make.report.other_keys == {"score": 2}  # a column that is never read, in each sample
+
+
 def test_other_files(tmp_path, make):
     path = tmp_path / "a.parquet"
     pq.write_table(pyarrow.table({"text": ["a"]}), path)

@@ -78,6 +78,16 @@ def test_faults_of_records(tmp_path, make):
     assert make.report.faults == {"no_json": 1, "duplicate_key": 1, "invalid_json": 1, "image_count": 1}
 
 
+def test_scattered_and_hidden_files(tmp_path, make):
+    """Texts would be learnt without pictures that lie elsewhere; what macOS adds is nothing."""
+    pairs = [(f"k{number}", turns("Q"), small(number)) for number in range(3)]
+    apart = [(f"{key}.json", text) for key, text, _ in pairs] + [(f"{key}.jpg", picture) for key, _, picture in pairs]
+    whole = [("._k9.json", b"x"), ("k9.json", turns("Q")), ("._k9.jpg", b"x"), ("k9.jpg", small(9))]
+    samples = make(write_tar(tmp_path / "a.tar", apart + whole), max_bad_fraction=1)
+    assert [sorted(sample) for sample in samples.values()] == [["jpg", "json"]]
+    assert make.report.faults == {"scattered": 6}
+
+
 @pytest.mark.parametrize("where", ["middle", "end"])
 def test_damaged_tars(tmp_path, make, where):
     members = [(f"k{number}.{end}", content) for number in range(9) for end, content in
@@ -165,7 +175,7 @@ def test_onevision_mix(tmp_path, make):
     assert list(samples) == ["000000000", "000000001"]
     assert samples["000000000"]["0.jpg"] == small(0)
     assert samples["000000000"]["json"]["conversations"][0] == {"from": "system", "value": "Be brief."}
-    assert make.report.faults == {"image_count": 1}
+    assert make.report.faults == {"video_or_audio": 1}
 
 
 @pytest.mark.parametrize(

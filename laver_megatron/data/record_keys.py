@@ -1,0 +1,141 @@
+"""What a record may hold beside its turns: keys that are used, refused, or ignored and counted (table in docs/data.md).
+
+A value that is null or empty counts as absent: Arrow writes every column for every row.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from laver_megatron.data.faults import Fault, SampleFault
+
+IMAGE_PARTS = ("image", "image_url")  # types of a part of a message
+IMAGES_IN_ANSWERS = "images_in_answers"
+USED_KEYS = frozenset(
+    ("conversations", "messages", "system", "system_prompt", IMAGES_IN_ANSWERS, "id", "source", "data_source")
+    + ("image", "images")  # names of pictures in LLaVA's form, and the pictures themselves in Parquet
+)
+_SYSTEM_KEYS = ("system", "system_prompt")
+_USED_IN_TURNS = frozenset(("from", "value", "role", "content", "loss", "weight", "train"))
+_MARKS = ("loss", "weight", "train")  # of a turn: whether it is learnt
+_MEDIA_KEYS = ("video", "videos", "audio", "audios")
+_MEDIA_PARTS = ("video", "video_url", "audio", "audio_url", "input_audio")
+_TOOL_KEYS = ("tools", "functions")
+_TOOL_KEYS_IN_TURNS = ("tool_calls", "function_call")
+_TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response")
+_TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "tool_response")
+REFUSED_KEYS = frozenset(_MEDIA_KEYS + _TOOL_KEYS)
+_NOTHING = ("", "[]", "{}", "null")  # some columns hold lists as text
+_MOST_NAMES, _NAME_LENGTH = 100, 60
+_OTHER_NAMES = "(further keys)"
+
+
+def first_present(document: Mapping[str, object], *keys: str) -> object:
+    """The value of the first key that is there and not null; None if there is none."""
+    return next((value for key in keys if (value := document.get(key)) is not None), None)
+
+
+def check_record(record: Mapping[str, object], name: str) -> None:
+    """Raises SampleFault: a record with video, audio or tools."""
+    for keys, fault in ((_MEDIA_KEYS, Fault.video_or_audio), (_TOOL_KEYS, Fault.tool_use)):
+        for key in keys:
+            _refuse(record, key, fault, f"{name} has `{key}`, which this trainer cannot learn from")
+
+
+def check_turn(turn: Mapping[str, object], number: int, name: str) -> None:
+    """Raises SampleFault: a turn with video, audio or tool calls beside its text."""
+    for keys, fault in ((_MEDIA_KEYS, Fault.video_or_audio), (_TOOL_KEYS_IN_TURNS, Fault.tool_use)):
+        for key in keys:
+            _refuse(turn, key, fault, f"{name}: turn {number} has `{key}`, which this trainer cannot learn from")
+
+
+def check_role(role: object, number: int, name: str) -> None:
+    """Raises SampleFault: the turn of a tool, or a call of one."""
+    if role in _TOOL_ROLES:
+        raise SampleFault(
+            Fault.tool_use, f"{name}: turn {number} has the role {role!r}, which this trainer cannot learn from"
+        )
+
+
+def check_part(kind: object, number: int, name: str) -> None:
+    """Raises SampleFault: a message part that is video, audio or a tool call."""
+    for kinds, fault in ((_MEDIA_PARTS, Fault.video_or_audio), (_TOOL_PARTS, Fault.tool_use)):
+        if kind in kinds:
+            message = f"{name}: turn {number} has a part of the type {kind!r}, which this trainer cannot learn from"
+            raise SampleFault(fault, message)
+
+
+def is_to_train(turn: Mapping[str, object], number: int, name: str) -> bool:
+    """Whether a turn's `loss`, `weight` and `train` let it be trained: true, 1 or absent, not false or 0.
+
+    Raises:
+        SampleFault: any other value, which this trainer does not honour.
+    """
+    trained = True
+    for key in _MARKS:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            message = f"{name}: turn {number} has {key} {value!r:.40}; it must be true, 1, false or 0"
+            raise SampleFault(Fault.loss_weight, message)
+        trained = trained and bool(value)
+    return trained
+
+
+def system_texts(record: Mapping[str, object], name: str) -> list[str]:
+    """The record's own system texts, each once.
+
+    Raises:
+        SampleFault: one that is not a text.
+    """
+    texts: dict[str, None] = {}
+    for key in _SYSTEM_KEYS:
+        value = record.get(key)
+        if value is not None and not isinstance(value, str):
+            raise SampleFault(Fault.text_not_string, f"{name}: `{key}` is {type(value).__name__}, not a string")
+        if value and value.strip():
+            texts[value] = None
+    return list(texts)
+
+
+def other_keys(record: Mapping[str, object], turns: Sequence[object]) -> Counter[str]:
+    """Keys that have a value and are not used, with counts; those of turns as `turns.KEY`."""
+    found = Counter(key for key, value in record.items() if key not in USED_KEYS and not is_nothing(value))
+    if not is_nothing(record.get("conversations")) and not is_nothing(record.get("messages")):
+        found["messages beside conversations"] += 1
+    for turn in turns:
+        assert isinstance(turn, dict), "turns have been read"
+        is_answer = first_present(turn, "from", "role") in ("gpt", "assistant")
+        for key, value in turn.items():
+            if key not in _USED_IN_TURNS and not is_nothing(value):
+                found[f"turns.{key}"] += 1
+            elif key in _MARKS and value and not is_answer:
+                found[f"turns.{key} of questions"] += 1  # questions are never trained
+    return found
+
+
+def add_keys(total: Counter[str], found: Mapping[str, int]) -> None:
+    """Adds counts of keys. Names come from files that nobody has checked: only so many are kept, cut and printable."""
+    for key, count in found.items():
+        name = key if key.isprintable() else ascii(key)
+        name = name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
+        total[name if name in total or len(total) < _MOST_NAMES else _OTHER_NAMES] += count
+
+
+def keys_line(found: Counter[str]) -> str:
+    """Keys with their counts on one line, the most frequent first."""
+    return ", ".join(f"{key} ({count:,})" for key, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a value counts as absent: null, an empty text, list or object, or one that holds nothing but nulls."""
+    if isinstance(value, list | tuple):
+        return all(item is None for item in value)
+    if isinstance(value, dict):
+        return all(item is None for item in value.values())
+    return value is None or (isinstance(value, str) and value.strip() in _NOTHING)
+
+
+def _refuse(document: Mapping[str, object], key: str, fault: Fault, message: str) -> None:
+    if not is_nothing(document.get(key)):
+        raise SampleFault(fault, message)
