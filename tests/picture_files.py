@@ -48,7 +48,8 @@ def picture_files() -> dict[str, bytes]:
             if plain is None:
                 continue
             found[f"{format} {mode}"] = plain
-            for tag, options in (("exif", {"exif": exif}), ("xmp", {"xmp": _XMP})):
+            xmp = {"tiffinfo": {700: _XMP}} if format == "TIFF" else {"xmp": _XMP}
+            for tag, options in (("exif", {"exif": exif}), ("xmp", xmp)):
                 if format in ("JPEG", "PNG", "WEBP", "TIFF") and (turned := _saved(image, format, **options)):
                     found[f"{format} {mode}, turned by {tag}"] = turned
             if format == "PNG":

@@ -77,12 +77,15 @@ class ShownPack:
 
 
 def describe(shown: ShownPack, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The headline, then each sample: its key and its text. What is trained stands in [[ ]]; an image is one word."""
+    """The headline, then each sample: key, counts and text. What is trained stands in [[ ]]; an image is one word."""
     pack = shown.pack
     lines = [shown.headline()]
     for document, key in enumerate(pack.keys[0]):
         places = (pack.document_BS[0] == document).nonzero().flatten()
-        lines.append(f"--- {key}: {len(places)} tokens from {int(places[0])} on")
+        num_trained = int((pack.labels_BS[0, places] != IGNORE_LABEL).sum())
+        num_images = len(pack.image_BS[0, places].unique()) - int((pack.image_BS[0, places] < 0).any())
+        counts = f"{num_trained} trained, {num_images} images"
+        lines.append(f"--- {key}: {len(places)} tokens from {int(places[0])} on, {counts}")
         lines.append("".join(_segments(pack, places, tokenizer)))
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
 import json
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laver_megatron.data import record_keys
 from laver_megatron.data.conversations import Message, parse_conversation, parse_json, read_conversation
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.assemble import SampleMaker
@@ -145,6 +147,15 @@ def test_weights_that_training_would_not_keep_to(value):
 )
 def test_what_this_trainer_cannot_learn_from(document, fault):
     assert fault_of(document) == fault
+
+
+def test_the_documents_table_names_every_key():
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    tables = text[text.index("### What of a record is used") : text.index("### What a picture's pixels are")]
+    for key in (*record_keys.USED_KEYS, *record_keys.REFUSED_KEYS, *record_keys._USED_IN_TURNS):
+        assert f"`{key}`" in tables or f"`{key}: true`" in tables, key
+    for key in record_keys._TOOL_KEYS_IN_TURNS:
+        assert f"`{key}`" in tables, key
 
 
 def test_unused_keys_are_counted():

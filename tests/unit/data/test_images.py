@@ -68,7 +68,7 @@ def test_a_sixteen_bit_colour_that_is_transparent_is_white():
     assert pixels_of(grey, transparency=1000) == [(v, v, v) for v in (255, 7, 255)]
 
 
-def test_tags_behind_the_pixels_of_a_png_turn_it():
+def test_sizes_are_those_of_the_turned_picture():
     """Where the header alone does not say it, the size is that of the picture as it is decoded."""
     for name, content in picture_files().items():
         turned = "turned" in name

@@ -1,5 +1,6 @@
 """What is drawn of a pack, and what is said of it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from laver_megatron.command_line import load_config
 from laver_megatron.data.dataset import open_reader
+from laver_megatron.data.make import MakeSettings, make_shards
 from laver_megatron.data.packing import IGNORE_LABEL
 from laver_megatron.data.show import (
     ANSWER,
@@ -26,6 +28,7 @@ from laver_megatron.data.show import (
     token_kinds,
 )
 from tests.packs import pack, padding
+from tests.unit.data.content import picture_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -62,6 +65,34 @@ def test_words(config, reader, tokenizer):
     labels = shown.pack.labels_BS[shown.pack.labels_BS != IGNORE_LABEL]
     assert "".join(trained) == tokenizer.decode(labels)
     assert text.count("<8 x 8 visual tokens>") == len(shown.pack.pixels[0])
+
+
+def test_what_is_learnt_of_records_of_every_kind(config, demo_dir, tokenizer, tmp_path):
+    """From records as they are published to what a person sees: what is trained, and what is only read."""
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "See ![fig](<image>)."}]
+    marked = [
+        {"role": "user", "content": "A"}, {"role": "assistant", "content": "WRONG", "loss": False},
+        {"role": "user", "content": "C"}, {"role": "assistant", "content": "D"},
+    ]  # fmt: skip
+    records = [
+        {"id": "c", "system": "Be terse.", "conversations": turns},
+        {"id": "d", "messages": marked},
+        {"id": "f", "image": "a.jpg", "conversations": turns},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    make_shards(MakeSettings([tmp_path / "data.json"], tmp_path / "shards", images=tmp_path))
+    reader = open_reader(config, [str(tmp_path / "shards")], demo_dir / "model", demo_dir / "encoder")
+    (shown,) = show_packs(config, reader, [0])
+    samples = {part.split(":")[0]: part for part in describe(shown, tokenizer).split("--- ")[1:]}
+    terse, untrained, placed = (samples[f"{number:09d}"] for number in range(3))
+    assert "system\nBe terse.<|im_end|>" in terse and "[[See ![fig](<image>).<|im_end|>]]" in terse
+    assert ", 0 images" in terse and "visual tokens" not in terse
+    assert "WRONG<|im_end|>" in untrained and "[[WRONG" not in untrained and "[[D<|im_end|>]]" in untrained
+    assert placed.index("<8 x 8 visual tokens>") < placed.index("Q?") and ", 1 images" in placed
+    assert "[[See ![fig](<image>).<|im_end|>]]" in placed
+    for text, answer in ((untrained, "D"), (placed, "See ![fig](<image>).")):
+        assert f" {len(tokenizer(answer)['input_ids']) + 1} trained, " in text
 
 
 def test_masks_are_those_of_the_step(config, reader):
