@@ -238,6 +238,11 @@ class Family(ABC):
     def model(self, vision: dict[str, Any]) -> PreTrainedModel | None:
         """transformers' own model with random weights; None if the family has no weights."""
 
+    def is_idle(self, name: str, num_layers: int | None) -> bool:
+        """Whether features that are taken behind so many layers (None: there is no choice) do not depend on the
+        parameter of this name. Such a one does not train: it has no gradient, and weight decay would shrink it."""
+        return False
+
     @abstractmethod
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> ImageEncoder:
         """Around what `model` has built or the weights were loaded into."""
