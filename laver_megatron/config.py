@@ -105,7 +105,8 @@ class Config:
     )
     attention: str = _option(
         "model",
-        "mixed: visual tokens also see the rest of their own image; causal: every token sees only what precedes it",
+        "of the language stream; mixed: visual tokens also see the rest of their own image; causal: every token sees "
+        "only what precedes it. Reconstruction is bidirectional within each image either way",
         choices=ATTENTIONS,
         default="mixed",
     )
