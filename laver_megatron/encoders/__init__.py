@@ -20,6 +20,7 @@ from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.shape import VISION_PART, read_part
+from laver_megatron.model_files import read_image_processor
 
 FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(), Patches())
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -67,9 +68,7 @@ def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None
 
     path, family, vision = _find(directory)
     shape = family.shape(vision, path)
-    file = Path(directory) / "preprocessor_config.json"
-    if not file.is_file():
-        raise ValueError(f"{directory}: no preprocessor_config.json in it")
+    file, _ = read_image_processor(Path(directory))
     try:
         processor = AutoImageProcessor.from_pretrained(file.parent, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises what it likes on files of other kinds

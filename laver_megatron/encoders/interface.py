@@ -228,7 +228,7 @@ class Family(ABC):
     def preprocessor(
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
-        """file: the preprocessor_config.json that the processor was made from.
+        """file: what the processor was made from.
 
         Raises:
             ValueError: a processor that does not fit the encoder, or more tokens than max_image_tokens.
