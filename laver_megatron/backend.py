@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from laver_megatron.adam import ResumableAdam
+from laver_megatron.gradient_norm import blockwise_l2_norm
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -116,6 +117,16 @@ def _give_megatron_an_adam_that_resumes() -> None:
             setattr(owner, name, replacement)
 
 
+def _give_megatron_an_exact_gradient_norm() -> None:
+    """Where neither TransformerEngine nor apex brings a kernel, Megatron falls back to a norm that is too small for
+    large tensors on a CPU."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = blockwise_l2_norm
+
+
 _backend: Backend | None = None
 
 
@@ -135,6 +146,7 @@ def use_backend() -> Backend:
         _redirect_cuda_calls_to_cpu()
         _backend = Backend(device=torch.device("cpu"), communication="gloo")
     _give_megatron_an_adam_that_resumes()
+    _give_megatron_an_exact_gradient_norm()
     return _backend
 
 

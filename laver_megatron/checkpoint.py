@@ -45,6 +45,7 @@ from laver_megatron.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 from laver_megatron.teacher import Centre, TeacherAverage
 
 Item = TypeVar("Item")
+_PER_PARAMETER = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint has of the optimizer's state of each parameter
 
 
 @dataclass
@@ -175,7 +176,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=True))
     sharded.update(_teacher_state(state, metadata, is_loading=True))
-    _check_keys(sharded, path)
+    _check_keys(sharded, path, may_ignore=_moments_of_idle_parameters(state.stages))
     loaded = all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
     _fill_stages(state.stages, loaded)
     if "optimizer" in loaded:
@@ -241,6 +242,18 @@ def _stored_keys(path: Path) -> set[str]:
     return all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
 
 
+def _moments_of_idle_parameters(stages: Sequence[LaverStage]) -> tuple[str, ...]:
+    """Keys that the optimizer has of a trained encoder's parameters that its features do not depend on, in checkpoints
+    of versions in which these decayed. Nothing is lost with them: the moments are those of a gradient of 0."""
+    mine: list[str] = []
+    for encoder in filter(None, (stage.encoder for stage in stages)):
+        trains = {name: parameter.requires_grad for name, parameter in encoder.named_parameters()}
+        if any(trains.values()):
+            idle = [name for name in trains if not trains[name]]
+            mine += [f"optimizer.state.{kind}.encoder.{name}" for kind in _PER_PARAMETER for name in idle]
+    return tuple(key for part in gathered(mine) for key in part)
+
+
 def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_ignore: tuple[str, ...] = ()) -> None:
     """Compares what all ranks together ask for with what the checkpoint holds; ValueError if either has more.
 
@@ -258,7 +271,8 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_i
         if wrong:
             raise ValueError(
                 f"{path} {problem.format(len(wrong))}, such as {', '.join(wrong[:3])}; was it trained with other "
-                "parts (--laver, --centre-momentum)? --finetune takes the weights alone"
+                "parts (--laver, --centre-momentum, an --encoder-feature-layer further down in a trained encoder)? "
+                "--finetune takes the weights alone"
             )
 
 

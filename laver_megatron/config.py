@@ -105,7 +105,8 @@ class Config:
     )
     attention: str = _option(
         "model",
-        "mixed: visual tokens also see the rest of their own image; causal: every token sees only what precedes it",
+        "of the language stream; mixed: visual tokens also see the rest of their own image; causal: every token sees "
+        "only what precedes it. Reconstruction is bidirectional within each image either way",
         choices=ATTENTIONS,
         default="mixed",
     )
@@ -273,7 +274,12 @@ class Config:
     lr: float = _option("training", "highest learning rate", default=2e-5)
     min_lr: float = _option("training", "learning rate at the end of the cosine decay", default=0.0)
     lr_warmup_iters: int = _option("training", "iterations of linear warm-up", default=0)
-    weight_decay: float = _option("training", "decoupled weight decay", default=0.0)
+    weight_decay: float = _option(
+        "training",
+        "decoupled weight decay of matrices; tensors of one dimension (biases, norms, [MASK]) do not decay, nor do "
+        "parts of a trained encoder that its features do not depend on",
+        default=0.0,
+    )
     adam_beta1: float = _option("training", "decay of Adam's first moment", default=0.9)
     adam_beta2: float = _option("training", "decay of Adam's second moment", default=0.999)
     adam_eps: float = _option("training", "added to the denominator of Adam's update", default=1e-8)

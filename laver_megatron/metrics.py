@@ -17,7 +17,6 @@ import importlib.util
 import math
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,13 @@ REQUIRED_FIELDS = (
     "consumed_samples",
     "consumed_packs",
     "skipped_iterations",  # since the start of training, not since the last line
+    "elapsed_seconds",  # of the step alone: no save, no validation, no logging
     "student_visual_similarity",
     "teacher_visual_similarity",
     "teacher_entropy",
 )
 OPTIONAL_FIELDS = (
-    "num_bad_samples", "consumed_tokens", "elapsed_seconds", "data_seconds", "data_wait_seconds", "global_batch_size",
+    "num_bad_samples", "consumed_tokens", "data_seconds", "data_wait_seconds", "global_batch_size",
 )  # fmt: skip
 
 # (name in the line, field, format). Fields that are None or missing leave the line.
@@ -119,12 +119,12 @@ class RunLog:
         self._wandb = self._open_wandb(wandb_project) if wandb_project else None
         show = sys.stderr.isatty() if progress_bar is None else progress_bar
         self._bar = tqdm(total=train_iters, initial=resume_iteration, unit="it") if show else None
-        self._interval_start, self._interval_iteration = time.monotonic(), resume_iteration
+        self._since_line: list[float] = []  # seconds of the iterations after the last line
         self._closed = False
 
     def log(self, record: dict[str, Any]) -> None:
         """Write down one training iteration. Numbers may be Python's or zero-dimensional tensors; the line shows this
-        iteration's values, except the elapsed time, which is the mean since the line before."""
+        iteration's values, except the elapsed time, which is the mean of the steps since the line before."""
         missing = [name for name in REQUIRED_FIELDS if name not in record]
         assert not missing, f"the record lacks {missing}"
         record = {name: _plain(value) for name, value in record.items()}
@@ -134,6 +134,7 @@ class RunLog:
         self._metrics_file.write(json_line(record))
         self._metrics_file.flush()
         self._send(iteration, record, prefix="train")
+        self._since_line.append(record["elapsed_seconds"])
         if self._bar is not None:
             losses = {name: f"{record[field]:.4f}" for name, field in BAR_FIELDS if record[field] is not None}
             self._bar.set_postfix(losses, refresh=False)
@@ -151,8 +152,6 @@ class RunLog:
         numbers = [(name, value) for name, value in record.items() if name != "iteration" and _is_number(value)]
         fields = [f"{name.replace('_', ' ')}: {value:.6E}" for name, value in numbers]
         self._print(f" validation at iteration {iteration:8d} | " + " | ".join(fields) + " |")
-        # the time validation took is not training's
-        self._interval_start += record.get("elapsed_seconds") or 0.0
 
     def close(self) -> None:
         """Close the files and draw `curves.png`. Safe to call twice."""
@@ -175,9 +174,8 @@ class RunLog:
             draw_curves(self.metrics_path, self.run_dir / "curves.png")
 
     def _print_line(self, record: dict[str, Any]) -> None:
-        now, iteration = time.monotonic(), record["iteration"]
-        elapsed = (now - self._interval_start) / (iteration - self._interval_iteration)
-        self._interval_start, self._interval_iteration = now, iteration
+        elapsed = sum(self._since_line) / len(self._since_line)
+        self._since_line.clear()
         self._print(format_line(record, self.train_iters, elapsed, self.config_dict.get("global_batch_size")))
 
     def _print(self, line: str) -> None:

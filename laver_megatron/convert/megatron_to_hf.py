@@ -18,7 +18,6 @@ import torch
 from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.parts import (
-    PROCESSOR_FILE,
     Training,
     check_companions,
     native_bounds,
@@ -46,6 +45,7 @@ from laver_megatron.model_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
     TOKENIZER_FILES,
     copy_files,
     load_tokenizer,

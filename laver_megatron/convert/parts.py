@@ -22,13 +22,13 @@ from laver_megatron.model.shape import (
     read_config,
     read_model_shape,
 )
+from laver_megatron.model_files import PROCESSOR_FILE
 from laver_megatron.ranks import on_rank_0
 
 _COMPARED_BYTES = 32 << 20
 _HEAD = "vision_head.linear_3.weight"
 # The names under which a LaVer export's config.json has what a run calls CHANGEABLE.
 _EXPORTED_AS = {"encoder_feature_layer": "vision_feature_layer"}
-PROCESSOR_FILE = "processor_config.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def copies_of_tied_embedding(tensors: SafetensorsReader, text: ModelShape) -> se
 
 def _compare_with_embedding(tensors: SafetensorsReader, head: str) -> None:
     embedding = head.removesuffix(TIED_HEAD) + EMBEDDING
-    same = embedding in tensors.names() and tensors.size(head) == tensors.size(embedding)
+    if embedding not in tensors.names():
+        return  # as `check_tensors` says, which knows by which name it should be there
+    same = tensors.size(head) == tensors.size(embedding)
     if same:
         num_rows, *width = tensors.size(head)
         row_bytes = torch.Size(width).numel() * tensors.dtype(head).itemsize
@@ -130,7 +132,7 @@ def training_of_export(directory: Path) -> Training:
 
 
 def _cap_of_export(directory: Path) -> int | None:
-    """Visual tokens of an image at most; None if that is what preprocessor_config.json says."""
+    """Visual tokens of an image at most; None if that is what its image processor says."""
     path, own = directory / PROCESSOR_FILE, open_preprocessor(directory)
     assert isinstance(own, NativePreprocessor)
     try:

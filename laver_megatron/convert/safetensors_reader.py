@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laver_megatron.convert.weights import Size, Weight
+from laver_megatron.tensor_names import misnamed
 
 MODEL = "model"
 TRAINING_STATE = "training_state"
@@ -160,12 +161,12 @@ def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may
     config = tensors.directory / "config.json"
     whole = f"the model of {config}" if tensors.stem == MODEL else f"the training state of {tensors.directory}"
     missing = sorted(expected.keys() - tensors.names())
-    if missing:
-        raise ValueError(
-            f"{tensors.directory} lacks {len(missing)} tensors of {whole}, such as {', '.join(missing[:3])}; "
-            "download or copy it again"
-        )
     surplus = sorted(tensors.names() - expected.keys() - (may_hold or set()))
+    if missing:
+        remedy = misnamed(surplus, missing) or "download or copy it again"
+        raise ValueError(
+            f"{tensors.directory} lacks {len(missing)} tensors of {whole}, such as {', '.join(missing[:3])}; {remedy}"
+        )
     if surplus:
         raise ValueError(
             f"{tensors.where(surplus[0])} has no place in {whole} with its {len(expected)} tensors "

@@ -3,6 +3,7 @@
 A seventh family is one file like its neighbours and one line in the table; docs/encoders.md says how.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.model.shape import VISION_PART, read_part
+from laver_megatron.model_files import read_image_processor
 
 FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(), Patches())
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 __all__ = [
     "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "check_encoder",
-    "encoder_facts", "encoder_settings", "encoder_tensor_sizes", "open_preprocessor", "read_encoder",
+    "encoder_facts", "encoder_settings", "encoder_tensor_sizes", "idle_parameters", "open_preprocessor", "read_encoder",
 ]  # fmt: skip
 
 
@@ -66,9 +68,7 @@ def open_preprocessor(directory: str | Path, max_image_tokens: int | None = None
 
     path, family, vision = _find(directory)
     shape = family.shape(vision, path)
-    file = Path(directory) / "preprocessor_config.json"
-    if not file.is_file():
-        raise ValueError(f"{directory}: no preprocessor_config.json in it")
+    file, _ = read_image_processor(Path(directory))
     try:
         processor = AutoImageProcessor.from_pretrained(file.parent, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises what it likes on files of other kinds
@@ -83,7 +83,7 @@ def build_encoder(
     directory: str | Path, feature_layer: int | None, dtype: torch.dtype, *, load_weights: bool
 ) -> ImageEncoder:
     """The encoder of a Hugging Face directory, with its weights or (to be loaded over) without. feature_layer: None for
-    the family's default.
+    the family's default. Its idle parameters do not train.
 
     Raises:
         ValueError: a layer that it does not have; with weights, files that are damaged.
@@ -100,7 +100,22 @@ def build_encoder(
         model = family.model(vision)
         if model is not None:
             cast_weights(model, dtype)
+    if model is not None:
+        parameters = dict(model.named_parameters())
+        for name in idle_parameters(shape, parameters, layer):
+            parameters[name].requires_grad_(False)
     return family.encoder(model, shape, layer)
+
+
+def idle_parameters(shape: EncoderShape, names: Iterable[str], feature_layer: int | None) -> list[str]:
+    """Those of an encoder's parameters that its features do not depend on: layers behind the one they are taken from,
+    final norm, pooling head. feature_layer: None for the family's default.
+
+    Raises:
+        ValueError: a layer that the encoder does not have.
+    """
+    family, num_layers = FAMILY_OF[shape.model_type], shape.num_layers_run(feature_layer)
+    return [name for name in names if family.is_idle(name, num_layers)]
 
 
 def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:

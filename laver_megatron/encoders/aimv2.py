@@ -35,6 +35,7 @@ class NativeAimv2Encoder(HiddenStateEncoder):
 class Aimv2(FixedFamily):
     model_types = ("aimv2", "aimv2_vision_model")
     processors = ("CLIPImageProcessor", "Aimv2ImageProcessor")
+    behind_layers = ("rms_norm.", "head.")
 
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
         from transformers import Aimv2VisionConfig

@@ -23,6 +23,7 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 class Clip(FixedFamily):
     model_types = ("clip", "clip_vision_model")
     processors = ("CLIPImageProcessor",)
+    behind_layers = ("post_layernorm.",)
 
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
         from transformers import CLIPVisionConfig

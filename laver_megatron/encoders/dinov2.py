@@ -24,6 +24,7 @@ _WITH_REGISTERS = "dinov2_with_registers"
 class Dinov2(FixedFamily):
     model_types = ("dinov2", _WITH_REGISTERS)
     processors = ("BitImageProcessor",)
+    behind_layers = ("layernorm.", "embeddings.mask_token")
 
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
         from transformers import Dinov2Config, Dinov2WithRegistersConfig

@@ -5,6 +5,7 @@ Letters: I images of one size, H W their pixels, N visual tokens of an image, T 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
+
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")  # in the name of a parameter, the number of its layer
 
 
 class HiddenStateEncoder(ImageEncoder):
@@ -36,7 +39,17 @@ class HiddenStateEncoder(ImageEncoder):
 
 
 class HiddenStateFamily(Family):
-    """Families whose features are a hidden state."""
+    """Families whose features are a hidden state. behind_layers: beginnings of the names of parameters that no hidden
+    state depends on, such as those of the final norm and of a pooling head."""
+
+    behind_layers: tuple[str, ...]
+
+    def is_idle(self, name: str, num_layers: int | None) -> bool:
+        assert num_layers is not None
+        layer = _LAYER.search(name)
+        # Some versions of transformers have another module around the vision model.
+        behind = name.removeprefix("vision_model.").startswith(self.behind_layers)
+        return behind or (layer is not None and int(layer[1]) >= num_layers)
 
     def encoder(
         self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None

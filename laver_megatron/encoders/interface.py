@@ -228,7 +228,7 @@ class Family(ABC):
     def preprocessor(
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
-        """file: the preprocessor_config.json that the processor was made from.
+        """file: what the processor was made from.
 
         Raises:
             ValueError: a processor that does not fit the encoder, or more tokens than max_image_tokens.
@@ -237,6 +237,11 @@ class Family(ABC):
     @abstractmethod
     def model(self, vision: dict[str, Any]) -> PreTrainedModel | None:
         """transformers' own model with random weights; None if the family has no weights."""
+
+    def is_idle(self, name: str, num_layers: int | None) -> bool:
+        """Whether features that are taken behind so many layers (None: there is no choice) do not depend on the
+        parameter of this name. Such a one does not train: it has no gradient, and weight decay would shrink it."""
+        return False
 
     @abstractmethod
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> ImageEncoder:

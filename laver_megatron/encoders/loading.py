@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from laver_megatron.tensor_names import misnamed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -79,7 +81,8 @@ def _filled(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path,
         ignore_mismatched_sizes=True,
     )
     misshapen = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    _refuse(directory, "lacks", sorted(info["missing_keys"]))
+    missing = sorted(info["missing_keys"])
+    _refuse(directory, "lacks", missing, misnamed(set(info["unexpected_keys"]), missing, _PREFIXES))
     _refuse(directory, "has, in another size than its config.json says,", misshapen)
     # Heads that nobody asked for do no harm; more layers or tokens than config.json says make another model.
     more = sorted(name for name in info["unexpected_keys"] if _MADE_FOR_FEATURES.search(name))
@@ -87,11 +90,11 @@ def _filled(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path,
     return loaded
 
 
-def _refuse(directory: Path, problem: str, names: list[str]) -> None:
+def _refuse(directory: Path, problem: str, names: list[str], remedy: str = "") -> None:
     if names:
+        remedy = remedy or "its config.json and its weights must be of the same model: download or copy it again"
         raise ValueError(
-            f"the encoder of {directory} {problem} {len(names)} tensors, such as {', '.join(names[:3])}; its "
-            "config.json and its weights must be of the same model: download or copy it again"
+            f"the encoder of {directory} {problem} {len(names)} tensors, such as {', '.join(names[:3])}; {remedy}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from torch import Tensor
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
 from laver_megatron.encoders.resizing import native_size
 from laver_megatron.model.shape import is_size
+from laver_megatron.model_files import read_image_processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +60,7 @@ def native_preprocessor(
         ValueError: a processor that makes images of one size, patches of other sizes than the encoder's, or a limit
             that is no number or holds no token.
     """
-    said = json.loads(file.read_text(encoding="utf-8"))
+    said = read_image_processor(file.parent)[1]
     _check_sizes_are_free(processor, file)
     for name, of_encoder in (
         ("patch_size", shape.patch_size),

@@ -1,7 +1,7 @@
 """Encoder-free: the features are the patches themselves, and the connector learns to read them.
 
 A directory of it holds no weights, only the size of a patch (config.json, `"model_type": "laver_patches"`) and how the
-pixels are normalised (preprocessor_config.json); examples/encoder_free is one. Resolution is native, a patch is a
+pixels are normalised (its image processor); examples/encoder_free is one. Resolution is native, a patch is a
 visual token, its feature the normalised pixels as `[colour, row, column]`.
 """
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 
 def check_processor(processor: BaseImageProcessor, family: Family, shape: EncoderShape, file: Path) -> None:
-    """file: the preprocessor_config.json that the processor was made from.
+    """file: what the processor was made from.
 
     Raises:
         ValueError: a processor of another family, or values of which no pixels can be made, by their field.

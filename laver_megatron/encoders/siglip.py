@@ -23,6 +23,7 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 class Siglip(FixedFamily):
     model_types = ("siglip", "siglip_vision_model")
     processors = ("SiglipImageProcessor",)
+    behind_layers = ("post_layernorm.", "head.")
 
     def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
         from transformers import SiglipVisionConfig

@@ -1,6 +1,10 @@
 """A run's summary: whole-model numbers at any division, the same after an interruption, LaVer's overhead apart."""
 
+import contextlib
+import io
 import json
+import re
+from unittest import mock
 
 import pytest
 from transformers import AutoModel, AutoModelForCausalLM
@@ -122,3 +126,47 @@ def test_validation_is_the_last_and_the_best(summaries):
     steps = records(summaries["whole"], "metrics")
     assert summaries["whole"]["training"]["num_iterations"] == 3
     assert summaries["whole"]["training"]["lm_loss"] == pytest.approx(sum(step["lm_loss"] for step in steps) / 3)
+
+
+class Clock:
+    """In place of the module `time`: a second passes with every look at it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+def run_with_slow_saves(layout, config):
+    """Job: `train` where a save takes a thousand seconds and an evaluation a hundred; what it prints."""
+    clock = Clock()
+
+    def slowly(seconds, function):
+        def slow(*arguments):
+            clock.now += seconds
+            return function(*arguments)
+
+        return slow
+
+    output = io.StringIO()
+    with (
+        synthetic_data(),
+        mock.patch.object(train, "time", clock),
+        mock.patch.object(train, "save", slowly(1000, train.save)),
+        mock.patch.object(train, "evaluate", slowly(100, train.evaluate)),
+        contextlib.redirect_stdout(output),
+    ):
+        train.train(train.setup(config))
+    return output.getvalue()
+
+
+def test_time_per_iteration_is_that_of_the_steps_alone(pool, assets, tmp_path):
+    config = make_config(assets, tmp_path, save_interval=1, **{**SETTINGS, "eval_interval": 1})
+    (printed,) = pool.run(run_with_slow_saves, ONE_PROCESS, config)
+    summary = json.loads((tmp_path / FILE_NAME).read_text())
+    steps = [record["elapsed_seconds"] for record in records(summary, "metrics")]
+    assert len(steps) == 3 and len(set(steps)) == 1 and steps[0] < 10  # looks at the clock
+    assert re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", printed) == [f"{1000 * steps[0]:.1f}"] * 3
+    assert summary["time"]["training_seconds"] == sum(steps)

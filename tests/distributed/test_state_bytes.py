@@ -38,9 +38,9 @@ def test_bytes_of_a_real_run(pool, assets, tmp_path, layout, settings, tied):
     # Megatron numbers ranks with TP innermost, then DP, then PP.
     reports = sorted(run.ranks, key=lambda rank: (rank.stage, rank.dp_rank, rank.tp_rank))
     assert [report.bytes for report in reports] == measured
-    sizes, feature_size = encoder_tensor_sizes(assets.encoder), read_encoder(assets.encoder).feature_size
+    of_encoder = read_encoder(assets.encoder), encoder_tensor_sizes(assets.encoder)
     planned = [
-        state_of_rank(config, read_model_shape(model), sizes, feature_size, layout.dp, report.stage, report.dp_rank)
+        state_of_rank(config, read_model_shape(model), *of_encoder, layout.dp, report.stage, report.dp_rank)
         for report in reports
     ]
     assert planned == measured

@@ -16,6 +16,7 @@ from typing import Any
 
 from laver_megatron.config import Config
 from laver_megatron.convert.weights import ModelParts, Size, weight_table
+from laver_megatron.encoders import EncoderShape, idle_parameters
 from laver_megatron.model.shape import ModelShape
 
 FP32_BYTES = 4
@@ -90,33 +91,53 @@ def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
 def state_of_rank(
     config: Config,
     shape: ModelShape,
+    encoder: EncoderShape | None,
     encoder_sizes: Mapping[str, Size],
-    feature_size: int,
     data_parallel_size: int,
     stage: int,
     dp_rank: int,
 ) -> StateBytes:
     """What a rank of this pipeline stage holds. Ranks of one stage that differ in their tensor-parallel rank alone hold
-    the same. encoder_sizes: of the image encoder's tensors in their order; feature_size: its feature width."""
-    encoder = tuple(prod(size) for size in encoder_sizes.values())
-    whole, trained, averaged = _values_of_stage(config, shape, encoder, feature_size, data_parallel_size, stage)
+    the same. encoder: the image encoder, None for a text-only model; encoder_sizes: of its tensors in their order."""
+    of_encoder = _of_encoder(config, encoder, encoder_sizes)
+    whole, trained, averaged = _values_of_stage(config, shape, *of_encoder, data_parallel_size, stage)
     return _with_own(whole, trained[dp_rank], averaged[dp_rank], config)
 
 
 def fullest_state(
     config: Config,
     shape: ModelShape,
+    encoder: EncoderShape | None,
     encoder_sizes: Mapping[str, Size],
-    feature_size: int,
     data_parallel_size: int,
     stage: int,
 ) -> StateBytes:
     """What the data-parallel rank of this pipeline stage holds that holds most: a bucket's padding is the last ranks',
     and the teacher's accumulators lie wherever the averaged tensors do. Arguments as of `state_of_rank`."""
-    encoder = tuple(prod(size) for size in encoder_sizes.values())
+    of_encoder = _of_encoder(config, encoder, encoder_sizes)
     # What changes nothing here, and most layouts of a search differ in.
     config = config.replace(micro_batch_size=1, recompute_granularity=None, sequence_parallel=False)
-    return _fullest_state(config, shape, encoder, feature_size, data_parallel_size, stage)
+    return _fullest_state(config, shape, *of_encoder, data_parallel_size, stage)
+
+
+_EncoderTensors = tuple[tuple[int, bool], ...]  # of each how many values, and whether they train
+
+
+def _of_encoder(config: Config, encoder: EncoderShape | None, sizes: Mapping[str, Size]) -> tuple[_EncoderTensors, int]:
+    """The image encoder's tensors, whole on every rank of the first stage, and its feature width."""
+    if encoder is None:
+        assert not sizes
+        return (), 1
+    trains = "encoder" not in config.freeze
+    return _encoder_tensors(encoder, tuple(sizes.items()), trains, config.encoder_feature_layer), encoder.feature_size
+
+
+@lru_cache(maxsize=64)
+def _encoder_tensors(
+    encoder: EncoderShape, sizes: tuple[tuple[str, Size], ...], trains: bool, feature_layer: int | None
+) -> _EncoderTensors:
+    idle = set(idle_parameters(encoder, [name for name, _ in sizes], feature_layer))
+    return tuple((prod(size), trains and name not in idle) for name, size in sizes)
 
 
 @lru_cache(maxsize=4096)
@@ -133,10 +154,10 @@ def _with_own(whole: StateBytes, trained: int, averaged: int, config: Config) ->
 
 
 def _values_of_stage(
-    config: Config, shape: ModelShape, encoder: tuple[int, ...], feature_size: int, dp: int, stage: int
+    config: Config, shape: ModelShape, encoder: _EncoderTensors, feature_size: int, dp: int, stage: int
 ) -> tuple[StateBytes, list[int], list[int]]:
     """What every data-parallel rank holds; and of each rank how many values it keeps the optimizer's state and the
-    teacher's average of. encoder: values of its tensors."""
+    teacher's average of."""
     chunks = layers_of_stages(config, shape.num_layers)
     whole = StateBytes()
     trained, averaged = [0] * dp, [0] * dp
@@ -217,7 +238,7 @@ def _multiple(number: int, divisor: int) -> int:
 def _chunk(
     config: Config,
     shape: ModelShape,
-    encoder: tuple[int, ...],
+    encoder: _EncoderTensors,
     feature_size: int,
     num_layers: int,
     *,
@@ -226,7 +247,7 @@ def _chunk(
 ) -> list[LocalTensor]:
     """The student's tensors of one (virtual) stage, in the order of its modules."""
     sizes = _sizes(config.laver, config.vision_head_hidden_size, config.vision_head_output_size, shape, feature_size)
-    trains = {part: part not in config.freeze for part in ("encoder", "connector", "decoder", "heads")}
+    trains = {part: part not in config.freeze for part in ("connector", "decoder", "heads")}
     tp, laver = config.tensor_model_parallel_size, config.laver
     # First and last stage hold a copy each of a tied embedding, and sum its gradients.
     shared = shape.tie_word_embeddings and config.pipeline_model_parallel_size > 1
@@ -244,7 +265,7 @@ def _chunk(
     if is_first:
         tensors += of("mask_token", "heads")
         tensors.append(local(embedding, "decoder", alone=shared))
-        tensors += (LocalTensor(num_values, trains["encoder"]) for num_values in encoder)
+        tensors += (LocalTensor(*tensor) for tensor in encoder)
         tensors += of("connector.", "connector")
     layer = [local(f"decoder.layers.0.{name}", "decoder", averaged=True) for name in _LAYER_ORDER]
     tensors += layer * num_layers

@@ -124,8 +124,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
     model = job.flops
     stages = []
     for stage in sorted({0, min(1, pp - 1), pp - 1}):
-        feature_size = job.workload.encoder.feature_size if job.workload.encoder else 1
-        state = fullest_state(config, job.shape, job.encoder_sizes, feature_size, dp, stage)
+        state = fullest_state(config, job.shape, job.workload.encoder, job.encoder_sizes, dp, stage)
         sent = sent_bytes(config, job.shape, job.workload, state, dp, num_micro_batches, stage)
         work = stage_work(config, job.shape, model, job.workload, stage)
         stages.append(

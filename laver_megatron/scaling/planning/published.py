@@ -72,7 +72,7 @@ def predicted_seconds(run: PublishedRun) -> float:
     for stage in {0, run.pp - 1}:
         # Ranks that share a sequence divide gradients and optimizer between them like replicas.
         dp = replicas * run.context
-        state = fullest_state(config, run.shape, {}, 1, dp, stage)
+        state = fullest_state(config, run.shape, None, {}, dp, stage)
         computed = stage_work(config, run.shape, model, work, stage, context_ranks=run.context)
         sent = sent_bytes(config, run.shape, work, state, dp, num_micro_batches, stage, context_ranks=run.context)
         seconds = seconds_of_stage(

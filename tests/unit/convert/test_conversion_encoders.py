@@ -13,7 +13,7 @@ import torch
 from megatron.core import dist_checkpointing
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from laver_megatron.build import build_stages
 from laver_megatron.checkpoint import sharding_metadata
@@ -252,6 +252,25 @@ def test_the_cap_of_the_run_is_the_export_s(kind, trained, tmp_path):
         (copied / "processor_config.json").write_text(content)
         with pytest.raises(ValueError, match=f"processor_config.json.*{message}"):
             open_source(copied)
+
+
+@pytest.mark.parametrize("kind", ["clip", "qwen2_5_vl"])
+def test_an_export_whose_processor_transformers_has_saved_again(kind, trained, tmp_path, pictures):
+    """transformers 5 leaves processor_config.json alone, with the image processor in it."""
+    export = trained(kind, **({"max_image_tokens": CAP} if kind in NATIVE else {})).export
+    again = shutil.copytree(export, tmp_path / "again")
+    (again / "preprocessor_config.json").unlink()
+    AutoProcessor.from_pretrained(export, trust_remote_code=True).save_pretrained(again)
+    assert "image_processor" in json.loads((again / "processor_config.json").read_text())
+    assert not (again / "preprocessor_config.json").exists()
+    assert training_of_export(again) == training_of_export(export)
+    hf_to_megatron(again, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    ours = open_preprocessor(export)
+    for picture in map(Image.open, pictures):
+        for other in (again, tmp_path / "megatron" / "encoder", tmp_path / "back"):
+            assert torch.equal(open_preprocessor(other)(picture), ours(picture))
+    assert (tmp_path / "back" / "processor_config.json").read_text() == (export / "processor_config.json").read_text()
 
 
 def test_layers_are_held_against_the_encoder(trained, tmp_path):

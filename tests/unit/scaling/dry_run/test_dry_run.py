@@ -79,9 +79,9 @@ def build(tmp_path):
 
 def planned(config, shape, encoder, run):
     """The same by arithmetic."""
-    sizes, feature_size = encoder_tensor_sizes(encoder), read_encoder(encoder).feature_size
+    of_encoder = read_encoder(encoder), encoder_tensor_sizes(encoder)
     dp = len({rank.dp_rank for rank in run.ranks})
-    return [state_of_rank(config, shape, sizes, feature_size, dp, rank.stage, rank.dp_rank) for rank in run.ranks]
+    return [state_of_rank(config, shape, *of_encoder, dp, rank.stage, rank.dp_rank) for rank in run.ranks]
 
 
 LAYOUTS = {

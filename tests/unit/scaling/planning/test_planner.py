@@ -155,7 +155,7 @@ def test_memory_is_that_of_the_fullest_replica(paper, pp, chunk):
     of_first = 0
     for stage in plan.stages:
         states = [
-            state_of_rank(config, paper.shape, paper.encoder_sizes, 1152, 16 // pp, stage.stage, rank)
+            state_of_rank(config, paper.shape, SIGLIP2, paper.encoder_sizes, 16 // pp, stage.stage, rank)
             for rank in range(16 // pp)
         ]
         assert stage.state == max(states, key=lambda state: state.total)
