@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from laver_megatron.data.images import decode_image
+
 # Files within the installed packages (nothing is fetched), and what they show.
 _SKIMAGE = {
     "astronaut.png": "an astronaut",
@@ -54,8 +56,6 @@ def photographs() -> tuple[tuple[str, Image.Image], ...]:
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        layer = file.convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    picture = decode_image(path.read_bytes())
     picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     return picture
