@@ -4,7 +4,7 @@ A value that is null or empty counts as absent: Arrow writes every column for ev
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from laver_megatron.data.faults import Fault, SampleFault
 
@@ -16,6 +16,8 @@ USED_KEYS = frozenset(
 )
 _SYSTEM_KEYS = ("system", "system_prompt")
 _USED_IN_TURNS = frozenset(("from", "value", "role", "content", "loss", "weight", "train"))
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_USED_IN_IMAGES = ("type", "image", "path", "url", "image_url")  # under which a part names its picture
 _MARKS = ("loss", "weight", "train")  # of a turn: whether it is learnt
 _MEDIA_KEYS = ("video", "videos", "audio", "audios")
 _MEDIA_PARTS = ("video", "video_url", "audio", "audio_url", "input_audio")
@@ -101,17 +103,34 @@ def system_texts(record: Mapping[str, object], name: str) -> list[str]:
 def other_keys(record: Mapping[str, object], turns: Sequence[object]) -> Counter[str]:
     """Keys that have a value and are not used, with counts; those of turns as `turns.KEY`."""
     found = Counter(key for key, value in record.items() if key not in USED_KEYS and not is_nothing(value))
-    if not is_nothing(record.get("conversations")) and not is_nothing(record.get("messages")):
-        found["messages beside conversations"] += 1
+    found.update(_beside(record, "conversations", "messages"))
     for turn in turns:
         assert isinstance(turn, dict), "turns have been read"
-        is_answer = first_present(turn, "from", "role") in ("gpt", "assistant")
-        for key, value in turn.items():
-            if key not in _USED_IN_TURNS and not is_nothing(value):
-                found[f"turns.{key}"] += 1
-            elif key in _MARKS and value and not is_answer:
-                found[f"turns.{key} of questions"] += 1  # questions are never trained
+        found.update(f"turns.{key}" for key in _others_of_turn(turn))
     return found
+
+
+def _others_of_turn(turn: Mapping[str, object]) -> Iterator[str]:
+    is_answer = first_present(turn, "from", "role") in ("gpt", "assistant")
+    for key, value in turn.items():
+        if key not in _USED_IN_TURNS and not is_nothing(value):
+            yield key
+        elif key in _MARKS and value and not is_answer:
+            yield f"{key} of questions"  # which are never trained
+    yield from _beside(turn, "from", "role")
+    yield from _beside(turn, "value", "content")
+    content = first_present(turn, "value", "content")
+    for part in content if isinstance(content, list) else ():
+        used = _USED_IN_IMAGES if part["type"] in IMAGE_PARTS else ("type", "text")
+        yield from (f"content.{key}" for key, value in part.items() if key not in used and not is_nothing(value))
+
+
+def _beside(document: Mapping[str, object], first: str, second: str) -> Iterator[str]:
+    """The second of two spellings, where it says something else than the first, which is read."""
+    one, other = document.get(first), document.get(second)
+    same = _SPEAKERS.get(one, one) if isinstance(one, str) else one
+    if not is_nothing(one) and not is_nothing(other) and same != other:
+        yield f"{second} beside {first}"
 
 
 def add_keys(total: Counter[str], found: Mapping[str, int]) -> None:

@@ -171,6 +171,18 @@ def test_unused_keys_are_counted():
     assert keys_line(total).startswith("turns.id (4), messages beside conversations (2), model (2), ")
 
 
+def test_unused_keys_of_turns_and_their_parts():
+    parts = [{"type": "image", "url": "a.jpg", "text": "lost", "detail": "high"}, {"type": "text", "text": "Q", "n": 1}]
+    turns = [
+        {"from": "human", "role": "user", "value": parts, "content": None},
+        {"from": "gpt", "role": "user", "value": "A", "content": "B"},
+    ]
+    assert read_conversation(turns, 1, "x").other_keys == {
+        "turns.content.text": 1, "turns.content.detail": 1, "turns.content.n": 1, "turns.role beside from": 1,
+        "turns.content beside value": 1,
+    }  # fmt: skip
+
+
 def test_names_of_unused_keys_are_those_of_strangers():
     total = read_conversation({"messages": QA}, 0, "x").other_keys
     for number in range(1000):
