@@ -16,6 +16,7 @@ from typing import Any
 from laver_megatron.config import CHANGEABLE, Config
 from laver_megatron.encoders import EncoderShape, encoder_facts, read_encoder
 from laver_megatron.inputs import MANIFEST_FILE, RUN_FILE, Inputs, has_encoder
+from laver_megatron.schedules import ema_interval_steps, ema_momentum, learning_rate, mask_ratio
 
 _LAVER_NAMES = ("[MASK]", "vision head")
 _HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
@@ -128,6 +129,30 @@ def start_message(config: Config, inputs: Inputs) -> str:
         left = [*_LAVER_NAMES, "teacher"]
     parts = (("taken over", taken), ("new", made), ("left behind", left))
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
+
+
+def schedule_message(config: Config, inputs: Inputs, iteration: int) -> str:
+    """For people: that a run goes on with another --train-iters, and what its schedules say of the next iteration now
+    and would have said; empty for others. iteration: how many are done."""
+    if inputs.checkpoint is None or inputs.weights_only or iteration >= config.train_iters:
+        return ""
+    then = _read_run(inputs.checkpoint)[0].get("train_iters", config.train_iters)
+    if then == config.train_iters:
+        return ""
+    before = config.replace(train_iters=then)
+    values = [("learning rate", learning_rate(iteration, before), learning_rate(iteration, config))]
+    if config.laver:
+        values += [
+            ("mask ratio", mask_ratio(iteration, before), mask_ratio(iteration, config)),
+            ("EMA momentum", ema_momentum(iteration, before), ema_momentum(iteration, config)),
+            ("EMA interval", ema_interval_steps(before), ema_interval_steps(config)),
+        ]
+    shown = [f"{name} {new:.6g} instead of {old:.6g}" for name, old, new in values if old != new]
+    return (
+        f"--train-iters is {config.train_iters}, but {inputs.checkpoint} was written with {then}, and the schedules "
+        f"end there: iteration {iteration + 1} has "
+        f"{', '.join(shown) or f'for now the same learning rate {values[0][1]:.6g}'}"
+    )
 
 
 def as_before(config: Config, inputs: Inputs) -> Config:

@@ -37,7 +37,7 @@ from laver_megatron.checkpoint import (
 )
 from laver_megatron.command_line import from_command_line
 from laver_megatron.config import Config
-from laver_megatron.continuity import as_before, encoder_message, start_message
+from laver_megatron.continuity import as_before, encoder_message, schedule_message, start_message
 from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
 from laver_megatron.convert.parts import has_training_state
 from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
@@ -187,7 +187,11 @@ def setup(config: Config) -> Trainer:
         say(f"{inputs.export} brings no training state: [MASK], vision head and teacher begin anew")
     verb = "resuming" if inputs.is_resuming else "starting"
     say(f"{verb} from {source or config.load} at iteration {trainer.progress.iteration}")
-    for message in (start_message(config, inputs), encoder_message(config, inputs)):
+    for message in (
+        start_message(config, inputs),
+        encoder_message(config, inputs),
+        schedule_message(config, inputs, trainer.progress.iteration),
+    ):
         if message:
             say(message)
     return trainer

@@ -1,5 +1,7 @@
 """Checkpoints: nothing is lost between saving and loading, at any layout, and a broken one is refused by name."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -85,6 +87,28 @@ def test_ten_steps_are_five_and_five(pool, assets, tmp_path, layout, settings):
 
 
 # --- other layouts -------------------------------------------------------------------------------------
+
+
+def run_and_listen(layout, config):
+    """Job: `train`; what it says."""
+    said = io.StringIO()
+    with synthetic_data(), contextlib.redirect_stderr(said):
+        train.train(train.setup(config))
+    return said.getvalue()
+
+
+def test_a_longer_run_says_what_its_schedules_become(pool, assets, tmp_path):
+    def config(**changes):
+        return make_config(assets, tmp_path, lr=1e-3, mask_ratio_schedule="constant", **changes)
+
+    (first,) = pool.run(run_and_listen, Layout(), config(train_iters=4, exit_interval=2))
+    (second,) = pool.run(run_and_listen, Layout(), config(train_iters=6, exit_interval=3))
+    assert "the schedules end there" not in first
+    # A half of one cosine, a third of the other.
+    told = "iteration 3 has learning rate 0.00075 instead of 0.0005"
+    assert f"was written with 4, and the schedules end there: {told}" in second
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()[2:]
+    assert json.loads(line)["learning_rate"] == pytest.approx(0.00075, rel=1e-12)
 
 
 def whole_state(trainer):

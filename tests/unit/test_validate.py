@@ -17,7 +17,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from laver_megatron import inputs, metrics
 from laver_megatron.command_line import Invocation, read_command_line
 from laver_megatron.config import Config, ConfigError
-from laver_megatron.continuity import encoder_message, start_message
+from laver_megatron.continuity import encoder_message, schedule_message, start_message
 from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.inputs import EncoderInputs, find_inputs
 from laver_megatron.model.shape import ModelShape, read_model_shape
@@ -791,6 +791,34 @@ def test_what_a_stage_takes_over(run, tmp_path, then, changes, expected):
     assert start_message(config, find_inputs(config)) == expected
     without = config.replace(finetune=False)
     assert start_message(without, find_inputs(without)) == ""
+
+
+def test_another_end_of_the_schedules(run, tmp_path):
+    """By the formulas of `schedules`: at a third of a cosine (step 40 of 120) it stands at 3/4, at the half at 1/2."""
+    schedules = {"lr": 1e-3, "min_lr": 0.0, "lr_warmup_iters": 0, "mask_ratio": 0.4, "mask_ratio_schedule": "cosine"}
+    config, start = going_on(run, tmp_path, "resume", train_iters=80, **schedules)
+    config = config.replace(train_iters=80, **schedules)
+    assert schedule_message(config, find_inputs(config), 40) == ""
+    longer = config.replace(train_iters=120)
+    assert schedule_message(longer, find_inputs(longer), 40) == (
+        f"--train-iters is 120, but {start} was written with 80, and the schedules end there: iteration 41 has "
+        "learning rate 0.00075 instead of 0.0005, mask ratio 0.1 instead of 0.2"
+    )
+    # The old schedule is over; the new one is at its half, and the teacher moves less often.
+    over = longer.replace(train_iters=160, laver=False)
+    assert schedule_message(over, find_inputs(over), 80).endswith("iteration 81 has learning rate 0.0005 instead of 0")
+    rarely = longer.replace(ema_interval=0.1, mask_ratio_schedule="constant")
+    assert schedule_message(rarely, find_inputs(rarely), 40).endswith(
+        "learning rate 0.00075 instead of 0.0005, EMA interval 12 instead of 8"
+    )
+    warming = longer.replace(lr_warmup_iters=60, mask_ratio_schedule="constant")
+    assert schedule_message(warming, find_inputs(warming), 29).endswith(
+        "iteration 30 has for now the same learning rate 0.0005"
+    )
+    # Nothing is left to do, and what takes weights alone has schedules of its own.
+    assert schedule_message(longer, find_inputs(longer), 120) == ""
+    tuned = longer.replace(finetune=True, load=str(start), run_dir=str(tmp_path / "tuned"))
+    assert schedule_message(tuned, find_inputs(tuned), 0) == ""
 
 
 def test_what_is_taken_over_from_text_only_weights(run, tmp_path):
