@@ -40,6 +40,20 @@ def features(directory: Path, images: list[Image.Image], layer: int | None = Non
         return encoder([preprocessor(image) for image in images])
 
 
+def assert_same_encoder(directory: Path, expected: Path) -> None:
+    """Two directories hold the same encoder: weights to the last bit, and the features of all pictures."""
+    loaded, wanted = (
+        build_encoder(path, None, torch.float32, load_weights=True).state_dict() for path in (directory, expected)
+    )
+    assert loaded.keys() == wanted.keys()
+    different = [name for name, tensor in loaded.items() if not torch.equal(tensor, wanted[name])]
+    assert not different, f"{len(different)} of {len(loaded)} tensors differ: {different[:5]}"
+    # Two loads need not lie alike in memory, and kernels sum in another order there: fp32 rounding of a few layers.
+    torch.testing.assert_close(
+        features(directory, pictures()), features(expected, pictures()), atol=1e-5, rtol=1e-5
+    )
+
+
 def assert_same_features(ours_TE: Tensor, of_each: list[Tensor]) -> None:
     """of_each: what transformers' class makes of every image alone. fp32: other orders of summation."""
     torch.testing.assert_close(ours_TE, torch.cat(of_each), atol=1e-5, rtol=1e-5)

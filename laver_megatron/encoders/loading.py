@@ -38,6 +38,10 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
     loaded = _filled(model, tensors, directory, dtype)
     not_finite = sorted(name for name, weight in loaded.named_parameters() if not weight.isfinite().all())
     _refuse(directory, "has NaN or infinite values in", not_finite)
+    for weight in loaded.parameters():
+        # Out of the mapped file: kernels differ in the last bit with the alignment of a weight, and a run that is
+        # resumed, whose encoder comes from a checkpoint, goes on to the last bit.
+        weight.data = weight.data.clone()
     return loaded
 
 

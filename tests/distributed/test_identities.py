@@ -44,7 +44,9 @@ def test_weights_of_zero_follow_the_run_without_laver(pool, assets, tmp_path, la
     )
     for record, wanted in zip(with_zeros[0][0], without[0][0], strict=True):
         for name in ("loss", "lm_loss", "grad_norm"):
-            assert record[name] == pytest.approx(wanted[name], rel=1e-6), (name, record["iteration"])
+            # Without the visual stream products have fewer rows, and sums another order; Adam carries that from step
+            # to step, as between layouts.
+            assert record[name] == pytest.approx(wanted[name], rel=1e-5), (name, record["iteration"])
         assert record["mim_loss"] > 0 and wanted["mim_loss"] is None
     student, wanted = (whole_tensors([shards for _, shards in results]) for results in (with_zeros, without))
     assert student.keys() - wanted.keys() == {key for key in student if key.startswith(("vision_head.", "mask_token"))}

@@ -293,7 +293,11 @@ def test_a_model_saved_again_is_the_same(kind, export, tmp_path):
     again, info = LaverForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     inputs = inputs_of(LaverProcessor.from_pretrained(tmp_path))
-    assert torch.equal(again.eval()(**inputs).logits, found.model(**inputs_of(found.processor)).logits)
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in found.model.state_dict().items())
+    # Loaded from another file, the weights lie otherwise in memory, and kernels sum in another order there.
+    logits = again.eval()(**inputs).logits
+    torch.testing.assert_close(logits, found.model(**inputs_of(found.processor)).logits, atol=1e-5, rtol=1e-5)
     if kind != "dinov2_with_registers":  # whose gate and up projections become one tensor
         from safetensors import safe_open
 

@@ -296,7 +296,9 @@ def test_angles_are_those_of_training_also_in_bf16(positions, export):
     cos, sin = rotary(torch.zeros(2, 7, 64, dtype=torch.bfloat16), position_3BL)
     angles = rotary_angles(position_3BL, rotary.head_dim, rotary.theta, positions)[:, :, 0].transpose(0, 1)
     assert cos.dtype == sin.dtype == torch.bfloat16
-    assert torch.equal(cos, angles.cos().bfloat16()) and torch.equal(sin, angles.sin().bfloat16())
+    for found, expected in ((cos, angles.cos()), (sin, angles.sin())):
+        # One rounding to 8 bits, whose side the last bit of an fp32 cosine may decide.
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
 
 
 @torch.no_grad()
@@ -319,9 +321,14 @@ def test_loss_gradients_and_what_is_kept(export):
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert abs(output.loss.item() - expected.item()) < 1e-5
     assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1
-    assert torch.equal(model.language_model.lm_head(output.hidden_states[-1]), output.logits)
-    assert torch.equal(model(**inputs, logits_to_keep=2).logits, output.logits[:, -2:])
-    assert torch.equal(model(**inputs, return_dict=False)[0], output.logits)
+    # Products of other numbers of rows, and of other memory, are summed in another order.
+    logits = {
+        "of the last hidden states": model.language_model.lm_head(output.hidden_states[-1]),
+        "of the last two": torch.cat([output.logits[:, :-2], model(**inputs, logits_to_keep=2).logits], dim=1),
+        "as a tuple": model(**inputs, return_dict=False)[0],
+    }
+    for name, found in logits.items():
+        torch.testing.assert_close(found, output.logits, atol=1e-5, rtol=1e-5, msg=name)
     output.loss.backward()
     # The last layer, the final norm and the pooling head of the encoder lie behind the feature layer.
     unused = ("vision_tower.encoder.layers.1", "vision_tower.post_layernorm", "vision_tower.head")
@@ -335,13 +342,15 @@ def test_loss_gradients_and_what_is_kept(export):
 
 def test_recomputed_activations_give_the_same_gradients(export):
     gradients = []
+    model = load(export("mixed", "2d")).train()
     for recompute in (False, True):
-        model = load(export("mixed", "2d")).train()
         if recompute:
             model.gradient_checkpointing_enable()
+        model.zero_grad()
         model(**alone(0), labels=alone(0)["input_ids"]).loss.backward()
         gradients.append(model.multi_modal_projector.linear_1.weight.grad)
-    assert gradients[0].any() and torch.equal(*gradients)
+    # fp32 rounding: what is computed again need not lie in memory as it did.
+    assert float((gradients[0] - gradients[1]).norm()) <= 1e-6 * float(gradients[0].norm()) > 0
 
 
 def test_saving_writes_the_names_that_were_read(export, tmp_path):

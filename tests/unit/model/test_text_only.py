@@ -59,7 +59,9 @@ def test_it_has_no_part_for_images(encoder_dir):
 def test_text_is_computed_as_with_an_encoder(encoder_dir):
     packs = pack([9], padding(2), [10], seq_length=SEQ_LENGTH)
     logits = run(build(), packs)
-    assert torch.equal(logits, run(build(encoder_dir), packs)) and logits.std() > 0.1
+    # Two models' weights need not lie alike in memory: fp32 rounding of a few layers.
+    torch.testing.assert_close(logits, run(build(encoder_dir), packs), atol=1e-5, rtol=1e-5)
+    assert logits.std() > 0.1
 
 
 def test_it_trains_and_is_initialised_without_images():

@@ -232,20 +232,12 @@ def test_megatron_knows_only_its_own_group(saved):
         assert rank["refused"]
 
 
-def same(actual, expected):
-    """Equal to the bit, for nested results."""
-    if isinstance(expected, dict):
-        return actual.keys() == expected.keys() and all(same(actual[k], expected[k]) for k in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(actual) == len(expected) and all(map(same, actual, expected))
-    return torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
-
-
 def test_without_a_group_it_is_the_unsharded_objective(saved):
     """Also before any process group exists, and with a group of one."""
     alone = check_all(None)
     inputs = make_inputs()
     losses_T = reconstruction_losses(inputs["student"], inputs["teacher"], centre_K=inputs["centre"], **TEMPERATURES)
-    assert torch.equal(alone["centred"]["losses"], losses_T)
+    torch.testing.assert_close(alone["centred"]["losses"], losses_T, **FP32)
     for rank in saved[2]:
-        assert same(rank["alone"], alone)
+        # Another process, whose memory is laid out otherwise.
+        torch.testing.assert_close(rank["alone"], alone, **FP32)
