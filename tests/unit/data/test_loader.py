@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,18 @@ def test_a_corrupt_picture_leaves_padding(write_shard, open_shards, caplog, num_
     assert "train-00000.tar: 's1' cannot be used (unreadable_image, 1 so far): it stays padding" in caplog.text
     reader.read(0, 2, 1)
     assert reader.num_bad_samples == 2 and reader.faults.counts == {Fault.unreadable_image: 1}
+
+
+def test_a_picture_of_another_size_than_its_header_said(write_shard, open_shards, tmp_path, caplog):
+    """The visual tokens were planned by the index; with an encoder of one resolution nothing else would notice."""
+    index = index_tars([write_shard({f"s{i}": {"json": question(), "jpg": picture_bytes()} for i in range(2)})])
+    wider_P = index.image_width_P + np.array([0, 1], np.int32)
+    write_index(dataclasses.replace(index, image_width_P=wider_P), tmp_path / "index.parquet")
+    reader = open_shards(tmp_path / "index.parquet")
+    batches = reader.read(0, reader.plan.num_packs(0), 1)
+    assert [key for batch in batches for key in batch.keys[0]] == ["s0"]
+    assert "'s1' cannot be used (unreadable_image, 1 so far)" in caplog.text
+    assert "the picture is (40, 30), but its header says (41, 30)" in caplog.text
 
 
 def test_unusable_samples_are_left_out_of_the_plan(write_shard, open_shards, caplog):
