@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, CLIPVisionModel
 
-from laver_megatron.encoders import build_encoder, open_preprocessor, read_encoder
+from laver_megatron.encoders import read_encoder
 from tests.encoders import altered, assert_same_encoder, assert_same_features, features, hidden_states, pictures
 
 
