@@ -49,9 +49,7 @@ def assert_same_encoder(directory: Path, expected: Path) -> None:
     different = [name for name, tensor in loaded.items() if not torch.equal(tensor, wanted[name])]
     assert not different, f"{len(different)} of {len(loaded)} tensors differ: {different[:5]}"
     # Two loads need not lie alike in memory, and kernels sum in another order there: fp32 rounding of a few layers.
-    torch.testing.assert_close(
-        features(directory, pictures()), features(expected, pictures()), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(features(directory, pictures()), features(expected, pictures()), atol=1e-5, rtol=1e-5)
 
 
 def assert_same_features(ours_TE: Tensor, of_each: list[Tensor]) -> None:

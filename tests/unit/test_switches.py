@@ -27,6 +27,7 @@ from laver_megatron.data.plan import PackPlan, Source
 from laver_megatron.losses import TERMS
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.model.shape import read_model_shape
+from laver_megatron.objective.masking import mask_visual_tokens
 from laver_megatron.validate import validate
 from tests.distributed.build import IMAGES, PACKS_PER_STEP, SEQ_LENGTH, VISUAL_SEQ_LENGTH, make_assets, make_config
 from tests.distributed.harness import Layout
@@ -129,6 +130,7 @@ SWITCHES = (
     Switch({"adam_beta2": 0.5}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
     Switch({"adam_eps": 1e-2}, stepped(*PARTS)),
     Switch({"clip_grad": 1.0}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
+    Switch({"clip_grad": 0.3}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
     # New parameters and masks; what was loaded stays. (The data's order: test_the_data_is_told.)
     Switch(
         {"seed": 1},
@@ -316,6 +318,34 @@ def test_mask_settings_set_the_number_of_masked_tokens(of):
     assert rising[0].record["gram_loss"] < 1e-10
 
 
+def masks_of(config, batch, step, mask_ratio):
+    (packs,) = batch.packs
+    return mask_visual_tokens(
+        packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=mask_ratio,
+        sampling=config.mask_sampling, seed=config.seed, step=step,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "bernoulli"])
+def test_every_step_draws_masks_of_its_own(assets, sampling):
+    """Three steps, the last two on the same packs: an image that is seen again gets other masks."""
+    with trainer_of(assets, mask_sampling=sampling) as trainer:
+        batches, at = [], trainer.training_data.at
+        trainer.training_data.at = lambda *args, **kwargs: batches.append(at(*args, **kwargs)) or batches[-1]
+        for step in range(3):
+            trainer.progress.consumed_packs = PACKS_PER_STEP * min(step, 1)
+            train.train_step(trainer)
+        for step, batch in enumerate(batches):
+            (masked_BS,) = batch.masked
+            assert torch.equal(masked_BS, masks_of(trainer.config, batch, step, 0.4)) and masked_BS.any()
+    (first,), (second,) = (batch.packs for batch in batches[1:])
+    assert torch.equal(first.sample_id_BS, second.sample_id_BS)
+    for b, image_S in enumerate(first.image_BS):
+        for image in image_S[image_S >= 0].unique():
+            one, other = (batch.masked[0][b][image_S == image].tolist() for batch in batches[1:])
+            assert one != other or sampling == "bernoulli", "84 ways to hide three of nine tokens, and the same twice"
+
+
 def expected_mim(it, config):
     """(L_MIM, mean entropy of the teacher) from the step's logits, fp64, with the centre at 0."""
 
@@ -430,7 +460,7 @@ def test_the_teacher_follows_at_its_momentum_and_interval(of, settings, momenta)
 
 OPTIMIZER_SETTINGS = [
     {}, {"lr": 5e-4}, {"min_lr": 5e-4}, {"lr_warmup_iters": 2}, {"weight_decay": 0.1}, {"adam_beta1": 0.5},
-    {"adam_beta2": 0.5}, {"adam_eps": 1e-2}, {"clip_grad": 1.0},
+    {"adam_beta2": 0.5}, {"adam_eps": 1e-2}, {"clip_grad": 1.0}, {"clip_grad": 0.3},
 ]  # fmt: skip
 
 
@@ -443,7 +473,8 @@ def expected_rate(step, config):
 
 @pytest.mark.parametrize("settings", OPTIMIZER_SETTINGS, ids=str)
 def test_weights_follow_adam_at_the_settings(of, settings):
-    """AdamW in fp64 on the run's own gradients; only matrices decay."""
+    """AdamW in fp64 on the run's own gradients; only matrices decay. Its steps hardly know how long a gradient is: to
+    what norm it was clipped is told by the moments."""
     it = of(**settings)
     config = it.config
     weights = {name: start.double() for name, start in it.weights.items()}
@@ -458,6 +489,9 @@ def test_weights_follow_adam_at_the_settings(of, settings):
             g = gradient.double() * clip
             first[name] = config.adam_beta1 * first[name] + (1 - config.adam_beta1) * g
             second[name] = config.adam_beta2 * second[name] + (1 - config.adam_beta2) * g.square()
+            for moment, expected in (("exp_avg", first[name]), ("exp_avg_sq", second[name])):
+                difference = (done.moments[name][moment].double() - expected).norm()
+                assert float(difference) <= ROUNDING * float(expected.norm()), (moment, name)
             m = first[name] / (1 - config.adam_beta1 ** (step + 1))
             v = second[name] / (1 - config.adam_beta2 ** (step + 1))
             decay = config.weight_decay if gradient.dim() > 1 else 0
@@ -701,6 +735,26 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
     assert [iteration for iteration, _ in validations] == validated
     # Three global batches an evaluation, always the same ones.
     assert read_at == [0, PACKS_PER_STEP, 2 * PACKS_PER_STEP] * len(validated)
+
+
+def test_validation_knows_no_iteration(assets):
+    """The same masks at every evaluation, those of the end of the schedule: what changes is the model alone."""
+    settings = {"mask_ratio_schedule": "cosine", "valid_data_path": ("other-answers",), "eval_iters": 2}
+    with trainer_of(assets, **settings) as trainer:
+        batches, at = [], trainer.validation_data.at
+        trainer.validation_data.at = lambda *args, **kwargs: batches.append(at(*args, **kwargs)) or batches[-1]
+        results = []
+        for iteration in (0, 3):
+            trainer.progress.iteration = iteration
+            results.append({name: value for name, value in train.evaluate(trainer).items() if "seconds" not in name})
+        assert len(batches) == 4 and all(batch.counts.masked > 0 for batch in batches)
+        for batch in batches:
+            assert torch.equal(batch.masked[0], masks_of(trainer.config, batch, 0, trainer.config.mask_ratio))
+        # The same weights in the same memory.
+        assert results[0] == results[1] and results[0].keys() == set(TERMS)
+        trainer.progress.iteration = 0
+        train.train_step(trainer)
+        assert train.evaluate(trainer)["lm_loss"] != results[0]["lm_loss"]
 
 
 @shows("max_skipped_iterations")

@@ -97,8 +97,8 @@ def test_sharded_output_loads_in_transformers(tmp_path):
     words = torch.arange(40).view(2, 20)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, back)]
     logits = [model(words).logits for model in models]
-    # The tensors are the same to the last bit (above, and `assert_same_tensors`); from other files they lie otherwise
-    # in memory, and kernels sum in another order there.
+    assert_same_tensors(tensors_of(back), tensors)
+    # Loaded from other files, the same weights lie otherwise in memory, and kernels sum in another order there.
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
     assert logits[0].std() > 0.1
 

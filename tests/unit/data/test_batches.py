@@ -18,6 +18,7 @@ from laver_megatron.data.batches import BatchSource, GlobalCounts, count, num_ba
 from laver_megatron.data.dataset import open_reader
 from laver_megatron.data.faults import Fault
 from laver_megatron.model.image_division import BY_TOKENS
+from laver_megatron.objective.masking import mask_visual_tokens
 from laver_megatron.train import advance
 from tests.packs import pack, padding
 from tests.unit.data.content import picture_bytes
@@ -88,6 +89,25 @@ def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
     assert epochs[0] != epochs[1][: len(epochs[0])]
     for reader in readers:
         reader.close()
+
+
+@pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
+def test_masks_are_those_of_the_step(config, demo_dir, sampling):
+    """The same packs, so the same images, at two steps: each time the masks of that step, and not the same ones."""
+    config = config.replace(num_workers=0, mask_sampling=sampling)
+    source = source_on(config, open_reader(config, config.data_path, demo_dir / "model", demo_dir / "encoder"), 0, 1)
+    found = {}
+    for step in (0, 1, 7):
+        with on_ranks(mock.Mock(), lambda: 0):
+            batch = source.at(0, mask_ratio=0.3, step=step)
+        for packs, masked_BS in zip(batch.packs, batch.masked, strict=True):
+            expected_BS = mask_visual_tokens(
+                packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=0.3, sampling=sampling,
+                seed=config.seed, step=step,
+            )  # fmt: skip
+            assert torch.equal(masked_BS, expected_BS) and masked_BS.any()
+        found[step] = torch.cat(batch.masked)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[7])
 
 
 def test_bad_samples_are_counted(write_shard, demo_dir, config):
