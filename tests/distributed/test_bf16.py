@@ -9,14 +9,14 @@ from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout
 
 NUM_STEPS = 6
-# At the method's sharp temperatures (0.1 and 0.04, which multiply errors of visual logits by 10 and 25) and with Adam's
-# whole steps for gradients that are rounding alone, the two runs part step by step and how far depends on the processor:
-# gradient norms were seen 9% to 26% apart. So the run is one that amplifies less: warm temperatures, and an epsilon that
-# makes steps proportional to gradients.
+# At the method's sharp temperatures (0.1 and 0.04, which multiply errors of visual logits by 10 and 25) and with
+# Adam's whole steps for gradients that are rounding alone, the two runs part step by step, and how far depends on the
+# processor: gradient norms were seen 9% to 26% apart. So the run is one that amplifies less: warm temperatures, and an
+# epsilon that makes steps proportional to gradients.
 CALM = {"adam_eps": 1e-2, "student_temperature": 0.2, "teacher_temperature": 0.2}
-# The band around the fp32 run at every step, relative. bf16 rounds to 2^-9 = 0.2%. The language loss averages that over
-# many labels and keeps close to the logarithm of the vocabulary. Seen, with AVX512 and without vector instructions: 0.6%
-# in the loss, 0.008%, 1.2%, 1.1%, 1.6% and 0.5% in its terms and the similarities, 4.3% in the gradient norm.
+# The band around the fp32 run at every step, relative. bf16 rounds to 2^-9 = 0.2%. The language loss averages that
+# over many labels and keeps close to the logarithm of the vocabulary. Seen, with AVX512 and without vector instructions:
+# 0.6% in the loss, 0.008%, 1.2%, 1.1%, 1.6% and 0.5% in its terms and the similarities, 4.3% in the gradient norm.
 BAND = {
     "loss": 0.02,
     "lm_loss": 0.0005,
