@@ -15,7 +15,7 @@ NUM_STEPS = 6
 # epsilon that makes steps proportional to gradients.
 CALM = {"adam_eps": 1e-2, "student_temperature": 0.2, "teacher_temperature": 0.2}
 # The band around the fp32 run at every step, relative. bf16 rounds to 2^-9 = 0.2%. The language loss averages that
-# over many labels and keeps close to the logarithm of the vocabulary. Seen, with AVX512 and without vector instructions:
+# over many labels and keeps close to the logarithm of the vocabulary. Seen, with AVX512 and without any vectors:
 # 0.6% in the loss, 0.008%, 1.2%, 1.1%, 1.6% and 0.5% in its terms and the similarities, 4.3% in the gradient norm.
 BAND = {
     "loss": 0.02,
