@@ -9,18 +9,22 @@ from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout
 
 NUM_STEPS = 6
-# The band around the fp32 run at every step, relative. bf16 rounds to 2^-9 = 0.2%. The language loss averages
-# that over many labels and keeps close to the logarithm of the vocabulary. The sharp temperatures (0.1 and
-# 0.04) multiply errors of visual logits by 10 and 25, and rounded weights part the runs step by step: they were
-# seen 4% apart in the reconstruction loss, 3% in the Gram loss and 10% in the gradient norm.
+# At the method's sharp temperatures (0.1 and 0.04, which multiply errors of visual logits by 10 and 25) and with
+# Adam's whole steps for gradients that are rounding alone, the two runs part step by step, and how far depends on the
+# processor: gradient norms were seen 9% to 26% apart. So the run is one that amplifies less: warm temperatures, and an
+# epsilon that makes steps proportional to gradients.
+CALM = {"adam_eps": 1e-2, "student_temperature": 0.2, "teacher_temperature": 0.2}
+# The band around the fp32 run at every step, relative. bf16 rounds to 2^-9 = 0.2%. The language loss averages that
+# over many labels and keeps close to the logarithm of the vocabulary. Seen, with AVX512 and without any vectors:
+# 0.6% in the loss, 0.008%, 1.2%, 1.1%, 1.6% and 0.5% in its terms and the similarities, 4.3% in the gradient norm.
 BAND = {
-    "loss": 0.08,
-    "lm_loss": 0.001,
-    "mim_loss": 0.1,
-    "gram_loss": 0.1,
-    "student_visual_similarity": 0.1,
+    "loss": 0.02,
+    "lm_loss": 0.0005,
+    "mim_loss": 0.04,
+    "gram_loss": 0.04,
+    "student_visual_similarity": 0.05,
     "teacher_visual_similarity": 0.02,
-    "grad_norm": 0.25,
+    "grad_norm": 0.15,
 }
 MOMENTUM = 0.996
 
@@ -38,12 +42,13 @@ def step_by_step(trainer):
 
 @pytest.fixture(scope="module")
 def in_fp32(pool, assets):
-    return pool.run(records, Layout(), make_config(assets, "unused", micro_batch_size=2))[0]
+    return pool.run(records, Layout(), make_config(assets, "unused", micro_batch_size=2, **CALM))[0]
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True), Layout(dp=2)], ids=str)
 def test_bf16_follows_fp32(pool, assets, in_fp32, layout):
-    results = pool.run(records, layout, make_config(assets, "unused", layout, micro_batch_size=2, bf16=True))
+    config = make_config(assets, "unused", layout, micro_batch_size=2, bf16=True, **CALM)
+    results = pool.run(records, layout, config)
     for step, (found, wanted) in enumerate(zip(results[0], in_fp32, strict=True)):
         for name, band in BAND.items():
             assert found[name] == pytest.approx(wanted[name], rel=band), f"{name} at step {step}"

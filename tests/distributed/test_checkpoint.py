@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 from unittest import mock
 
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from laver_megatron import checkpoint, train
+from laver_megatron.checkpoint import Progress
 from laver_megatron.inputs import latest_checkpoint
 from tests.distributed.build import (
     PACKS_PER_STEP,
+    SyntheticReader,
     assert_same_bits,
     make_config,
     make_trainer,
@@ -118,7 +121,13 @@ def whole_state(trainer):
         "teacher": teacher_shards(trainer),
         "exp_avg": moment_shards(trainer, "exp_avg"),
         "exp_avg_sq": moment_shards(trainer, "exp_avg_sq"),
+        "centre": None if trainer.centre is None else trainer.centre.value_K.clone(),
     }
+
+
+def whole_centre(states, layout):
+    """Of the last pipeline stage, whose tensor-parallel ranks hold parts of it."""
+    return torch.cat([state["centre"] for state in states if state["centre"] is not None][: layout.tp])
 
 
 def write_and_go_on(layout, config):
@@ -160,6 +169,8 @@ def test_a_checkpoint_loads_at_other_layouts(pool, assets, written, layout):
         loaded = whole_tensors([state[part] for state, _, _ in results])
         assert saved.keys() == loaded.keys()
         assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == [], part
+    centre = whole_centre([state for state, _, _ in of_writer], Layout(tp=2, dp=2))
+    assert centre.any() and torch.equal(centre, whole_centre([state for state, _, _ in results], layout))
     for (_, records, _), (_, wanted, _) in zip(results, of_writer, strict=False):
         for record, expected in zip(records, wanted, strict=True):
             for name in ("loss", "lm_loss", "mim_loss", "gram_loss", "teacher_entropy", "grad_norm"):
@@ -168,6 +179,54 @@ def test_a_checkpoint_loads_at_other_layouts(pool, assets, written, layout):
     end, wanted_end = (whole_tensors([r[2]["student"] for r in rs], rtol=1e-5) for rs in (results, of_writer))
     for key, tensor in end.items():
         assert relative_distance(tensor, wanted_end[key]) <= 1e-5, key
+
+
+# Another value for every number.
+PROGRESS = {
+    number.name: number.type(17 + 3 * place)
+    for place, number in enumerate(fields(Progress))
+    if number.type in (int, float)
+}
+
+
+def write_progress(layout, config):
+    """Job: a checkpoint of a run that stands at PROGRESS."""
+    trainer = make_trainer(config)
+    for name, value in PROGRESS.items():
+        setattr(trainer.progress, name, value)
+    train.save(trainer, Path(config.run_dir))
+
+
+def read_progress(layout, config):
+    """Job: where a run stands that goes on from there, and the samples its limit of bad ones counts."""
+    trainer = make_trainer(config)
+    return asdict(trainer.progress), trainer.training_data.num_samples, trainer.training_data.num_bad_samples
+
+
+def test_every_count_is_kept(pool, assets, tmp_path):
+    """Also those that nothing is computed from in the few steps of the other tests."""
+    config = make_config(assets, tmp_path, train_iters=100)
+    pool.run(write_progress, Layout(), config)
+    results = pool.run(read_progress, Layout(tp=2), make_config(assets, tmp_path, Layout(tp=2)))
+    for progress, num_samples, num_bad_samples in results:
+        assert {name: progress[name] for name in PROGRESS} == PROGRESS
+        assert progress["data_fingerprint"] == "synthetic" and progress["data_mark"]
+        assert num_bad_samples == PROGRESS["bad_samples"]
+        assert num_samples == PROGRESS["consumed_samples"] + PROGRESS["bad_samples"]
+
+
+def test_other_data_are_refused(pool, assets, tmp_path):
+    """A position in one order of packs says nothing in another."""
+    config = make_config(assets, tmp_path)
+    pool.run(write_progress, Layout(), config)
+    with pytest.raises(AssertionError, match=r"stands at pack \d+ of other data"):
+        pool.run(read_other_data, Layout(), config)
+
+
+def read_other_data(layout, config):
+    """Job: the same on data of another fingerprint."""
+    with mock.patch.object(SyntheticReader, "fingerprint", "other"):
+        make_trainer(config)
 
 
 def finetune(layout, config):

@@ -740,6 +740,7 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
 def test_validation_knows_no_iteration(assets):
     """The same masks at every evaluation, those of the end of the schedule: what changes is the model alone."""
     settings = {"mask_ratio_schedule": "cosine", "valid_data_path": ("other-answers",), "eval_iters": 2}
+    settings["centre_momentum"] = 0.9
     with trainer_of(assets, **settings) as trainer:
         batches, at = [], trainer.validation_data.at
         trainer.validation_data.at = lambda *args, **kwargs: batches.append(at(*args, **kwargs)) or batches[-1]
@@ -752,6 +753,7 @@ def test_validation_knows_no_iteration(assets):
             assert torch.equal(batch.masked[0], masks_of(trainer.config, batch, 0, trainer.config.mask_ratio))
         # The same weights in the same memory.
         assert results[0] == results[1] and results[0].keys() == set(TERMS)
+        assert not trainer.centre.sum_K.any() and not trainer.centre.value_K.any(), "the centre is training's"
         trainer.progress.iteration = 0
         train.train_step(trainer)
         assert train.evaluate(trainer)["lm_loss"] != results[0]["lm_loss"]
