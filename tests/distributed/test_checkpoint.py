@@ -68,11 +68,15 @@ CONNECTOR_ONLY = {"laver": False, "freeze": ("encoder", "decoder")}
     [
         (ALL_FOUR, SCHEDULED),
         (Layout(dp=2, pp=2, vpp_layers=1), SCHEDULED),
+        (Layout(tp=2, dp=2), {"bf16": True}),
         (Layout(pp=2), CONNECTOR_ONLY),
         (ALL_FOUR, CONNECTOR_ONLY),
         (Layout(dp=2, pp=2, vpp_layers=1), CONNECTOR_ONLY),
     ],
-    ids=["TP2-PP2-SP", "PP2-VPP-DP2", "connector-only-PP2", "connector-only-TP2-PP2-SP", "connector-only-PP2-VPP-DP2"],
+    ids=[
+        "TP2-PP2-SP", "PP2-VPP-DP2", "bf16-TP2-DP2", "connector-only-PP2", "connector-only-TP2-PP2-SP",
+        "connector-only-PP2-VPP-DP2",
+    ],  # fmt: skip
 )
 def test_ten_steps_are_five_and_five(pool, assets, tmp_path, layout, settings):
     def config(name, **changes):
@@ -249,6 +253,29 @@ def test_finetune_takes_the_weights_alone(pool, assets, written, tmp_path):
     assert results[0][2]["iteration"] == 1 and results[0][2]["consumed_packs"] == 8
 
 
+def finetune_in_bf16(layout, config):
+    """Job: the weights and the teacher that a run starts with, and the weights after a step of almost nothing."""
+    trainer = make_trainer(config)
+    student, teacher = student_shards(trainer), teacher_shards(trainer)
+    train.train_step(trainer)
+    return student, teacher, student_shards(trainer)
+
+
+def test_finetune_in_bf16_begins_with_the_masters_of_its_weights(pool, assets, written, tmp_path):
+    """The optimizer's fp32 masters were made before the weights were loaded; a step writes them over the weights."""
+    run_dir, of_writer = written
+    layout = Layout(dp=2)
+    settings = {"load": str(run_dir / "checkpoints"), "finetune": True, "bf16": True, "lr": 1e-9}
+    results = pool.run(finetune_in_bf16, layout, make_config(assets, tmp_path, layout, **settings))
+    student, teacher, after = (whole_tensors(list(shards)) for shards in zip(*results, strict=True))
+    saved = whole_tensors([state["student"] for state, _, _ in of_writer])
+    for key, tensor in student.items():
+        assert torch.equal(tensor, saved[key].bfloat16().float()), key
+        # Adam's step of 1e-9 is far below what bf16 can tell of a weight, but for one at 0.
+        torch.testing.assert_close(after[key], tensor, rtol=0, atol=1e-7, msg=key)
+    assert all(torch.equal(tensor, student[key]) for key, tensor in teacher.items())
+
+
 def test_laver_starts_from_a_checkpoint_without_it(pool, assets, tmp_path):
     """Stage 2 of the official recipe takes up stage 1, which trains without LaVer; stage 3 goes on without."""
     layout = Layout(tp=2)
@@ -294,14 +321,16 @@ BREAKAGES = {
 
 
 def load_broken(layout, config, directories):
-    """Job: tries to load each directory; the messages, and whether anything has changed."""
+    """Job: tries to go on from each directory and to start from its weights; the messages, after which nothing has
+    changed."""
     trainer = make_trainer(config)
-    before, messages = snapshot(trainer), {}
+    before, messages = snapshot(trainer), {"going on": {}, "starting": {}}
     for name, directory in directories.items():
-        try:
+        with pytest.raises(ValueError) as going_on:
             checkpoint.load_checkpoint(Path(directory), trainer.state)
-        except ValueError as error:
-            messages[name] = str(error)
+        with pytest.raises(ValueError) as starting:
+            checkpoint.start_from_weights(Path(directory), trainer.state, take_teacher=True)
+        messages["going on"][name], messages["starting"][name] = str(going_on.value), str(starting.value)
     assert_same_bits(snapshot(trainer), before)
     return messages
 
@@ -316,8 +345,8 @@ def test_broken_checkpoints_are_refused_by_name(pool, assets, written, tmp_path)
         breaks(broken_files[name])
     layout = Layout(pp=2)
     for messages in pool.run(load_broken, layout, make_config(assets, tmp_path / "run", layout), directories):
-        assert messages.keys() == BREAKAGES.keys()
-        for name, message in messages.items():
+        assert messages["going on"].keys() == BREAKAGES.keys()
+        for name, message in (item for said in messages.values() for item in said.items()):
             assert BREAKAGES[name][2] in message, message
             assert str(broken_files[name]) in message or name == "manifest-missing", message
             assert str(directories[name]) in message

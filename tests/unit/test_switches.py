@@ -759,6 +759,31 @@ def test_validation_knows_no_iteration(assets):
         assert train.evaluate(trainer)["lm_loss"] != results[0]["lm_loss"]
 
 
+# What a validation's number is a mean over.
+MEANS = {
+    "lm_loss": "labels", "mim_loss": "masked", "gram_loss": "images", "student_visual_similarity": "images",
+    "teacher_visual_similarity": "images", "teacher_entropy": "visual_tokens",
+}  # fmt: skip
+
+
+def test_validation_is_a_mean_over_all_its_batches(assets):
+    """Of tokens or images, and not of the batches' means."""
+    settings = {"valid_data_path": ("other-answers",), "eval_iters": 2, "mim_weight": 0.7, "gram_weight": 1.3}
+    with trainer_of(assets, **settings) as trainer, torch.no_grad():
+        result = train.evaluate(trainer)
+        batches = [trainer.validation_data.at(PACKS_PER_STEP * i, mask_ratio=0.4, step=0) for i in range(2)]
+        terms = [train.run_schedule(trainer, batch, forward_only=True).tolist() for batch in batches]
+    for name, unit in MEANS.items():
+        counts = [getattr(batch.counts, unit) for batch in batches]
+        values = [of_batch[TERMS.index(name)] for of_batch in terms]
+        mean = (values[0] * counts[0] + values[1] * counts[1]) / sum(counts)
+        assert result[name] == pytest.approx(mean, rel=1e-6), name
+        assert name == "lm_loss" or result[name] != pytest.approx(sum(values) / 2, rel=1e-5), name
+    assert result["loss"] == pytest.approx(
+        result["lm_loss"] + 0.7 * result["mim_loss"] + 1.3 * result["gram_loss"], rel=1e-6
+    )
+
+
 @shows("max_skipped_iterations")
 @pytest.mark.parametrize("limit", [1, 3])
 def test_skipped_iterations_in_a_row_end_the_run(assets, tmp_path, limit):

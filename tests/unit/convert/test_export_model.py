@@ -157,6 +157,8 @@ def test_the_kinds_differ(export):
 @pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_kernels_agree(kernel, export):
+    if kernel == "flex_attention" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("torch compiles the mask of flex_attention, with types that it lacks without vector instructions")
     inputs = inputs_of()
     sdpa = load(export("mixed", "2d"), attn_implementation="sdpa")(**inputs).logits
     options = {"text_config": kernel, "vision_config": "eager"}
