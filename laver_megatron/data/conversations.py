@@ -10,20 +10,22 @@ of an image that is missing, and the record is refused.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.record_keys import (
     IMAGE_PARTS,
-    IMAGES_IN_ANSWERS,
+    allows_images_in_answers,
     check_part,
     check_record,
     check_role,
     check_turn,
     first_present,
     is_to_train,
+    named_pictures,
     other_keys,
+    shown,
     system_texts,
 )
 
@@ -104,11 +106,13 @@ def read_conversation(document: object, num_images: int, name: str, *, images_in
     record = document if isinstance(document, dict) else {"conversations": document}
     turns = turns_of(record)
     if not isinstance(turns, list) or not turns:
-        raise SampleFault(
-            Fault.no_turns, f"{name}: expected a list of turns, or an object with `conversations` or `messages`"
-        )
+        expected = "expected a list of turns, or an object with `conversations` or `messages`"
+        raise SampleFault(Fault.no_turns, f"{name}: {expected}, not {_kind(turns, record)}")
     check_record(record, name)
-    images_in_answers = images_in_answers or record.get(IMAGES_IN_ANSWERS) is True
+    named = named_pictures(record, name)
+    if named and len(named) != num_images:
+        raise SampleFault(Fault.image_count, f"{name}: it names {_pictures(len(named))} but has {num_images}")
+    images_in_answers = allows_images_in_answers(record, name) or images_in_answers
     messages = _with_system(system_texts(record, name), [_message(turn, i, name) for i, turn in enumerate(turns)])
     messages, is_placed = _place_images(messages, num_images, images_in_answers, name)
     _check_answers(messages, name)
@@ -117,9 +121,7 @@ def read_conversation(document: object, num_images: int, name: str, *, images_in
 
 def turns_of(document: object) -> object:
     """What stands where the list of turns should be."""
-    if not isinstance(document, dict):
-        return document
-    return document.get("messages") if document.get("conversations") in (None, []) else document["conversations"]
+    return first_present(document, "conversations", "messages") if isinstance(document, dict) else document
 
 
 def image_parts(turns: object) -> Iterator[dict]:
@@ -217,8 +219,21 @@ def _place_images(
         return messages, False  # a text about the word
     where = "text" if images_in_answers else "questions"
     raise SampleFault(
-        Fault.image_count, f"{name}: {found} {IMAGE_PLACEHOLDER} in the {where} but {num_images} pictures"
+        Fault.image_count, f"{name}: {found} {IMAGE_PLACEHOLDER} in the {where} but {_pictures(num_images)}"
     )
+
+
+def _pictures(number: int) -> str:
+    return f"{number} picture" if number == 1 else f"{number} pictures"
+
+
+def _kind(turns: object, record: Mapping[str, object]) -> str:
+    """What stands where the list of turns should be, or instead of it."""
+    if isinstance(turns, str) and turns.strip():
+        return "text (if that is JSON, parse it first)"
+    if turns is not None:
+        return "an empty one" if turns in ([], "") else type(turns).__name__
+    return f"one with {', '.join(map(shown, list(record)[:8])) or 'no keys'}"
 
 
 def _placed_kinds(text: str) -> Iterator[str]:

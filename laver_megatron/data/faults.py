@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 REMEDY = "look at these samples, or allow more with --max-bad-fraction"
-_NAME_THE_FOLDER = "say in which folder their pictures lie with --images"
+_NAME_THE_FOLDER = "say in which folder their pictures lie with --images (and start anew with --overwrite)"
 
 
 class Fault(StrEnum):

@@ -128,7 +128,7 @@ def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except UnidentifiedImageError:  # its message names an object in memory
         raise SampleFault(
             Fault.unreadable_image,
-            f"cannot decode a picture of {len(content)} bytes: it is {_kind(content)}, none of {', '.join(_FORMATS)}",
+            f"cannot decode a picture of {len(content)} bytes: it is {_kind(content)}; read are {', '.join(_FORMATS)}",
         ) from None
     except Exception as error:  # Pillow's decoders raise what they like on broken files
         raise SampleFault(
@@ -148,7 +148,7 @@ def _kind(content: bytes) -> str:
     if not content:
         return "empty"
     if content[4:8] == b"ftyp" and content[8:12] in _OTHER_BRANDS:
-        return f"{_OTHER_BRANDS[content[8:12]]}, which Pillow does not read here; convert it"
+        return _OTHER_BRANDS[content[8:12]]
     start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     found = next((kind for mark, kind in _OTHER_KINDS.items() if start.startswith(mark)), None)
     return found or f"a file that begins {content[:8]!r}"

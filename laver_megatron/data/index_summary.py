@@ -18,8 +18,7 @@ def summary(index: ShardIndex) -> str:
     lines += [f"{bad.total():>12,}  samples that cannot be used" + (":" if bad else "")]
     lines += [fault_table(bad)] if bad else []
     if index.ignored:
-        named = ", ".join(f"{count:,} .{extension}" for extension, count in index.ignored.most_common(10))
-        lines.append(f"{index.ignored.total():>12,}  files of no sample, never opened ({named})")
+        lines.append(f"{index.ignored.total():>12,}  other files, never opened: {keys_line(index.ignored)}")
     if index.other_keys:
         lines.append(f"{len(index.other_keys):>12,}  unused keys of records: {keys_line(index.other_keys)}")
     return "\n".join(lines)

@@ -29,10 +29,12 @@ from laver_megatron.data.members import (
     Damage,
     Member,
     MemberGroup,
+    check_media,
     group_members,
+    has_media,
 )
 from laver_megatron.data.processes import map_in_processes
-from laver_megatron.data.record_keys import add_keys
+from laver_megatron.data.record_keys import add_keys, keys_line, shown
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def index_tars(
 
 
 def _found(index: ShardIndex) -> str:
-    return ", ".join(f"{count} {what}" for what, count in (index.left_out + index.ignored).items()) or "no files"
+    return keys_line(index.left_out + index.ignored) or "no files"
 
 
 def _index_tar(
@@ -137,18 +139,18 @@ class _IndexBuilder:
             self._note(Fault.damaged_shard, found.key, found.what)
             return
         text, images = self._split(found)
-        if text is None and images and found.key in self._row_of:
+        if text is None and has_media(found.members) and found.key in self._row_of:
             self._mark_scattered(self._row_of[found.key])
             return
         if text is None:
-            if images:
+            if has_media(found.members):
                 self._lone_pictures.add(found.key)
                 lost = found.beside_damage
                 self._num_damages -= lost and self._num_damages > 0
                 self._num_found_lost += lost
                 fault = Fault.damaged_shard if lost else Fault.no_json
                 self._left_out[fault] += 1
-                self._note(fault, found.key, f"{len(images)} pictures without a .json")
+                self._note(fault, found.key, "pictures or other media without a .json")
             return
         self._add_row(found, text, images)
 
@@ -196,8 +198,8 @@ class _IndexBuilder:
                 text = text or member
             elif match:
                 numbered.append((int(match[1] or -1), member.extension, member))
-            else:
-                self._ignored[member.extension.rpartition(".")[2]] += 1
+            elif not has_media([member]):
+                add_keys(self._ignored, {member.extension.rpartition(".")[2]: 1})
         return text, [member for *_, member in sorted(numbered, key=lambda entry: entry[:2])]
 
     def _add_row(self, group: MemberGroup, text: Member, images: list[Member]) -> None:
@@ -205,6 +207,7 @@ class _IndexBuilder:
         fault: Fault | None = None
         try:
             self._check_key(group)
+            check_media(group.members, [text, *images])
         except SampleFault as error:
             fault = error.fault
             self._note(fault, group.key, str(error))
@@ -249,7 +252,7 @@ class _IndexBuilder:
         counts = Counter(member.extension for member in group.members)
         extension, count = counts.most_common(1)[0]
         if count > 1:
-            raise SampleFault(Fault.duplicate_key, f".{extension} comes {count} times")
+            raise SampleFault(Fault.duplicate_key, f".{shown(extension)} comes {count} times")
         if key in self._row_of:
             raise SampleFault(Fault.duplicate_key, f"sample {self._row_of[key]} of the shard has the same key")
 

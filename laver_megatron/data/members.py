@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from laver_megatron.data.faults import Fault, SampleFault
+from laver_megatron.data.record_keys import shown
+
 # Of one file of a sample, wherever it comes from: larger than any conversation and any picture that is not a bomb. What
 # is above is an accident or an attack, and is never read.
 MAX_RECORD_BYTES, MAX_PICTURE_BYTES = 64 << 20, 256 << 20
@@ -31,7 +34,11 @@ _COMPRESSED = {
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20  # names and attributes; nobody writes a megabyte of them
 SCATTERED = "its files do not lie together in the tar, as those of a sample must; pack it with `tar --sort=name`"
 _OF_NO_SAMPLE = re.compile(r"__[^/]*__(?:/|$)|(?:.*/)?__MACOSX/|(?:.*/)?(?:\.[^/]*|[^./]*)$", re.DOTALL)
-_LINK = "(link)"
+LINK = "(link)"  # the extension of a link, whatever its name
+_VIDEO_OR_AUDIO = re.compile(r"(?:.*\.)?(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mp3|wav|flac|ogg|opus|m4a|aac)", re.DOTALL)
+_MEDIA = re.compile(
+    rf"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|hei[cf]|avif|jxl|jp2|svg)|{_VIDEO_OR_AUDIO.pattern}", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ def group_members(file: BinaryIO, num_bytes: int) -> Iterator[MemberGroup | Dama
     Files of one key before and after a damage are one group, which comes after the damage.
     """
     group: MemberGroup | None = None
+    links: list[tuple[str, Member]] = []  # of other keys, since the group began
     is_damaged = False
     for entry in walk(file, num_bytes):
         if isinstance(entry, Damage):
@@ -80,27 +88,62 @@ def group_members(file: BinaryIO, num_bytes: int) -> Iterator[MemberGroup | Dama
             yield entry
             continue
         key, member = entry
-        if group is not None and group.key != key and member.extension == _LINK:
+        if group is not None and group.key != key and member.extension == LINK:
+            links.append((key, member))
             continue
         if group is None or group.key != key:
             if group is not None:
                 yield group
             group = MemberGroup(key, beside_damage=is_damaged)
+            # A link ends no sample; it may belong to the next one, or to one elsewhere in the tar.
+            group.members += [link for of_key, link in links if of_key == key]
+            yield from (MemberGroup(of_key, [link]) for of_key, link in links if of_key != key)
+            links.clear()
         group.members.append(member)
         is_damaged = False
     if group is not None:
         yield group
+    yield from (MemberGroup(of_key, [link]) for of_key, link in links)
 
 
 def scattered_keys(found: Iterable[MemberGroup | Damage]) -> set[str]:
-    """Keys of which one group lacks the .json that another one has."""
+    """Keys of which one group has media or links, but lacks the .json that another one has."""
     with_text: set[str] = set()
     without: set[str] = set()
     for entry in found:
         if isinstance(entry, MemberGroup):
-            has_text = any(member.extension == "json" for member in entry.members)
-            (with_text if has_text else without).add(entry.key)
+            if any(member.extension == "json" for member in entry.members):
+                with_text.add(entry.key)
+            elif has_media(entry.members):
+                without.add(entry.key)
     return with_text & without
+
+
+def has_media(members: Iterable[Member]) -> bool:
+    """Whether some of these files are pictures, video or audio, or links to what may be."""
+    return any(member.extension == LINK or _MEDIA.fullmatch(member.extension) for member in members)
+
+
+def check_media(members: Iterable[Member], pictures: Iterable[Member]) -> None:
+    """Holds a sample's files against those that are taken for its pictures: whoever learns from the rest alone, learns
+    something else.
+
+    Raises:
+        SampleFault: a link, a picture of another kind or under another name, video or audio.
+    """
+    taken = set(pictures)
+    for member in members:
+        if member in taken or not has_media([member]):
+            continue
+        end = shown(member.extension)
+        if member.extension == LINK:
+            problem = "one of its files is a link: pack what it links to (tar --dereference --hard-dereference)"
+            raise SampleFault(Fault.unreadable_image, problem)
+        if _VIDEO_OR_AUDIO.fullmatch(member.extension):
+            raise SampleFault(Fault.video_or_audio, f".{end} is video or audio, which this trainer cannot learn from")
+        kinds = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+        problem = f".{end} is not read: pictures are KEY.EXTENSION or KEY.NUMBER.EXTENSION, in {kinds}"
+        raise SampleFault(Fault.unreadable_image, problem)
 
 
 def walk(file: BinaryIO, num_bytes: int) -> Iterator[tuple[str, Member] | Damage]:
@@ -145,7 +188,7 @@ def walk(file: BinaryIO, num_bytes: int) -> Iterator[tuple[str, Member] | Damage
             continue
         key, extension = _split_name(full_name)
         is_file = header.type in tarfile.REGULAR_TYPES and header.type != tarfile.GNUTYPE_SPARSE
-        yield key, Member(extension if is_file else _LINK, content, num_content)
+        yield key, Member(extension if is_file else LINK, content, num_content)
 
 
 def _header(file: BinaryIO, position: int) -> tarfile.TarInfo:

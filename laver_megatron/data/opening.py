@@ -14,6 +14,7 @@ from tqdm import tqdm
 from laver_megatron.data.index import ShardIndex, concatenate, select
 from laver_megatron.data.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
 from laver_megatron.data.indexing import index_tars, open_path
+from laver_megatron.data.record_keys import keys_line
 from laver_megatron.data.remote import ShardCache, expand_urls
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,9 @@ def open_indexes(
     if not entries:
         raise ValueError("shards: no shards were named")
     indexes = [_open(entry, num_workers, cache, reads_shards) for entry in entries]
+    for entry, index in zip(entries, indexes, strict=True):
+        if index.other_keys:
+            logger.info("%s: unused keys of records: %s", entry, keys_line(index.other_keys))
     entry_of: dict[str, str] = {}
     for entry, index in zip(entries, indexes, strict=True):
         twice = [shard.path for shard in index.shards if shard.path in entry_of]

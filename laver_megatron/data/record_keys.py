@@ -5,14 +5,16 @@ A value that is null or empty counts as absent: Arrow writes every column for ev
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Number
 
 from laver_megatron.data.faults import Fault, SampleFault
 
 IMAGE_PARTS = ("image", "image_url")  # types of a part of a message
 IMAGES_IN_ANSWERS = "images_in_answers"
+_PICTURE_KEYS = ("image", "images")  # names of pictures in LLaVA's form, and the pictures themselves in Parquet
 USED_KEYS = frozenset(
     ("conversations", "messages", "system", "system_prompt", IMAGES_IN_ANSWERS, "id", "source", "data_source")
-    + ("image", "images")  # names of pictures in LLaVA's form, and the pictures themselves in Parquet
+    + _PICTURE_KEYS
 )
 _SYSTEM_KEYS = ("system", "system_prompt")
 _USED_IN_TURNS = frozenset(("from", "value", "role", "content", "loss", "weight", "train"))
@@ -27,13 +29,39 @@ _TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", 
 _TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "tool_response")
 REFUSED_KEYS = frozenset(_MEDIA_KEYS + _TOOL_KEYS)
 _NOTHING = ("", "[]", "{}", "null")  # some columns hold lists as text
-_MOST_NAMES, _NAME_LENGTH = 100, 60
+_MOST_NAMES, _NAMES_A_LINE, _NAME_LENGTH = 100, 30, 60
 _OTHER_NAMES = "(further keys)"
 
 
 def first_present(document: Mapping[str, object], *keys: str) -> object:
-    """The value of the first key that is there and not null; None if there is none."""
-    return next((value for key in keys if (value := document.get(key)) is not None), None)
+    """The value of the first key that is not absent; where all are, what the first says that is not null."""
+    values = [value for key in keys if (value := document.get(key)) is not None]
+    return next((value for value in values if not is_nothing(value)), values[0] if values else None)
+
+
+def named_pictures(record: Mapping[str, object], name: str) -> list[object]:
+    """What `image` and `images` list, as names or as the pictures themselves.
+
+    Raises:
+        SampleFault: they list different pictures.
+    """
+    values = [record.get(key) for key in _PICTURE_KEYS]
+    lists = [value if isinstance(value, list) else [value] for value in values if not is_nothing(value)]
+    if len(lists) == 2 and lists[0] != lists[1]:
+        raise SampleFault(Fault.image_count, f"{name}: `image` and `images` name different pictures")
+    return lists[0] if lists else []
+
+
+def allows_images_in_answers(record: Mapping[str, object], name: str) -> bool:
+    """Whether the record says that `<image>` in an answer is the place of a picture.
+
+    Raises:
+        SampleFault: it says neither true nor false.
+    """
+    value = record.get(IMAGES_IN_ANSWERS)
+    if not is_nothing(value) and value not in (True, False):
+        raise SampleFault(Fault.image_count, f"{name}: {IMAGES_IN_ANSWERS} is {value!r:.40}; it must be true or false")
+    return value in (True,)
 
 
 def check_record(record: Mapping[str, object], name: str) -> None:
@@ -48,6 +76,9 @@ def check_turn(turn: Mapping[str, object], number: int, name: str) -> None:
     for keys, fault in ((_MEDIA_KEYS, Fault.video_or_audio), (_TOOL_KEYS_IN_TURNS, Fault.tool_use)):
         for key in keys:
             _refuse(turn, key, fault, f"{name}: turn {number} has `{key}`, which this trainer cannot learn from")
+    for key in _PICTURE_KEYS:
+        message = f"{name}: turn {number} has `{key}`; pictures are named in the record's `images` or in message parts"
+        _refuse(turn, key, Fault.image_count, message)
 
 
 def check_role(role: object, number: int, name: str) -> None:
@@ -77,7 +108,7 @@ def is_to_train(turn: Mapping[str, object], number: int, name: str) -> bool:
         value = turn.get(key)
         if value is None:
             continue
-        if not isinstance(value, int | float) or value not in (0, 1):
+        if not isinstance(value, Number) or value not in (0, 1):
             message = f"{name}: turn {number} has {key} {value!r:.40}; it must be true, 1, false or 0"
             raise SampleFault(Fault.loss_weight, message)
         trained = trained and bool(value)
@@ -93,10 +124,11 @@ def system_texts(record: Mapping[str, object], name: str) -> list[str]:
     texts: dict[str, None] = {}
     for key in _SYSTEM_KEYS:
         value = record.get(key)
-        if value is not None and not isinstance(value, str):
+        if is_nothing(value):
+            continue
+        if not isinstance(value, str):
             raise SampleFault(Fault.text_not_string, f"{name}: `{key}` is {type(value).__name__}, not a string")
-        if value and value.strip():
-            texts[value] = None
+        texts[value] = None
     return list(texts)
 
 
@@ -134,27 +166,43 @@ def _beside(document: Mapping[str, object], first: str, second: str) -> Iterator
 
 
 def add_keys(total: Counter[str], found: Mapping[str, int]) -> None:
-    """Adds counts of keys. Names come from files that nobody has checked: only so many are kept, cut and printable."""
+    """Adds counts of names from files that nobody has checked: only so many are kept, cut and printable."""
     for key, count in found.items():
-        name = key if key.isprintable() else ascii(key)
-        name = name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
+        name = shown(key)
         total[name if name in total or len(total) < _MOST_NAMES else _OTHER_NAMES] += count
+
+
+def shown(name: str) -> str:
+    """A name from a file as it can be printed."""
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
 
 
 def keys_line(found: Counter[str]) -> str:
     """Keys with their counts on one line, the most frequent first."""
-    return ", ".join(f"{key} ({count:,})" for key, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    more = f", and {len(ordered) - _NAMES_A_LINE} more" if len(ordered) > _NAMES_A_LINE else ""
+    return ", ".join(f"{key} ({count:,})" for key, count in ordered[:_NAMES_A_LINE]) + more
 
 
 def is_nothing(value: object) -> bool:
-    """Whether a value counts as absent: null, an empty text, list or object, or one that holds nothing but nulls."""
-    if isinstance(value, list | tuple):
-        return all(item is None for item in value)
-    if isinstance(value, dict):
-        return all(item is None for item in value.values())
-    return value is None or (isinstance(value, str) and value.strip() in _NOTHING)
+    """Whether a value counts as absent: null, an empty text, list or object, or one that holds nothing else."""
+    waiting = [value]  # no recursion, however deep a document is
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, str):
+            if item.strip() not in _NOTHING:
+                return False
+        elif item is not None and item != b"":
+            return False
+    return True
 
 
 def _refuse(document: Mapping[str, object], key: str, fault: Fault, message: str) -> None:
-    if not is_nothing(document.get(key)):
+    value = document.get(key)
+    if not is_nothing(value) and value not in (False, 0):
         raise SampleFault(fault, message)

@@ -69,6 +69,7 @@ class SampleMaker:
         report.num_dropped_turns += found.num_dropped_turns
         report.num_untrained += sum(m.role == "assistant" and not m.is_trained for m in conversation.messages)
         add_keys(report.other_keys, conversation.other_keys + Counter(found.unread_keys))
+        add_keys(report.ignored, Counter(found.ignored))
         self._count_text(conversation.messages, report)
         return Sample(key, text, pictures)
 

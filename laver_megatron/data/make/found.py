@@ -15,7 +15,8 @@ class FoundSample:
     """A sample as its source has it. name: for messages; sample_id, origin: kept in the shard's JSON, if there are
     any; conversation: parsed JSON in any of the accepted forms; pictures: the image files' bytes, in order;
     num_dropped_turns: those that the user's own filters left out; unread_keys: what the record says beside the
-    conversation that is not used."""
+    conversation that is not used;
+    ignored: extensions of files that came with it and were never opened."""
 
     name: str
     sample_id: str | int | None
@@ -24,6 +25,14 @@ class FoundSample:
     origin: str | None = None
     num_dropped_turns: int = 0
     unread_keys: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NoSample:
+    """Files that are no sample and have nothing that could be learnt. ignored: their extensions."""
+
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +42,7 @@ class Unwanted:
     num_turns: int
 
 
-Found = FoundSample | SampleFault | Unwanted
+Found = FoundSample | SampleFault | Unwanted | NoSample
 
 
 class Source(ABC):

@@ -15,6 +15,7 @@ from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.data.make.json_records import read_records
 from laver_megatron.data.members import MAX_PICTURE_BYTES
+from laver_megatron.data.record_keys import named_pictures
 
 _PART_NAMES = ("image", "path", "url", "image_url")  # keys under which a part of a message names its picture
 
@@ -65,7 +66,7 @@ class LlavaSource(Source):
     def _sample(self, record: bytes, path: Path) -> FoundSample:
         document = parse_json(record, path.name)
         sample_id = identity(document)
-        name = f"{path.name}: {str(sample_id)[:80]!r}"
+        name = f"{path.name}: {str(sample_id)[:80]!r}" if sample_id is not None else f"{path.name}: {record[:60]!r}..."
         pictures = tuple(read_picture(self.images, file, name) for file in picture_names(document, name))
         return FoundSample(name, sample_id, document, pictures, origin(document))
 
@@ -74,11 +75,13 @@ def picture_names(document: object, name: str) -> list[str]:
     """The pictures that a record names: in `image` or `images`, a text or a list; or else in the messages' own parts.
 
     Raises:
-        SampleFault: unreadable_image, for what is not a file's name.
+        SampleFault: unreadable_image, for what is not a file's name; image_count, if both name different pictures.
     """
-    named: Any = (document.get("image") or document.get("images")) if isinstance(document, dict) else None
-    named = named or [_name_in(part) for part in image_parts(turns_of(document))]
-    names = named if isinstance(named, list) else [named]
+    names: list[Any] = named_pictures(document, name) if isinstance(document, dict) else []
+    in_parts: list[Any] = [_name_in(part) for part in image_parts(turns_of(document))]
+    if names and any(in_parts) and in_parts != names:
+        raise SampleFault(Fault.image_count, f"{name}: its messages name other pictures than its `image` or `images`")
+    names = names or in_parts
     for entry in names:
         if not isinstance(entry, str) or not entry:
             raise SampleFault(Fault.unreadable_image, f"{name}: {str(entry)[:80]!r} is no name of a picture")

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.found import Found, FoundSample, Source, Unwanted, identity, origin
 from laver_megatron.data.members import MAX_PICTURE_BYTES
-from laver_megatron.data.record_keys import REFUSED_KEYS, USED_KEYS
+from laver_megatron.data.record_keys import REFUSED_KEYS, USED_KEYS, is_nothing, named_pictures
 
 # What may be asked for, and the column that answers it.
 RATINGS = {
@@ -55,7 +55,7 @@ class ParquetSource(Source):
 
     def load(self, references: Sequence[Reference]) -> Iterator[list[Found]]:
         for (number, group), members in groupby(references, key=lambda reference: reference[:2]):
-            unread = tuple(sorted(set(parquet.read_schema(self.paths[number]).names) - self._wanted))
+            unread = tuple(sorted(_filled_columns(self.paths[number], group) - self._wanted))
             rows = [row for *_, row in members]
             assert rows == list(range(rows[0], rows[-1] + 1)), "references are runs of rows"
             for row, values in zip(rows, self._rows(self.paths[number], group, rows[0], len(rows)), strict=True):
@@ -104,9 +104,9 @@ class ParquetSource(Source):
             num_dropped = len(values["texts"]) - len(turns) // 2
             if not turns:
                 return Unwanted(num_dropped)
-            document = {**document, "conversations": turns, "messages": None}
-        cells: Any = values.get("images") or values.get("image") or []
-        pictures = tuple(_picture(cell, name) for cell in (cells if isinstance(cells, list) else [cells]))
+            beside = tuple(f"{key} beside texts" for key in _CONVERSATIONS if not is_nothing(values.get(key)))
+            document, unread = {**document, "conversations": turns, "messages": None}, unread + beside
+        pictures = tuple(_picture(cell, name) for cell in named_pictures(document, name))
         return FoundSample(name, identity(values), document, pictures, origin(values), num_dropped, unread)
 
     def _wanted_turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -120,6 +120,17 @@ class ParquetSource(Source):
                 answer = marks.pop("assistant", None)
                 turns.append({**marks, "role": "assistant", "content": answer})
         return turns
+
+
+def _filled_columns(path: Path, group: int) -> set[str]:
+    """Columns that are not null throughout a row group, as far as the file's statistics say."""
+    metadata, schema = parquet.read_metadata(path).row_group(group), parquet.read_schema(path)
+    names = set()
+    for column in (metadata.column(number) for number in range(metadata.num_columns)):
+        statistics = column.statistics
+        is_null = statistics is not None and statistics.has_null_count and statistics.null_count == metadata.num_rows
+        names |= set() if is_null else {column.path_in_schema.partition(".")[0]}
+    return {name for name in names if not pyarrow.types.is_null(schema.field(name).type)}
 
 
 def _rating(ratings: list[float | None] | None, number: int) -> float | None:

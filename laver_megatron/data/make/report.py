@@ -17,8 +17,8 @@ class Report:
     num_placed: samples whose pictures were put in front of the first question, as no text said where they belong;
     num_converted: pictures that became PNG; num_unwanted, num_dropped_turns: samples and turns that the user's own
     filters left out; num_untrained: answers that are marked as not to be trained; num_words or num_tokens: of the text
-    without `<image>`, words if no tokenizer was given; other_keys: of records, those that are not used.
-    examples: (key, message) of the first faults of each kind.
+    without `<image>`, words if no tokenizer was given; other_keys: of records, those that are not used;
+    ignored: files that were never opened, by extension. examples: (key, message) of the first faults of each kind.
     """
 
     num_samples: int = 0
@@ -33,6 +33,7 @@ class Report:
     num_dropped_turns: int = 0
     num_untrained: int = 0
     other_keys: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     faults: Counter[Fault] = field(default_factory=Counter)
     examples: dict[Fault, list[tuple[str, str]]] = field(default_factory=dict)
 
@@ -54,17 +55,19 @@ class Report:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.faults.update(other.faults)
         add_keys(self.other_keys, other.other_keys)
+        add_keys(self.ignored, other.ignored)
 
     def to_json(self) -> dict[str, Any]:
         """For a file, without the examples."""
         document = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "examples"}
-        return {**document, "faults": dict(self.faults), "other_keys": dict(self.other_keys)}
+        return {**document, **{name: dict(getattr(self, name)) for name in ("faults", "other_keys", "ignored")}}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Report":
         """Back from `to_json`."""
         faults = Counter({Fault(name): count for name, count in document["faults"].items()})
-        return cls(**{**document, "faults": faults, "other_keys": Counter(document["other_keys"])})
+        others = {name: Counter(document[name]) for name in ("other_keys", "ignored")}
+        return cls(**{**document, "faults": faults, **others})
 
     def summary(self, has_tokenizer: bool) -> str:
         """The whole story in a few lines."""
@@ -80,9 +83,11 @@ class Report:
                 f"left out by --min-...: {self.num_dropped_turns:,} turns, and with them {self.num_unwanted:,} samples"
             )
         if self.num_untrained:
-            lines.append(f"{self.num_untrained:,} answers are marked as not to be trained: they carry no labels")
+            lines.append(f"answers marked as not to be trained, which carry no labels: {self.num_untrained:,}")
         if self.other_keys:
             lines.append(f"unused keys of records: {keys_line(self.other_keys)}")
+        if self.ignored:
+            lines.append(f"other files, never opened: {keys_line(self.ignored)}")
         share = self.faults.total() / max(self.num_seen, 1)
         lines.append(f"skipped: {self.faults.total():,} ({share:.2%})" if self.faults else "skipped: none")
         return "\n".join(

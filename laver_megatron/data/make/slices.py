@@ -1,6 +1,7 @@
 """Makes the shards of one slice of the samples; runs in worker processes."""
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 
 from laver_megatron.data.faults import SampleFault
 from laver_megatron.data.make.assemble import SampleMaker
-from laver_megatron.data.make.found import Found, Source, Unwanted
+from laver_megatron.data.make.found import Found, NoSample, Source, Unwanted
 from laver_megatron.data.make.ledger import record_slice
 from laver_megatron.data.make.report import Report
 from laver_megatron.data.make.shard_writer import SliceWriter
 from laver_megatron.data.processes import end_with_parent
+from laver_megatron.data.record_keys import add_keys
 
 Progress = Callable[[int, int], object]  # samples and bytes since it was called last
 
@@ -48,6 +50,9 @@ class SliceMaker:
         return report
 
     def _add(self, found: Found, key: str, writer: SliceWriter, report: Report, progress: Progress) -> None:
+        if isinstance(found, NoSample):
+            add_keys(report.ignored, Counter(found.ignored))
+            return
         if isinstance(found, Unwanted):
             report.num_unwanted += 1
             report.num_dropped_turns += found.num_turns

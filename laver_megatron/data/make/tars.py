@@ -8,15 +8,15 @@ LLaVA-OneVision-1.5 has two more forms, and packs several samples in a record in
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from laver_megatron.data.conversations import parse_json, read_conversation
 from laver_megatron.data.faults import Fault, SampleFault
-from laver_megatron.data.make.found import Found, FoundSample, Source, identity, origin
+from laver_megatron.data.make.found import Found, FoundSample, NoSample, Source, identity, origin
 from laver_megatron.data.members import (
     MAX_PICTURE_BYTES,
     MAX_RECORD_BYTES,
@@ -24,10 +24,12 @@ from laver_megatron.data.members import (
     Damage,
     Member,
     MemberGroup,
+    check_media,
     group_members,
+    has_media,
     scattered_keys,
 )
-from laver_megatron.data.record_keys import USED_KEYS, is_nothing
+from laver_megatron.data.record_keys import first_present, shown
 
 # Also names that are no numbers (KEY.left.jpg), which training would not take for pictures.
 _PICTURE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)", re.DOTALL)
@@ -85,22 +87,46 @@ class TarSource(Source):
         if record.damage:
             raise SampleFault(Fault.damaged_shard, record.damage)
         if record.is_scattered:
+            if all(member.extension != "json" for member in record.members):
+                return []  # counted where the .json is
             raise SampleFault(Fault.scattered, f"{name}: {SCATTERED}")
-        document = parse_json(_read(file, _text_member(record, name), MAX_RECORD_BYTES, name), name)
+        if not has_media(record.members) and all(member.extension != "json" for member in record.members):
+            return [NoSample(_extensions(record.members))]
+        text = _text_member(record, name)
+        document = parse_json(_read(file, text, MAX_RECORD_BYTES, name), name)
         pictures = sorted((member for member in record.members if _PICTURE.fullmatch(member.extension)), key=_order)
-        if self.packed and isinstance(document, dict) and "captions" in document:
-            if record.is_suspect:
-                raise SampleFault(Fault.damaged_shard, f"{name} lies beside a damage of the tar")
-            return _unpack(document, pictures, file, name, record.key)
-        if self.packed and isinstance(document, dict) and "texts" in document:
+        try:
+            check_media(record.members, pictures)
+        except SampleFault as fault:
+            raise SampleFault(fault.fault, f"{name}: {fault}") from None
+        if self.packed and isinstance(document, dict):
             _check_media(document, name)
-            pictures = _named(document["name"], pictures, name) if document.get("name") else pictures
-            turns, others = document["texts"], document.items()
-            document = {key: value for key, value in others if key not in _PACKED_KEYS} | {"conversations": turns}
+            if document.get("captions"):
+                if record.is_suspect:
+                    raise SampleFault(Fault.damaged_shard, f"{name} lies beside a damage of the tar")
+                return _unpack(document, pictures, file, name, record.key)
+            if document.get("texts"):
+                pictures = _named(document["name"], pictures, name) if document.get("name") else pictures
+                document = _as_record(document, document["texts"])
         contents = tuple(_read(file, member, MAX_PICTURE_BYTES, name) for member in pictures)
         if record.is_suspect and not _names_its_pictures(document, len(contents), name):
             raise SampleFault(Fault.damaged_shard, f"{name} lies beside a damage of the tar, and may lack pictures")
-        return [FoundSample(name, identity(document, record.key), document, contents, origin(document))]
+        ignored = _extensions(member for member in record.members if member is not text and member not in pictures)
+        return [
+            FoundSample(name, identity(document, record.key), document, contents, origin(document), ignored=ignored)
+        ]
+
+
+def _as_record(document: dict, turns: object) -> dict:
+    """A packed form as a record: what it says beside its turns and pictures, with the turns. A conversation that it
+    has besides is not read."""
+    rest = {key: value for key, value in document.items() if key not in _PACKED_KEYS and key not in ("image", "images")}
+    besides = {f"{key} beside a packed form": rest.pop(key, None) for key in ("conversations", "messages")}
+    return {**rest, **besides, "conversations": turns}
+
+
+def _extensions(members: Iterable[Member]) -> tuple[str, ...]:
+    return tuple(member.extension.rpartition(".")[2] for member in members)
 
 
 def _names_its_pictures(document: object, num_images: int, name: str) -> bool:
@@ -127,7 +153,7 @@ def holds_packed(path: Path) -> bool:
                 members = [] if isinstance(entry, Damage) else [m for m in entry.members if m.extension == "json"]
                 for member in members[:1]:
                     document = parse_json(_read(file, member, MAX_RECORD_BYTES, path.name), path.name)
-                    return isinstance(document, dict) and bool(document.keys() & {"captions", "texts"})
+                    return isinstance(document, dict) and any(document.get(key) for key in ("captions", "texts"))
             except SampleFault:
                 continue
     return False
@@ -142,9 +168,9 @@ def _text_member(record: Record, name: str) -> Member:
     extensions = [member.extension for member in record.members]
     twice = next((extension for extension in extensions if extensions.count(extension) > 1), None)
     if twice is not None:
-        raise SampleFault(Fault.duplicate_key, f"{name} has .{twice[:40]} {extensions.count(twice)} times")
+        raise SampleFault(Fault.duplicate_key, f"{name} has .{shown(twice)} {extensions.count(twice)} times")
     if "json" not in extensions:
-        raise SampleFault(Fault.no_json, f"{name} has no .json, only {', '.join(extensions)[:200]}")
+        raise SampleFault(Fault.no_json, f"{name} has no .json, only {', '.join(map(shown, extensions))[:200]}")
     return record.members[extensions.index("json")]
 
 
@@ -160,10 +186,10 @@ def _read(file: BinaryIO, member: Member, limit: int, name: str) -> bytes:
     return content
 
 
-def _order(member: Member) -> tuple[bool, list[str | int]]:
+def _order(member: Member) -> tuple[bool, list[str | int], str]:
     """Pictures by the numbers in their names (2.png before 10.png); one without any comes first."""
     parts = _DIGITS.split(member.extension)  # text and digits in turn
-    return len(parts) > 1, [int(part) if number % 2 else part for number, part in enumerate(parts)]
+    return len(parts) > 1, [int(part) if number % 2 else part for number, part in enumerate(parts)], member.extension
 
 
 def _named(names: object, members: Sequence[Member], name: str) -> list[Member]:
@@ -182,27 +208,21 @@ def _named(names: object, members: Sequence[Member], name: str) -> list[Member]:
 
 def _unpack(document: dict, pictures: Sequence[Member], file: BinaryIO, name: str, key: str) -> list[Found]:
     """The samples of a packed record."""
-    _check_media(document, name)
     captions = document["captions"]
     num_samples = len(captions) if isinstance(captions, list) else 0
-    prompts = document.get("prompts", document.get("prompt")) or [""] * num_samples
+    prompts: Any = first_present(document, "prompts", "prompt") or [""] * num_samples
     images = document.get("images") or [[]] * num_samples
     lists = (captions, prompts, images)
     if num_samples == 0 or not all(isinstance(entry, list) and len(entry) == num_samples for entry in lists):
         raise SampleFault(Fault.no_turns, f"{name}: images, prompts and captions are not lists of the same length")
     groups = [entry if isinstance(entry, list) else [entry] for entry in images]
     files = iter(_named(list(chain.from_iterable(groups)), pictures, name))
-    unread = tuple(k for k, v in document.items() if k not in USED_KEYS and k not in _PACKED_KEYS and not is_nothing(v))
     samples: list[Found] = []
     for number, (prompt, caption, group) in enumerate(zip(prompts, captions, groups, strict=True)):
         contents = tuple(_read(file, next(files), MAX_PICTURE_BYTES, name) for _ in group)
         turns = _turns(prompt, caption)
-        samples.append(
-            FoundSample(
-                f"{name}, part {number}", f"{key}/{number}", turns, contents, origin(document),
-                unread_keys=() if number else unread,
-            )
-        )  # fmt: skip
+        record = _as_record(document, turns)
+        samples.append(FoundSample(f"{name}, part {number}", f"{key}/{number}", record, contents, origin(document)))
     return samples
 
 

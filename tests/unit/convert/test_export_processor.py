@@ -157,18 +157,19 @@ CONVERSATION = [
 
 @pytest.mark.parametrize("system", [[], [{"from": "system", "value": "Be brief."}]])
 def test_tokens_are_those_of_training(system, sources, processor):
-    messages = parse_conversation(json.dumps([*system, *CONVERSATION]), "test")
+    messages = parse_conversation(json.dumps([*system, *CONVERSATION]), 3, "test").messages
     encoder = SampleEncoder(AutoTokenizer.from_pretrained(sources / "model"))
     expected = encoder.encode(messages, [GRID] * 3, "test").tokens_T
     pictures = [picture(i) for i in range(3)]
-    prompt = processor.apply_chat_template(messages)
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    prompt = processor.apply_chat_template(plain)
     assert processor(text=prompt, images=pictures, return_tensors="pt")["input_ids"][0].equal(expected)
     # The same with the pictures written out, and as lists of parts.
-    written_out = [{**m, "content": m["content"].replace("<image>", TRIPLE)} for m in messages]
+    written_out = [{**m, "content": m["content"].replace("<image>", TRIPLE)} for m in plain]
     prompt = processor.apply_chat_template(written_out)
     assert processor(text=[prompt], images=[pictures])["input_ids"] == [expected.tolist()]
     remaining = iter(pictures)
-    in_parts = [{**m, "content": _in_parts(m["content"], remaining)} for m in messages]
+    in_parts = [{**m, "content": _in_parts(m["content"], remaining)} for m in plain]
     inputs = processor.apply_chat_template(in_parts, tokenize=True, return_dict=True, return_tensors="pt")
     assert inputs["input_ids"][0].equal(expected)
     assert inputs["pixel_values"].shape == (3, 3, 64, 64)

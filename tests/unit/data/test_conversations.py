@@ -1,5 +1,6 @@
 import json
 import string
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_null_is_absent():
         assert list(found.messages) == expected and not found.other_keys
 
 
+def test_an_empty_spelling_hides_nothing():
+    turns = [
+        {"from": "human", "value": "", "role": "user", "content": "Q"},
+        {"from": "", "value": [], "role": "assistant", "content": "A"},
+    ]
+    expected = messages_of(["user: Q", "assistant: A"])
+    for empty in ("", [], {}, "[]", None):
+        record = {"conversations": empty, "messages": turns, "system": empty, "system_prompt": "null"}
+        assert messages(record) == expected
+    assert messages([{"from": "human", "value": ""}, *turns[1:]]) == messages_of(["user: ", "assistant: A"])
+    assert messages([*turns[:1], {"from": "gpt", "value": "null"}])[1].content == "null"  # an answer like any other
+
+
 def test_parts_of_a_message():
     image = {"type": "image", "image": "a.jpg"}
     url = {"type": "image_url", "image_url": {"url": "a.jpg"}}
@@ -101,7 +115,9 @@ def test_a_system_turn_comes_after_the_records_own_text():
     assert fault_of({"system": 3, "messages": QA}) is Fault.text_not_string
 
 
-@pytest.mark.parametrize("mark", [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize(
+    "mark", [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": Decimal(0)}]
+)
 def test_marked_turns_are_not_trained(mark):
     turns = [*said("user: A", "assistant: WRONG", "user: C", "assistant: D")]
     turns[1] |= mark
@@ -118,7 +134,7 @@ def test_marks_that_ask_for_training(value):
     assert messages([QA[0], {**QA[1], "loss": value, "weight": value, "train": value}])[1].is_trained
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "false", "0", [], float("nan")])
+@pytest.mark.parametrize("value", [0.5, 2, -1, "false", "0", [], float("nan"), Decimal("0.5")])
 def test_weights_that_training_would_not_keep_to(value):
     assert fault_of([QA[0], {**QA[1], "weight": value}]) is Fault.loss_weight
 
@@ -156,6 +172,31 @@ def test_the_documents_table_names_every_key():
         assert f"`{key}`" in tables or f"`{key}: true`" in tables, key
     for key in record_keys._TOOL_KEYS_IN_TURNS:
         assert f"`{key}`" in tables, key
+
+
+@pytest.mark.parametrize("value", [False, 0, "", [""], [{"path": None}], b"", {"bytes": b"", "path": None}])
+def test_no_video_is_no_fault(value):
+    assert len(messages({"video": value, "audios": value, "tools": value, "messages": QA})) == 2
+
+
+def test_pictures_that_a_record_names_must_be_there():
+    """Learnt without them, an answer is about something that nobody sees."""
+    for named in ({"image": "a.jpg"}, {"images": ["a.jpg"]}, {"image": "a.jpg", "images": ["a.jpg"]}):
+        assert fault_of({**named, "messages": QA}) is Fault.image_count
+        assert read_conversation({**named, "messages": QA}, 1, "x").is_placed
+    assert fault_of({"images": ["a.jpg", "b.jpg"], "messages": QA}, 1) is Fault.image_count
+    assert fault_of({"image": "a.jpg", "images": ["b.jpg"], "messages": QA}, 1) is Fault.image_count
+    for absent in (None, "", [], [None], {"bytes": None, "path": None}):
+        assert len(messages({"image": absent, "images": absent, "messages": QA})) == 2
+    assert fault_of([{**QA[0], "images": ["a.jpg"]}, QA[1]]) is Fault.image_count
+    assert fault_of([{**QA[0], "image": "a.jpg"}, QA[1]], 1) is Fault.image_count
+
+
+def test_what_stands_where_turns_should_be_is_named():
+    for document, found in (({"data": []}, "one with data"), ({"messages": "[]x"}, "text .if that is JSON, parse it"),
+                            ([], "an empty one"), (3, "int"), ({}, "one with no keys")):  # fmt: skip
+        with pytest.raises(SampleFault, match=f"expected a list of turns.*, not {found}"):
+            read_conversation(document, 0, "x")
 
 
 def test_unused_keys_are_counted():
@@ -210,7 +251,11 @@ def test_answers_that_show_pictures_are_asked_for():
     turns = said("user: Draw.", "assistant: Here: <image> so.")
     expected = messages_of(["user: Draw.", "assistant: Here: <image> so."])
     assert messages(turns, 1, images_in_answers=True) == expected
-    assert messages({"messages": turns, "images_in_answers": True}, 1) == expected
+    for value in (True, 1):
+        assert messages({"messages": turns, "images_in_answers": value}, 1) == expected
+    for value in (False, 0, None, ""):
+        assert messages({"messages": turns, "images_in_answers": value}, 1) != expected
+    assert fault_of({"messages": turns, "images_in_answers": "true"}, 1) is Fault.image_count
     shown = [turns[0], {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "so"}]}]
     assert messages(shown, 1, images_in_answers=True)[1] == Message("assistant", ("", "so"), True)
     assert fault_of(shown, 1) is Fault.image_count

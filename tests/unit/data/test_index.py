@@ -129,7 +129,7 @@ def test_pictures_without_text_and_other_files(write_shard, caplog):
     assert faults_of(index) == {"a": None}
     assert index.left_out == {Fault.no_json: 1}
     assert index.ignored == {"pickle": 2, "pyd": 1, "npy": 1, "pth": 1, "cls": 1}
-    assert "'b' cannot be used (no_json, 1 so far): 1 pictures without a .json" in caplog.text
+    assert "'b' cannot be used (no_json, 1 so far): pictures or other media without a .json" in caplog.text
 
 
 def write_tar(path, names, content=None):
@@ -253,10 +253,10 @@ def test_garbage_in_the_middle_costs_only_what_it_covers(write_shard, caplog):
 
 
 def test_tars_without_a_sample(write_shard, tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"train-00000.tar holds no complete sample, but 1 no_json.*needs a KEY.json"):
+    with pytest.raises(ValueError, match=r"train-00000.tar holds no complete sample, but no_json \(1\).*KEY.json"):
         index_tars([write_shard({"a": {"jpg": b"x"}})])
     (tmp_path / "b.tar").write_bytes(b"no tar at all" * 1000)
-    with pytest.raises(ValueError, match=r"b.tar holds no complete sample, but 1 damaged_shard"):
+    with pytest.raises(ValueError, match=r"b.tar holds no complete sample, but damaged_shard"):
         index_tars([tmp_path / "b.tar"])
     index = index_tars([tmp_path / "b.tar", write_tar(tmp_path / "a.tar", ["a.json"])])  # one of many ends nothing
     assert len(index) == 1 and index.left_out == {Fault.damaged_shard: 1}
@@ -461,7 +461,7 @@ def test_the_tool_writes_an_index_and_says_what_is_in_it(write_shard, tmp_path):
     assert done.returncode == 0, done.stderr
     for line in (
         "1  usable samples", "1  pictures in them", "2  samples that cannot be used:", "1  invalid_json ",
-        "1  no_json ", "1  files of no sample, never opened (1 .npy)",
+        "1  no_json ", "1  other files, never opened: npy (1)",
     ):  # fmt: skip
         assert line in done.stdout
     assert "train-00000.tar: 'b' cannot be used (invalid_json" in done.stderr

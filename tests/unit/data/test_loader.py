@@ -81,6 +81,14 @@ def test_packs_hold_what_the_plan_says(demo_dir, open_shards):
         assert set(batch.sample_id_BS[0].tolist()) - {-1} == set(ids)
 
 
+def test_unused_keys_are_named_when_tars_are_trained_on(write_shard, open_shards, caplog):
+    caplog.set_level(logging.INFO, "laver_megatron")
+    record = json.dumps({"messages": json.loads(question("Q")), "zzz": 1}).encode()
+    shard = write_shard({"a": {"json": record}})
+    open_shards(shard)
+    assert f"{shard}: unused keys of records: zzz (1)" in caplog.messages
+
+
 def test_summary_line(demo_dir, open_shards, caplog):
     caplog.set_level(logging.INFO, "laver_megatron")
     reader = open_shards(demo_dir / "shards" / "train-*.tar", visual_seq_length=64)

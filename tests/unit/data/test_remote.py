@@ -8,8 +8,10 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
+from webdataset.gopen import gopen_schemes
 
 from laver_megatron.data import remote
 from laver_megatron.data.counts import count_samples
@@ -23,6 +25,9 @@ from laver_megatron.data.reading import SampleFiles
 from laver_megatron.data.remote import ShardCache, expand_urls
 from tests.unit.data.content import picture_bytes, question
 from tests.unit.data.test_loader import same
+
+# Stands in for a store of objects; file: names what is local.
+gopen_schemes["disk"] = lambda url, mode="rb", bufsize=8192, **options: open(urlparse(url).path, mode)  # noqa: SIM115
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
 
@@ -56,7 +61,7 @@ def files(tmp_path):
         shards = []
         for letter in "abcdefgh"[:number]:
             (tmp_path / letter).write_bytes(letter.encode() * num_bytes)
-            shards.append(Shard(f"file://{tmp_path / letter}", num_bytes, 1))
+            shards.append(Shard(f"disk://{tmp_path / letter}", num_bytes, 1))
         return shards
 
     return make
@@ -104,7 +109,7 @@ def test_another_size_than_in_the_index(cache, files, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     [shard] = files(1, 400)
     with pytest.raises(
-        ValueError, match=r"file://.* cannot be fetched: it has 400 bytes, but 401 in the index \(tried 8"
+        ValueError, match=r"disk://.* cannot be fetched: it has 400 bytes, but 401 in the index \(tried 8"
     ):
         cache.open(Shard(shard.path, 401, 1))
     with pytest.raises(ValueError, match="it has more than 399 bytes, but 399 in the index"):
@@ -114,7 +119,7 @@ def test_another_size_than_in_the_index(cache, files, monkeypatch):
     ):
         cache.open(Shard(shard.path, 399, 1))
     with pytest.raises(ValueError, match="gone cannot be fetched: .*No such file"):
-        cache.open(Shard("file:///gone", 1, 1))
+        cache.open(Shard("disk:///gone", 1, 1))
     assert not copies(cache) and not list(cache.folder.glob("*.part"))
 
 
@@ -261,7 +266,7 @@ PICTURE = picture_bytes()
 def replaced(tmp_path, write_shard):
     """(the index of a remote shard, a cache that holds another shard of the same size as its copy)"""
     path = write_shard(changed("a"))
-    name, num_bytes = f"file://{path}", path.stat().st_size
+    name, num_bytes = f"disk://{path}", path.stat().st_size
     cache = ShardCache(tmp_path / "cache", 10**6)
     content(cache, Shard(name, num_bytes, 3))
     assert write_shard(changed("b")).stat().st_size == num_bytes

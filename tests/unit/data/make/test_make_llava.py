@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from laver_megatron.data.faults import Fault, SampleFault
 from laver_megatron.data.make.llava import picture_names, read_picture
 from laver_megatron.data.opening import open_indexes
 from tests.unit.data.make.form import jpeg, turns, write_llava
@@ -179,7 +180,10 @@ def test_a_relative_folder_and_one_that_is_a_link_itself(folder, tmp_path, monke
 
 def test_pictures_need_a_folder(tmp_path, make, caplog):
     source = write(tmp_path, *[{"image": "a.jpg", "conversations": turns()}] * 30)
-    with pytest.raises(ValueError, match="30 of 30 samples .*; say in which folder .* lie with --images\n") as caught:
+    with pytest.raises(
+        ValueError,
+        match="30 of 30 samples .*; say in which folder .* lie with --images .and start anew with --overwrite.\n",
+    ) as caught:
         make(source)
     assert "30  no_image_folder" in str(caught.value)
     assert len(caplog.messages) == 1 and "say in which folder it lies with --images" in caplog.messages[0]
@@ -209,7 +213,7 @@ def test_what_a_record_says_is_what_the_shard_says(tmp_path, make):
     assert said["e"]["conversations"] == turns("What is <image> in HTML?", "A tag: <image>.")
     assert said["f"]["conversations"] == turns("<image>\nWhat is it?", "![fig](<image>)")
     summary = make.report.summary(has_tokenizer=False)
-    assert "1 answers are marked as not to be trained: they carry no labels" in summary
+    assert "answers marked as not to be trained, which carry no labels: 1" in summary
     assert "unused keys of records: model (1), turns.name (1)" in summary
     assert "1  video_or_audio    video or audio, which this trainer cannot learn from" in summary
     assert "1 samples had pictures but no <image>: put before the first question" in summary
@@ -229,6 +233,12 @@ def test_pictures_in_answers_are_asked_for(tmp_path, make):
 def test_names_in_order():
     document = {"messages": [{"content": [{"type": "image", "path": "1"}, {"type": "text", "text": ""}]}] * 2}
     assert picture_names(document, "x") == ["1", "1"]
-    assert picture_names({"image": "a", "images": ["b"]}, "x") == ["a"]
+    assert picture_names({"image": "a", "images": ["a"]}, "x") == ["a"]
+    for other in ({"image": "a", "images": ["a", "b"]}, {"image": "a", **document}, {"images": ["1", "2"], **document}):
+        with pytest.raises(SampleFault, match="other pictures|different pictures") as caught:
+            picture_names(other, "x")
+        assert caught.value.fault is Fault.image_count
+    assert picture_names({"images": ["1", "1"], **document}, "x") == ["1", "1"]
+    assert picture_names({"image": [None], "images": None}, "x") == []
     assert picture_names({"image": None, "images": ["b", "c"]}, "x") == ["b", "c"]
     assert picture_names({"image": ""}, "x") == []

@@ -102,7 +102,13 @@ def test_llava_onevision(tmp_path, make):
 
 def test_faults_of_rows(tmp_path, make):
     table = {
-        "images": [[{"bytes": None, "path": "/etc/passwd"}], [None], [{"bytes": b"x" * 9, "path": None}], None, []],
+        "images": [
+            [{"bytes": None, "path": "/etc/passwd"}],
+            [None, {"bytes": jpeg(), "path": None}],
+            [{"bytes": b"x" * 9, "path": None}],
+            None,
+            [],
+        ],
         "texts": [[{"user": "Q", "assistant": "A"}]] * 3 + [None, [{"user": None, "assistant": "A"}]],
     }
     path = tmp_path / "a.parquet"
@@ -130,6 +136,25 @@ def test_what_a_row_says_beside_its_turns(tmp_path, make):
     assert said["d"][1] == {"from": "gpt", "value": "B", "loss": False} and len(said["d"]) == 4
     assert make.report.faults == {"video_or_audio": 1}
     assert make.report.other_keys == {"score": 2}  # a column that is never read, in each sample
+
+
+def test_rows_without_pictures_and_columns_without_values(tmp_path, make):
+    nothing = {"bytes": None, "path": None}
+    rows = [
+        {"image": nothing, "images": [None], "conversations": turns("A", "B"), "texts": None, "extra": None},
+        {"image": nothing, "images": [nothing], "conversations": turns("A", "B"), "texts": None, "extra": None},
+        {"image": None, "images": [], "conversations": turns("Lost", "Lost"), "extra": None,
+         "texts": [{"user": "A", "assistant": "B"}]},
+    ]  # fmt: skip
+    types = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {name: [row[name] for row in rows] for name in ("conversations", "texts", "extra")}
+    for name, kind in (("image", types), ("images", pyarrow.list_(types))):
+        columns[name] = pyarrow.array([row[name] for row in rows], kind)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pyarrow.table(columns), path)
+    samples = make(path)
+    assert [sample["json"]["conversations"] for sample in samples.values()] == [turns("A", "B")] * 3
+    assert make.report.other_keys == {"conversations beside texts": 1}
 
 
 def test_other_files(tmp_path, make):

@@ -1,17 +1,28 @@
 import io
 import json
 import tarfile
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from laver_megatron.data.index_summary import summary
+from laver_megatron.data.indexing import index_tars
+from laver_megatron.data.make import MakeSettings, make_shards
+from laver_megatron.data.opening import open_indexes
 from tests.unit.data.make.form import encoded, jpeg, noise, turns
 
 
 def write_tar(path, members):
-    """members: [(name, bytes or anything that becomes JSON)]."""
+    """members: [(name, bytes or anything that becomes JSON)], or (TarInfo, b"") for a link."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
+            if isinstance(name, tarfile.TarInfo):
+                tar.addfile(name)
+                continue
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -85,7 +96,76 @@ def test_scattered_and_hidden_files(tmp_path, make):
     whole = [("._k9.json", b"x"), ("k9.json", turns("Q")), ("._k9.jpg", b"x"), ("k9.jpg", small(9))]
     samples = make(write_tar(tmp_path / "a.tar", apart + whole), max_bad_fraction=1)
     assert [sorted(sample) for sample in samples.values()] == [["jpg", "json"]]
-    assert make.report.faults == {"scattered": 6}
+    assert make.report.faults == {"scattered": 3}
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+UNREAD = {
+    "another kind of picture": (["k.heic"], {}, "unreadable_image"),
+    "a hard link": ([link("k.jpg", "other.jpg", tarfile.LNKTYPE)], {}, "unreadable_image"),
+    "a symbolic link": ([link("k.jpg", "other.jpg", tarfile.SYMTYPE)], {}, "unreadable_image"),
+    "a picture that is named": ([], {"image": "k.jpg"}, "image_count"),
+    "one of two that are named": (["k.0.jpg"], {"images": ["a.jpg", "b.jpg"]}, "image_count"),
+    "video": (["k.mp4"], {}, "video_or_audio"),
+    "audio under another name": (["k.left.wav"], {}, "video_or_audio"),
+}
+
+
+@pytest.mark.parametrize("first", ["json", "others"])
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_is_not_read_is_not_left_out_of_what_is_learnt(tmp_path, make, what, first):
+    """A question about a picture would be learnt blind."""
+    files, keys, fault = UNREAD[what]
+    others = [(info, b"") if isinstance(info, tarfile.TarInfo) else (info, small(0)) for info in files]
+    text = ("k.json", {**keys, "conversations": turns("What colour is the car?")})
+    before, after = [("a.json", turns("Q"))], [("z.json", turns("Q")), ("z.txt", b"a note")]
+    members = [*before, *([text, *others] if first == "json" else [*others, text]), *after]
+    source = write_tar(tmp_path / "a.tar", members)
+    assert len(make(source, max_bad_fraction=1)) == 2
+    assert make.report.faults == {fault: 1} and make.report.ignored == {"txt": 1}
+    index = index_tars([source])
+    assert index.faults == {fault: 1} and not +index.left_out and index.ignored == {"txt": 1}
+
+
+def test_names_of_other_files_cannot_flood_or_paint_the_terminal(tmp_path, make):
+    members = [("k.json", turns("Q")), ("k.\x1b[31mred\n", b"")] + [(f"k.x{number}", b"") for number in range(1000)]
+    source = write_tar(tmp_path / "a.tar", members)
+    make(source)
+    for line in (make.report.summary(False).splitlines()[1], summary(index_tars([source])).splitlines()[-1]):
+        assert line.isprintable() and len(line) < 3000 and "and 71 more" in line
+
+
+names = st.sampled_from(["json", "jpg", "0.jpg", "1.PNG", "01.png", "txt", "heic", "mp4"])
+contents = st.sampled_from(["<image>\nQ", "<image><image>Q", "Q", "about `<image>`"])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), names), unique=True, max_size=10), st.lists(contents, min_size=3))
+@settings(max_examples=60, deadline=None)
+def test_indexing_and_making_judge_alike(entries, texts):
+    """Whatever lies in a tar: the same samples with the same pictures in the same order, and the same faults."""
+    text_of = dict(zip("abc", texts, strict=False))
+    files = [(f"{key}.{end}", turns(text_of[key]) if end == "json" else small(len(end))) for key, end in entries]
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_tar(Path(folder) / "a.tar", files)
+        try:
+            index = index_tars([source])
+        except ValueError:  # nothing of a sample in it
+            index = None
+        try:
+            report = make_shards(MakeSettings([source], Path(folder) / "out", max_bad_fraction=1))
+            (made,) = open_indexes(Path(folder) / "out")
+        except ValueError:
+            assert index is None or index.fault_I.all()
+            return
+    assert index is not None and report.faults == index.faults + index.left_out
+    usable = [row for row in range(len(index)) if not index.fault_I[row]]
+    assert [index.image_sizes(row) for row in usable] == [made.image_sizes(row) for row in range(len(made))]
+    assert report.faults or report.ignored == index.ignored
 
 
 @pytest.mark.parametrize("where", ["middle", "end"])
@@ -176,6 +256,30 @@ def test_onevision_mix(tmp_path, make):
     assert samples["000000000"]["0.jpg"] == small(0)
     assert samples["000000000"]["json"]["conversations"][0] == {"from": "system", "value": "Be brief."}
     assert make.report.faults == {"video_or_audio": 1}
+
+
+def test_packed_records_say_what_others_say(tmp_path, make):
+    packed = {
+        "captions": ["A", "B"],
+        "prompts": None,
+        "prompt": ["Q", "R"],
+        "system": "S",
+        "system_prompt": "T",
+        "n": 1,
+    }
+    besides = {"captions": None, "texts": None, "conversations": turns("Q", "A"), "note": None}
+    refused = {"captions": ["A"], "prompts": ["Q"], "tools": ["t"], "video": "a.mp4"}
+    both = {"captions": ["A"], "prompts": ["Q"], "conversations": turns("Lost", "Lost")}
+    members = [("a.json", packed), ("b.json", besides), ("c.json", refused), ("d.json", both)]
+    samples = make(write_tar(tmp_path / "a.tar", members), max_bad_fraction=1)
+    said = {sample["json"]["id"]: sample["json"]["conversations"] for sample in samples.values()}
+    system = {"from": "system", "value": "S\nT"}
+    assert said == {
+        "a/0": [system, *turns("Q", "A")], "a/1": [system, *turns("R", "B")], "b": turns("Q", "A"),
+        "d/0": turns("Q", "A"),
+    }  # fmt: skip
+    assert make.report.faults == {"video_or_audio": 1}
+    assert make.report.other_keys == {"n": 2, "conversations beside a packed form": 1}
 
 
 @pytest.mark.parametrize(
