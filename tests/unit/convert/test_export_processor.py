@@ -191,15 +191,76 @@ def test_pixels_are_those_of_training(name, sources, processor, chat, tmp_path):
     expected_3HW = open_preprocessor(sources / "encoder")(upright)
     path = tmp_path / "picture"
     path.write_bytes(content)
-    address = f"data:image/any;base64,{base64.b64encode(content).decode()}"
-    ways = (Image.open(io.BytesIO(content)), path, str(path), address, chat._open(path, "laver"), np.asarray(upright))
+    encoded = base64.b64encode(content).decode()
+    address = f"data:image/any;base64,{encoded}"
+    ways = (
+        Image.open(io.BytesIO(content)),
+        Image.open(path),  # Pillow maps such a file into memory, and garbles a turned TIFF
+        path,
+        str(path),
+        path.as_uri(),
+        address,
+        encoded,
+        base64.encodebytes(content).decode(),
+        content,
+        chat._open(path, "laver"),
+        np.asarray(upright),
+    )
     for given in ways:
         found_I3HW = processor(text="<image>", images=given, return_tensors="pt")["pixel_values"]
         assert found_I3HW.dtype == torch.float32 and torch.equal(found_I3HW[0], expected_3HW)
-    shown = {"type": "image", "image": str(path)}
-    messages = [{"role": "user", "content": [shown]}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    assert torch.equal(inputs["pixel_values"][0], expected_3HW)
+    for shown in ({"image": str(path)}, {"path": str(path)}, {"url": address}, {"base64": encoded}):
+        messages = [{"role": "user", "content": [{"type": "image", **shown}]}]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"][0], expected_3HW)
+
+
+def test_a_frame_of_a_tiff_opened_by_its_name(sources, processor, tmp_path):
+    """The one that was asked for, turned as training turns it, and the caller's object is left as it was."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = (picture(i, (37, 23)).convert("CMYK") for i in range(2))
+    first.save(tmp_path / "two.tif", exif=exif, save_all=True, append_images=[second])
+    content = io.BytesIO()
+    second.save(content, "TIFF", exif=exif)
+    expected_3HW = open_preprocessor(sources / "encoder")(decode_image(content.getvalue()))
+    opened = Image.open(tmp_path / "two.tif")
+    opened.seek(1)
+    found_I3HW = processor(text="<image>", images=opened, return_tensors="pt")["pixel_values"]
+    assert torch.equal(found_I3HW[0], expected_3HW)
+    assert opened.tell() == 1 and opened.tile
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\xef\xbb\xbf \n<!DOCTYPE html><p>not found", "an HTML page"),
+        (b"<HTML>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"no picture", "a file that begins b'no pictu'"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_picture_is_named(content, kind, processor, tmp_path):
+    path = tmp_path / "page.jpg"
+    path.write_bytes(content)
+    encoded = base64.b64encode(content).decode()
+    ways = {str(path): path, str(path) + " ": str(path), path.as_uri(): path.as_uri()}
+    ways |= {f"a picture of {len(content)} bytes": content, "data:;base64,": f"data:;base64,{encoded}"}
+    if content:
+        ways[f"'{encoded}'"] = encoded
+    for name, given in ways.items():
+        with pytest.raises(ValueError) as caught:
+            processor(text="<image>", images=given)
+        message = str(caught.value)
+        assert message.startswith(name) and f" is {kind}, but no picture that Pillow can read" in message
+
+
+@pytest.mark.parametrize("text", ["none.jpg", "some words", "abc" * 2000 + "!", "a\0b", ""])
+def test_text_that_names_no_picture(text, processor):
+    with pytest.raises(ValueError, match="is no file that exists, no address .* and no base64 of a picture") as caught:
+        processor(text="<image>", images=text)
+    assert len(str(caught.value)) < 300
 
 
 def test_the_files_cover_what_can_go_wrong():
