@@ -80,6 +80,9 @@ _MROPE_SHARES = (16, 24, 24)
 _VISION_START, _IMAGE_PAD, _VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 _ONE_PICTURE = _VISION_START + _IMAGE_PAD + _VISION_END
 _PLACEHOLDER = "<image>"
+# As in training: at the start or end of a line (and of what someone says), unless that is in a code block.
+_PLACED = re.compile(r"^[ \t]*<image>|<image>[ \t]*(?:<\|im_end\|>|$)", re.MULTILINE)
+_CODE = re.compile(r"```.*?(?:```|(?=<\|im_end\|>)|\Z)", re.DOTALL)
 _PATIENCE_SECONDS = 60  # with the server of a picture
 _ADDRESS = re.compile(r"https?://|data:|file:/", re.IGNORECASE)
 # What files named like pictures often are instead, by how they begin (lower case, without leading space).
@@ -775,9 +778,11 @@ class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
     In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. The chat template
-    writes the second for a part that is an image; where it places all pictures, `<image>` is a word. patch_size: side
-    in pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of
-    native resolution, whose pictures keep their proportions.
+    writes the second for a part that is an image; where it places all pictures, `<image>` is a word. Texts without
+    pictures may speak of `<image>` inside a line or in a code block; elsewhere it stands for a picture that is missing,
+    unless `images` is an empty list, which says that there is none. patch_size: side in pixels of what becomes one
+    visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of native resolution, whose pictures
+    keep their proportions.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -929,8 +934,10 @@ def _listed(images: Any) -> list[Any]:
 
 def _are_placed(texts: list[str], images: Any) -> bool:
     """Whether the texts already hold the place of every picture, so that a `<image>` in them is nothing but a word."""
+    if images is None:
+        return not any(_PLACED.search(_CODE.sub("", words)) for words in texts)
     num_pictures = sum(len(own) if isinstance(own, (list, tuple)) else 1 for own in _listed(images))
-    return 0 < num_pictures == sum(words.count(_ONE_PICTURE) for words in texts)
+    return num_pictures == sum(words.count(_ONE_PICTURE) for words in texts)
 
 
 def _in_order(images: Any, places: list[int]) -> list[Picture]:
