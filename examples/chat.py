@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for question in _questions(options.question):
         try:
             chat.ask(question)
-        except ValueError as error:  # words that stand for a picture that is not there
+        except ValueError as error:  # image tokens spelt out
             print(f"chat.py: this cannot be asked: {error}", file=sys.stderr)
             if options.question is not None:
                 return 2
@@ -98,14 +98,19 @@ def _open(path: Path, format: str) -> Image.Image:
     format is stock, and takes what transformers makes of it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    content = path.read_bytes()
     try:
-        picture = Image.open(io.BytesIO(path.read_bytes()))
+        picture = Image.open(io.BytesIO(content))
         picture.load()
         if format == "laver":
             return picture
         from transformers.image_utils import load_image
 
         return load_image(picture)
+    except UnidentifiedImageError:  # its message names an object in memory
+        is_page = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype html", b"<html"))
+        kind = "it is an HTML page" if is_page else f"it begins {content[:8]!r}" if content else "it is empty"
+        raise UserError(f"{path} is not a picture that can be read: {kind}") from None
     except Exception as error:  # Pillow's decoders raise what they like on broken files
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
 
@@ -149,9 +154,9 @@ class Chat:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        trust = format == "laver"
-        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
-        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=trust, dtype=dtype)
+        self.is_laver = format == "laver"
+        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self.is_laver)
+        model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=self.is_laver, dtype=dtype)
         self.model = model.to(device).eval()
         self.pictures, self.max_new_tokens = pictures, max_new_tokens
         self.messages: list[dict[str, Any]] = []
@@ -163,7 +168,10 @@ class Chat:
         shown = [] if self.messages else [{"type": "image"} for _ in self.pictures]
         asked = {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
         prompt = self.processor.apply_chat_template([*self.messages, asked], add_generation_prompt=True)
-        inputs = self.processor(text=prompt, images=self.pictures or None, return_tensors="pt").to(self.model.device)
+        # To a processor of the laver format a list, even an empty one, says that the prompt holds the places of all
+        # pictures, and that an `<image>` that someone says is a word. For that of the llava format it always is one.
+        pictures = self.pictures if self.is_laver else self.pictures or None
+        inputs = self.processor(text=prompt, images=pictures, return_tensors="pt").to(self.model.device)
         self.messages.append(asked)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)

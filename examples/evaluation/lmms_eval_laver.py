@@ -95,11 +95,15 @@ class Laver(lmms):
                     pictures.append(part["url"])
                     content.append({"type": "image"})
                 elif part["type"] == "text":
-                    # Pictures stand where the message has them; the word alone would stand for one more.
-                    content.append({"type": "text", "text": part["text"].replace(_PICTURE_IN_TEXT, "")})
+                    content.append({"type": "text", "text": part["text"]})
                 else:
                     raise ValueError(f"{task}, document {document}: laver sees pictures, but no {part['type']}")
             messages.append({"role": message["role"], "content": content})
+        if pictures:
+            # A task may mark the places of its pictures in the text, too, before which lmms-eval puts them all. Here a
+            # mark would be a word, where training put a picture in its place.
+            for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+                part["text"] = part["text"].replace(_PICTURE_IN_TEXT, "")
         if self.system_prompt is not None:
             spoken = [message for message in messages if message["role"] != "system"]
             system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}

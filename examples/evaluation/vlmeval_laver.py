@@ -63,6 +63,11 @@ class Laver(BaseModel):
     def _answer(self, turns: list[dict]) -> str:
         pictures: list[str] = []
         conversation = [{"role": turn["role"], "content": _content(turn["content"], pictures)} for turn in turns]
+        if pictures:
+            # A data set may mark the places of its pictures in the text, too. Here a mark would be a word, where
+            # training put a picture in its place.
+            for part in (part for turn in conversation for part in turn["content"] if part["type"] == "text"):
+                part["text"] = part["text"].replace(_PICTURE_IN_TEXT, "")
         text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         inputs = self.processor(text=[text], images=[pictures], return_tensors="pt")
         inputs = inputs.to(self.device, self.model.dtype)
@@ -86,8 +91,7 @@ def _content(parts: list[dict], pictures: list[str]) -> list[dict]:
             pictures.append(part["value"])
             content.append({"type": "image"})
         elif part["type"] == "text":
-            # Pictures are parts of their own; the word alone would stand for one more.
-            content.append({"type": "text", "text": part["value"].replace(_PICTURE_IN_TEXT, "")})
+            content.append({"type": "text", "text": part["value"]})
         else:
             raise ValueError(f"laver sees pictures, but no {part['type']}")
     return content

@@ -23,7 +23,7 @@ MAX_RECORD_BYTES, MAX_PICTURE_BYTES = 64 << 20, 256 << 20
 IMAGE_EXTENSION = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16  # small: what a damage hides is mostly near its start, and a tar may have thousands of them
 # Two blocks of zeros end a tar, and more fill its last record: 10,240 bytes of `tar` and of Python, at most 1 MiB of
 # those who write to tapes or with large buffers. What is more was never written: a download that was broken off
 # leaves it in a file of the final size.
@@ -213,11 +213,13 @@ def _extended(header: tarfile.TarInfo, content: bytes) -> tuple[str | None, int 
     if header.type not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
         return None, None
     name = size = None
-    while content[:1].isdigit():
-        length = content[:10].partition(b" ")[0]
+    position = 0
+    while content[position : position + 1].isdigit():
+        length = content[position : position + 10].partition(b" ")[0]
         if not length.isdigit():
             break
-        record, content = content[: int(length)], content[int(length) :]
+        record = content[position : position + int(length)]
+        position += int(length)
         keyword, _, value = record[len(length) + 1 : -1].partition(b"=")
         if not record.endswith(b"\n"):
             break

@@ -1,6 +1,6 @@
 """From a sample's JSON to tokens and labels, by the ChatML template of Qwen2.5.
 
-Letters: T tokens of one sample.
+Letters: T tokens of one sample, M messages, I images, V visual tokens of all its images.
 
     <|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n
 
@@ -72,14 +72,15 @@ class SampleEncoder:
                 f"sample {key!r}: the text holds {num_pads} image tokens but there are {len(grids)} "
                 f"pictures; write {IMAGE_PLACEHOLDER} for a picture, and {_VISION_TOKENS[1]} never"
             )
-        trained_T = self._trained(tokens_T, encoding.offsets, assistant_spans)
+        starts_T, ends_T = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        trained_T = self._trained(tokens_T, starts_T, ends_T, assistant_spans)
         whole = _with_images(tokens_T, trained_T, self.image_pad, grids, key)
         if limits is None or (len(whole) <= limits[0] and whole.num_visual_tokens <= limits[1]):
             return whole
         # Turns end with a special token and a line break, which never merge with what follows: the tokens of the
         # first turns are the first tokens.
-        first_tokens = [sum(start < end for start, _ in encoding.offsets) for end in ends]
-        return _without_last_turns(whole, messages, first_tokens, limits)
+        first_tokens_M = np.searchsorted(np.sort(starts_T), ends)
+        return _without_last_turns(whole, messages, first_tokens_M, limits)
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The conversation as ChatML with one image token a picture, where the words to be learnt and their
@@ -87,25 +88,28 @@ class SampleEncoder:
         added = messages[0].role != "system"
         if added:
             messages = [Message("system", (self.default_system,)), *messages]
-        text, spans, ends = "", [], []
+        pieces, spans, ends, end = [], [], [], 0
         for message in messages:
-            text += f"<|im_start|>{message.role}\n"
-            start = len(text)
-            text += "".join(_VISION_TOKENS).join(message.texts) + "<|im_end|>"
+            head = f"<|im_start|>{message.role}\n"
+            said = "".join(_VISION_TOKENS).join(message.texts) + "<|im_end|>"
+            pieces += [head, said, "\n"]
+            start = end + len(head)
             if message.is_trained:
-                spans.append((start, len(text)))
-            text += "\n"
-            ends.append(len(text))
-        return text, spans, ends[added:]
+                spans.append((start, start + len(said)))
+            end = start + len(said) + 1
+            ends.append(end)
+        return "".join(pieces), spans, ends[added:]
 
     def _trained(
-        self, tokens_T: Tensor, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+        self, tokens_T: Tensor, starts_T: np.ndarray, ends_T: np.ndarray, spans: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Which tokens lie wholly in an assistant's span and are not an image's: bool `[T]`."""
-        starts_T, ends_T = torch.tensor(offsets, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        trained_T = torch.zeros_like(tokens_T, dtype=torch.bool)
-        for start, end in spans:
-            trained_T |= (starts_T >= start) & (ends_T <= end)
+        """Which tokens, which stand in the text from `starts_T` to `ends_T`, lie wholly in an assistant's span and are
+        not an image's: bool `[T]`."""
+        if not spans:
+            return torch.zeros_like(tokens_T, dtype=torch.bool)
+        span_starts, span_ends = np.array(spans, dtype=np.int64).T  # in order, none within another
+        span_T = np.searchsorted(span_starts, starts_T, side="right") - 1  # the last that has begun there; -1 for none
+        trained_T = torch.from_numpy((span_T >= 0) & (ends_T <= span_ends[span_T]))
         vision = torch.tensor([self.vision_start, self.image_pad, self.vision_end])
         return trained_T & ~torch.isin(tokens_T, vision)
 
@@ -144,39 +148,43 @@ def _with_images(
 ) -> EncodedSample:
     """Repeats each image token over its grid, and shifts the labels."""
     pads_T = tokens_T == image_pad
+    rows_I, columns_I = np.array(grids, dtype=np.int64).reshape(-1, 2).T
+    sizes_I = rows_I * columns_I
     counts_T = torch.ones_like(tokens_T)
-    counts_T[pads_T] = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
+    counts_T[pads_T] = torch.from_numpy(sizes_I)
     number_T = torch.where(pads_T, pads_T.cumsum(0) - 1, -1)
     # numpy's repeat: torch's starts its threads however short the tensor, which costs 100 times the work here.
     source_T = torch.from_numpy(np.repeat(np.arange(len(tokens_T)), counts_T.numpy()))
     tokens_T, trained_T, number_T = tokens_T[source_T], trained_T[source_T], number_T[source_T]
     row_T, col_T = torch.zeros_like(tokens_T), torch.zeros_like(tokens_T)
-    for number, (rows, columns) in enumerate(grids):
-        place = torch.arange(rows * columns)
-        row_T[number_T == number], col_T[number_T == number] = place // columns, place % columns
+    place_V = np.arange(sizes_I.sum()) - np.repeat(sizes_I.cumsum() - sizes_I, sizes_I)
+    columns_V = np.repeat(columns_I, sizes_I)
+    visual_T = number_T >= 0
+    row_T[visual_T], col_T[visual_T] = (torch.from_numpy(part_V) for part_V in np.divmod(place_V, columns_V))
     labels_T = torch.full_like(tokens_T, IGNORE_LABEL)
     labels_T[:-1] = torch.where(trained_T[1:], tokens_T[1:], IGNORE_LABEL)
     return EncodedSample(key, tokens_T, labels_T, number_T, row_T, col_T, tuple(grids))
 
 
 def _without_last_turns(
-    whole: EncodedSample, messages: Sequence[Message], first_tokens: Sequence[int], limits: tuple[int, int]
+    whole: EncodedSample, messages: Sequence[Message], first_tokens_M: np.ndarray, limits: tuple[int, int]
 ) -> EncodedSample:
-    """As many turns as fit, the last of them a trained answer; the whole sample if there are none. first_tokens: tokens
-    of the first turns up to each, an image counting as one."""
+    """As many turns as fit, the last of them a trained answer; the whole sample if there are none. first_tokens_M:
+    tokens of the first turns up to each, an image counting as one."""
     is_image_T = whole.image_number_T >= 0
     # Where a token before the images were spread out stands now: an image's is its first visual token.
     begins_T = torch.ones_like(is_image_T)
     begins_T[1:] = ~is_image_T[1:] | (whole.image_number_T[1:] != whole.image_number_T[:-1])
-    places = [*begins_T.nonzero().flatten().tolist(), len(whole)]
-    for number in reversed(range(len(messages))):
-        length = places[first_tokens[number]]
-        visual = int(is_image_T[:length].sum())
-        if messages[number].is_trained and length <= limits[0] and visual <= limits[1]:
-            num_images = int(whole.image_number_T[:length].max()) + 1
-            columns = whole.tokens_T, whole.labels_T, whole.image_number_T, whole.row_T, whole.col_T
-            tokens_T, labels_T, number_T, row_T, col_T = (column_T[:length] for column_T in columns)
-            num_dropped = len(messages) - number - 1
-            grids = whole.grids[:num_images]
-            return EncodedSample(whole.key, tokens_T, labels_T, number_T, row_T, col_T, grids, num_dropped)
-    return whole
+    places = np.append(begins_T.nonzero().flatten().numpy(), len(whole))
+    lengths_M = places[first_tokens_M]
+    visual_M = np.append(0, is_image_T.numpy().cumsum())[lengths_M]
+    is_trained_M = np.array([message.is_trained for message in messages])
+    (fits,) = (is_trained_M & (lengths_M <= limits[0]) & (visual_M <= limits[1])).nonzero()
+    if not len(fits):
+        return whole
+    length = int(lengths_M[fits[-1]])
+    columns = whole.tokens_T, whole.labels_T, whole.image_number_T, whole.row_T, whole.col_T
+    tokens_T, labels_T, number_T, row_T, col_T = (column_T[:length] for column_T in columns)
+    grids = whole.grids[: int(number_T.max()) + 1]
+    num_dropped = len(messages) - int(fits[-1]) - 1
+    return EncodedSample(whole.key, tokens_T, labels_T, number_T, row_T, col_T, grids, num_dropped)

@@ -147,7 +147,7 @@ def request(number, **settings):
 
 @pytest.fixture
 def documents(pictures):
-    """No picture, one as an object, two and three as in VLMEvalKit's and lmms-eval's own tasks; a word to drop."""
+    """No picture, one as an object, two and three as in VLMEvalKit's and lmms-eval's own tasks; a mark to drop."""
     opened = Image.open(pictures[0])
     return [
         ["How many people are there?"],
@@ -235,6 +235,18 @@ def test_vlmeval_questions(laver_of_vlmeval, pictures, expected):
         parts(first, second, third, "<image> Which one is red? Answer with its number alone."),
     ]
     assert [laver_of_vlmeval.generate(question, dataset="MMBench") for question in questions] == expected
+
+
+def test_the_word_image_stays_where_there_is_no_picture(
+    laver_of_lmms_eval, laver_of_vlmeval, documents, expected, answer
+):
+    """In a batch with pictures, too."""
+    question = "What does <image> do in HTML?"
+    model = laver_of_lmms_eval([[question], documents[1], ["<image>"]], batch_size=3)
+    known = answer(question, [])
+    assert known != answer(question.replace("<image>", ""), [])
+    assert model.generate_until([request(0), request(1), request(2)])[:2] == [known, expected[1]]
+    assert laver_of_vlmeval.generate(parts(question)) == known
 
 
 def test_vlmeval_conversations(laver_of_vlmeval, export, pictures):

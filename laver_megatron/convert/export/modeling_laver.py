@@ -22,8 +22,11 @@ I images of a batch, T visual tokens of all these images, P pixels of a visual t
 decoder, F frequency pairs and D width of an attention head.
 """
 
+import base64
 import io
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import (
     Aimv2VisionConfig,
@@ -77,7 +80,15 @@ _MROPE_SHARES = (16, 24, 24)
 _VISION_START, _IMAGE_PAD, _VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 _ONE_PICTURE = _VISION_START + _IMAGE_PAD + _VISION_END
 _PLACEHOLDER = "<image>"
+# As in training: at the start or end of a line (and of what someone says), unless that is in a code block.
+_PLACED = re.compile(r"^[ \t]*<image>|<image>[ \t]*(?:<\|im_end\|>|$)", re.MULTILINE)
+_CODE = re.compile(r"```.*?(?:```|(?=<\|im_end\|>)|\Z)", re.DOTALL)
 _PATIENCE_SECONDS = 60  # with the server of a picture
+_ADDRESS = re.compile(r"https?://|data:|file:/", re.IGNORECASE)
+# What files named like pictures often are instead, by how they begin (lower case, without leading space).
+_OTHER_KINDS = {
+    b"<!doctype html": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a Git LFS pointer",
+}  # fmt: skip
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -760,16 +771,18 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 # --- the processor ---------------------------------------------------------------------------------------
 
-Picture = Image.Image | np.ndarray | Tensor | str | Path
+Picture = Image.Image | np.ndarray | Tensor | bytes | str | Path
 
 
 class LaverProcessor(ProcessorMixin):
     """Texts and pictures to what the model takes, exactly as in training.
 
     In a text, `<image>` or `<|vision_start|><|image_pad|><|vision_end|>` stands for one picture. The chat template
-    writes the second for a part that is an image; where it places all pictures, `<image>` is a word. patch_size: side
-    in pixels of what becomes one visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of
-    native resolution, whose pictures keep their proportions.
+    writes the second for a part that is an image; where it places all pictures, `<image>` is a word. Texts without
+    pictures may speak of `<image>` inside a line or in a code block; elsewhere it stands for a picture that is missing,
+    unless `images` is an empty list, which says that there is none. patch_size: side in pixels of what becomes one
+    visual token. min_pixels, max_pixels: bounds of a picture's area for an encoder of native resolution, whose pictures
+    keep their proportions.
     """
 
     # Where files come from; for the image processor, which is loaded once more.
@@ -824,13 +837,13 @@ class LaverProcessor(ProcessorMixin):
         """input_ids and attention_mask `[B, L]`; if there are images, pixel_values (float32) and for an encoder of
         native resolution image_grids (int64), as at the head of this file.
 
-        images: pictures (PIL, uint8 arrays, paths, addresses) of all texts in order, or a list of them for each
-        text. All further arguments go to the tokenizer (`return_tensors`, `padding`, ...); batches are padded on the
-        left unless they say otherwise.
+        images: pictures (PIL, uint8 arrays, paths, addresses, bytes or base64 of a file) of all texts in order, or a
+        list of them for each text. All further arguments go to the tokenizer (`return_tensors`, `padding`, ...);
+        batches are padded on the left unless they say otherwise.
 
         Raises:
-            ValueError: no text, more or fewer pictures than places for them, image tokens spelt out, videos or
-                audio, options for pictures.
+            ValueError: no text, more or fewer pictures than places for them, what is no picture, image tokens spelt
+                out, videos or audio, options for pictures.
         """
         if videos is not None or audio is not None:
             raise ValueError("this model reads text and pictures; it takes no videos and no audio")
@@ -916,13 +929,15 @@ def _count_places(text: str) -> int:
 def _listed(images: Any) -> list[Any]:
     if images is None:
         return []
-    return [images] if isinstance(images, (Image.Image, np.ndarray, Tensor, str, Path)) else list(images)
+    return [images] if isinstance(images, (Image.Image, np.ndarray, Tensor, bytes, str, Path)) else list(images)
 
 
 def _are_placed(texts: list[str], images: Any) -> bool:
     """Whether the texts already hold the place of every picture, so that a `<image>` in them is nothing but a word."""
+    if images is None:
+        return not any(_PLACED.search(_CODE.sub("", words)) for words in texts)
     num_pictures = sum(len(own) if isinstance(own, (list, tuple)) else 1 for own in _listed(images))
-    return 0 < num_pictures == sum(words.count(_ONE_PICTURE) for words in texts)
+    return num_pictures == sum(words.count(_ONE_PICTURE) for words in texts)
 
 
 def _in_order(images: Any, places: list[int]) -> list[Picture]:
@@ -953,17 +968,47 @@ def _write_out(texts: list[str], counts: list[int]) -> list[str]:
 def _opened(picture: Picture) -> Image.Image:
     """A picture wherever it comes from, not decoded yet. transformers' own `load_image` drops what is transparent and
     the upper bits of 16."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.filename and picture.tile:
+        frame, picture = picture.tell(), _opened(Path(os.fsdecode(picture.filename)))
+        picture.seek(frame)
     if isinstance(picture, Image.Image):
         return picture
-    if not isinstance(picture, (str, Path)):
+    if not isinstance(picture, (bytes, str, Path)):
         return Image.fromarray(np.asarray(picture))
-    address = str(picture)
-    if address.startswith(("http://", "https://", "data:")):
-        with urlopen(address, timeout=_PATIENCE_SECONDS) as answer:
-            content = answer.read()
-    else:
-        content = Path(address).read_bytes()
-    return Image.open(io.BytesIO(content))  # not by its name: Pillow would map the file, and garble a turned TIFF
+    content, name = _content(picture)
+    try:
+        # Not by its name: Pillow would map the file into memory, and garble a turned TIFF.
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError(f"{name} is {_kind(content)}, but no picture that Pillow can read") from None
+
+
+def _content(picture: bytes | str | Path) -> tuple[bytes, str]:
+    """The bytes of a picture's file, and what messages call it."""
+    if isinstance(picture, bytes):
+        return picture, f"a picture of {len(picture)} bytes"
+    name = str(picture) if len(str(picture)) <= 200 else f"{str(picture)[:60]}..."
+    if isinstance(picture, str) and _ADDRESS.match(picture):
+        with urlopen(picture, timeout=_PATIENCE_SECONDS) as answer:
+            return answer.read(), name
+    if isinstance(picture, Path) or os.path.isfile(picture):
+        return Path(picture).read_bytes(), name
+    try:
+        content = base64.b64decode("".join(picture.split()), validate=True)
+    except ValueError:
+        content = b""
+    if not content:
+        raise ValueError(
+            f"{name!r} is no file that exists, no address (http, https, data, file) and no base64 of a picture"
+        )
+    return content, f"{name!r}, read as base64 since there is no such file,"
+
+
+def _kind(content: bytes) -> str:
+    """What a file is that is no picture, as far as its first bytes say."""
+    start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    found = next((kind for mark, kind in _OTHER_KINDS.items() if start.startswith(mark)), None)
+    return found or (f"a file that begins {content[:8]!r}" if content else "empty")
 
 
 # The same as in training, whose laver_megatron/data/images.py has these two functions, too.

@@ -32,6 +32,7 @@ from laver_megatron.convert.export import description, modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverProcessor
 from laver_megatron.data import images as data_images
 from laver_megatron.data.conversations import parse_conversation
+from laver_megatron.data.faults import SampleFault
 from laver_megatron.data.images import decode_image, upright_rgb
 from laver_megatron.data.samples import SampleEncoder
 from laver_megatron.demo.encoders import save_encoder
@@ -192,15 +193,76 @@ def test_pixels_are_those_of_training(name, sources, processor, chat, tmp_path):
     expected_3HW = open_preprocessor(sources / "encoder")(upright)
     path = tmp_path / "picture"
     path.write_bytes(content)
-    address = f"data:image/any;base64,{base64.b64encode(content).decode()}"
-    ways = (Image.open(io.BytesIO(content)), path, str(path), address, chat._open(path, "laver"), np.asarray(upright))
+    encoded = base64.b64encode(content).decode()
+    address = f"data:image/any;base64,{encoded}"
+    ways = (
+        Image.open(io.BytesIO(content)),
+        Image.open(path),  # Pillow maps such a file into memory, and garbles a turned TIFF
+        path,
+        str(path),
+        path.as_uri(),
+        address,
+        encoded,
+        base64.encodebytes(content).decode(),
+        content,
+        chat._open(path, "laver"),
+        np.asarray(upright),
+    )
     for given in ways:
         found_I3HW = processor(text="<image>", images=given, return_tensors="pt")["pixel_values"]
         assert found_I3HW.dtype == torch.float32 and torch.equal(found_I3HW[0], expected_3HW)
-    shown = {"type": "image", "image": str(path)}
-    messages = [{"role": "user", "content": [shown]}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    assert torch.equal(inputs["pixel_values"][0], expected_3HW)
+    for shown in ({"image": str(path)}, {"path": str(path)}, {"url": address}, {"base64": encoded}):
+        messages = [{"role": "user", "content": [{"type": "image", **shown}]}]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"][0], expected_3HW)
+
+
+def test_a_frame_of_a_tiff_opened_by_its_name(sources, processor, tmp_path):
+    """The one that was asked for, turned as training turns it, and the caller's object is left as it was."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = (picture(i, (37, 23)).convert("CMYK") for i in range(2))
+    first.save(tmp_path / "two.tif", exif=exif, save_all=True, append_images=[second])
+    content = io.BytesIO()
+    second.save(content, "TIFF", exif=exif)
+    expected_3HW = open_preprocessor(sources / "encoder")(decode_image(content.getvalue()))
+    opened = Image.open(tmp_path / "two.tif")
+    opened.seek(1)
+    found_I3HW = processor(text="<image>", images=opened, return_tensors="pt")["pixel_values"]
+    assert torch.equal(found_I3HW[0], expected_3HW)
+    assert opened.tell() == 1 and opened.tile
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\xef\xbb\xbf \n<!DOCTYPE html><p>not found", "an HTML page"),
+        (b"<HTML>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"no picture", "a file that begins b'no pictu'"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_picture_is_named(content, kind, processor, tmp_path):
+    path = tmp_path / "page.jpg"
+    path.write_bytes(content)
+    encoded = base64.b64encode(content).decode()
+    ways = {str(path): path, str(path) + " ": str(path), path.as_uri(): path.as_uri()}
+    ways |= {f"a picture of {len(content)} bytes": content, "data:;base64,": f"data:;base64,{encoded}"}
+    if content:
+        ways[f"'{encoded}'"] = encoded
+    for name, given in ways.items():
+        with pytest.raises(ValueError) as caught:
+            processor(text="<image>", images=given)
+        message = str(caught.value)
+        assert message.startswith(name) and f" is {kind}, but no picture that Pillow can read" in message
+
+
+@pytest.mark.parametrize("text", ["none.jpg", "some words", "abc" * 2000 + "!", "a\0b", ""])
+def test_text_that_names_no_picture(text, processor):
+    with pytest.raises(ValueError, match="is no file that exists, no address .* and no base64 of a picture") as caught:
+        processor(text="<image>", images=text)
+    assert len(str(caught.value)) < 300
 
 
 def test_the_files_cover_what_can_go_wrong():
@@ -240,6 +302,16 @@ def test_arrays_of_sixteen_bits_and_with_alpha(sources, processor):
         assert torch.equal(found_I3HW[0], preprocessor(rgb))
 
 
+WORDS = ["What does <image> do in HTML?", "See:\n```\n<image>\n```\nWell?", "Mend it: ```\n<image>\n", "`<image>`"]
+PLACES = [
+    "<image> Which?",
+    "What is this? <image>",
+    "Which?\n \t<image>\nSay.",
+    "```a``` <image> \t",
+    "a <image>\n```b```",
+]
+
+
 def test_a_word_that_looks_like_a_place(processor):
     """Where every picture has its place, `<image>` is a word of the text, as in training."""
     tokens = processor.tokenizer
@@ -250,6 +322,35 @@ def test_a_word_that_looks_like_a_place(processor):
     assert tokens.decode(ids, skip_special_tokens=True) == " Write <image>."
     with pytest.raises(ValueError, match="1 places for pictures .*, but 0 were given"):
         processor(text="<image> Which?")
+
+
+def test_a_word_in_a_text_without_pictures(processor):
+    """The rule is training's; only a list that is empty says that no picture is missing."""
+    for said in WORDS:
+        prompt = processor.apply_chat_template([{"role": "user", "content": said}])
+        for text in (said, prompt):
+            assert processor.decode(processor(text=text)["input_ids"][0]) == text
+    for said in PLACES:
+        prompt = processor.apply_chat_template([{"role": "user", "content": text} for text in ("```", said)])
+        for text in (said, prompt):
+            with pytest.raises(ValueError, match=r"places for pictures \(<image>\), but 0 were given"):
+                processor(text=text)
+            assert processor.decode(processor(text=text, images=[])["input_ids"][0]) == text
+            assert processor.decode(processor(text=[text], images=[[]])["input_ids"][0]) == text
+    with pytest.raises(ValueError, match="2 places"):
+        processor(text=[WORDS[0], PLACES[0]])
+    with pytest.raises(ValueError, match="1 places for pictures .*, but 0 were given"):
+        processor(text=TRIPLE, images=[])
+
+
+@pytest.mark.parametrize("said", [*WORDS, *PLACES])
+def test_the_rule_for_words_is_training_s(said):
+    record = json.dumps([{"role": "user", "content": said}, {"role": "assistant", "content": "A tag."}])
+    if said in WORDS:
+        assert parse_conversation(record, 0, "test").messages[0].texts == (said,)
+    else:
+        with pytest.raises(SampleFault, match="but 0 pictures"):
+            parse_conversation(record, 0, "test")
 
 
 def test_the_image_processor_is_the_one_of_pillow(laver, monkeypatch):
@@ -537,6 +638,27 @@ def test_chat_answers_and_remembers(format, chat, laver, llava, tmp_path, monkey
     assert ("mixed attention" in printed.err) == (format == "llava")
 
 
+@pytest.mark.parametrize("format", ["laver", "llava"])
+@pytest.mark.parametrize("num_pictures", [0, 1])
+def test_chat_may_speak_of_the_word_image(format, num_pictures, chat, laver, llava, monkeypatch):
+    """In a question at the start of a line, and in an answer, whose words are in all later prompts."""
+    directory = {"laver": laver, "llava": llava}[format]
+    talk = chat.Chat(directory, format, [picture(0)] * num_pictures, torch.device("cpu"), "auto", 3)
+    tokenizer, seen = talk.processor.tokenizer, []
+
+    def generate(input_ids, **inputs):
+        seen.append(input_ids[0].tolist())
+        said = tokenizer("<image>", return_tensors="pt")["input_ids"]
+        return torch.cat([input_ids, said], 1)
+
+    monkeypatch.setattr(talk.model, "generate", generate)
+    for number, question in enumerate(["<image> is a tag?", "Is <image>", "And?"]):
+        assert talk.ask(question) == "<image>"
+        words = tokenizer.decode(seen[number])
+        assert words.count("<image>") == number + min(number + 1, 2)
+        assert seen[number].count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 64 * num_pictures
+
+
 def test_chat_is_a_program(laver, tmp_path):
     picture(0).save(tmp_path / "photo.png")
     command = [sys.executable, str(CHAT), "--model", str(laver), "--image", "photo.png", "--question", "What?"]
@@ -559,13 +681,26 @@ def test_chat_says_what_is_wrong(chat, laver, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "note.jpg").write_text("no picture")
+    (tmp_path / "page.jpg").write_text("\n<!DOCTYPE HTML>\n<p>404")
+    (tmp_path / "empty.jpg").touch()
     for arguments, message in (
         (["--model", tmp_path / "none"], "none: no such directory"),
         (["--model", tmp_path / "empty"], "has no config.json"),
         (["--model", tmp_path / "text"], "a model of type 'qwen2', not an export"),
         (["--model", tmp_path / "broken"], "config.json cannot be read"),
         (["--model", laver, "--image", tmp_path / "none.jpg"], "none.jpg: no such file"),
-        (["--model", laver, "--image", tmp_path / "note.jpg"], "not a picture that can be read"),
+        (
+            ["--model", laver, "--image", tmp_path / "note.jpg"],
+            "note.jpg is not a picture that can be read: it begins b'no pictu'",
+        ),
+        (
+            ["--model", laver, "--image", tmp_path / "page.jpg"],
+            "page.jpg is not a picture that can be read: it is an HTML",
+        ),
+        (
+            ["--model", laver, "--image", tmp_path / "empty.jpg"],
+            "empty.jpg is not a picture that can be read: it is empty",
+        ),
         (["--model", laver, "--device", "abacus"], "--device abacus"),
     ):
         assert chat.main([str(argument) for argument in arguments]) == 2

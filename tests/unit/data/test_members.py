@@ -192,6 +192,31 @@ def test_more_zeros_than_end_a_tar():
     assert damage.start == 0
 
 
+@pytest.mark.parametrize("distance", [512, 5000, 65_536 - 257, 65_536, 2 * 65_535 - 257, (3 << 20) + 77])
+def test_the_next_header_is_found_at_any_distance(distance):
+    """Also where the mark of a header lies across two chunks that are read one after the other."""
+    content = tar_bytes(FILES)
+    start = content.index(b"002.json")
+    for num_added in range(distance - 6, distance + 7):
+        broken = content[:start] + b"g" * num_added + content[start:]
+        [damage] = damages(broken)
+        assert (damage.start, damage.end) == (start, start + num_added)
+        assert keys(broken) == [f"{number:03d}" for number in range(6)]
+
+
+def test_every_record_of_a_long_extended_header_counts():
+    """The last of those that repeat, and of a broken one none that follow."""
+    small = {f"k{number:06d}": "v" for number in range(20_000)}
+    records = tarfile.TarInfo("0.json")._create_pax_generic_header({**small, "path": "a/1.json"}, b"x", "utf-8")
+    long, plain = records[BLOCK:].rstrip(b"\0"), tar_bytes([("0.json", b"{}")])
+    later = b"17 path=b/2.json\n"
+    for body, key in ((long, "a/1"), (long + later, "b/2"), (long + b"17 path=c/3.jsonX" + later, "a/1")):
+        header = tarfile.TarInfo("header")
+        header.type, header.size = tarfile.XHDTYPE, len(body)
+        content = header.tobuf(tarfile.USTAR_FORMAT) + body.ljust(-(-len(body) // BLOCK) * BLOCK, b"\0") + plain
+        assert keys(content) == [key]
+
+
 def test_garbage_up_to_the_end():
     content = tar_bytes(FILES[:4]).rstrip(b"\0")
     size = -(-len(content) // BLOCK) * BLOCK

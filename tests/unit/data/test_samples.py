@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import pytest
@@ -165,3 +166,74 @@ def test_a_sample_of_which_no_answer_fits_stays_whole(encoder):
     for limits in ((first_answer - 1, 99), (999, 5)):
         found = encoder.encode(messages, grids_of(messages), "key", limits)
         assert len(found) == len(whole) and found.num_dropped_turns == 0
+
+
+def random_conversation(source):
+    """Messages, some answers untrained, and grids of other sizes; words of several bytes and of several characters."""
+    words = ["a cat", "\n", " Où ", "猫", "e\u0301", "👍🏽", "<|endoftext|>", " 12", ""]
+    messages = [Message("system", ("Be brief.",))] if source.random() < 0.5 else []
+    for _ in range(source.randint(1, 6)):
+        for role in ("user", "assistant"):
+            num_images = source.choice([0, 0, 1, 3])
+            texts = tuple("".join(source.choices(words, k=source.randint(0, 4))) for _ in range(num_images + 1))
+            messages.append(Message(role, texts, role == "assistant" and source.random() < 0.7))
+    return messages, [(source.randint(1, 4), source.randint(1, 4)) for m in messages for _ in range(m.num_images)]
+
+
+def encoded_step_by_step(encoder, messages, grids):
+    """(token, label, number of the image, row, column) of each token, and how many there are after each message. The
+    text is as that of `encode`, whose special tokens let it be cut anywhere beside one."""
+    tokenizer, rows, ends, remaining = encoder._tokenizer, [], [], iter(enumerate(grids))
+
+    def add(text, is_trained=False):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        rows.extend([token, token if is_trained else IGNORE_LABEL, -1, 0, 0] for token in ids)
+
+    system = [] if messages[0].role == "system" else [Message("system", (encoder.default_system,))]
+    for message in [*system, *messages]:
+        add(f"<|im_start|>{message.role}\n")
+        for number, text in enumerate(message.texts):
+            if number:
+                image, (height, width) = next(remaining)
+                add("<|vision_start|>")
+                rows.extend(
+                    [encoder.image_pad, IGNORE_LABEL, image, row, column]
+                    for row in range(height)
+                    for column in range(width)
+                )
+                add("<|vision_end|>")
+            add(text, message.is_trained)
+        add("<|im_end|>", message.is_trained)
+        add("\n")
+        ends.append(len(rows))
+    for row, following in zip(rows, [*rows[1:], [0, IGNORE_LABEL]], strict=True):
+        row[1] = following[1]
+    return rows, ends[len(system) :]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_conversations_are_those_encoded_step_by_step(encoder, seed):
+    source = random.Random(seed)
+    messages, grids = random_conversation(source)
+    rows, ends = encoded_step_by_step(encoder, messages, grids)
+    num_visual = sum(height * width for height, width in grids)
+
+    def columns(found):
+        return torch.stack([found.tokens_T, found.labels_T, found.image_number_T, found.row_T, found.col_T], 1).tolist()
+
+    assert columns(encoder.encode(messages, grids, "key")) == rows
+    for _ in range(5):
+        limits = source.randint(1, len(rows)), source.randint(0, num_visual)
+        found = encoder.encode(messages, grids, "key", limits)
+        keep = None
+        for number, (message, end) in enumerate(zip(messages, ends, strict=True)):
+            fits = end <= limits[0] and sum(row[2] >= 0 for row in rows[:end]) <= limits[1]
+            keep = number if message.is_trained and fits else keep
+        if len(rows) <= limits[0] and num_visual <= limits[1]:
+            keep = len(messages) - 1
+        if keep is None:
+            assert columns(found) == rows and found.num_dropped_turns == 0
+            continue
+        assert columns(found) == rows[: ends[keep]]
+        assert found.num_dropped_turns == len(messages) - 1 - keep
+        assert found.grids == tuple(grids[: sum(message.num_images for message in messages[: keep + 1])])
