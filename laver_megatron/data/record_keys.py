@@ -187,6 +187,10 @@ def keys_line(found: Counter[str]) -> str:
 
 def is_nothing(value: object) -> bool:
     """Whether a value counts as absent: null, an empty text, list or object, or one that holds nothing else."""
+    if value is None:  # most often, and at once
+        return True
+    if isinstance(value, str):
+        return value.strip() in _NOTHING
     waiting = [value]  # no recursion, however deep a document is
     while waiting:
         item = waiting.pop()
@@ -204,5 +208,5 @@ def is_nothing(value: object) -> bool:
 
 def _refuse(document: Mapping[str, object], key: str, fault: Fault, message: str) -> None:
     value = document.get(key)
-    if not is_nothing(value) and value not in (False, 0):
+    if value is not None and not is_nothing(value) and value not in (False, 0):
         raise SampleFault(fault, message)
