@@ -124,7 +124,8 @@ class ParquetSource(Source):
 
 def _filled_columns(path: Path, group: int) -> set[str]:
     """Columns that are not null throughout a row group, as far as the file's statistics say."""
-    metadata, schema = parquet.read_metadata(path).row_group(group), parquet.read_schema(path)
+    footer = parquet.read_metadata(path)
+    metadata, schema = footer.row_group(group), footer.schema.to_arrow_schema()
     names = set()
     for column in (metadata.column(number) for number in range(metadata.num_columns)):
         statistics = column.statistics
