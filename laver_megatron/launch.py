@@ -8,14 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from laver_megatron.command_line import (
+from laver_megatron.config.checks import check_run
+from laver_megatron.config.command_line import (
     exit_on_config_error,
     from_command_line,
     is_rank_zero,
     load_config,
     read_command_line,
 )
-from laver_megatron.validate import check_run
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "examples" / "demo.yaml"
 DEMO_DIR = Path("runs/demo")  # as in demo.yaml: below the current directory

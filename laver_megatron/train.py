@@ -24,10 +24,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from laver_megatron import schedules
-from laver_megatron.backend import Backend, hardware_of, initialise_parallelism, shut_down_parallelism, use_backend
-from laver_megatron.build import build_stages, run_image_cost, wrap
-from laver_megatron.checkpoint import (
+from laver_megatron.checkpoint.state import (
     Progress,
     TrainingState,
     load_checkpoint,
@@ -35,28 +32,37 @@ from laver_megatron.checkpoint import (
     sharding_metadata,
     start_from_weights,
 )
-from laver_megatron.command_line import from_command_line
-from laver_megatron.config import Config
-from laver_megatron.continuity import as_before, encoder_message, schedule_message, start_message
-from laver_megatron.convert.direct_start import load_hugging_face, load_teacher
-from laver_megatron.convert.parts import has_training_state
-from laver_megatron.data.batches import BatchSource, GlobalBatch, GlobalCounts
-from laver_megatron.data.dataset import open_data
-from laver_megatron.data.packing import PackBatch, image_grids
+from laver_megatron.config.checks import check_run
+from laver_megatron.config.command_line import from_command_line
+from laver_megatron.config.continuity import as_before, encoder_message, schedule_message, start_message
+from laver_megatron.config.fields import Config
+from laver_megatron.config.inputs import HF_PREFIX, find_inputs
+from laver_megatron.data.batch.batches import BatchSource, GlobalBatch, GlobalCounts
+from laver_megatron.data.batch.dataset import open_data
+from laver_megatron.data.batch.packing import PackBatch, image_grids
 from laver_megatron.encoders import read_encoder
-from laver_megatron.inputs import HF_PREFIX, find_inputs
-from laver_megatron.losses import TERMS, count_of, micro_batch_losses
-from laver_megatron.metrics import RunLog, peak_memory_bytes
+from laver_megatron.flops.encoder import window_area
+from laver_megatron.flops.step import ModelFlops, StepFlops, run_flops, step_flops, tflops_per_gpu
+from laver_megatron.hf.direct_start import load_hugging_face, load_teacher
+from laver_megatron.hf.parts import has_training_state
+from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.model.build import build_stages, run_image_cost, wrap
 from laver_megatron.model.laver import LaverStage, StageOutput
+from laver_megatron.model.parameter_counts import count_parameters
 from laver_megatron.model.qwen import num_virtual_stages
-from laver_megatron.model.shape import read_model_shape
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
-from laver_megatron.parameter_counts import count_parameters
-from laver_megatron.scaling.encoder_flops import window_area
-from laver_megatron.scaling.flops import ModelFlops, StepFlops, run_flops, step_flops, tflops_per_gpu
-from laver_megatron.scaling.registry.run_summary import make_summary, read_run_records, write_summary
-from laver_megatron.teacher import Centre, TeacherAverage
-from laver_megatron.validate import check_run
+from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.objective import schedules
+from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses
+from laver_megatron.run_log.metrics import RunLog, peak_memory_bytes
+from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
+from laver_megatron.runtime.backend import (
+    Backend,
+    hardware_of,
+    initialise_parallelism,
+    shut_down_parallelism,
+    use_backend,
+)
 
 
 @dataclass

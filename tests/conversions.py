@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionModel
 
-from laver_megatron.convert.weights import ModelParts, is_training_state, weight_table
 from laver_megatron.encoders import encoder_tensor_sizes
-from laver_megatron.model.shape import ModelShape, read_model_shape
+from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.hf.weights import ModelParts, is_training_state, weight_table
 from tests.exports import add_processor, write_export
 
 ROOT = Path(__file__).resolve().parents[1]

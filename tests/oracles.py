@@ -6,7 +6,7 @@ Letters: B packs, L tokens of a sequence.
 import torch
 from torch import Tensor
 
-from laver_megatron.data.packing import PackBatch
+from laver_megatron.data.batch.packing import PackBatch
 
 
 def language_mask(packs: PackBatch, attention: str) -> Tensor:

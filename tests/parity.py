@@ -30,10 +30,10 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from laver_megatron.backend import initialise_parallelism, shut_down_parallelism, use_backend
-from laver_megatron.config import Config
-from laver_megatron.data.packing import PackBatch
-from laver_megatron.model.shape import ModelShape, read_model_shape
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.packing import PackBatch
+from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism, use_backend
 from tests import oracles
 from tests.packs import pack, padding, stack
 
@@ -180,10 +180,10 @@ class Outputs:
 
 def build_model(config: Config, checkpoints: Checkpoints) -> list:
     """This rank's stages with the checkpoint's weights, the teacher equal to the student."""
-    from laver_megatron.build import build_stages
-    from laver_megatron.checkpoint import sharding_metadata
-    from laver_megatron.convert.direct_start import load_hugging_face
-    from laver_megatron.teacher import pair_by_name
+    from laver_megatron.checkpoint.state import sharding_metadata
+    from laver_megatron.hf.direct_start import load_hugging_face
+    from laver_megatron.model.build import build_stages
+    from laver_megatron.model.teacher import pair_by_name
 
     shape = checkpoints.shape
     stages = build_stages(config, shape, checkpoints.encoder, load_encoder=True)

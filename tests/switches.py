@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from laver_megatron import train
-from laver_megatron.backend import shut_down_parallelism
-from laver_megatron.config import Config
-from laver_megatron.data.batches import GlobalBatch
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.batches import GlobalBatch
 from laver_megatron.model.laver import StageOutput
-from laver_megatron.teacher import pair_by_name
+from laver_megatron.model.teacher import pair_by_name
+from laver_megatron.runtime.backend import shut_down_parallelism
 from tests.distributed.build import PACKS_PER_STEP, SEQ_LENGTH, Assets, make_config, make_trainer
 
 PARTS = ("encoder", "connector", "embedding", "decoder", "vision_head", "mask_token")

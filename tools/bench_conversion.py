@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from laver_megatron.convert.benchmark import benchmark
+from tools.benchmarks.conversion import benchmark
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from the mean is from it, in FLOPs, on random batches of at least 16 images, non
 
 import argparse
 
-from laver_megatron.scaling.image_balance import benchmark
+from tools.benchmarks.image_division import benchmark
 
 
 def main() -> None:

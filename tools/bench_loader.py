@@ -10,9 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from laver_megatron.data.benchmark import benchmark, make_shards
 from laver_megatron.encoders import open_preprocessor
-from laver_megatron.model_files import load_tokenizer
+from laver_megatron.hf.files import load_tokenizer
+from tools.benchmarks.loader import benchmark, make_shards
 
 
 def main() -> None:

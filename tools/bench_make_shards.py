@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures tools/make_shards.py against `tar` of the same files: LLaVA's JSON and a folder of JPEGs.
 
-    python tools/bench_make_shards.py --dir /data/scratch --num-samples 10000 --num-workers 1 2
+python tools/bench_make_shards.py --dir /data/scratch --num-samples 10000 --num-workers 1 2
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     add("--repeats", type=int, default=3, metavar="N", help="rounds, of which the median counts (default: 3)")
     options = parser.parse_args()
 
-    from laver_megatron.data.make.benchmark import benchmark
+    from tools.benchmarks.shards import benchmark
 
     options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:

@@ -8,7 +8,7 @@ Where packs are far from each budget's own bound, that of both together takes se
 
 import argparse
 
-from laver_megatron.data.packing_benchmark import DATA_SETS, benchmark
+from tools.benchmarks.packing import DATA_SETS, benchmark
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ limit, such as a similarity, is fitted as its distance from --ceiling.
 import argparse
 import sys
 
-from laver_megatron.scaling.studies.fit_command import add_options, fit_and_write
+from laver_megatron.studies.fit_command import add_options, fit_and_write
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from laver_megatron.data.index_file import INDEX_NAME, is_url, write_index
-from laver_megatron.data.index_summary import summary
-from laver_megatron.data.opening import find_shards_and_urls, index_with_bar
-from laver_megatron.data.remote import ShardCache
+from laver_megatron.data.index.index_file import INDEX_NAME, is_url, write_index
+from laver_megatron.data.index.opening import find_shards_and_urls, index_with_bar
+from laver_megatron.data.read.remote import ShardCache
+from laver_megatron.shards.index_summary import summary
 
 
 def main() -> None:

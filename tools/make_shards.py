@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from laver_megatron.data.make import FORMATS, RATINGS, MakeSettings, make_shards
+from laver_megatron.shards import FORMATS, RATINGS, MakeSettings, make_shards
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where the p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from laver_megatron.scaling.sweeps.sweep_command import add_options, make_sweep
+    from laver_megatron.studies.sweep_command import add_options, make_sweep
 
     parser = argparse.ArgumentParser(
         usage="%(prog)s --models MODEL [MODEL ...] (--iterations|--tokens|--flops|--subsets) X [X ...] --output DIR "

@@ -8,7 +8,7 @@ why the others are not it. Needs neither weights, data nor GPUs.
 How it computes and how far it is off: docs/planning.md.
 """
 
-from laver_megatron.scaling.planning.plan_command import main
+from laver_megatron.planning.plan_command import main
 
 if __name__ == "__main__":
     main()

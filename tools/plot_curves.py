@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from laver_megatron.curves import draw_curves
+from laver_megatron.run_log.curves import draw_curves
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from laver_megatron.command_line import from_command_line
-from laver_megatron.config import ConfigError
-from laver_megatron.data.dataset import open_reader
-from laver_megatron.data.show import describe, draw, show_packs
-from laver_megatron.inputs import find_inputs
-from laver_megatron.model_files import load_tokenizer
+from laver_megatron.config.command_line import from_command_line
+from laver_megatron.config.fields import ConfigError
+from laver_megatron.config.inputs import find_inputs
+from laver_megatron.data.batch.dataset import open_reader
+from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.shards.show import describe, draw, show_packs
 
 
 def main() -> int:

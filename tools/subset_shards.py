@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace a file that is there")
     options = parser.parse_args(arguments)
 
-    from laver_megatron.data.index import concatenate
-    from laver_megatron.data.opening import open_indexes
-    from laver_megatron.data.subset import write_subset
+    from laver_megatron.data.index.opening import open_indexes
+    from laver_megatron.data.index.shard_index import concatenate
+    from laver_megatron.shards.subset import write_subset
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:

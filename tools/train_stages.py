@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not files:
         parser.error("name the configuration files of the stages first, in order")
 
-    from laver_megatron.command_line import exit_on_config_error  # torch, too slow for --help
+    from laver_megatron.config.command_line import exit_on_config_error  # torch, too slow for --help
     from laver_megatron.stages.chain import check_stages, read_stages, run_stages
     from laver_megatron.stages.report import report_stages
 

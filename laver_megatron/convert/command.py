@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 
 
 def start_parser(description: str | None) -> argparse.ArgumentParser:

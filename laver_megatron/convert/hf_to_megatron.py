@@ -11,30 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.checkpoint.manifest import Entry, describe, files_of, write_manifest
+from laver_megatron.config.inputs import RUN_FILE
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.parts import (
+from laver_megatron.convert.report import Conversion, Progress, warn
+from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
+from laver_megatron.hf.files import copy_model_files
+from laver_megatron.hf.parts import (
     check_companions,
     copies_of_tied_embedding,
     has_training_state,
     parts_of_hugging_face,
     training_of_export,
 )
-from laver_megatron.convert.report import Conversion, Progress, warn
-from laver_megatron.convert.rows import row_blocks, runs_of_megatron_rows
-from laver_megatron.convert.safetensors_reader import (
+from laver_megatron.hf.rows import row_blocks, runs_of_megatron_rows
+from laver_megatron.hf.safetensors_reader import (
     TRAINING_STATE,
     SafetensorsReader,
     check_tensors,
     num_not_finite,
 )
-from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
-from laver_megatron.convert.weights import ModelParts, Size, Weight, is_training_state, weight_table
-from laver_megatron.files import named_errors
-from laver_megatron.inputs import RUN_FILE
-from laver_megatron.manifest import Entry, describe, files_of, write_manifest
-from laver_megatron.model.shape import TEXT_PART, VISION_PART
-from laver_megatron.model_files import copy_model_files
-from laver_megatron.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
+from laver_megatron.hf.shape import TEXT_PART, VISION_PART
+from laver_megatron.hf.weights import ModelParts, Size, Weight, is_training_state, weight_table
+from laver_megatron.runtime.files import named_errors
+from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
 BLOCK_BYTES = 64 << 20
 FILE_BYTES = 512 << 20

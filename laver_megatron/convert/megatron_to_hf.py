@@ -15,18 +15,11 @@ from pathlib import Path
 
 import torch
 
+from laver_megatron.checkpoint.manifest import check_files, read_manifest
+from laver_megatron.config.inputs import IMAGE_TOKENS, latest_checkpoint
 from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.parts import (
-    Training,
-    check_companions,
-    native_bounds,
-    parts_of_megatron,
-    training_of_checkpoint,
-)
 from laver_megatron.convert.report import Conversion, Progress, warn
-from laver_megatron.convert.rows import row_blocks
-from laver_megatron.convert.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
 from laver_megatron.convert.safetensors_writer import (
     SafetensorsPlan,
     SafetensorsWriter,
@@ -35,12 +28,8 @@ from laver_megatron.convert.safetensors_writer import (
     plan_safetensors,
 )
 from laver_megatron.convert.torch_dist import TorchDistReader
-from laver_megatron.convert.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
 from laver_megatron.encoders import encoder_settings, open_preprocessor
-from laver_megatron.inputs import IMAGE_TOKENS, latest_checkpoint
-from laver_megatron.manifest import check_files, read_manifest
-from laver_megatron.model.shape import TEXT_PART, read_part
-from laver_megatron.model_files import (
+from laver_megatron.hf.files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
@@ -50,7 +39,18 @@ from laver_megatron.model_files import (
     copy_files,
     load_tokenizer,
 )
-from laver_megatron.ranks import all_ranks, num_ranks, on_rank_0, rank
+from laver_megatron.hf.parts import (
+    Training,
+    check_companions,
+    native_bounds,
+    parts_of_megatron,
+    training_of_checkpoint,
+)
+from laver_megatron.hf.rows import row_blocks
+from laver_megatron.hf.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
+from laver_megatron.hf.shape import TEXT_PART, read_part
+from laver_megatron.hf.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
+from laver_megatron.runtime.ranks import all_ranks, num_ranks, on_rank_0, rank
 
 BLOCK_BYTES = 32 << 20
 MAX_FILE_BYTES = 5_000_000_000

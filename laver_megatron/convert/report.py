@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from laver_megatron.convert.weights import Weight
-from laver_megatron.ranks import rank
+from laver_megatron.hf.weights import Weight
+from laver_megatron.runtime.ranks import rank
 
 # Threads hold a block each, and torch.save and the reading of joined rows copy it once more.
 _COPIES_OF_A_BLOCK = 3

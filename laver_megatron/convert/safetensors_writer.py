@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laver_megatron.convert.safetensors_reader import DTYPES
-from laver_megatron.convert.weights import Size
-from laver_megatron.files import named_errors
+from laver_megatron.hf.safetensors_reader import DTYPES
+from laver_megatron.hf.weights import Size
+from laver_megatron.runtime.files import named_errors
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

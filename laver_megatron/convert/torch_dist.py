@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from laver_megatron.convert.rows import join_blocks, runs_of_part_rows
-from laver_megatron.convert.weights import Size, Weight
+from laver_megatron.hf.rows import join_blocks, runs_of_part_rows
+from laver_megatron.hf.weights import Size, Weight
 
 # How Megatron-Core names the format, in metadata.json. (Its own function would take seconds to import.)
 _FORMAT = {

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from laver_megatron.data.index_file import INDEX_NAME, write_index
-from laver_megatron.data.indexing import index_tars
+from laver_megatron.data.index.build import index_tars
+from laver_megatron.data.index.index_file import INDEX_NAME, write_index
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.demo.questions import make_examples

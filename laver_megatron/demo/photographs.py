@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from laver_megatron.data.images import decode_image
+from laver_megatron.data.read.images import decode_image
 
 # Files within the installed packages (nothing is fetched), and what they show.
 _SKIMAGE = {

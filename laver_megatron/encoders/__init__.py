@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.aimv2 import Aimv2
 from laver_megatron.encoders.clip import Clip
 from laver_megatron.encoders.dinov2 import Dinov2
@@ -19,8 +19,8 @@ from laver_megatron.encoders.patches import Patches
 from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
 from laver_megatron.encoders.siglip import Siglip
-from laver_megatron.model.shape import VISION_PART, read_part
-from laver_megatron.model_files import read_image_processor
+from laver_megatron.hf.files import read_image_processor
+from laver_megatron.hf.shape import VISION_PART, read_part
 
 FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(), Patches())
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}

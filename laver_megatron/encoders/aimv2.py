@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.fixed import FixedFamily
 from laver_megatron.encoders.hidden_states import HiddenStateEncoder
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor, read_sizes

@@ -10,7 +10,7 @@ from PIL import Image
 
 from laver_megatron.encoders.hidden_states import HiddenStateFamily
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
-from laver_megatron.model.shape import is_size
+from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor

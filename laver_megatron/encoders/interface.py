@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.pixel_table import PixelTable
-from laver_megatron.model.shape import is_size
+from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:  # importing it takes seconds
     from PIL import Image

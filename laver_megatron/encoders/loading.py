@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laver_megatron.tensor_names import misnamed
+from laver_megatron.hf.tensor_names import misnamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
 from laver_megatron.encoders.resizing import native_size
-from laver_megatron.model.shape import is_size
-from laver_megatron.model_files import read_image_processor
+from laver_megatron.hf.files import read_image_processor
+from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
     from PIL import Image

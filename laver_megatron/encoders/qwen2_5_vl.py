@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
 from laver_megatron.encoders.native import check_sizes, native_preprocessor
-from laver_megatron.model.shape import is_size
+from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel

@@ -31,13 +31,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from laver_megatron.config import Config
+from laver_megatron.config.fields import Config
 from laver_megatron.encoders import ImageEncoder
+from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
 from laver_megatron.model.image_division import BY_TOKENS, ImageCost, divide_images, gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
-from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import MicroBatch
 
 # Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
@@ -63,7 +63,7 @@ class StageOutput:
 
 class Teacher(nn.Module):
     """The teacher's share of a stage: decoder layers, and final norm and vision head on the last stage. It
-    never trains and never sees gradients; `laver_megatron.teacher` moves its weights after the student's."""
+    never trains and never sees gradients; `laver_megatron.model.teacher` moves its weights after the student's."""
 
     def __init__(self, decoder: nn.Module, vision_head: nn.Module | None) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class LaverStage(LanguageModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The student's tensors as Megatron-Core shards them. The teacher is not among them: a checkpoint
-        holds it once, as the fp32 accumulators of `laver_megatron.teacher`."""
+        holds it once, as the fp32 accumulators of `laver_megatron.model.teacher`."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}teacher.")}
 

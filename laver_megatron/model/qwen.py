@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from laver_megatron.config import Config
+from laver_megatron.config.fields import Config
+from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
-from laver_megatron.model.shape import ModelShape
 
 # Without TransformerEngine, Megatron-Core defines these names as mocks.
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laver_megatron.config import Config
-from laver_megatron.data.packing import PackBatch
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.packing import PackBatch
+from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.positions import language_positions, reconstruction_positions, rotary_angles
-from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans, span_area
 
 

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from laver_megatron.command_line import Invocation, read_command_line
-from laver_megatron.config import Config, ConfigError, fields_of
-from laver_megatron.continuity import unasked_changes
-from laver_megatron.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
+from laver_megatron.config.checks import check
+from laver_megatron.config.command_line import Invocation, read_command_line
+from laver_megatron.config.continuity import unasked_changes
+from laver_megatron.config.fields import Config, ConfigError, fields_of
+from laver_megatron.config.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
 from laver_megatron.launch import num_processes
-from laver_megatron.validate import check
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
 BASELINE = "-baseline"

@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from laver_megatron import train
-from laver_megatron.checkpoint import sharding_metadata
-from laver_megatron.config import Config
-from laver_megatron.data import dataset
-from laver_megatron.data.faults import Fault, FaultLog
-from laver_megatron.data.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
-from laver_megatron.data.plan import PlanMark
+from laver_megatron.checkpoint.state import sharding_metadata
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch import dataset
+from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
+from laver_megatron.data.index.faults import Fault, FaultLog
+from laver_megatron.data.plan.plan import PlanMark
 from tests.distributed.harness import Layout
 
 VOCABULARY, SEQ_LENGTH, VISUAL_SEQ_LENGTH, PACKS_PER_STEP = 128, 64, 32, 8
@@ -172,9 +172,7 @@ class SyntheticReader:
             tokens_T[end:] = (tokens_T[end:] + 5) % IMAGE_TOKEN
         labels_T = torch.full((length,), IGNORE_LABEL)
         labels_T[end:-1] = tokens_T[end + 1 :]
-        encoded = EncodedSample(
-            f"sample-{sample_id}", tokens_T, labels_T, image_number_T, row_T, col_T, grids
-        )
+        encoded = EncodedSample(f"sample-{sample_id}", tokens_T, labels_T, image_number_T, row_T, col_T, grids)
         return PackedSample(sample_id, length, encoded, tuple(pixels))
 
     def _pixels(

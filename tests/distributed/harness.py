@@ -166,7 +166,7 @@ def _serve(number: int, connection: Connection, stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=False)  # noqa: SIM115
     import torch
 
-    from laver_megatron.backend import use_backend
+    from laver_megatron.runtime.backend import use_backend
 
     torch.set_num_threads(1)
     use_backend()
@@ -181,7 +181,7 @@ def _serve(number: int, connection: Connection, stacks: str) -> None:
 def _run_job(rank: int, path: str, layout: Layout, arguments: tuple, store: str) -> tuple[bool, Any]:
     import torch.distributed as dist
 
-    from laver_megatron.backend import shut_down_parallelism
+    from laver_megatron.runtime.backend import shut_down_parallelism
 
     try:
         module, name = path.split(":")
@@ -206,7 +206,7 @@ def _run_job(rank: int, path: str, layout: Layout, arguments: tuple, store: str)
 
 def join(layout: Layout, seed: int = 1, num_layers: int | None = None) -> None:
     """Megatron's parallel groups for jobs that do not go through `train.setup`."""
-    from laver_megatron.backend import initialise_parallelism
+    from laver_megatron.runtime.backend import initialise_parallelism
 
     virtual = None
     if layout.vpp_layers is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laver_megatron.losses import TERMS
+from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.train import train_step
 from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from laver_megatron import checkpoint, train
-from laver_megatron.checkpoint import Progress
-from laver_megatron.inputs import latest_checkpoint
+from laver_megatron import train
+from laver_megatron.checkpoint import state as checkpoint
+from laver_megatron.checkpoint.state import Progress
+from laver_megatron.config.inputs import latest_checkpoint
 from tests.distributed.build import (
     PACKS_PER_STEP,
     SyntheticReader,
@@ -74,7 +75,11 @@ CONNECTOR_ONLY = {"laver": False, "freeze": ("encoder", "decoder")}
         (Layout(dp=2, pp=2, vpp_layers=1), CONNECTOR_ONLY),
     ],
     ids=[
-        "TP2-PP2-SP", "PP2-VPP-DP2", "bf16-TP2-DP2", "connector-only-PP2", "connector-only-TP2-PP2-SP",
+        "TP2-PP2-SP",
+        "PP2-VPP-DP2",
+        "bf16-TP2-DP2",
+        "connector-only-PP2",
+        "connector-only-TP2-PP2-SP",
         "connector-only-PP2-VPP-DP2",
     ],  # fmt: skip
 )

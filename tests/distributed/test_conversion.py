@@ -24,18 +24,18 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from laver_megatron import train
-from laver_megatron.build import build_stages
-from laver_megatron.checkpoint import load_weights, sharding_metadata
-from laver_megatron.convert.direct_start import load_hugging_face, sharded_tensors
+from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
+from laver_megatron.checkpoint.state import load_weights, sharding_metadata
+from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf, open_checkpoint
-from laver_megatron.convert.rows import row_blocks
-from laver_megatron.convert.safetensors_reader import SafetensorsReader
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors
-from laver_megatron.convert.weights import ModelParts, weight_table
-from laver_megatron.inputs import latest_checkpoint
-from laver_megatron.manifest import describe, files_of, write_manifest
-from laver_megatron.model.shape import read_model_shape
+from laver_megatron.hf.direct_start import load_hugging_face, sharded_tensors
+from laver_megatron.hf.rows import row_blocks
+from laver_megatron.hf.safetensors_reader import SafetensorsReader
+from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.hf.weights import ModelParts, weight_table
+from laver_megatron.model.build import build_stages
 from tests.conversions import assert_same_files, assert_same_tensors, tensors_of, write_qwen
 from tests.distributed.build import (
     GRID,

@@ -7,8 +7,8 @@ import pytest
 from webdataset import TarWriter
 
 from laver_megatron import train
-from laver_megatron.config import Config
-from laver_megatron.data.packing import image_grids
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.packing import image_grids
 from laver_megatron.demo.encoders import save_encoder
 from tests.distributed.harness import Layout
 from tests.encoders import picture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from laver_megatron.data.broadcast import image_num_tokens, is_reader, scatter_pixels
+from laver_megatron.data.batch.broadcast import image_num_tokens, is_reader, scatter_pixels
 from laver_megatron.encoders.hidden_states import HiddenStateEncoder
 from laver_megatron.model.image_division import divide_images, gather_visual_tokens
 from laver_megatron.train import train_step

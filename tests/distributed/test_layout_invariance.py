@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from laver_megatron.losses import TERMS
+from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.train import train_step
 from tests.distributed.build import (
     gradient_shards,

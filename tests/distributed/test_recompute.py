@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 
-from laver_megatron import build
-from laver_megatron.losses import TERMS
+from laver_megatron.model import build
+from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.train import train_step
 from tests.distributed.build import PACKS_PER_STEP, make_config, make_trainer, student_shards, whole_tensors
 from tests.distributed.harness import Layout

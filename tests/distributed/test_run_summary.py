@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModel, AutoModelForCausalLM
 
 from laver_megatron import train
-from laver_megatron.scaling.registry.run_summary import FILE_NAME
+from laver_megatron.run_log.run_summary import FILE_NAME
 from tests.distributed.build import ONE_PROCESS, make_config, synthetic_data
 from tests.distributed.harness import Layout
 

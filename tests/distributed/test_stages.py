@@ -12,17 +12,17 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from laver_megatron.checkpoint import Progress
-from laver_megatron.command_line import Invocation
-from laver_megatron.config import ConfigError
+from laver_megatron.checkpoint.state import Progress
+from laver_megatron.config.checks import check
+from laver_megatron.config.command_line import Invocation
+from laver_megatron.config.fields import ConfigError
+from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
-from laver_megatron.inputs import latest_checkpoint
 from laver_megatron.model.laver import LAVER_PARTS, MODULES
-from laver_megatron.records import read_records
+from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
 from laver_megatron.train import setup, train, train_step
-from laver_megatron.validate import check
 from tests.distributed.build import (
     make_config,
     make_trainer,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laver_megatron.losses import TERMS
+from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.train import train_step
 from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from laver_megatron import schedules
+from laver_megatron.objective import schedules
 from laver_megatron.train import run_schedule, train, train_step
 from tests.distributed.build import assert_same_bits, make_config, make_trainer, snapshot, synthetic_data
 from tests.distributed.harness import Layout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from laver_megatron.command_line import read_command_line
+from laver_megatron.config.command_line import read_command_line
 from laver_megatron.train import setup, train
 from tests.distributed.harness import Layout
 

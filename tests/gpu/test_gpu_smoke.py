@@ -36,12 +36,12 @@ def train(checkpoints, num_steps, **changes):
     from megatron.core import parallel_state
 
     from laver_megatron import train as trainer_module
-    from laver_megatron.backend import use_backend
-    from laver_megatron.build import wrap
-    from laver_megatron.data.batches import GlobalBatch, count
-    from laver_megatron.losses import TERMS
+    from laver_megatron.data.batch.batches import GlobalBatch, count
+    from laver_megatron.model.build import wrap
     from laver_megatron.model.streams import StreamSettings, span_areas
-    from laver_megatron.teacher import TeacherAverage
+    from laver_megatron.model.teacher import TeacherAverage
+    from laver_megatron.objective.micro_batch import TERMS
+    from laver_megatron.runtime.backend import use_backend
 
     config = parity_config(
         checkpoints, seq_length=SEQ_LENGTH, visual_seq_length=VISUAL_SEQ_LENGTH, global_batch_size=2, lr=1e-3, **changes

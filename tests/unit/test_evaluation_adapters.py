@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, SiglipVisionModel
 
-from laver_megatron.data.images import decode_image
+from laver_megatron.data.read.images import decode_image
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor

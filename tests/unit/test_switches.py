@@ -19,16 +19,16 @@ import torch.distributed as dist
 from transformers import SiglipVisionModel
 
 from laver_megatron import train
-from laver_megatron.backend import shut_down_parallelism
-from laver_megatron.command_line import load_config
-from laver_megatron.config import FREEZABLE_MODULES, PRESETS, Config, field_names
-from laver_megatron.data import dataset
-from laver_megatron.data.plan import PackPlan, Source
-from laver_megatron.losses import TERMS
+from laver_megatron.config.checks import validate
+from laver_megatron.config.command_line import load_config
+from laver_megatron.config.fields import FREEZABLE_MODULES, PRESETS, Config, field_names
+from laver_megatron.data.batch import dataset
+from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
-from laver_megatron.model.shape import read_model_shape
 from laver_megatron.objective.masking import mask_visual_tokens
-from laver_megatron.validate import validate
+from laver_megatron.objective.micro_batch import TERMS
+from laver_megatron.runtime.backend import shut_down_parallelism
 from tests.distributed.build import IMAGES, PACKS_PER_STEP, SEQ_LENGTH, VISUAL_SEQ_LENGTH, make_assets, make_config
 from tests.distributed.harness import Layout
 from tests.switches import (
@@ -804,7 +804,7 @@ def test_skipped_iterations_in_a_row_end_the_run(assets, tmp_path, limit):
 ELSEWHERE = {
     "load": ("distributed/test_checkpoint.py", "load="),
     "finetune": ("distributed/test_checkpoint.py", "finetune=True"),
-    "allow_change": ("unit/test_validate.py", "allow_change"),
+    "allow_change": ("unit/config/test_checks.py", "allow_change"),
     "decoder_last_pipeline_num_layers": ("distributed/test_switches.py", "decoder_last_pipeline_num_layers="),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),

@@ -1011,7 +1011,7 @@ def _kind(content: bytes) -> str:
     return found or (f"a file that begins {content[:8]!r}" if content else "empty")
 
 
-# The same as in training, whose laver_megatron/data/images.py has these two functions, too.
+# The same as in training, whose laver_megatron/data/read/images.py has these two functions, too.
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laver_megatron.config import Config
-from laver_megatron.convert.parts import Training
+from laver_megatron.config.fields import Config
+from laver_megatron.config.inputs import has_encoder
 from laver_megatron.convert.verification.probes import PackedProbes, Probe
 from laver_megatron.convert.verification.workers import Worker
-from laver_megatron.data.conversations import IMAGE_PLACEHOLDER
-from laver_megatron.inputs import has_encoder
+from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER
+from laver_megatron.hf.parts import Training
 
 STUDENT, TEACHER = "student", "teacher"
 # A 7B model in fp32 is loaded from slow disks in some minutes.
@@ -194,8 +194,8 @@ def run_megatron(
 ) -> Outputs | list[str]:
     """`megatron_outputs` in a process group of all workers, which TP x PP `layout` divides. check_files: hold all
     files of the checkpoint against its manifest first."""
-    from laver_megatron.backend import initialise_parallelism, use_backend
-    from laver_megatron.checkpoint import verify_manifest
+    from laver_megatron.checkpoint.state import verify_manifest
+    from laver_megatron.runtime.backend import initialise_parallelism, use_backend
 
     _quiet()
     dist.init_process_group(
@@ -224,8 +224,8 @@ def megatron_outputs(
 ) -> Outputs | list[str]:
     """The outputs on the first rank of the last stage; elsewhere only what this rank found unread. Call on every
     rank of Megatron's parallel groups."""
-    from laver_megatron.build import build_stages
-    from laver_megatron.model.shape import read_model_shape
+    from laver_megatron.hf.shape import read_model_shape
+    from laver_megatron.model.build import build_stages
 
     shape = read_model_shape(model.checkpoint / "hf")
     (stage,) = build_stages(model.config(packed, *layout), shape, model.encoder_dir)
@@ -260,7 +260,7 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from laver_megatron.checkpoint import sharding_metadata
+    from laver_megatron.checkpoint.state import sharding_metadata
 
     def state() -> dict:
         sharded = stage.sharded_state_dict(metadata=sharding_metadata())

@@ -5,13 +5,13 @@ Outputs do not show everything: a word that no prompt has, a layer of the encode
 
 import torch
 
-from laver_megatron.convert.parts import parts_of_megatron
-from laver_megatron.convert.rows import row_blocks
-from laver_megatron.convert.safetensors_reader import SafetensorsReader
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.verification.forward import stored_key
 from laver_megatron.convert.verification.pair import Pair, some
-from laver_megatron.convert.weights import Weight, weight_table
+from laver_megatron.hf.parts import parts_of_megatron
+from laver_megatron.hf.rows import row_blocks
+from laver_megatron.hf.safetensors_reader import SafetensorsReader
+from laver_megatron.hf.weights import Weight, weight_table
 
 _BLOCK_BYTES = 32 << 20
 

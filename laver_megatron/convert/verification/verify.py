@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.config.checks import decoder_sizes, tensor_parallel_faults
 from laver_megatron.convert.verification.forward import (
     STUDENT,
     Outputs,
@@ -31,8 +32,7 @@ from laver_megatron.convert.verification.pair import Pair, key_problems, open_pa
 from laver_megatron.convert.verification.probes import Probe, make_probes, pack_probes
 from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.workers import WorkerFailed, run_workers
-from laver_megatron.model.shape import ModelShape
-from laver_megatron.validate import decoder_sizes, tensor_parallel_faults
+from laver_megatron.hf.shape import ModelShape
 
 Say = Callable[[str], None]
 Layout = tuple[int, int]

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from laver_megatron.checkpoint.manifest import check_files, read_manifest
+from laver_megatron.config.inputs import is_converted
 from laver_megatron.convert import hf_to_megatron as to_megatron_module
 from laver_megatron.convert import megatron_to_hf as to_hf_module
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron, open_source
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors
 from laver_megatron.convert.torch_dist import Box, TorchDistReader, write_box, write_metadata
-from laver_megatron.inputs import is_converted
-from laver_megatron.manifest import check_files, read_manifest
 from tests.conversions import (
     VISION_HEAD,
     assert_same_files,

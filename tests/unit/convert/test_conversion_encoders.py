@@ -15,14 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from laver_megatron.build import build_stages
-from laver_megatron.checkpoint import sharding_metadata
-from laver_megatron.convert.direct_start import load_hugging_face
+from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
+from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.convert.export import modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverConfig
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron, open_source
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
-from laver_megatron.convert.parts import training_of_checkpoint, training_of_export
 from laver_megatron.convert.verification.forward import (
     MegatronModel,
     input_problems,
@@ -35,9 +33,11 @@ from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import difference_of
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor, read_encoder
-from laver_megatron.manifest import describe, files_of, write_manifest
-from laver_megatron.model.shape import TEXT_PART, VISION_PART, read_model_shape
-from laver_megatron.model_files import copy_model_files
+from laver_megatron.hf.direct_start import load_hugging_face
+from laver_megatron.hf.files import copy_model_files
+from laver_megatron.hf.parts import training_of_checkpoint, training_of_export
+from laver_megatron.hf.shape import TEXT_PART, VISION_PART, read_model_shape
+from laver_megatron.model.build import build_stages
 from tests.conversions import assert_same_files, tensors_of
 from tests.exports import published_name
 from tests.unit.convert.encoders import FEATURE_LAYERS, KINDS, NATIVE, load_vision_model, save_encoder

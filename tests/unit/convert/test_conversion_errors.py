@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from laver_megatron.checkpoint.manifest import check_files, describe, files_of, read_manifest, write_manifest
 from laver_megatron.convert import hf_to_megatron as to_megatron_module
 from laver_megatron.convert import megatron_to_hf as to_hf_module
 from laver_megatron.convert import safetensors_writer, torch_dist
@@ -26,8 +27,7 @@ from laver_megatron.convert.command import run_conversion
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.torch_dist import TorchDistReader
-from laver_megatron.manifest import check_files, describe, files_of, read_manifest, write_manifest
-from laver_megatron.model_files import load_tokenizer
+from laver_megatron.hf.files import load_tokenizer
 from tests.conversions import (
     ROOT,
     assert_same_files,

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import Aimv2VisionModel, AutoImageProcessor
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders import build_encoder, open_preprocessor, read_encoder
 from tests.encoders import altered, assert_same_features, features, hidden_states, pictures
 

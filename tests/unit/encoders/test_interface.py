@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from laver_megatron.config import ConfigError
+from laver_megatron.config.fields import ConfigError
 from laver_megatron.demo.encoders import KINDS, save_encoder
 from laver_megatron.encoders import (
     FAMILIES,

@@ -8,8 +8,8 @@ from transformers import AutoImageProcessor, LlavaProcessor
 
 from laver_megatron.demo.encoders import KINDS
 from laver_megatron.encoders import encoder_facts, open_preprocessor
-from laver_megatron.model.shape import VISION_PART
-from laver_megatron.model_files import copy_model_files, load_tokenizer, read_image_processor
+from laver_megatron.hf.files import copy_model_files, load_tokenizer, read_image_processor
+from laver_megatron.hf.shape import VISION_PART
 from tests.encoders import altered, pictures
 
 OLD, NEW = "preprocessor_config.json", "processor_config.json"

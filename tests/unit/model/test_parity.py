@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from laver_megatron.convert.rows import split
-from laver_megatron.convert.weights import ModelParts, weight_table
+from laver_megatron.hf.rows import split
+from laver_megatron.hf.weights import ModelParts, weight_table
 from laver_megatron.model.streams import StreamSettings, build_micro_batch
 from tests.parity import (
     Outputs,

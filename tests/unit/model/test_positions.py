@@ -5,13 +5,13 @@ import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from laver_megatron.backend import use_backend
 from laver_megatron.model.positions import (
     frequency_axes,
     language_positions,
     reconstruction_positions,
     rotary_angles,
 )
+from laver_megatron.runtime.backend import use_backend
 from tests import oracles
 from tests.packs import LAYOUTS
 

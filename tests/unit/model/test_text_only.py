@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from laver_megatron.build import build_stages
-from laver_megatron.config import Config
+from laver_megatron.config.fields import Config
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.build import build_stages
 from laver_megatron.model.heads import seeded_normal
-from laver_megatron.model.shape import ModelShape
 from laver_megatron.model.streams import StreamSettings, build_micro_batch
 from tests.packs import pack, padding
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from laver_megatron.data import packing
+from laver_megatron.data.batch import packing
 from laver_megatron.objective.language import IGNORE_LABEL, language_losses
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from laver_megatron.command_line import Invocation, read_command_line
-from laver_megatron.config import ConfigError
-from laver_megatron.inputs import find_inputs
+from laver_megatron.config.checks import check
+from laver_megatron.config.command_line import Invocation, read_command_line
+from laver_megatron.config.fields import ConfigError
+from laver_megatron.config.inputs import find_inputs
 from laver_megatron.stages import chain
 from laver_megatron.stages.chain import check_stages, differences, read_stages, run_stages
-from laver_megatron.validate import check
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"

@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
 from laver_megatron.convert.export.description import REMOTE_CODE, laver_config, llava_config, processor_config
-from laver_megatron.convert.parts import Training, parts_of_megatron
 from laver_megatron.convert.verification import verify as verify_module
 from laver_megatron.convert.verification.forward import (
     TEACHER,
@@ -34,11 +34,11 @@ from laver_megatron.convert.verification.probes import PICTURE_PROMPTS, TEXT_PRO
 from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import compare_outputs, grid, layout_problem, verify
 from laver_megatron.convert.verification.workers import WorkerFailed
-from laver_megatron.convert.weights import ModelParts, weight_table
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
-from laver_megatron.manifest import describe, files_of, write_manifest
-from laver_megatron.model.shape import read_model_shape
+from laver_megatron.hf.parts import Training, parts_of_megatron
+from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
 
 ROOT = Path(__file__).resolve().parents[4]

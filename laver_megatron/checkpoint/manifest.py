@@ -1,0 +1,93 @@
+"""manifest.json: size and checksum of every file of a checkpoint. Megatron-Core loads damaged values without a word."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import xxhash
+
+from laver_megatron.config.inputs import MANIFEST_FILE
+
+Entry = tuple[int, str]  # bytes, checksum (XXH3, 128 bits) with its name before it
+_ALGORITHM = "xxh3_128:"
+
+
+def checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return _ALGORITHM + digest.hexdigest()
+
+
+def describe(path: Path) -> Entry:
+    return path.stat().st_size, checksum(path)
+
+
+def files_of(directory: Path) -> list[Path]:
+    """Every file of a checkpoint in a fixed order, the manifest itself excepted."""
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+
+
+def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:
+    """entries: by path within the directory. Flushed to disk."""
+    replace_text(directory / MANIFEST_FILE, json.dumps(dict(sorted(entries.items())), indent=1))
+    sync_directory(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Entry]:
+    """Raises ValueError if there is none, or none that can be read."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {MANIFEST_FILE}: it is not a complete checkpoint of this program")
+    try:
+        entries = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    other = [name for name, (_, digest) in entries.items() if not digest.startswith(_ALGORITHM)]
+    if other:
+        raise ValueError(
+            f"{path} has another kind of checksum than {_ALGORITHM} for {other[0]}; write the checkpoint anew"
+        )
+    return entries
+
+
+def check_files(
+    directory: Path,
+    entries: Iterable[tuple[str, Entry]],
+    whole: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Holds files against their entries; ValueError naming the first that differs. whole: files whose content is
+    read, too; of the others only the size is looked at."""
+    for name, (size, digest) in entries:
+        file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing from the checkpoint")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+        if whole(name) and checksum(file) != digest:
+            raise ValueError(f"{file} is damaged: its checksum differs from the manifest's")
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

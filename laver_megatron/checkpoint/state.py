@@ -1,0 +1,303 @@
+"""Checkpoints: student, teacher, optimizer, centre and progress as one state, in Megatron-Core's distributed format.
+
+    RUN_DIR/checkpoints/latest                the newest complete checkpoint's iteration, as text
+    RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
+        run.json                              the configuration it was written with
+        hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
+        manifest.json                         size and checksum of every file
+
+A checkpoint is written into a temporary directory and renamed when it is complete, so that a directory
+named `iter_...` is always whole. The teacher is stored once, as its fp32 accumulators.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+
+from laver_megatron.checkpoint.manifest import (
+    Entry,
+    check_files,
+    describe,
+    files_of,
+    read_manifest,
+    replace_text,
+    sync_directory,
+    sync_file,
+    write_manifest,
+)
+from laver_megatron.config.inputs import RUN_FILE, has_encoder
+from laver_megatron.hf.files import copy_model_files
+from laver_megatron.hf.shape import TEXT_PART, VISION_PART
+from laver_megatron.model.laver import LAVER_PARTS, LaverStage
+from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
+
+Item = TypeVar("Item")
+_PER_PARAMETER = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint has of the optimizer's state of each parameter
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
+    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`. consumed_samples are
+    the good ones, bad_samples those whose slots were padding (0 in checkpoints that do not say).
+
+    The fields from counted_iterations on are sums over that many iterations for the run's summary: model_flops of all
+    devices together, laver_flops what LaVer has in them, device_seconds the training seconds times the devices.
+    """
+
+    iteration: int = 0
+    consumed_packs: int = 0
+    consumed_samples: int = 0
+    bad_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_iterations: int = 0
+    data_fingerprint: str = ""
+    data_mark: dict[str, Any] = field(default_factory=dict)
+    counted_iterations: int = 0
+    consumed_visual_tokens: int = 0
+    consumed_label_tokens: int = 0
+    model_flops: int = 0
+    laver_flops: int = 0
+    training_seconds: float = 0.0
+    device_seconds: float = 0.0
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds of a running trainer."""
+
+    stages: Sequence[LaverStage]
+    optimizer: MegatronOptimizer
+    teacher: TeacherAverage | None
+    centre: Centre | None
+    progress: Progress
+
+
+def sharding_metadata() -> dict:
+    """How Megatron-Core lays out sharded state: layers by global number, optimizer states by parameter, so
+    that both survive any change of TP, PP and DP."""
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(stages: Sequence[LaverStage], metadata: dict) -> dict:
+    return {f"model{i}": stage.sharded_state_dict(metadata=metadata) for i, stage in enumerate(stages)}
+
+
+def _teacher_state(state: TrainingState, metadata: dict, is_loading: bool) -> dict:
+    sharded: dict = {}
+    if state.teacher is not None and (accumulators := state.teacher.sharded_state(metadata, is_loading)):
+        sharded["teacher"] = accumulators
+    if state.centre is not None:
+        dp_rank = parallel_state.get_data_parallel_rank()
+        sharded["centre"] = state.centre.sharded_state(parallel_state.get_tensor_model_parallel_group(), dp_rank)
+    return sharded
+
+
+def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is_loading: bool) -> dict:
+    if state.optimizer.is_stub_optimizer:
+        return {}
+    # Megatron's optimizer knows its parameters by the sharded tensors of the chunks it was built from.
+    sharded = state.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    if not is_loading and not sharded.get("param_state", True):
+        # Nothing trains here. An empty entry would count as a setting, in which the ranks must not differ.
+        del sharded["param_state"]
+    return {"optimizer": sharded}
+
+
+def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict) -> Path:
+    """Writes `directory/iter_...` on all ranks together and returns its path.
+
+    model_dir, encoder_dir: Hugging Face directories whose small files are copied along. run: facts about the
+    run (its configuration) that a later start may want to compare with.
+    """
+    final = directory / f"iter_{state.progress.iteration:07d}"
+    temporary = directory / f".{final.name}.incomplete"
+    on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
+    metadata = sharding_metadata()
+    sharded = _model_state(state.stages, metadata)
+    sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
+    sharded.update(_teacher_state(state, metadata, is_loading=False))
+    sharded.update(progress=gathered(asdict(state.progress))[0])  # each rank's clock says something else
+    all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
+
+    def describe_run() -> None:
+        copy_model_files(model_dir, temporary / "hf", TEXT_PART)
+        copy_model_files(encoder_dir, temporary / "encoder", VISION_PART)
+        replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
+
+    on_rank_0("write the checkpoint", describe_run)
+    _write_manifest(temporary)
+    on_rank_0("put the checkpoint in place", lambda: _put_in_place(temporary, final, state.progress.iteration))
+    return final
+
+
+def _start_afresh(directory: Path, temporary: Path) -> None:
+    for abandoned in directory.glob(".iter_*.incomplete"):  # by a save that was interrupted
+        shutil.rmtree(abandoned)
+    temporary.mkdir(parents=True)
+
+
+def _put_in_place(temporary: Path, final: Path, iteration: int) -> None:
+    replaced = final.with_name(f".{final.name}.replaced.incomplete")
+    if final.exists():  # saved again at the same iteration: the old one goes last
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    replace_text(final.with_name("latest"), str(iteration))
+    sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Fills `state` from a checkpoint written at any layout, to go on exactly where it stood.
+
+    Raises:
+        ValueError: damaged files, tensors that either side has no counterpart for, other data.
+    """
+    verify_manifest(path)
+    metadata = sharding_metadata()
+    sharded = _model_state(state.stages, metadata)
+    sharded.update(_optimizer_state(state, sharded, metadata, is_loading=True))
+    sharded.update(_teacher_state(state, metadata, is_loading=True))
+    _check_keys(sharded, path, may_ignore=_moments_of_idle_parameters(state.stages))
+    loaded = all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
+    _fill_stages(state.stages, loaded)
+    if "optimizer" in loaded:
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    _fill_teacher(state, loaded)
+    if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
+        raise ValueError(
+            f"{path} stands at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
+            "--visual-seq-length, --max-image-tokens, --seed, tokenizer or encoder have changed since; --finetune in "
+            "another --run-dir starts on the new data with the weights alone"
+        )
+    for name, value in loaded["progress"].items():
+        setattr(state.progress, name, value)
+
+
+def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) -> None:
+    """Fills the student from a checkpoint; optimizer and progress stay new. Parts that the checkpoint lacks (a
+    vision head, [MASK]; encoder and connector of a text-only one) keep their start values.
+
+    take_teacher: the teacher goes on from the checkpoint's, where it has one, instead of from the student.
+    """
+    verify_manifest(path)
+    may_lack = LAVER_PARTS if has_encoder(path) else (*LAVER_PARTS, "encoder.", "connector.")
+    load_weights(state.stages, path, may_lack=may_lack)
+    state.optimizer.reload_model_params()
+    if state.teacher is None:
+        return
+    state.teacher.copy_student()
+    stored = _stored_keys(path)
+    if take_teacher and any(key.startswith("teacher.decoder.") for key in stored):
+        sharded = _teacher_state(state, sharding_metadata(), is_loading=True)
+        if "teacher.centre" not in stored:
+            sharded.pop("centre", None)
+        _fill_teacher(state, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+
+
+def load_weights(stages: Sequence[LaverStage], path: Path, *, may_lack: tuple[str, ...] = ()) -> None:
+    """Fills the student's weights of all stages; may_lack: beginnings of keys that then stay as they are."""
+    sharded = _model_state(stages, sharding_metadata())
+    _check_keys(sharded, path, may_lack, (*LAVER_PARTS, "teacher.", "optimizer."))
+    _fill_stages(stages, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+
+
+def _fill_stages(stages: Sequence[LaverStage], loaded: dict) -> None:
+    for i, stage in enumerate(stages):
+        stage.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def _fill_teacher(state: TrainingState, loaded: dict) -> None:
+    if state.teacher is not None:
+        state.teacher.load_sharded_state(loaded["teacher"])
+    if state.centre is not None and "centre" in loaded:
+        state.centre.value_K.copy_(loaded["centre"])
+
+
+def _load(sharded: dict, path: Path) -> dict:
+    # Keys that the checkpoint lacks are dropped; `_check_keys` has judged them.
+    loaded, *_ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    return loaded
+
+
+def _stored_keys(path: Path) -> set[str]:
+    return all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
+
+
+def _moments_of_idle_parameters(stages: Sequence[LaverStage]) -> tuple[str, ...]:
+    """Keys that the optimizer has of a trained encoder's parameters that its features do not depend on, in checkpoints
+    of versions in which these decayed. Nothing is lost with them: the moments are those of a gradient of 0."""
+    mine: list[str] = []
+    for encoder in filter(None, (stage.encoder for stage in stages)):
+        trains = {name: parameter.requires_grad for name, parameter in encoder.named_parameters()}
+        if any(trains.values()):
+            idle = [name for name in trains if not trains[name]]
+            mine += [f"optimizer.state.{kind}.encoder.{name}" for kind in _PER_PARAMETER for name in idle]
+    return tuple(key for part in gathered(mine) for key in part)
+
+
+def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_ignore: tuple[str, ...] = ()) -> None:
+    """Compares what all ranks together ask for with what the checkpoint holds; ValueError if either has more.
+
+    may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of those nobody need ask for.
+    """
+    stored = _stored_keys(path)
+    mine = {entry.key for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0])}
+    asked = set().union(*gathered(mine))
+    for keys, ignored, problem in (
+        (asked - stored, may_lack, "lacks {} of the tensors that this run needs"),
+        (stored - asked, may_ignore, "holds {} tensors that this run has no place for"),
+    ):
+        # Extra states are TransformerEngine's notes for fp8, which nothing here uses.
+        wrong = sorted(key for key in keys if not key.startswith(ignored) and "._extra_state" not in key)
+        if wrong:
+            raise ValueError(
+                f"{path} {problem.format(len(wrong))}, such as {', '.join(wrong[:3])}; was it trained with other "
+                "parts (--laver, --centre-momentum, an --encoder-feature-layer further down in a trained encoder)? "
+                "--finetune takes the weights alone"
+            )
+
+
+def _write_manifest(path: Path) -> None:
+    files = _my_share(files_of(path))
+
+    def describe_files() -> dict[str, Entry]:
+        for file in files:
+            sync_file(file)
+        return {str(file.relative_to(path)): describe(file) for file in files}
+
+    parts = gathered(all_ranks("checksum the checkpoint", describe_files))
+    merged = {name: entry for part in parts for name, entry in part.items()}
+    on_rank_0("write the manifest", lambda: write_manifest(path, merged))
+
+
+def verify_manifest(path: Path) -> None:
+    """Compares every file's size and checksum with the manifest; ValueError naming the first that differs."""
+
+    def verify() -> None:
+        check_files(path, _my_share(list(read_manifest(path).items())))
+
+    all_ranks(f"verify the checkpoint {path}", verify)
+
+
+def _my_share(items: list[Item]) -> list[Item]:
+    """The ranks of a run divide reading the files among themselves."""
+    return items[rank() :: num_ranks()]

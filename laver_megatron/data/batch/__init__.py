@@ -1,0 +1,1 @@
+"""From packs to the batch of a step on every rank."""

@@ -1,0 +1,257 @@
+"""Packs by number: opens the indexes, counts, plans, makes packs in worker processes, and has the next calls' packs
+under way.
+
+Letters: I sample ids.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
+from laver_megatron.data.batch.packing import PackBatch
+from laver_megatron.data.batch.processes import WorkerPool
+from laver_megatron.data.batch.shared_buffers import SharedBuffers
+from laver_megatron.data.index.counts import SampleCounts, count_samples
+from laver_megatron.data.index.faults import FAULTS, Fault, FaultLog
+from laver_megatron.data.index.opening import open_indexes
+from laver_megatron.data.index.shard_index import ShardIndex
+from laver_megatron.data.plan.fill import propose_visual_budget
+from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.data.read.reading import open_local
+from laver_megatron.data.read.remote import ShardCache
+from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor
+
+logger = logging.getLogger(__name__)
+
+_PACKS_A_WORKER = 2  # that are under way or wait to be read, at least
+
+
+class PackReader:
+    """Reads packs of a plan, the same ones for any number of workers and in any order.
+
+    num_workers: processes that make packs; with 0 everything happens in the caller and nothing in advance. faults: what
+    is known to be bad; samples that turn out bad when they are read join it, each once: their slots stay padding,
+    and the rest of their pack stays where it was planned. max_bad_fraction: share of all samples that may be bad,
+    judged by `check_bad`.
+    num_bad_samples: how often a sample was left as padding.
+    """
+
+    def __init__(
+        self,
+        maker: PackMaker,
+        plan: PackPlan,
+        num_workers: int = 0,
+        faults: FaultLog | None = None,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.maker, self.plan, self.max_bad_fraction = maker, plan, max_bad_fraction
+        self.faults = FaultLog(logger) if faults is None else faults
+        self.num_bad_samples = 0
+        self._bad_ids: set[int] = set()
+        num_pixels = plan.visual_seq_length * maker.preprocessor.pixels_per_token
+        self._buffers = SharedBuffers(PackBuffer.num_bytes(maker.seq_length, num_pixels))
+        self._workers = WorkerPool(self._make, num_workers) if num_workers > 0 else None
+        self._num_ahead = _PACKS_A_WORKER * num_workers
+        self._under_way: dict[int, tuple[int, Future[PackContent]]] = {}  # pack: its buffer, and what will be in it
+        self._lent: list[int] = []  # buffers that hold what was read last
+        self._last_first_pack: int | None = None
+
+    def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
+        """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order. Their pixels
+        are valid until the next call, which uses their memory again.
+
+        Meanwhile the packs of the likely next calls are made: as far on from this call as this call is from
+        the one before, which is the global batch for any number of data-parallel ranks.
+
+        Raises:
+            ValueError: an image's features do not match its tokens, or a sample is not as long
+                as planned; a worker was killed.
+            OSError: a shard cannot be opened or read.
+        """
+        assert num_packs % micro_batch_size == 0, (num_packs, micro_batch_size)
+        numbers = range(first_pack, first_pack + num_packs)
+        while self._lent:
+            self._buffers.give_back(self._lent.pop())
+        contents = self._make_now(numbers) if self._workers is None else self._read_ahead(numbers, self._workers)
+        for content in contents:
+            self._count_bad(content)
+        packs = [PackBuffer(self._buffers.memory(number), self.maker.seq_length) for number in self._lent]
+        cuts = [slice(start, start + micro_batch_size) for start in range(0, num_packs, micro_batch_size)]
+        return [join_packs(packs[cut], contents[cut]) for cut in cuts]
+
+    @property
+    def visual_seq_length(self) -> int:
+        """Visual tokens that a pack can hold: as given, or as proposed from the data."""
+        return self.plan.visual_seq_length
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any pack could: a position counts packs and means nothing on other data. Data that were
+        moved, or named in another way, are the same data."""
+        parts = [self.plan.fingerprint(), *(index.fingerprint for index in self.maker.indexes)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+    def check_bad(self, num_bad: int, num_read: int, found: Mapping[Fault, int]) -> None:
+        """Whether `num_bad` bad samples among the `num_read` that all readers of a run have read are within bounds: a
+        share of an epoch, or of all that was read if that is more. (Those known beforehand are not planned.)
+
+        Raises:
+            ValueError: they are not; with the table of what the readers have `found`.
+        """
+        self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad, found)
+
+    def close(self) -> None:
+        """Ends the workers; what is under way is dropped."""
+        if self._workers is not None:
+            self._workers.close()
+        self._buffers.close()
+
+    def _make(self, buffer: int, sample_ids: list[int], num_tokens: list[int]) -> PackContent:
+        return self.maker.make(sample_ids, num_tokens, PackBuffer(self._buffers.memory(buffer), self.maker.seq_length))
+
+    def _task(self, number: int) -> tuple[int, list[int], list[int]]:
+        """The arguments of `_make` for a pack."""
+        sample_ids = list(self.plan.pack(number))
+        return self._buffers.take(), sample_ids, self.plan.token_counts_I[sample_ids].tolist()
+
+    def _make_now(self, numbers: range) -> list[PackContent]:
+        contents = []
+        for number in numbers:
+            task = self._task(number)
+            self._lent.append(task[0])
+            contents.append(self._make(*task))
+        return contents
+
+    def _read_ahead(self, numbers: range, workers: WorkerPool) -> list[PackContent]:
+        last, self._last_first_pack = self._last_first_pack, numbers.start
+        stride = len(numbers) if last is None or last >= numbers.start else numbers.start - last
+        num_calls = max(1, -(-self._num_ahead // len(numbers)))
+        ahead = [number + call * stride for call in range(1, num_calls + 1) for number in numbers]
+        for number in set(self._under_way).difference(numbers, ahead):  # guessed wrongly
+            self._drop(*self._under_way.pop(number))
+        for number in (*numbers, *ahead):  # workers take them in this order
+            if number not in self._under_way:
+                task = self._task(number)
+                self._under_way[number] = task[0], workers.submit(*task)
+        contents = []
+        for number in numbers:
+            buffer, future = self._under_way.pop(number)
+            self._lent.append(buffer)
+            contents.append(workers.result(future))
+        return contents
+
+    def _drop(self, buffer: int, future: Future[PackContent]) -> None:
+        future.cancel()
+        # A worker that has begun goes on writing: the buffer is free when it is done.
+        future.add_done_callback(lambda _: self._buffers.give_back(buffer))
+
+    def _count_bad(self, content: PackContent) -> None:
+        self.num_bad_samples += len(content.bad)
+        for bad in content.bad:
+            if bad.sample_id not in self._bad_ids:
+                self._bad_ids.add(bad.sample_id)
+                self.faults.add(bad.fault, bad.shard, bad.key, f"it stays padding: {bad.detail}")
+
+
+def open_dataset(
+    paths: str | Path | Iterable[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    preprocessor: ImagePreprocessor,
+    seq_length: int,
+    visual_seq_length: int,
+    seed: int,
+    num_workers: int,
+    needs_images: bool = False,
+    *,
+    weights: Sequence[float] | None = None,
+    window: int = 10_000,
+    long_samples: str = "skip",
+    max_bad_fraction: float = 0.01,
+    visual_multiple_of: int = 1,
+    cache: ShardCache | None = None,
+) -> PackReader:
+    """Opens the data, counts every sample's tokens, plans, and says in one line what it found.
+
+    needs_images: whether data without a single image that fits is an error (with LaVer it is). weights: repeats in an
+    epoch of each of `paths`. long_samples: "skip", or "drop_turns" to shorten samples that do not fit. With a
+    visual_seq_length of 0 a multiple of `visual_multiple_of` is proposed. cache: of remote shards; without it
+    there can be none.
+
+    Raises:
+        ValueError: missing or damaged data; too many bad samples; a tokenizer that is not Qwen2.5's; no sample that
+            fits; nothing to learn from.
+    """
+    assert long_samples in ("skip", "drop_turns"), long_samples
+    encoder = SampleEncoder(tokenizer)
+    indexes = open_indexes(paths, max(num_workers, 1), cache)
+    open_shard = open_local if cache is None else cache.open
+    limits = (seq_length, visual_seq_length or seq_length) if long_samples == "drop_turns" else None
+    faults = FaultLog(logger)
+    _add_faults(faults, indexes)
+    counts = [
+        count_samples(index, tokenizer, preprocessor, max(num_workers, 1), limits, open_shard, faults)
+        for index in indexes
+    ]
+    maker = PackMaker(indexes, encoder, preprocessor, seq_length, limits, open_shard)
+    faults.check(max_bad_fraction, maker.num_samples)
+    weights = [1.0] * len(indexes) if weights is None else weights
+    sources = [
+        Source(part.tokens_I, part.visual_I, index.shard_I, weight)
+        for index, part, weight in zip(indexes, counts, weights, strict=True)
+    ]
+    if not visual_seq_length:
+        visual_seq_length = propose_visual_budget(sources, seq_length, visual_multiple_of)
+    plan = PackPlan(sources, seq_length, visual_seq_length, seed, window)
+    _report(plan, counts, faults, needs_images)
+    return PackReader(maker, plan, num_workers, faults, max_bad_fraction)
+
+
+def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
+    """Adds what indexing found, logged with shard and key."""
+    for index in indexes:
+        for row in np.flatnonzero(index.fault_I).tolist():
+            log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+    for index in indexes:
+        log.counts.update({Fault(name): count for name, count in index.left_out.items()})
+
+
+def _report(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:
+    """Says what there is to train on.
+
+    Raises:
+        ValueError: nothing to learn from.
+    """
+    kept = plan.sample_ids
+    images, labels = (
+        int(np.concatenate([getattr(part, name) for part in counts])[kept].sum(dtype=np.int64))
+        for name in ("images_I", "labels_I")
+    )
+    dropped_I = np.concatenate([part.dropped_I for part in counts])[kept]
+    if dropped_I.any():
+        logger.info("%d samples lose their last %d turns: they were too long", (dropped_I > 0).sum(), dropped_I.sum())
+    skipped = Counter({str(fault): count for fault, count in faults.counts.items()}) + plan.skipped
+    logger.info(
+        "data: %d samples, %d images, %d tokens (%d visual), %s%d packs in the first epoch; skipped: %s",
+        len(kept),
+        images,
+        plan.token_counts_I[kept].sum(dtype=np.int64),
+        plan.visual_counts_I[kept].sum(dtype=np.int64),
+        "" if plan.num_windows == 1 else "about ",  # one window is packed now, the others when they are needed
+        plan.estimate_num_packs(),
+        ", ".join(f"{count} ({reason})" for reason, count in skipped.items()) or "none",
+    )
+    if not labels:
+        raise ValueError(f"none of the {len(kept)} samples that fit has an answer to learn from (an assistant's turn)")
+    if needs_images and not images:
+        raise ValueError(
+            f"none of the {len(kept)} samples that fit has an image, so LaVer has nothing to reconstruct; "
+            "raise --seq-length or --visual-seq-length, look at the data, or train with --no-laver"
+        )

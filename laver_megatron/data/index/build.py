@@ -1,0 +1,302 @@
+"""Builds the index of tars: walks the headers, reads every file of a sample once, and judges every sample.
+
+Nothing is unpacked, unpickled or decoded: of pictures only the headers are looked at, and of all files that are neither
+`.json` nor pictures nothing but their names.
+"""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from laver_megatron.data.batch.processes import map_in_processes
+from laver_megatron.data.index.faults import Fault, FaultLog, SampleFault
+from laver_megatron.data.index.members import (
+    IMAGE_EXTENSION,
+    MAX_PICTURE_BYTES,
+    MAX_RECORD_BYTES,
+    SCATTERED,
+    Damage,
+    Member,
+    MemberGroup,
+    check_media,
+    group_members,
+    has_media,
+)
+from laver_megatron.data.index.shard_index import Shard, ShardIndex, concatenate
+from laver_megatron.data.read.conversations import Conversation, parse_conversation
+from laver_megatron.data.read.images import MAX_PIXELS, image_size
+from laver_megatron.data.read.record_keys import add_keys, keys_line, shown
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int], object]
+Example = tuple[Fault, str, str]  # key, what is wrong
+
+_BUFFER_BYTES = 1 << 20
+_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
+_NUM_EXAMPLES = 5
+_SAFE_KEY = re.compile(r"[^\x00-\x1f\x7f\\]+")
+
+
+def open_path(path: str) -> int:
+    """A file descriptor of a local tar. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def index_tars(
+    paths: Iterable[str | Path],
+    num_workers: int = 1,
+    on_progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
+    open_tar: Callable[[str], int] = open_path,
+) -> ShardIndex:
+    """The index of tars, in their order; the same for any number of worker processes.
+
+    on_progress: called with the number of bytes that were gone through since it was called last. open_tar: gives a file
+    descriptor of what a path names; `ShardCache.open_once` fetches remote tars. What is wrong with samples stands in
+    the index, and is logged with shard and key, a few of each kind.
+
+    Raises:
+        ValueError: a tar that cannot be read; no sample in any of them; a worker process that was killed.
+    """
+    tasks = [str(path) for path in paths]
+    if not tasks:
+        raise ValueError("there are no tars to index")
+    index_one = partial(_index_tar, max_pixels=max_pixels, open_tar=open_tar)
+    results = map_in_processes(index_one, tasks, num_workers, on_progress or (lambda num_bytes: None))
+    log, empty = FaultLog(logger), []
+    for path, (index, examples) in zip(tasks, results, strict=True):
+        for fault, key, detail in examples:
+            log.add(fault, path, key, detail)
+        if not len(index):
+            empty.append(f"{path} holds no complete sample, but {_found(index)}")
+            logger.warning("%s", empty[-1])
+    if len(empty) == len(tasks):
+        raise ValueError(f"{empty[0]}: each sample needs a KEY.json, with KEY.jpg, KEY.0.png, ...")
+    return concatenate([index for index, _ in results])
+
+
+def _found(index: ShardIndex) -> str:
+    return keys_line(index.left_out + index.ignored) or "no files"
+
+
+def _index_tar(
+    path: str, progress: Progress, max_pixels: int, open_tar: Callable[[str], int]
+) -> tuple[ShardIndex, list[Example]]:
+    """The index of one tar, and a few examples of what is wrong in it."""
+    try:
+        with open(open_tar(path), "rb", buffering=_BUFFER_BYTES) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            builder = _IndexBuilder(file, max_pixels)
+            position = 0
+            for found in group_members(file, num_bytes):
+                builder.add(found)
+                if file.tell() - position > _BUFFER_BYTES:
+                    progress(file.tell() - position)
+                    position = file.tell()
+            progress(num_bytes - position)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    return builder.finish(path, num_bytes), builder.examples
+
+
+class _IndexBuilder:
+    """The columns of one shard's index, as they grow (see ShardIndex)."""
+
+    def __init__(self, file: BinaryIO, max_pixels: int) -> None:
+        self.examples: list[Example] = []
+        self._file, self._max_pixels = file, max_pixels
+        self._row_of: dict[str, int] = {}  # keys, in order
+        self._keys: list[str] = []
+        self._rows: list[tuple[int, int, int, int]] = []  # text offset, text size, pictures, fault
+        self._checksums: list[int] = []
+        self._pictures: list[tuple[int, int, int, int, int]] = []  # offset, size, extension, width, height
+        self._extensions: dict[str, int] = {}
+        self._counts: Counter[Fault] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        self._other_keys: Counter[str] = Counter()
+        self._lone_pictures: set[str] = set()  # keys of groups of pictures without a .json, as far as was read
+        self._scattered: set[str] = set()
+        self._num_damages = 0  # that no sample has been found lost to
+        self._num_found_lost = 0
+        self._num_damaged_bytes = 0
+
+    def add(self, found: MemberGroup | Damage) -> None:
+        """A sample-to-be or a damage, in the order of the tar."""
+        if isinstance(found, Damage):
+            self._num_damages += 1
+            self._num_damaged_bytes += found.end - found.start
+            self._note(Fault.damaged_shard, found.key, found.what)
+            return
+        text, images = self._split(found)
+        if text is None and has_media(found.members) and found.key in self._row_of:
+            self._mark_scattered(self._row_of[found.key])
+            return
+        if text is None:
+            if has_media(found.members):
+                self._lone_pictures.add(found.key)
+                lost = found.beside_damage
+                self._num_damages -= lost and self._num_damages > 0
+                self._num_found_lost += lost
+                fault = Fault.damaged_shard if lost else Fault.no_json
+                self._left_out[fault] += 1
+                self._note(fault, found.key, "pictures or other media without a .json")
+            return
+        self._add_row(found, text, images)
+
+    def finish(self, path: str, num_bytes: int) -> ShardIndex:
+        """The index of this shard."""
+        self.examples = [e for e in self.examples if e[0] is Fault.scattered or e[1] not in self._scattered]
+        self._left_out[Fault.damaged_shard] += self._num_lost(num_bytes)
+        rows = np.array(self._rows, np.int64).reshape(-1, 4)
+        pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
+        return ShardIndex(
+            shards=(Shard(path, num_bytes, len(rows)),),
+            extensions=tuple(self._extensions),
+            shard_I=np.zeros(len(rows), np.int32),
+            keys=pa.array(self._keys, pa.large_string()),
+            text_offset_I=rows[:, 0].copy(),
+            text_size_I=rows[:, 1].copy(),
+            image_start_I=np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[:, 2])]),
+            image_offset_P=pictures[:, 0].copy(),
+            image_size_P=pictures[:, 1].astype(np.int32),
+            image_extension_P=pictures[:, 2].astype(np.int16),
+            image_width_P=pictures[:, 3].astype(np.int32),
+            image_height_P=pictures[:, 4].astype(np.int32),
+            checksum_I=np.array(self._checksums, np.uint64),
+            fault_I=rows[:, 3].astype(np.int8),
+            left_out=+self._left_out,
+            ignored=self._ignored,
+            other_keys=self._other_keys,
+        )
+
+    def _num_lost(self, num_bytes: int) -> int:
+        """Samples that damages have swallowed besides those that were found lost, judged by the bytes of those that are
+        whole; what is missing behind the end of a tar that was cut off nobody knows."""
+        if not self._rows:
+            return self._num_damages
+        bytes_a_sample = (num_bytes - self._num_damaged_bytes) / len(self._rows)
+        return max(self._num_damages, round(self._num_damaged_bytes / max(bytes_a_sample, 1)) - self._num_found_lost)
+
+    def _split(self, group: MemberGroup) -> tuple[Member | None, list[Member]]:
+        """The .json and the pictures in order: one without a number first, then by number."""
+        text: Member | None = None
+        numbered = []
+        for member in group.members:
+            match = IMAGE_EXTENSION.fullmatch(member.extension)
+            if member.extension == "json":
+                text = text or member
+            elif match:
+                numbered.append((int(match[1] or -1), member.extension, member))
+            elif not has_media([member]):
+                add_keys(self._ignored, {member.extension.rpartition(".")[2]: 1})
+        return text, [member for *_, member in sorted(numbered, key=lambda entry: entry[:2])]
+
+    def _add_row(self, group: MemberGroup, text: Member, images: list[Member]) -> None:
+        num_pictures, digest = len(self._pictures), xxhash.xxh3_64()
+        fault: Fault | None = None
+        try:
+            self._check_key(group)
+            check_media(group.members, [text, *images])
+        except SampleFault as error:
+            fault = error.fault
+            self._note(fault, group.key, str(error))
+        try:
+            conversation = self._read(text, images, digest, group.key)
+            add_keys(self._other_keys, conversation.other_keys)
+        except SampleFault as error:
+            if fault is None:
+                fault = Fault.damaged_shard if group.beside_damage else error.fault
+                self._note(fault, group.key, str(error))
+        if fault is None and group.beside_damage and (not images or conversation.is_placed):
+            fault = Fault.damaged_shard
+            self._note(fault, group.key, "beside a damage, and no text says how many pictures it has: it may lack some")
+        if fault is None and group.beside_damage and self._ends_in_zeros(images[-1]):
+            fault = Fault.damaged_shard
+            self._note(fault, group.key, f"before a damage, and .{images[-1].extension} ends in zeros: it is cut off")
+        if fault is Fault.damaged_shard:
+            self._num_damages -= self._num_damages > 0
+            self._num_found_lost += 1
+        for member in images[len(self._pictures) - num_pictures :]:  # those behind one that cannot be read
+            self._add_picture(member, (0, 0))
+        row = self._row_of.setdefault(group.key, len(self._rows))
+        self._keys.append(group.key)
+        self._rows.append((text.offset, text.size, len(images), 0 if fault is None else fault.code))
+        self._checksums.append(digest.intdigest())
+        if group.key in self._lone_pictures and row == len(self._rows) - 1:
+            self._left_out[Fault.no_json] -= 1
+            self._mark_scattered(row)
+
+    def _mark_scattered(self, row: int) -> None:
+        """A row some of whose files lie elsewhere in the tar: as it was read, it lacks pictures."""
+        offset, size, num_images, code = self._rows[row]
+        if code in (0, Fault.image_count.code):
+            self._rows[row] = offset, size, num_images, Fault.scattered.code
+            self._scattered.add(self._keys[row])
+            self._note(Fault.scattered, self._keys[row], SCATTERED)
+
+    def _check_key(self, group: MemberGroup) -> None:
+        key = group.key
+        if not _SAFE_KEY.fullmatch(key) or key.startswith("/") or ".." in key.split("/"):
+            raise SampleFault(Fault.unsafe_key, "keys are plain relative names")
+        counts = Counter(member.extension for member in group.members)
+        extension, count = counts.most_common(1)[0]
+        if count > 1:
+            raise SampleFault(Fault.duplicate_key, f".{shown(extension)} comes {count} times")
+        if key in self._row_of:
+            raise SampleFault(Fault.duplicate_key, f"sample {self._row_of[key]} of the shard has the same key")
+
+    def _read(self, text: Member, images: list[Member], digest: xxhash.xxh3_64, key: str) -> Conversation:
+        """Reads and judges a sample; the first fault is raised when all of it has been read."""
+        first: SampleFault | None = None
+        content = self._content(text)
+        digest.update(content)
+        try:
+            conversation = parse_conversation(content, len(images), key)
+        except SampleFault as error:
+            first = error
+        for member in images:
+            size = (0, 0)
+            try:
+                content = self._content(member)
+                digest.update(content)
+                size = image_size(content, self._max_pixels)
+            except SampleFault as error:
+                first = first or SampleFault(error.fault, f".{member.extension}: {error}")
+            self._add_picture(member, size)
+        if first is not None:
+            raise first
+        return conversation
+
+    def _ends_in_zeros(self, member: Member) -> bool:
+        """Whether the last 16 bytes are zeros, as no picture's are that is compressed."""
+        self._file.seek(member.offset + max(member.size - 16, 0))
+        return not any(self._file.read(min(member.size, 16)))
+
+    def _content(self, member: Member) -> bytes:
+        is_text = member.extension == "json"
+        limit = MAX_RECORD_BYTES if is_text else MAX_PICTURE_BYTES
+        if member.size > limit:
+            fault = Fault.invalid_json if is_text else Fault.image_too_large
+            raise SampleFault(fault, f".{member.extension} has {member.size:,} bytes; at most {limit:,} are read")
+        self._file.seek(member.offset)
+        return self._file.read(member.size)
+
+    def _add_picture(self, member: Member, size: tuple[int, int]) -> None:
+        number = self._extensions.setdefault(member.extension, len(self._extensions))
+        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
+
+    def _note(self, fault: Fault, key: str, detail: str) -> None:
+        self._counts[fault] += 1
+        if self._counts[fault] <= _NUM_EXAMPLES:
+            self.examples.append((fault, key, detail))

@@ -1,0 +1,224 @@
+"""How many tokens each sample becomes: counted once for a tokenizer and an encoder, and kept beside the index.
+
+Letters: I samples of one index.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from laver_megatron.data.batch.packing import IGNORE_LABEL
+from laver_megatron.data.batch.processes import map_in_processes
+from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
+from laver_megatron.data.index.index_file import codes, is_url, read_table, write_table
+from laver_megatron.data.index.shard_index import ShardIndex
+from laver_megatron.data.read.conversations import parse_conversation
+from laver_megatron.data.read.reading import OpenShard, SampleFiles, open_local
+from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor
+
+logger = logging.getLogger(__name__)
+
+Limits = tuple[int, int] | None  # tokens and visual tokens that longer samples are shortened to
+
+_SAMPLES_A_TASK = 1000
+_METADATA_KEY = b"laver_counts"
+_VERSION = 3  # of what is counted, and how
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """What each sample becomes, int32 `[I]`: tokens (0 if it cannot be used), visual tokens among them, images, tokens
+    with a label, and turns left off because it was too long. fault_I: `Fault.code` int8, 0 where usable; those of the
+    index are among them."""
+
+    tokens_I: np.ndarray
+    visual_I: np.ndarray
+    images_I: np.ndarray
+    labels_I: np.ndarray
+    dropped_I: np.ndarray
+    fault_I: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens_I)
+
+
+def count_samples(
+    index: ShardIndex,
+    tokenizer: PreTrainedTokenizerBase,
+    preprocessor: ImagePreprocessor,
+    num_workers: int,
+    limits: Limits = None,
+    open_shard: OpenShard = open_local,
+    log: FaultLog | None = None,
+) -> SampleCounts:
+    """The counts of an index, from the file beside it if they have been counted before.
+
+    limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples. Without an index file,
+    or in a folder that cannot be written to, everything is counted anew each time. log: gets the faults that the index
+    does not have, with what exactly is wrong if they are counted now.
+
+    Raises:
+        ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
+    """
+    log = FaultLog(logger) if log is None else log
+    if index.path is None:
+        return _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+    name = f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet"
+    path = index.path.with_name(name)
+    if (counts := _kept_counts(path, index, log)) is not None:
+        return counts
+    try:
+        with FileLock(path.with_name(f".{name}.lock")):  # several readers start together: one counts, the others wait
+            if (counts := _kept_counts(path, index, log)) is not None:
+                return counts
+            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+            # A shard that is being damaged or replaced is not remembered.
+            if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
+                write_counts(counts, path)
+    except OSError as error:
+        logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
+        if counts is None:
+            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+    return counts
+
+
+def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts | None:
+    """What was counted before; None if nothing was, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        counts = read_counts(path, len(index))
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    for row in np.flatnonzero(counts.fault_I * (index.fault_I == 0)).tolist():
+        log.add(FAULTS[counts.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+    return counts
+
+
+def _count(
+    index: ShardIndex,
+    tokenizer: PreTrainedTokenizerBase,
+    preprocessor: ImagePreprocessor,
+    num_workers: int,
+    limits: Limits,
+    open_shard: OpenShard,
+    log: FaultLog,
+) -> SampleCounts:
+    counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
+    tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=len(index), desc="counting tokens", unit="sample", disable=hidden, leave=False) as bar:
+        parts = map_in_processes(counter.count, tasks, num_workers, bar.update)
+    for _, faults in parts:
+        for row, fault, detail in faults:
+            log.add(fault, index.shards[index.shard_I[row]].path, index.key(row), detail)
+    columns = np.concatenate([columns for columns, _ in parts]) if parts else np.zeros((0, 6), np.int32)
+    tokens_I, visual_I, images_I, labels_I, dropped_I, fault_I = map(np.ascontiguousarray, columns.T)
+    return SampleCounts(tokens_I, visual_I, images_I, labels_I, dropped_I, fault_I.astype(np.int8))
+
+
+class _Counter:
+    def __init__(
+        self,
+        index: ShardIndex,
+        encoder: SampleEncoder,
+        preprocessor: ImagePreprocessor,
+        limits: Limits,
+        open_shard: OpenShard,
+    ) -> None:
+        self._index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
+        self._files = SampleFiles(open_shard)
+
+    def count(self, rows: range, progress: Callable[[int], object]) -> tuple[np.ndarray, list[tuple[int, Fault, str]]]:
+        """int32 `[rows, 6]`: the columns of SampleCounts; and the faults that are found here (row, fault, detail)."""
+        columns = np.zeros((len(rows), 6), np.int32)
+        faults = []
+        for place, row in enumerate(rows):
+            code = self._index.fault_I[row]
+            if code:
+                columns[place, 5] = code
+                continue
+            try:
+                columns[place, :5] = self._count_one(row)
+            except SampleFault as error:
+                columns[place, 5] = error.fault.code
+                faults.append((row, error.fault, str(error)))
+        progress(len(rows))
+        return columns, faults
+
+    def _count_one(self, row: int) -> tuple[int, int, int, int, int]:
+        sample = self._index.sample(row)
+        shard = self._index.shards[self._index.shard_I[row]]
+        if is_url(shard.path):  # all of it: an old copy can hold another text at the same place
+            content = self._files.read(shard, sample)[0]
+        else:
+            content = self._files.read_member(shard, sample.text)
+        try:
+            messages = parse_conversation(content, len(sample.images), sample.key).messages
+        except SampleFault as error:  # when it was indexed it was sound
+            raise SampleFault(Fault.damaged_shard, f"the shard has changed since it was indexed: {error}") from error
+        grids = [self._preprocessor.grid(*size) for size in self._index.image_sizes(row)]
+        try:
+            encoded = self._encoder.encode(messages, grids, sample.key, self._limits)
+        except ValueError as error:  # image tokens that do not match the images, whether spelt out or not
+            raise SampleFault(Fault.image_count, str(error)) from error
+        num_labels = int((encoded.labels_T != IGNORE_LABEL).sum())
+        num_dropped = encoded.num_dropped_turns
+        return len(encoded), encoded.num_visual_tokens, len(encoded.grids), num_labels, num_dropped
+
+
+def _settings_hash(
+    index: ShardIndex, tokenizer: PreTrainedTokenizerBase, preprocessor: ImagePreprocessor, limits: Limits
+) -> str:
+    """Names all that the counts depend on."""
+    digest = xxhash.xxh3_128()
+    template = str(tokenizer.chat_template)
+    tokens = tokenizer.backend_tokenizer.to_str()
+    for part in (_VERSION, index.fingerprint, tokens, template, preprocessor.settings, limits):
+        digest.update(f"{len(str(part))}:{part}".encode())
+    return digest.hexdigest()[:16]
+
+
+def write_counts(counts: SampleCounts, path: Path) -> None:
+    """Writes counts; the file is there whole or not at all."""
+    columns = {field.name: pa.array(getattr(counts, field.name)) for field in fields(counts)}
+    columns["fault_I"] = pa.DictionaryArray.from_arrays(columns["fault_I"], pa.array(FAULT_NAMES, pa.string()))
+    table = pa.table({name.removesuffix("_I"): column for name, column in columns.items()})
+    write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps({"version": _VERSION}).encode()}), path)
+
+
+def read_counts(path: Path, num_samples: int) -> SampleCounts:
+    """Counts from their file.
+
+    Raises:
+        ValueError: it is damaged, of another version, or of another number of samples.
+    """
+    try:
+        table = read_table(path)
+        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+        version = metadata.get("version", 2)  # which the first files of that version do not say
+        if version != _VERSION:
+            raise ValueError(f"they are of version {version}, not {_VERSION}")
+        columns = [table.column(field.name.removesuffix("_I")).combine_chunks() for field in fields(SampleCounts)]
+        if len(table) != num_samples:
+            raise ValueError(f"it has {len(table)} rows for {num_samples} samples")
+        *numbers, faults = columns
+        tokens_I, visual_I, images_I, labels_I, dropped_I = (
+            column.to_numpy(zero_copy_only=False).astype(np.int32) for column in numbers
+        )
+        fault_I = codes(faults, list(FAULT_NAMES)).astype(np.int8)
+        return SampleCounts(tokens_I, visual_I, images_I, labels_I, dropped_I, fault_I)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"the counts {path} cannot be used ({error}); they are made anew") from error

@@ -1,0 +1,248 @@
+"""The index of a set of shards: where each sample's bytes lie, how large its pictures are, and whether it can be used.
+
+Letters: I samples, P pictures of all samples, one after the other.
+
+An index is held in columns, about 100 bytes a sample, and is kept in one Parquet file (`index.parquet` in a folder of
+shards) with one row a sample:
+
+    shard            dictionary<string>  relative to the index file's folder, or absolute, or a URL
+    key              string
+    text_offset, text_size, checksum     of the .json; xxh3_64 of the bytes of the .json and then of each picture
+    image_offsets, image_sizes_bytes, image_extensions, image_widths, image_heights
+                     lists; widths and heights as seen (after EXIF rotation), 0 x 0 where they cannot be read
+    fault            dictionary<string>  "" for a usable sample, else the name of a Fault
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault
+from laver_megatron.data.index.members import Member
+from laver_megatron.data.read.record_keys import add_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A tar. path: absolute or as it was named, or a URL; num_samples: rows that the index has of it."""
+
+    path: str
+    num_bytes: int
+    num_samples: int
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: what stays the same when a folder of shards is moved."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSample:
+    """One sample of a shard. images: its pictures in order (`jpg`, or `0.jpg`, `1.jpg`, ... by number)."""
+
+    shard: str
+    key: str
+    text: Member
+    images: tuple[Member, ...]
+    checksum: int
+    fault: Fault | None
+
+    @property
+    def name(self) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shard}: {self.key!r}"
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All files in the order of the checksum."""
+        return (self.text, *self.images)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Samples of shards, in order, as columns. Compared by `fingerprint`.
+
+    shard_I: number into `shards`; image_start_I `[I + 1]`: where each sample's pictures start in the columns `_P`;
+    image_extension_P: number into `extensions`; fault_I: `Fault.code`, 0 where usable; left_out: what the shards hold
+    that is no row, by fault; ignored: files that belong to no sample, by extension; other_keys: of the records, those
+    that are not used; path: of the index's file.
+    """
+
+    shards: tuple[Shard, ...]
+    extensions: tuple[str, ...]
+    shard_I: np.ndarray
+    keys: pa.LargeStringArray
+    text_offset_I: np.ndarray
+    text_size_I: np.ndarray
+    image_start_I: np.ndarray
+    image_offset_P: np.ndarray
+    image_size_P: np.ndarray
+    image_extension_P: np.ndarray
+    image_width_P: np.ndarray
+    image_height_P: np.ndarray
+    checksum_I: np.ndarray
+    fault_I: np.ndarray
+    left_out: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    other_keys: Counter[str] = field(default_factory=Counter)
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.shard_I)
+
+    @property
+    def num_images_I(self) -> np.ndarray:
+        """Pictures of each sample, int64."""
+        return np.diff(self.image_start_I)
+
+    def image_sizes(self, row: int) -> list[tuple[int, int]]:
+        """(width, height) in pixels of each picture of a sample, as it is to be seen."""
+        part = self._pictures(row)
+        return list(zip(self.image_width_P[part].tolist(), self.image_height_P[part].tolist(), strict=True))
+
+    def sample(self, row: int) -> ShardSample:
+        """Everything that reading a sample needs."""
+        part = self._pictures(row)
+        code = int(self.fault_I[row])
+        columns = (self.image_extension_P[part], self.image_offset_P[part], self.image_size_P[part])
+        return ShardSample(
+            shard=self.shards[self.shard_I[row]].path,
+            key=self.key(row),
+            text=Member("json", int(self.text_offset_I[row]), int(self.text_size_I[row])),
+            images=tuple(
+                Member(self.extensions[extension], offset, size)
+                for extension, offset, size in zip(*(column.tolist() for column in columns), strict=True)
+            ),
+            checksum=int(self.checksum_I[row]),
+            fault=FAULTS[code - 1] if code else None,
+        )
+
+    def key(self, row: int) -> str:
+        """A sample's key: a name for messages, never a path."""
+        return self.keys[row].as_py()
+
+    @cached_property
+    def faults(self) -> Counter[str]:
+        """Rows that cannot be used, by fault."""
+        counts = np.bincount(self.fault_I, minlength=len(FAULT_NAMES)).tolist()
+        return Counter({FAULTS[code - 1]: counts[code] for code in range(1, len(counts)) if counts[code]})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the order and the content of the samples, but not of where they lie."""
+        digest = xxhash.xxh3_128()
+        for shard in self.shards:
+            digest.update(f"{len(shard.name)}:{shard.name}".encode())
+        # Which number an extension has, and whether unused ones are listed, depends on how the index came about.
+        used = np.flatnonzero(np.bincount(self.image_extension_P, minlength=len(self.extensions))).tolist()
+        ranked = sorted(used, key=self.extensions.__getitem__)
+        rank = np.zeros(len(self.extensions), np.int16)
+        rank[ranked] = np.arange(len(ranked))
+        digest.update("/".join(self.extensions[number] for number in ranked).encode())
+        key_length_I = np.diff(_string_offsets(self.keys))
+        for column, dtype in (
+            (self.shard_I, np.int32),
+            (key_length_I, np.int64),
+            (self.text_size_I, np.int64),
+            (self.num_images_I, np.int64),
+            (self.image_size_P, np.int32),
+            (rank[self.image_extension_P], np.int16),
+            (self.image_width_P, np.int32),
+            (self.image_height_P, np.int32),
+            (self.checksum_I, np.uint64),
+        ):
+            digest.update(np.ascontiguousarray(column, dtype=dtype).data)
+        for row in np.flatnonzero(self.fault_I).tolist():  # by name: numbers of faults are nowhere kept
+            digest.update(f"{row}:{FAULT_NAMES[self.fault_I[row]]}".encode())
+        digest.update(_string_bytes(self.keys))
+        return digest.hexdigest()
+
+    def _pictures(self, row: int) -> slice:
+        return slice(int(self.image_start_I[row]), int(self.image_start_I[row + 1]))
+
+
+def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
+    """One index after the other; shards that stand in several stay apart."""
+    assert indexes
+    extensions = tuple(dict.fromkeys(extension for index in indexes for extension in index.extensions))
+    first_shards = np.cumsum([0] + [len(index.shards) for index in indexes])
+    first_images = np.cumsum([0] + [len(index.image_offset_P) for index in indexes])
+    renumbered_P, shard_I, starts = [], [], [np.zeros(1, np.int64)]
+    for index, first_shard, first_image in zip(indexes, first_shards, first_images, strict=False):
+        numbers = np.array([extensions.index(extension) for extension in index.extensions], np.int16)
+        renumbered_P.append(numbers[index.image_extension_P])
+        shard_I.append(index.shard_I + np.int32(first_shard))
+        starts.append(index.image_start_I[1:] + first_image)
+
+    other_keys: Counter[str] = Counter()
+    for index in indexes:
+        add_keys(other_keys, index.other_keys)
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(index, name) for index in indexes])
+
+    return ShardIndex(
+        shards=tuple(shard for index in indexes for shard in index.shards),
+        extensions=extensions,
+        shard_I=np.concatenate(shard_I),
+        keys=pa.concat_arrays([index.keys for index in indexes]),
+        text_offset_I=joined("text_offset_I"),
+        text_size_I=joined("text_size_I"),
+        image_start_I=np.concatenate(starts),
+        image_offset_P=joined("image_offset_P"),
+        image_size_P=joined("image_size_P"),
+        image_extension_P=np.concatenate(renumbered_P),
+        image_width_P=joined("image_width_P"),
+        image_height_P=joined("image_height_P"),
+        checksum_I=joined("checksum_I"),
+        fault_I=joined("fault_I"),
+        left_out=sum((index.left_out for index in indexes), Counter()),
+        ignored=sum((index.ignored for index in indexes), Counter()),
+        other_keys=other_keys,
+    )
+
+
+def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
+    """The samples of these rows, in this order, over the shards that they lie in. What was left out of the shards when
+    they were indexed is no part of a selection."""
+    rows_I = np.asarray(rows_I, np.int64)
+    used, shard_I = np.unique(index.shard_I[rows_I], return_inverse=True)
+    num_samples = np.bincount(shard_I, minlength=len(used)).tolist()
+    shards = [index.shards[number] for number in used]
+    num_images_I = index.num_images_I[rows_I]
+    image_start_I = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_images_I)])
+    # Picture p of the selection is picture p - (its sample's start here) + (its sample's start there) of the index.
+    shift_P = np.repeat(index.image_start_I[rows_I] - image_start_I[:-1], num_images_I)
+    pictures_P = np.arange(image_start_I[-1]) + shift_P
+    return ShardIndex(
+        shards=tuple(Shard(s.path, s.num_bytes, count) for s, count in zip(shards, num_samples, strict=True)),
+        extensions=index.extensions,
+        shard_I=shard_I.astype(np.int32),
+        keys=index.keys.take(pa.array(rows_I)),
+        text_offset_I=index.text_offset_I[rows_I],
+        text_size_I=index.text_size_I[rows_I],
+        image_start_I=image_start_I,
+        image_offset_P=index.image_offset_P[pictures_P],
+        image_size_P=index.image_size_P[pictures_P],
+        image_extension_P=index.image_extension_P[pictures_P],
+        image_width_P=index.image_width_P[pictures_P],
+        image_height_P=index.image_height_P[pictures_P],
+        checksum_I=index.checksum_I[rows_I],
+        fault_I=index.fault_I[rows_I],
+    )
+
+
+def _string_offsets(keys: pa.LargeStringArray) -> np.ndarray:
+    offsets = np.frombuffer(keys.buffers()[1], np.int64) if len(keys) else np.zeros(1, np.int64)
+    return offsets[keys.offset : keys.offset + len(keys) + 1]
+
+
+def _string_bytes(keys: pa.LargeStringArray) -> memoryview:
+    offsets, content = _string_offsets(keys), keys.buffers()[2] if len(keys) else None
+    return memoryview(content)[offsets[0] : offsets[-1]] if content is not None else memoryview(b"")

@@ -1,7 +1,0 @@
-"""Makes shards of data in the forms in which it is published."""
-
-from laver_megatron.data.make.build import MakeSettings, make_shards
-from laver_megatron.data.make.find import FORMATS
-from laver_megatron.data.make.parquet import RATINGS
-
-__all__ = ["FORMATS", "RATINGS", "MakeSettings", "make_shards"]

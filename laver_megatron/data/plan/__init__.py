@@ -1,0 +1,1 @@
+"""Which samples go into which pack: a pure function of index, seed and epoch."""

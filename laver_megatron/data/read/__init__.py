@@ -1,0 +1,1 @@
+"""From bytes of a shard to token ids and pixels."""

@@ -1,0 +1,1 @@
+"""Hugging Face directories: sizes, files, tensors, and the one table of weight names."""

@@ -1,0 +1,83 @@
+"""The small files around the weights of a model: config.json, tokenizer, image processor. Copied, never re-saved.
+
+(transformers drops what it does not know when it saves a configuration again, among it `rope_theta`.)
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from laver_megatron.hf.shape import VISION_PART, is_laver_export, read_part
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", CHAT_TEMPLATE_FILE, "chat_template.json",
+)  # fmt: skip
+
+SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, *TOKENIZER_FILES)
+
+
+def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The image processor's settings and the file they stand in: processor_config.json with an image_processor in it,
+    all that transformers 5 writes, else preprocessor_config.json. Where both are there, transformers, too, takes the
+    first.
+
+    Raises:
+        ValueError: neither file, or one that cannot be read.
+    """
+    path = directory / PROCESSOR_FILE
+    if path.is_file() and "image_processor" in (content := _read_object(path)):
+        settings = content["image_processor"]
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: image_processor is {settings!r}, no settings of an image processor")
+        return path, settings
+    path = directory / PREPROCESSOR_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory}: no {PREPROCESSOR_FILE} in it, and no {PROCESSOR_FILE} with an image_processor")
+    return path, _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: cannot be read (not a JSON object)")
+    return content
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Qwen2.5, of a checkpoint's hf/ or of a LaVer export (whose code is not run for it)."""
+    from transformers import AutoTokenizer, Qwen2Config  # here, because importing it takes seconds
+
+    # Without a configuration transformers would read config.json, and ask to run the code that an export's names.
+    return AutoTokenizer.from_pretrained(directory, config=Qwen2Config(), local_files_only=True)
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Those of the files that are there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def copy_model_files(source: Path, target: Path, part: str) -> None:
+    """What building the decoder (TEXT_PART) or the image encoder (VISION_PART) needs besides weights. The part's
+    own config.json is taken out of a LaVer export's, the encoder's preprocessor_config.json of processor_config.json if
+    it stands there."""
+    copy_files(source, target, (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, *TOKENIZER_FILES))
+    if part == VISION_PART and (source / PROCESSOR_FILE).is_file():
+        path, settings = read_image_processor(source)
+        if path.name == PROCESSOR_FILE:
+            (target / PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    if is_laver_export(source):
+        content = read_part(source, part)[1]
+        (target / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")

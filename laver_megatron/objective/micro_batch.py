@@ -1,0 +1,122 @@
+"""The three losses of one micro-batch on the last stage, each divided by its count over the global batch.
+
+L = sum(lm) / N_label + w_mim * sum(mim) / N_masked + w_gram * sum(gram) / N_images: with global counts as
+denominators, the sum over micro-batches and data-parallel ranks is the same for every layout of the run.
+
+Letters: B packs, S language tokens, V visual slots, T tokens, W vocabulary columns and K vision-head
+columns on this rank, N visual tokens of one image.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.batches import GlobalCounts
+from laver_megatron.model.laver import StageOutput
+from laver_megatron.model.streams import MicroBatch
+from laver_megatron.model.teacher import Centre
+from laver_megatron.objective.gram import cosine_gram, gram_loss, mean_off_diagonal
+from laver_megatron.objective.sharded import (
+    sharded_inner_products_of_images,
+    sharded_language_losses,
+    sharded_reconstruction_losses,
+    sharded_teacher_entropies,
+)
+
+TERMS = (
+    "loss",
+    "lm_loss",
+    "mim_loss",
+    "gram_loss",
+    "student_visual_similarity",
+    "teacher_visual_similarity",
+    "teacher_entropy",
+)
+
+
+def count_of(term: str, counts: GlobalCounts) -> int:
+    """What a term is a mean over."""
+    if term in ("loss", "lm_loss"):
+        return counts.labels
+    if term == "mim_loss":
+        return counts.masked
+    return counts.visual_tokens if term == "teacher_entropy" else counts.images
+
+
+def micro_batch_losses(
+    output: StageOutput,
+    batch: MicroBatch,
+    counts: GlobalCounts,
+    config: Config,
+    centre: Centre | None,
+    tp_group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """(loss to differentiate, this micro-batch's share of TERMS as one fp32 tensor).
+
+    Summed over micro-batches and data-parallel ranks the shares are the global values: losses as defined
+    above, similarities as means over images, entropy as mean over visual tokens.
+    """
+    language_T = sharded_language_losses(
+        output.language_logits_SBW.flatten(0, 1), batch.labels_BS.t().flatten(), tp_group
+    )
+    language = language_T.sum() / max(counts.labels, 1)
+    zero = torch.zeros((), device=language.device)
+    reconstruction, gram, monitors = zero, zero, [zero, zero, zero]
+    if output.student_logits_VBK is not None:
+        assert output.teacher_logits_VBK is not None
+        reconstruction, gram, monitors = _visual_losses(
+            output.student_logits_VBK, output.teacher_logits_VBK, batch, counts, config, centre, tp_group
+        )
+    loss = language + config.mim_weight * reconstruction + config.gram_weight * gram
+    terms = torch.stack([loss, language, reconstruction, gram, *monitors]).detach().float()
+    return loss, terms
+
+
+def _visual_losses(
+    student_VBK: Tensor,
+    teacher_VBK: Tensor,
+    batch: MicroBatch,
+    counts: GlobalCounts,
+    config: Config,
+    centre: Centre | None,
+    tp_group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    centre_K = None if centre is None else centre.value_K
+    masked_VB, filled_VB = batch.masked_BV.t(), (batch.image_BV >= 0).t()
+    reconstruction_T = sharded_reconstruction_losses(
+        student_VBK[masked_VB],
+        teacher_VBK[masked_VB],
+        tp_group,
+        centre_K=centre_K,
+        student_temperature=config.student_temperature,
+        teacher_temperature=config.teacher_temperature,
+    )
+    reconstruction = reconstruction_T.sum() / max(counts.masked, 1)
+
+    images = batch.image_slots
+    inner = sharded_inner_products_of_images(
+        [student_VBK[start:end, pack] for pack, start, end in images]
+        + [teacher_VBK[start:end, pack] for pack, start, end in images],
+        tp_group,
+    )
+    num_images = max(counts.images, 1)
+    gram = torch.zeros((), device=student_VBK.device)
+    similarity = torch.zeros(2, device=student_VBK.device)
+    for student_NN, teacher_NN in zip(inner[: len(images)], inner[len(images) :], strict=True):
+        if config.gram_loss != "none":
+            gram = gram + gram_loss(student_NN, teacher_NN, kind=config.gram_loss, reduction=config.gram_reduction)
+        with torch.no_grad():
+            similarity[0] += mean_off_diagonal(cosine_gram(student_NN))
+            similarity[1] += mean_off_diagonal(cosine_gram(teacher_NN))
+
+    teacher_TK = teacher_VBK[filled_VB]
+    entropy = sharded_teacher_entropies(teacher_TK, centre_K, config.teacher_temperature, tp_group).sum()
+    if centre is not None and torch.is_grad_enabled():
+        centre.accumulate(teacher_TK)
+    monitors = [
+        similarity[0] / num_images,
+        similarity[1] / num_images,
+        entropy / max(counts.visual_tokens, 1),
+    ]
+    return reconstruction, gram / num_images, monitors

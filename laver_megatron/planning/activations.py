@@ -1,0 +1,191 @@
+"""Bytes that a pipeline stage keeps between forward and backward pass, by what keeps them.
+
+Letters: B packs, S language tokens, V visual slots, L the student's sequence (S + V, or S without LaVer), H width.
+
+Everything is per rank, and of one micro-batch unless it says otherwise. What autograd saves depends on the kernels:
+
+    plain   on the CPU: dense attention with a mask for each layer, norms in fp32, nothing fused. Held against
+            autograd's saved tensors in the tests.
+    fused   on a GPU with TransformerEngine: FlexAttention, fused norms and SwiGLU. Never measured.
+
+Without gradients (the teacher, a frozen encoder) nothing is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from laver_megatron.config.fields import Config
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.planning.memory import FP32_BYTES, layers_of_stages, value_bytes
+from laver_megatron.planning.pipeline import chunks_in_flight
+from laver_megatron.planning.workload import Workload
+
+_INT64_BYTES, _INT32_BYTES = 8, 4
+# The square of an image's visual tokens, kept by the Gram loss: two inner products, their cosines, the clipped
+# difference (fp32), and the diagonal (bool).
+_GRAM_BYTES_PER_PAIR = 4 * FP32_BYTES + 1
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Of one rank, all its micro-batches in flight. layers: the decoder's; inputs: embedding, encoder, connector and
+    what came from the previous stage; heads: final norm and vision head; logits: the language model's, their softmax
+    and gradient; losses: the visual ones; workspace: one layer while it is recomputed or runs backward."""
+
+    layers: int = 0
+    inputs: int = 0
+    heads: int = 0
+    logits: int = 0
+    losses: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What autograd saves for each part in one micro-batch, arguments aside."""
+
+    config: Config
+    shape: ModelShape
+    workload: Workload
+    fused: bool
+
+    @property
+    def value_bytes(self) -> int:
+        return value_bytes(self.config)
+
+    @property
+    def num_tokens(self) -> int:
+        """The student's, of the whole sequence, padding included: B L."""
+        visual = self.config.visual_seq_length if self.config.laver else 0
+        return self.config.micro_batch_size * (self.config.seq_length + visual)
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Those that lie on this rank between the tensor-parallel parts."""
+        return self.num_tokens // (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+
+    def norm(self) -> int:
+        """A norm over H: its input, in fp32 where it is not fused, the scale, and the normalised values."""
+        values = self.num_local_tokens * self.shape.hidden_size
+        scale = FP32_BYTES * self.num_local_tokens
+        return values * self.value_bytes + scale if self.fused else values * (FP32_BYTES + self.value_bytes) + scale
+
+    def layer(self) -> int:
+        """One decoder layer, nothing recomputed."""
+        tp, width = self.config.tensor_model_parallel_size, self.value_bytes
+        hidden = self.num_local_tokens * self.shape.hidden_size * width
+        ffn = self.num_tokens * self.shape.ffn_hidden_size // tp * width
+        mlp = (3 if self.fused else 5) * ffn  # gate and up, SwiGLU's output; plain also SiLU(gate) and up once more
+        return 2 * (self.norm() + hidden) + self.attention(selective=False) + mlp
+
+    def attention(self, *, selective: bool) -> int:
+        """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
+        shape, tp, width = self.shape, self.config.tensor_model_parallel_size, self.value_bytes
+        tokens = self.num_tokens
+        query = tokens * shape.num_attention_heads * shape.kv_channels // tp * width
+        key = tokens * max(shape.num_query_groups // tp, 1) * shape.kv_channels * width
+        # The rotary angles' cosines and sines, for query and key.
+        rotary = 4 * tokens * shape.kv_channels * width
+        # Without a copy of its own the value keeps the whole projection alive.
+        inputs = query + 2 * key if self.fused and not selective else 2 * query + 3 * key
+        kept = inputs + rotary + query  # and the output projection's input
+        if selective:
+            return kept
+        statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
+        mask = 0
+        if not self.fused:
+            segments = [self.config.seq_length] + [self.config.visual_seq_length] * self.config.laver
+            mask = self.config.micro_batch_size * sum(length**2 for length in segments) * width
+        return kept + query + statistics + mask
+
+    def layers(self, num_layers: int) -> int:
+        """Decoder layers under the configured recomputation."""
+        if self.config.recompute_granularity == "full":
+            # Every layer's input; spans and angles are the same for all.
+            arguments = self.num_tokens * (2 * _INT32_BYTES + FP32_BYTES * self.shape.kv_channels)
+            return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + arguments
+        if self.config.recompute_granularity == "selective":
+            return num_layers * (self.layer() - self.attention(selective=False) + self.attention(selective=True))
+        return num_layers * self.layer()
+
+    def input_side(self) -> int:
+        """Embedding and connector of the first stage; with a trained encoder its layers, roughly."""
+        config, work, width = self.config, self.workload, self.value_bytes
+        if work.encoder is None:
+            return 0
+        # Whole images are divided over the ranks.
+        most = -(-config.micro_batch_size * work.num_images // config.tensor_model_parallel_size)
+        own = most * work.image_tokens
+        connector = own * (work.encoder.feature_size + 2 * self.shape.hidden_size) * width
+        slots = config.micro_batch_size * config.visual_seq_length * self.shape.hidden_size * width
+        indices = _INT64_BYTES * (2 * config.micro_batch_size * config.seq_length + own)
+        encoder = 0
+        if "encoder" not in config.freeze:
+            patches = own * work.encoder.merge_size**2
+            per_layer = 10 * work.encoder.hidden_size + 2 * work.encoder.intermediate_size
+            encoder = patches * work.encoder.num_layers * per_layer * width
+        return connector + slots + indices + encoder
+
+    def received(self) -> int:
+        """What a later stage got from the one before it: the student's part and the teacher's."""
+        teacher = self.config.micro_batch_size * self.config.visual_seq_length if self.config.laver else 0
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return (self.num_tokens + teacher) // ranks * self.shape.hidden_size * self.value_bytes
+
+    def heads(self) -> int:
+        """Final norm, the heads' shared input, and the vision head."""
+        hidden = self.num_tokens * self.shape.hidden_size * self.value_bytes
+        if not self.config.laver:
+            return self.norm() + hidden
+        middle = self.config.micro_batch_size * self.config.visual_seq_length * self.config.vision_head_hidden_size
+        tp = self.config.tensor_model_parallel_size
+        return self.norm() + hidden + 2 * (middle // tp + middle) * self.value_bytes
+
+    def logits(self) -> int:
+        """The softmax over this rank's words, fp32."""
+        tokens = self.config.micro_batch_size * self.config.seq_length
+        return FP32_BYTES * tokens * self.shape.vocab_size // self.config.tensor_model_parallel_size
+
+    def losses(self) -> int:
+        """Of the visual objective: masked tokens' logits, and what the Gram loss keeps of every image."""
+        config, work = self.config, self.workload
+        if not config.laver:
+            return 0
+        output = (config.vision_head_output_size or self.shape.hidden_size) // config.tensor_model_parallel_size
+        tokens = config.micro_batch_size * work.num_visual_tokens
+        masked = int(config.mask_ratio * tokens) * 2 * FP32_BYTES * output
+        in_fp32 = tokens * output * FP32_BYTES  # for the inner products, which are monitored without the loss, too
+        pairs = config.micro_batch_size * work.image_area if config.gram_loss != "none" else 0
+        return masked + in_fp32 + pairs * _GRAM_BYTES_PER_PAIR
+
+
+def activations_of_stage(
+    config: Config, shape: ModelShape, workload: Workload, num_micro_batches: int, stage: int, *, fused: bool
+) -> ActivationBytes:
+    """The most that a pipeline stage holds at once. num_micro_batches: of one iteration."""
+    saved = Saved(config, shape, workload, fused)
+    chunks = layers_of_stages(config, shape.num_layers)
+    pp, in_flight = len(chunks), chunks_in_flight(config, shape.num_layers, num_micro_batches, stage)
+    num_chunks = len(chunks[stage])
+    is_first, is_last = stage == 0, stage == pp - 1
+    # Under the interleaved schedule the first chunk alone has the input side: its share of what is in flight.
+    first_chunks = -(-in_flight // num_chunks)
+    received = in_flight - first_chunks if is_first else in_flight
+    logits = losses = heads = 0
+    if is_last:
+        heads, losses = saved.heads(), saved.losses()
+        # The softmax, the logits themselves, and the fp32 copy that becomes their gradient.
+        logits = saved.logits() * (2 * FP32_BYTES + saved.value_bytes) // FP32_BYTES
+    return ActivationBytes(
+        layers=in_flight * saved.layers(chunks[stage][0]),
+        inputs=first_chunks * saved.input_side() * is_first + received * saved.received(),
+        heads=heads,
+        logits=logits,
+        losses=losses,
+        workspace=saved.layer(),
+    )

@@ -1,0 +1,244 @@
+"""Every rank of a run built on one machine: shapes without memory, in a world that does not exist.
+
+Each model-parallel position is built by the code that trains, around tensors of the meta device; what its data-parallel
+replicas own of the optimizer follows from Megatron's own division. So the parameters, their sharding and the bytes are
+those of the run, for any number of processes, without weights and data.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from laver_megatron.checkpoint.state import sharding_metadata
+from laver_megatron.config.fields import Config
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.hf.weights import TEACHER, ModelParts, weight_table
+from laver_megatron.model.build import build_stages, wrap
+from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.qwen import num_virtual_stages
+from laver_megatron.model.teacher import TeacherAverage, pair_by_name
+from laver_megatron.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32, StateBytes
+from laver_megatron.planning.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
+from laver_megatron.planning.state_bytes import state_bytes
+from laver_megatron.runtime.backend import simulated_rank
+
+_OPTIMIZER_STATE = "optimizer.state."
+_PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank holds. num_layers: the student's on this stage; num_parameters: the student's on this rank, a copy
+    of the tied embedding included."""
+
+    stage: int
+    tp_rank: int
+    dp_rank: int
+    num_layers: int
+    num_parameters: int
+    bytes: StateBytes
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Of a whole run. parameters: of each part of the model, each value once; problems: what is wrong with the
+    sharding, one sentence each; num_tensors: how many were looked at."""
+
+    ranks: tuple[RankReport, ...]
+    parameters: dict[str, int]
+    problems: tuple[str, ...]
+    num_tensors: int
+
+
+@dataclass
+class _Position:
+    """What one model-parallel position (at data-parallel rank 0) says of itself. Tiles of the student, the teacher's
+    under its own prefix, and the optimizer's; trained: keys of the student's tensors that train."""
+
+    reports: list[RankReport]
+    tiles: list[Tile]
+    trained: set[str]
+    problems: list[str]
+
+
+def model_parts(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelParts:
+    """What a checkpoint of a run consists of."""
+    head = (config.vision_head_hidden_size, config.vision_head_output_size or shape.hidden_size)
+    return ModelParts(
+        shape,
+        encoder=encoder_tensor_sizes(encoder_dir),
+        feature_size=read_encoder(encoder_dir).feature_size,
+        vision_head=head if config.laver else None,
+        teacher=config.laver,
+    )
+
+
+def dry_run(config: Config, shape: ModelShape, encoder_dir: Path, world_size: int) -> DryRun:
+    """Builds all model-parallel positions one after the other. The configuration must be valid."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    dp = world_size // (tp * pp)
+    expected = {key: weight.size for key, weight in weight_table(model_parts(config, shape, encoder_dir)).items()}
+    ranks: list[RankReport] = []
+    tiles: list[Tile] = []
+    trained: set[str] = set()
+    problems: list[str] = []
+    # Megatron collects garbage for each position; what is there already needs no look.
+    gc.freeze()
+    try:
+        for stage in range(pp):
+            for tp_rank in range(tp):
+                # Megatron numbers ranks with TP innermost, then DP, then PP.
+                position = _build(config, shape, encoder_dir, stage * tp * dp + tp_rank, world_size)
+                ranks += position.reports
+                tiles += position.tiles
+                trained |= position.trained
+                problems += position.problems
+    finally:
+        gc.unfreeze()
+    expected |= {
+        f"{_OPTIMIZER_STATE}{kind}.{key}": expected[key] for key in trained if key in expected for kind in _PER_VALUE
+    }
+    problems += tiling_problems(tiles, expected)
+    return DryRun(tuple(ranks), _parameters(expected), tuple(dict.fromkeys(problems)), len(expected))
+
+
+def _parameters(sizes: dict[str, Size]) -> dict[str, int]:
+    """Values of each part of the model, by what users call it."""
+    parts = {
+        "language model": ("embedding.", "decoder.", "output_layer."),
+        "encoder": ("encoder.",),
+        "connector": ("connector.",),
+        "[MASK]": ("mask_token",),
+        "vision head": ("vision_head.",),
+        "teacher": (TEACHER,),
+    }
+    return {
+        name: sum(prod(size) for key, size in sizes.items() if key.startswith(beginnings))
+        for name, beginnings in parts.items()
+    }
+
+
+def _build(config: Config, shape: ModelShape, encoder_dir: Path, rank: int, world_size: int) -> _Position:
+    with simulated_rank(
+        rank,
+        world_size,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
+    ):
+        stages = build_stages(config, shape, encoder_dir)
+        chunks, optimizer = wrap(config, stages)
+        average = None
+        if config.laver:
+            average = TeacherAverage(stages, optimizer, parallel_state.get_data_parallel_group())
+        measured = state_bytes(stages, chunks, optimizer, average)
+        owned = _OwnedValues(stages, chunks, parallel_state.get_data_parallel_world_size())
+        problems = [*owned.problems()]
+        reports = [
+            RankReport(
+                stage=parallel_state.get_pipeline_model_parallel_rank(),
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                dp_rank=dp_rank,
+                num_layers=sum(len(stage.decoder.layers) for stage in stages),  # type: ignore[arg-type,misc]
+                num_parameters=sum(
+                    p.numel() for s in stages for name, p in s.named_parameters() if not name.startswith(TEACHER)
+                ),
+                bytes=replace(
+                    measured,
+                    optimizer=owned.trained(dp_rank) * (OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32),
+                    accumulators=owned.averaged(dp_rank) * FP32_BYTES,
+                ),
+            )
+            for dp_rank in range(owned.num_ranks)
+        ]
+        assert reports[0].bytes == measured, (reports[0].bytes, measured)
+        return _Position(reports, *_tiles(stages, optimizer), problems)
+
+
+def _tiles(stages: Sequence[LaverStage], optimizer: MegatronOptimizer) -> tuple[list[Tile], set[str]]:
+    """This position's pieces of student, teacher and optimizer, and the student's keys that train."""
+    metadata = sharding_metadata()
+    tiles: list[Tile] = []
+    trained: set[str] = set()
+    model_state: dict = {}
+    for i, stage in enumerate(stages):
+        state = stage.sharded_state_dict(metadata=metadata)
+        parameters = dict(stage.named_parameters())
+        trained |= {state[name].key for name, p in parameters.items() if p.requires_grad and name in state}
+        model_state[f"model{i}"] = state
+        if stage.teacher is not None:
+            tiles += tiles_of(stage.teacher.sharded_state_dict(TEACHER, (), metadata))
+    if not optimizer.is_stub_optimizer:
+        tiles += tiles_of(optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata))
+    return tiles + tiles_of(model_state), trained
+
+
+class _OwnedValues:
+    """Which values of each trained parameter each data-parallel rank owns, by Megatron's division of its buffers."""
+
+    def __init__(self, stages: Sequence[LaverStage], chunks: Sequence[DistributedDataParallel], num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._names = {p: name for stage in stages for name, p in stage.named_parameters()}
+        self._averaged = {
+            student: student.requires_grad
+            for stage in stages
+            if stage.teacher is not None
+            for _, student, _ in pair_by_name(stage)
+        }
+        self._parts = [self._of_rank(chunks, rank) for rank in range(num_ranks)]
+
+    def _of_rank(self, chunks: Sequence[DistributedDataParallel], rank: int) -> dict:
+        parts = {}
+        for chunk in chunks:
+            for buffer in chunk.buffers:
+                for ranges in DistributedOptimizer._build_gbuf_range_map(
+                    _AtRank(buffer, rank, self.num_ranks)
+                ).values():
+                    for of_bucket in ranges:
+                        for parameter, found in of_bucket["param_map"].items():
+                            parts[parameter] = (found["param"].start, found["param"].end)
+        return parts
+
+    def trained(self, rank: int) -> int:
+        """Values that the optimizer of a rank keeps."""
+        return sum(end - start for start, end in self._parts[rank].values())
+
+    def averaged(self, rank: int) -> int:
+        """Values whose EMA a rank keeps: of what trains those it owns, of what is frozen all on the first."""
+        parts = self._parts[rank]
+        owned = sum(end - start for p, (start, end) in parts.items() if p in self._averaged)
+        frozen = sum(p.numel() for p, trains in self._averaged.items() if not trains)
+        return owned + (frozen if rank == 0 else 0)
+
+    def problems(self) -> Iterator[str]:
+        for parameter, name in self._names.items():
+            if parameter.requires_grad:
+                parts = (of_rank.get(parameter, (0, 0)) for of_rank in self._parts)
+                yield from division_problems(f"optimizer of {name}", parameter.numel(), parts)
+
+
+class _AtRank:
+    """Megatron's buffer as another data-parallel rank would see it."""
+
+    def __init__(self, buffer: object, rank: int, num_ranks: int) -> None:
+        self._buffer, self._rank, self._num_ranks = buffer, rank, num_ranks
+        self.data_parallel_group = self
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._buffer, name)
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._num_ranks

@@ -1,0 +1,232 @@
+"""A plan on the terminal and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from laver_megatron.config.fields import Config
+from laver_megatron.planning.hardware import GIB
+from laver_megatron.planning.layouts import FIRST, LAST
+from laver_megatron.planning.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
+from laver_megatron.planning.planner import Search
+from laver_megatron.runtime.table import align
+
+_SHOWN_REASONS = 6
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """All figures of a layout, in bytes, seconds and FLOPs."""
+    costs = laver_costs(plan)
+    config = plan.config
+    return {
+        "layout": {
+            "tensor_model_parallel_size": config.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+            "data_parallel_size": plan.data_parallel_size,
+            "num_layers_per_virtual_pipeline_stage": config.num_layers_per_virtual_pipeline_stage,
+            FIRST: config.decoder_first_pipeline_num_layers,
+            LAST: config.decoder_last_pipeline_num_layers,
+            "sequence_parallel": config.sequence_parallel,
+            "micro_batch_size": config.micro_batch_size,
+            "recompute_granularity": config.recompute_granularity,
+        },
+        "fits": plan.fits,
+        "usable_bytes": plan.job.gpu.usable_bytes,
+        "encoder_bytes": plan.encoder_bytes,
+        "num_micro_batches": plan.num_micro_batches,
+        "stages": [
+            {
+                "stage": stage.stage,
+                "state_bytes": asdict(stage.state),
+                "activation_bytes": asdict(stage.activations),
+                "memory_bytes": stage.memory_bytes,
+                "sent_bytes": asdict(stage.sent),
+                "seconds": asdict(stage.seconds),
+            }
+            for stage in plan.stages
+        ],
+        "activation_bytes_by_recomputation": activations_by_recomputation(plan),
+        "model_flops": {**plan.flops.parts, "total": plan.flops.total},
+        "hardware_flops": plan.hardware_flops,
+        "bubble": plan.bubble,
+        "seconds": plan.seconds,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+        "model_flops_utilisation": plan.model_flops_utilisation,
+        "gpu_hours": plan.gpu_hours,
+        "laver_costs": None if costs is None else {**asdict(costs), "time_ratio": costs.ratio},
+    }
+
+
+def search_json(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> dict[str, Any]:
+    """The best layouts, those that do not fit, and why others cannot be. instead: what fits where none of them does."""
+    return {
+        "num_gpus": job.num_gpus,
+        "gpu": asdict(job.gpu),
+        "workload": {**asdict(job.workload), "lm_area": job.workload.lm_area, "image_area": job.workload.image_area},
+        "best": [plan_json(plan) for plan in best_of_each(found.fitting)[:num_layouts]],
+        "too_large": [plan_json(plan) for plan in best_of_each(found.too_large)[:num_layouts]],
+        "instead": None if instead is None else {"num_gpus": instead.job.num_gpus, **plan_json(instead)},
+        "impossible": [{"reason": reason, "num_layouts": number} for reason, number in found.impossible],
+    }
+
+
+def best_of_each(plans: Iterable[Plan]) -> list[Plan]:
+    """The first layout of each TP x PP."""
+    first: dict[tuple[int, int], Plan] = {}
+    for plan in plans:
+        config = plan.config
+        first.setdefault((config.tensor_model_parallel_size, config.pipeline_model_parallel_size), plan)
+    return list(first.values())
+
+
+def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> str:
+    """Everything for people: the job, the best layouts, the costs of the best, and why the others are not it. instead:
+    what fits where none of them does."""
+    work = job.workload
+    lines = [
+        f"{job.num_gpus} x {job.gpu.name}; packs of {work.seq_length} tokens, {work.num_visual_tokens} of them visual "
+        f"({work.visual_share:.0%}) in {work.num_images} images; {job.base.global_batch_size} packs an iteration",
+        "",
+    ]
+    if found.fitting:
+        lines += [
+            "layouts that fit, the fastest of each TP x PP",
+            *_table(best_of_each(found.fitting)[:num_layouts]),
+            "",
+        ]
+        lines += _best(found.fitting[0])
+    else:
+        lines += [*_nothing_fits(found, instead), ""]
+    fits = {_sizes(plan) for plan in found.fitting}
+    others = [plan for plan in best_of_each(found.too_large) if _sizes(plan) not in fits]
+    if others:
+        lines += [
+            "",
+            f"do not fit {job.gpu.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
+        ]
+        lines += [f"  {_why_too_large(plan)}" for plan in others[:num_layouts]]
+    if found.impossible:
+        lines += ["", "are not possible"]
+        lines += [f"  {number} layouts: {reason}" for reason, number in found.impossible[:_SHOWN_REASONS]]
+        rest = sum(number for _, number in found.impossible[_SHOWN_REASONS:])
+        lines += [f"  {rest} others, for reasons of these kinds"] if rest else []
+    return "\n".join(lines)
+
+
+def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
+    least = found.too_large[0]
+    yield (
+        f"no layout fits {least.job.gpu.usable_bytes / GIB:.1f} GiB; the smallest takes "
+        f"{least.fullest.memory_bytes / GIB:.1f}: {layout_name(least.config, least.job.num_gpus)}"
+    )
+    if instead is None:
+        yield "nor is there a larger number of GPUs on which one fits"
+    elif instead.job.num_gpus == least.job.num_gpus:
+        yield f"the nearest that fits: {layout_name(instead.config, instead.job.num_gpus)}"
+    else:
+        yield f"{instead.job.num_gpus} GPUs are enough: {layout_name(instead.config, instead.job.num_gpus)}"
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    return plan.config.tensor_model_parallel_size, plan.config.pipeline_model_parallel_size
+
+
+def _why_too_large(plan: Plan) -> str:
+    fullest = plan.fullest
+    return (
+        f"{layout_name(plan.config, plan.job.num_gpus)}: stage {fullest.stage} takes {fullest.memory_bytes / GIB:.1f} "
+        f"GiB, {fullest.state.total / GIB:.1f} of it state"
+    )
+
+
+def _table(plans: Sequence[Plan]) -> list[str]:
+    rows = [
+        [
+            "TP",
+            "PP",
+            "DP",
+            "chunk",
+            "micro",
+            "recompute",
+            "GiB",
+            "s/iteration",
+            "tokens/s/GPU",
+            "MFU",
+            "bubble",
+            "GPU hours",
+        ]
+    ]
+    for plan in plans:
+        config = plan.config
+        rows.append(
+            [
+                str(config.tensor_model_parallel_size),
+                str(config.pipeline_model_parallel_size),
+                str(plan.data_parallel_size),
+                split_cell(config),
+                str(config.micro_batch_size),
+                config.recompute_granularity or "none",
+                f"{plan.fullest.memory_bytes / GIB:.1f}",
+                f"{plan.seconds:.2f}",
+                f"{plan.tokens_per_second_per_gpu:,.0f}",
+                f"{plan.model_flops_utilisation:.1%}",
+                f"{plan.bubble:.1%}",
+                f"{plan.gpu_hours:,.0f}",
+            ]
+        )
+    is_uneven = any("/" in split_cell(plan.config) for plan in plans)
+    legend = "chunk a/b: a layers on the first stage and b on the last, -: as many as on the others"
+    return [*align(rows), *([legend] if is_uneven else [])]
+
+
+def split_cell(config: Config) -> str:
+    """Layers of a virtual stage, or of the first and last stage: 4, 3/-, -."""
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    if first or last:
+        return f"{first or '-'}/{last or '-'}"
+    return str(config.num_layers_per_virtual_pipeline_stage or "-")
+
+
+def _best(plan: Plan) -> Iterator[str]:
+    yield f"the fastest: {layout_name(plan.config, plan.job.num_gpus)}"
+    yield from align(_memory_rows(plan))
+    by_kind = activations_by_recomputation(plan).items()
+    recomputed = ", ".join(f"{kind} {number / GIB:.2f} GiB" for kind, number in by_kind)
+    yield f"activations by what is recomputed: {recomputed}"
+    yield f"the encoder's weights, on every rank of stage 0: {plan.encoder_bytes / GIB:.2f} GiB"
+    step, peak = plan.slowest, plan.slowest.seconds
+    shares = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in asdict(peak).items() if value)
+    yield f"time, on stage {step.stage}: {shares}"
+    sent = ", ".join(
+        f"{name.replace('_', ' ')} {number / 1e9:.2f} GB" for name, number in asdict(step.sent).items() if number
+    )
+    yield f"sent by each of its GPUs: {sent or 'nothing'}"
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {number / plan.flops.total:.1%}" for name, number in plan.flops.parts.items()
+    )
+    yield (
+        f"model FLOPs of an iteration: {plan.flops.total:.4g} ({parts}); with what is computed again "
+        f"{plan.hardware_flops:.4g}"
+    )
+    costs = laver_costs(plan)
+    if costs is not None:
+        yield (
+            f"LaVer costs, where most of it lies: teacher {costs.teacher_bytes / GIB:.2f} GiB, vision head "
+            f"{costs.head_bytes / GIB:.2f} GiB, second stream {costs.stream_bytes / GIB:.2f} GiB of activations; time: "
+            f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
+            f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
+        )
+
+
+def _memory_rows(plan: Plan) -> list[list[str]]:
+    first = plan.stages[0]
+    kinds = [*asdict(first.state), *asdict(first.activations)]
+    rows = [["stage", *kinds, "GiB"]]
+    for stage in plan.stages:
+        held = {**asdict(stage.state), **asdict(stage.activations)}
+        rows.append(
+            [str(stage.stage), *(f"{held[kind] / GIB:.2f}" for kind in kinds), f"{stage.memory_bytes / GIB:.2f}"]
+        )
+    return rows

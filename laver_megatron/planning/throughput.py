@@ -1,0 +1,197 @@
+"""How long an iteration takes: arithmetic, memory traffic, communication and the bubble of the slowest stage.
+
+A model of few parts, each with a reason, and three numbers that were fitted to published runs (docs/planning.md says to
+which, and how far it is off elsewhere): the share of the peak that matrix products reach, that of attention, and how
+much of the tensor-parallel communication hides behind arithmetic where it is overlapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from laver_megatron.config.fields import Config
+from laver_megatron.flops.step import MODULES, ModelFlops, StepFlops, step_flops
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.planning.communication import SentBytes, optimizer_traffic
+from laver_megatron.planning.hardware import Gpu
+from laver_megatron.planning.memory import StateBytes, layers_of_stages, value_bytes
+from laver_megatron.planning.pipeline import bubble
+from laver_megatron.planning.workload import Workload
+
+MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.80, 0.80  # of the data sheets' rates, for long transfers
+_INTERLEAVED_EXPOSED = 0.2  # share of the interleaved schedule's messages that arithmetic does not hide
+_LAUNCH_SECONDS = 2e-3  # of an iteration: what the host does between steps
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of communication that stand in the way of arithmetic: 1, nothing is overlapped; 0, all hides."""
+
+    tensor_parallel: float
+    pipeline: float
+    data_parallel: float
+
+
+NO_OVERLAP = Overlap(1.0, 1.0, 1.0)  # this program's
+FULL_OVERLAP = Overlap(0.5, 0.0, 0.10)  # of the published runs, which overlap all three; the first is fitted
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one iteration, on the slowest stage. matmul, attention, memory: linear layers, attention, and what only moves
+    data (norms, rotary, activations); the rest by name."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor_parallel: float = 0.0
+    pipeline: float = 0.0
+    bubble: float = 0.0
+    tied_embeddings: float = 0.0
+    data_parallel: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What the rank of a stage that has most to do computes in one micro-batch. linear, attention: FLOPs that run,
+    recomputation included; traffic: bytes to and from memory of what is no matrix product."""
+
+    linear: float
+    attention: float
+    traffic: float
+
+
+def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
+    """Model FLOPs of one micro-batch of one replica, all stages."""
+    packs = config.micro_batch_size
+    return step_flops(
+        model,
+        num_tokens=packs * workload.seq_length,
+        lm_span_area=packs * workload.lm_area,
+        num_visual_tokens=packs * workload.num_visual_tokens,
+        reconstruction_span_area=packs * workload.image_area,
+        num_images=packs * workload.num_images,
+        image_window_area=packs * workload.image_window_area,
+        laver=config.laver,
+        gram=config.gram_loss != "none",
+        frozen=config.freeze,
+    )
+
+
+def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
+    """FLOPs of one micro-batch of one replica as they run, recomputation apart: decoder and vision head compute every
+    visual slot, filled or not. An empty slot attends to itself alone, and has no part in images."""
+    real = micro_batch_flops(config, model, workload)
+    if not config.laver:
+        return real
+    packs = config.micro_batch_size
+    num_slots = packs * config.visual_seq_length
+    num_empty = num_slots - packs * workload.num_visual_tokens
+    in_slots = step_flops(
+        model,
+        num_tokens=packs * workload.seq_length,
+        lm_span_area=packs * workload.lm_area,
+        num_visual_tokens=num_slots,
+        reconstruction_span_area=packs * workload.image_area + num_empty,
+        num_images=packs * workload.num_images,
+        frozen=config.freeze,
+    )
+    return replace(in_slots, gram=real.gram, connector=real.connector, encoder=real.encoder)
+
+
+def stage_work(
+    config: Config, shape: ModelShape, model: ModelFlops, workload: Workload, stage: int, *, context_ranks: int = 1
+) -> StageWork:
+    """Of the ranks of a pipeline stage, what the one with most computes in one micro-batch. context_ranks: ranks that
+    share a sequence, which this program has none of; published runs do."""
+    tp, packs = config.tensor_model_parallel_size, config.micro_batch_size
+    layers = sum(layers_of_stages(config, shape.num_layers)[stage])
+    share = layers / shape.num_layers
+    step = computed_flops(config, model, workload)
+    slots = packs * config.visual_seq_length if config.laver else 0
+    num_empty = slots - packs * workload.num_visual_tokens if config.laver else 0
+    head = slots * model.vision_head_per_token
+    in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if config.laver else 0
+    student_attention = step.student_attention_forward
+    # Both operands of attention are activations: its backward pass is twice its forward pass wherever there is one.
+    masked_attention = in_images * (3 if set(MODULES) - set(config.freeze) else 1)
+    attention = step.attention + masked_attention + in_images
+    linear = step.decoder_student + step.reconstruction - masked_attention + step.teacher - in_images - head
+    if config.recompute_granularity == "full":
+        linear += step.student_layers_forward - student_attention
+    if config.recompute_granularity is not None:
+        attention += student_attention
+    ranks = tp * context_ranks
+    on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
+    if stage == 0:
+        # Whole images are divided, not their tokens.
+        on_stage += (step.connector + step.encoder) * workload.largest_share_of_images(packs, tp)
+    if stage == config.pipeline_model_parallel_size - 1:
+        on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
+    traffic = layers * (packs * workload.seq_length + slots * 4 / 3) * _traffic_per_token(config, shape)
+    if stage == config.pipeline_model_parallel_size - 1:
+        # Logits as bf16 and fp32, their softmax, and the gradients of both.
+        traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
+    return StageWork(on_stage, attention_on_stage, traffic / context_ranks)
+
+
+def _traffic_per_token(config: Config, shape: ModelShape) -> float:
+    """Bytes that a layer's norms, residuals, rotary and SwiGLU move for one token, forward and backward."""
+    tp = config.tensor_model_parallel_size
+    query_key = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / tp
+    hidden = shape.hidden_size / (tp if config.sequence_parallel else 1)
+    ffn = shape.ffn_hidden_size / tp
+    forward = 10 * hidden + 2 * query_key + 3 * ffn
+    backward = 12 * hidden + 2 * query_key + 5 * ffn
+    again = forward if config.recompute_granularity == "full" else 0
+    return (forward + backward + again) * value_bytes(config)
+
+
+def seconds_of_stage(
+    config: Config,
+    shape: ModelShape,
+    work: StageWork,
+    sent: SentBytes,
+    state: StateBytes,
+    gpu: Gpu,
+    data_parallel_size: int,
+    num_micro_batches: int,
+    overlap: Overlap,
+) -> Seconds:
+    """Of one iteration in which every stage is as slow as this one."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+
+    def link(ranks_apart: int) -> float:
+        is_near = gpu.holds_groups_of(ranks_apart, tp * data_parallel_size * pp)
+        rate = gpu.node_bandwidth if is_near else gpu.network_bandwidth
+        return rate * LINK_EFFICIENCY
+
+    matmul = num_micro_batches * work.linear / (gpu.peak_flops * gpu.matmul_efficiency)
+    attention = num_micro_batches * work.attention / (gpu.peak_flops * gpu.attention_efficiency)
+    memory = num_micro_batches * work.traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+    tensor_parallel = sent.tensor_parallel / link(tp) * overlap.tensor_parallel
+    # Messages of the interleaved schedule run beside its arithmetic, but for the first and last of each round.
+    exposed = 1.0 if config.num_layers_per_virtual_pipeline_stage is None else _INTERLEAVED_EXPOSED
+    pipeline = sent.pipeline / link(tp * data_parallel_size * pp) * overlap.pipeline * exposed
+    working = matmul + attention + memory + tensor_parallel + pipeline
+    reduced = sent.gradients + sent.weights
+    data_parallel = reduced / link(tp * data_parallel_size) * overlap.data_parallel
+    data_parallel += sent.teacher * max(data_parallel_size - 1, 0) / link(tp * data_parallel_size)
+    # First and last stage are as far apart as ranks can be.
+    tied_embeddings = sent.tied_embeddings / link(tp * data_parallel_size * pp)
+    return Seconds(
+        matmul=matmul,
+        attention=attention,
+        memory=memory,
+        tensor_parallel=tensor_parallel,
+        pipeline=pipeline,
+        bubble=working * bubble(config, shape.num_layers, num_micro_batches),
+        tied_embeddings=tied_embeddings,
+        data_parallel=data_parallel,
+        optimizer=optimizer_traffic(state) / (gpu.memory_bandwidth * MEMORY_EFFICIENCY) + _LAUNCH_SECONDS,
+    )

@@ -1,0 +1,1 @@
+"""What training stands on: the device, Megatron-Core's ranks, the optimizer, files."""

@@ -1,1 +1,0 @@
-"""Every rank of a run built without memory, and its shards checked (--dry-run, docs/planning.md)."""

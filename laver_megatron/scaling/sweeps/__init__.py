@@ -1,1 +1,0 @@
-"""The runs of a study, planned to the last FLOP and written as configurations (tools/make_sweep.py)."""

@@ -1,0 +1,1 @@
+"""Scaling studies: sweeps of runs, the registry of what they leave, and the laws fitted to it."""

@@ -1,0 +1,214 @@
+"""The runs of a scaling study, planned: sizes x amounts x arms x seeds, with their iterations, tokens, exact FLOPs.
+
+An amount is a number of iterations or tokens, a compute budget, or a nested subset of the data. Both arms read the same
+packs; a compute budget gives each of them as many iterations as it pays for, LaVer's overhead charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from laver_megatron.config.checks import check
+from laver_megatron.config.command_line import Invocation
+from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.encoders import read_encoder
+from laver_megatron.run_log.run_summary import config_hash
+from laver_megatron.studies.planned_data import PlannedData
+from laver_megatron.studies.points import listed
+from laver_megatron.studies.sweep_sizes import (
+    ARMS,
+    Size,
+    SweepSettings,
+    amount_label,
+    opened,
+    read_sizes,
+    with_visual_budget,
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: its configuration, and what it will have seen and cost when it is finished.
+
+    amount: what was asked for, a number or a subset's path. tokens, visual_tokens, flops and laver_overhead: as its
+    summary will say, unless samples turn out bad. epochs: how often it goes through its data."""
+
+    name: str
+    config: Config
+    size: Size
+    arm: str
+    amount: str
+    tokens: int
+    visual_tokens: int
+    flops: int
+    laver_overhead: int
+    epochs: float
+
+
+def plan_sweep(settings: SweepSettings) -> list[PlannedRun]:
+    """All runs, the cheapest first. Nothing is written, but for the counts that are kept beside an index.
+
+    Raises:
+        ConfigError: all that keeps runs from being made or from starting; data that cannot be opened; amounts that the
+            data do not hold or that buy no iteration; runs that would be the same.
+    """
+    sizes = with_visual_budget(read_sizes(settings))
+    planner = _Planner(settings, sizes)
+    runs = [
+        run
+        for size in sizes
+        for amount in settings.amounts
+        for arm in settings.arms
+        for seed in settings.seeds or (size.config.seed,)
+        if (run := planner.plan(size, amount, arm, seed))
+    ]
+    problems = [*planner.problems, *_duplicates(runs)]
+    problems = problems or [*_start_problems(runs)]
+    if problems:
+        raise ConfigError(problems)
+    return sorted(runs, key=lambda run: run.flops)
+
+
+class _Planner:
+    """Plans runs one by one. problems: of those that cannot be planned."""
+
+    def __init__(self, settings: SweepSettings, sizes: Sequence[Size]) -> None:
+        self.settings, self.smallest = settings, sizes[0]
+        self._problems: dict[str, list[str]] = {}
+        self._data: dict[tuple[object, ...], PlannedData] = {}
+
+    @property
+    def problems(self) -> Iterator[str]:
+        return _grouped(self._problems)
+
+    def plan(self, size: Size, amount: str, arm: str, seed: int) -> PlannedRun | None:
+        """None where the amount cannot be had, which is a problem more."""
+        settings = self.settings
+        config = size.config.replace(laver=ARMS[arm], seed=seed)
+        if settings.amount_kind == "subsets":
+            config = config.replace(data_path=(amount,), data_weights=None)
+        name = f"{size.name}-{amount_label(settings.amount_kind, amount)}-{arm}-seed{seed}"
+        data = self._planned_data(size, config)
+
+        try:
+            num_iterations = self._num_iterations(size, config, data, amount)
+        except ValueError as error:
+            self._problems.setdefault(str(error), []).append(name)
+            return None
+        cost = data.flops(size.flops, config, num_iterations)
+        counts = data.counts(num_iterations)
+        return PlannedRun(
+            name=name,
+            config=self._configured(size, config, name, num_iterations),
+            size=size,
+            arm=arm,
+            amount=amount,
+            tokens=counts["num_tokens"],
+            visual_tokens=counts["num_visual_tokens"],
+            flops=cost.total,
+            laver_overhead=cost.laver_overhead,
+            epochs=data.epochs(num_iterations),
+        )
+
+    def _num_iterations(self, size: Size, config: Config, data: PlannedData, amount: str) -> int:
+        """How many iterations an amount is. Raises ValueError if there are none, or too little data."""
+        kind, epochs = self.settings.amount_kind, self.settings.max_epochs
+        most = data.iterations_in(epochs)
+        if kind == "subsets":
+            if data.iterations_in(1) == 0:
+                raise ValueError(
+                    f"its packs are fewer than one iteration's {config.global_batch_size}; choose more samples"
+                )
+            return data.iterations_in(1)
+        counts: dict[str, Callable[[int], int]] = {
+            "iterations": lambda number: number,
+            "tokens": lambda number: data.counts(number)["num_tokens"],
+            "flops": lambda number: data.flops(size.flops, config, number).total,
+        }
+        count, unit = counts[kind], {"flops": "FLOPs"}.get(kind, kind)
+        number = nearest(count, float(amount), unit, most + 1)
+        if number > most:
+            held = f"{data.epoch_tokens:,} tokens in {data.iterations_in(1):,} iterations"
+            noun = "epoch" if epochs == 1 else "epochs"
+            within = f"at most {count(most):.6g} {unit}" if most else "a smaller global_batch_size"
+            raise ValueError(
+                f"{float(amount):g} {unit} are more than {epochs:g} {noun} of the data hold (an epoch has {held}); use "
+                f"{within}, more data, or --max-epochs to see samples again"
+            )
+        return number
+
+    def _configured(self, size: Size, config: Config, name: str, num_iterations: int) -> Config:
+        settings = self.settings
+        config = config.replace(train_iters=num_iterations, run_dir=str(settings.output / "runs" / name))
+        if settings.lr_warmup_share is not None:
+            config = config.replace(lr_warmup_iters=round(settings.lr_warmup_share * num_iterations))
+        if settings.lr_exponent is not None:
+            ratio = (size.num_parameters / self.smallest.num_parameters) ** -settings.lr_exponent
+            # Four digits, which people can read, are nearer than any rate is known.
+            config = config.replace(lr=float(f"{config.lr * ratio:.4g}"), min_lr=float(f"{config.min_lr * ratio:.4g}"))
+        return config
+
+    def _planned_data(self, size: Size, config: Config) -> PlannedData:
+        # The rest of what packs and areas depend on is the same for all sizes.
+        key = (size.model_dir, size.encoder_dir, config.attention, config.data_path, config.seed)
+        if key not in self._data:
+            reader = opened(size, config)
+            self._data[key] = PlannedData(reader, config, read_encoder(size.encoder_dir).window_tokens)
+            reader.close()
+        return self._data[key]
+
+
+def nearest(count: Callable[[int], int], amount: float, unit: str, most: int) -> int:
+    """The number of iterations up to `most` whose count, which rises, is nearest to an amount.
+
+    Raises:
+        ValueError: the amount is less than one iteration.
+    """
+    if amount < count(1):
+        raise ValueError(
+            f"{amount:.4g} {unit} are less than one iteration, which has {count(1):.4g}; use at least that, "
+            "or a smaller global_batch_size"
+        )
+    above = 1
+    while above < most and count(above) < amount:
+        above = min(2 * above, most)
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if count(middle) < amount else (below, middle)
+    return below if below and amount - count(below) <= count(above) - amount else above
+
+
+def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """Runs with one configuration and seed, which the registry would refuse."""
+    same: dict[tuple[str, int], list[PlannedRun]] = {}
+    for run in runs:
+        same.setdefault((config_hash(run.config), run.config.seed), []).append(run)
+    # Every size, arm and seed has the amounts that are too near each other; one of them is told.
+    told: dict[tuple[str, ...], list[str]] = {}
+    for runs_alike in same.values():
+        if len(runs_alike) > 1:
+            amounts = tuple(run.amount for run in runs_alike)
+            told.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
+    for cases in told.values():
+        more = f" (as {len(cases) - 1} more)" if len(cases) > 1 else ""
+        yield f"{cases[0]} would be the same run{more}; leave out all but one of their amounts or models"
+
+
+def _start_problems(runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """What --dry-run would say, each problem once."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        try:
+            check(Invocation(run.config, dry_run=True, dry_run_world_size=run.size.num_gpus))
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(run.name)
+    yield from _grouped(found)
+
+
+def _grouped(problems: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Each problem once, with the first of the runs that have it."""
+    for problem, names in problems.items():
+        yield f"{listed(names, 1)}: {problem}"

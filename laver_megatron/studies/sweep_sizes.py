@@ -1,0 +1,261 @@
+"""The sizes of a sweep: what is asked for, and a configuration with its model, encoder and GPUs for each rung.
+
+A size is a configuration: a file of its own, or the base file with a model's directory. All sizes read the same packs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from laver_megatron.config.command_line import read_command_line
+from laver_megatron.config.fields import Config, ConfigError, fields_of
+from laver_megatron.config.inputs import HF_PREFIX, find_inputs
+from laver_megatron.data.batch.dataset import open_reader
+from laver_megatron.data.batch.loader import PackReader
+from laver_megatron.encoders import read_encoder
+from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
+from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.run_log.run_summary import hashed_settings
+from laver_megatron.shards.subset import read_manifest
+
+ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
+AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
+_YAML = (".yaml", ".yml")
+_OF_THE_SWEEP = (
+    "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver",
+    "--print-config", "--dry-run",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep is made of. models: files, or directories that take the place of the base's model; amounts: of one
+    of AMOUNT_KINDS, subsets as paths; seeds: none is the configuration's own; num_gpus: for each model or one for all,
+    none is the smallest that its layout fits; lr_exponent: the rate falls as N to the minus this; lr_warmup_share: of
+    the iterations, None keeps the configuration's number; flags: of the trainer, for all runs."""
+
+    models: tuple[str, ...]
+    amount_kind: str
+    amounts: tuple[str, ...]
+    output: Path
+    base: str | None = None
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: tuple[int, ...] = ()
+    num_gpus: tuple[int, ...] = ()
+    max_epochs: float = 1.0
+    lr_exponent: float | None = None
+    lr_warmup_share: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """One rung: a name and what all its runs have in common."""
+
+    name: str
+    config: Config
+    num_gpus: int
+    model_dir: Path
+    encoder_dir: Path
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return read_model_shape(self.model_dir)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return language_model_parameters(self.shape)
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        return run_flops(self.config, self.shape, read_encoder(self.encoder_dir))
+
+
+def language_model_parameters(shape: ModelShape) -> int:
+    """N as the registry counts it: decoder with its norms, embedding, and LM head where it is not tied."""
+    hidden = shape.hidden_size
+    qkv_bias = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    # A weight is one multiplication and one addition for a token.
+    layer = decoder_layer_flops(shape) // 2 + qkv_bias + 2 * hidden
+    words = shape.vocab_size * hidden
+    return shape.num_layers * layer + hidden + words * (1 if shape.tie_word_embeddings else 2)
+
+
+def read_sizes(settings: SweepSettings) -> list[Size]:
+    """The rungs in the order of their parameters.
+
+    Raises:
+        ConfigError: files and flags that cannot be read; models that are named twice or of which a run would not know
+            what to see; data that differ between them.
+    """
+    problems = [*_setting_problems(settings)]
+    if problems:
+        raise ConfigError(problems)
+    gpus = settings.num_gpus * (len(settings.models) if len(settings.num_gpus) == 1 else 1)
+    sizes: list[Size] = []
+    for i, model in enumerate(settings.models):
+        try:
+            sizes.append(_read_size(model, settings, gpus[i] if gpus else None))
+        except ConfigError as error:
+            problems += [f"{model}: {problem}" for problem in error.problems]
+    names = [size.name for size in sizes]
+    problems += [f"two models have the name {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += _differing_data(sizes)
+    problems += [
+        f"{size.name}: without eval_interval and valid_data_path its runs leave no validation loss to fit; set both "
+        "(the last iteration is always validated)"
+        for size in sizes
+        if size.config.eval_interval is None or not size.config.valid_data_path
+    ]
+    if settings.lr_exponent is not None and len(rates := {size.config.lr for size in sizes}) > 1:
+        problems.append(f"--lr-exponent starts from one learning rate, but the models' files have {sorted(rates)}")
+    if problems:
+        raise ConfigError(problems)
+    return sorted(sizes, key=lambda size: size.num_parameters)
+
+
+def _setting_problems(settings: SweepSettings) -> Iterator[str]:
+    for flag in (word.split("=", 1)[0] for word in settings.flags):
+        if flag in _OF_THE_SWEEP:
+            yield f"{flag} is the sweep's to set, by --models, --arms, --seeds, --output and the amounts"
+    if min(settings.num_gpus, default=1) < 1:
+        yield f"--num-gpus {min(settings.num_gpus)}: a run needs at least one"
+    if len(settings.num_gpus) not in (0, 1, len(settings.models)):
+        yield f"--num-gpus has {len(settings.num_gpus)} numbers for {len(settings.models)} models; give one, or all"
+    for name, values in (("--models", settings.models), ("--arms", settings.arms), ("--seeds", settings.seeds)):
+        if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+            yield f"{name} names {', '.join(twice)} twice: its runs would be the same"
+    if settings.lr_warmup_share is not None and not 0 <= settings.lr_warmup_share < 1:
+        yield f"--lr-warmup-share is {settings.lr_warmup_share}, but must be at least 0 and below 1"
+    if not 0 < settings.max_epochs < math.inf:
+        yield f"--max-epochs is {settings.max_epochs}, but must be finite and above 0"
+    if settings.lr_exponent is not None and not math.isfinite(settings.lr_exponent):
+        yield f"--lr-exponent is {settings.lr_exponent}, but must be finite"
+    if settings.amount_kind == "subsets":
+        yield from _subset_problems(settings.amounts)
+    else:
+        yield from (
+            f"--{settings.amount_kind} {amount}: give numbers above 0"
+            + (", whole ones" if settings.amount_kind == "iterations" else "")
+            for amount in settings.amounts
+            if not _is_amount(amount, whole=settings.amount_kind == "iterations")
+        )
+    labels = [amount_label(settings.amount_kind, amount) for amount in settings.amounts]
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        named = ", ".join(a for a, other in zip(settings.amounts, labels, strict=True) if other == label)
+        yield f"--{settings.amount_kind} {named}: all would be {label} in the names of the runs; leave out all but one"
+    if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
+        yield (
+            f"--output {settings.output} is there already; name another (the registry takes the runs of several "
+            "sweeps together), or remove it with the runs in it"
+        )
+
+
+def amount_label(kind: str, amount: str) -> str:
+    """An amount as part of a run's name: a subset's file name, a number with as many digits as it has."""
+    if kind == "subsets":
+        return Path(amount).stem
+    try:
+        number = float(amount)
+    except ValueError:  # told as no amount
+        return f"{kind}{amount}"
+    short = f"{number:g}"
+    digits = short if float(short) == number else repr(number).removesuffix(".0")
+    return f"{kind}{digits}".replace("+", "")
+
+
+def _is_amount(text: str, *, whole: bool) -> bool:
+    try:
+        number = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(number) and number > 0 and (number.is_integer() or not whole)
+
+
+def _subset_problems(paths: Sequence[str]) -> Iterator[str]:
+    """Subsets are nested if they are of one index and one seed."""
+    origins: dict[tuple[str, int], str] = {}
+    for path in paths:
+        try:
+            manifest = read_manifest(Path(path))
+        except (ValueError, OSError) as error:
+            yield f"--subsets: {error}"
+        else:
+            origins.setdefault((manifest.of_fingerprint, manifest.seed), path)
+    if len(origins) > 1:
+        yield (
+            f"--subsets {', '.join(origins.values())} are not nested: they are of other data or of another seed; make "
+            "all with one --index and one --seed of tools/subset_shards.py"
+        )
+
+
+def _read_size(model: str, settings: SweepSettings, num_gpus: int | None) -> Size:
+    path = Path(model)
+    is_file = path.suffix in _YAML
+    name = path.stem if is_file else Path(model.rstrip("/")).name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            [f"the name {name!r} would be part of file names; use letters, digits, dot, dash, underscore"]
+        )
+    if not is_file and settings.base is None:
+        raise ConfigError(["a model's directory needs --base FILE.yaml, which says how to train it"])
+    arguments = ["--config", model] if is_file else ["--config", str(settings.base), "--load", f"{HF_PREFIX}{model}"]
+    placeholders = ["--run-dir", str(settings.output / "runs" / name), "--train-iters", "1"]
+    config = read_command_line([*arguments, *settings.flags, *placeholders]).config
+    layout = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    inputs = find_inputs(config)
+    if inputs.model_dir is None or inputs.encoder_dir is None:
+        raise ConfigError(
+            [
+                f"{part} is missing"
+                for part, directory in (("model (or load hf:DIR)", inputs.model_dir), ("encoder", inputs.encoder_dir))
+                if directory is None
+            ]
+        )
+    read_model_shape(inputs.model_dir)
+    encoder = read_encoder(inputs.encoder_dir)
+    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.encoder_feature_layer))
+    return Size(name, config, num_gpus or layout, inputs.model_dir, inputs.encoder_dir)
+
+
+def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
+    """Sizes are compared at equal data, so these must be the same to the last pack."""
+    names = {item.name for item in fields_of("data")} & hashed_settings(laver=True) | {"valid_data_path"}
+    for name in sorted(names):
+        values = {str(getattr(size.config, name)): size.name for size in sizes}
+        if len(values) > 1:
+            shown = ", ".join(f"{value} ({size})" for value, size in values.items())
+            yield f"the models' files must read the same data, but {name} is {shown}"
+
+
+def varying_settings(sizes: Sequence[Size]) -> list[str]:
+    """Settings by which the sizes differ in more than size, rate and layout."""
+    of_a_size = {"load", "model", "encoder", "finetune", "train_iters", "lr", "min_lr", "lr_warmup_iters"}
+    names = hashed_settings(laver=True) - of_a_size
+    return [name for name in sorted(names) if len({repr(getattr(size.config, name)) for size in sizes}) > 1]
+
+
+def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
+    """All sizes with one visual_seq_length: where it is 0, what the data propose, divisible by every size's ranks."""
+    if sizes[0].config.visual_seq_length:
+        return list(sizes)
+    ranks = math.lcm(*(size.config.tensor_model_parallel_size for size in sizes))
+    first = sizes[0]
+    reader = opened(first, first.config.replace(tensor_model_parallel_size=ranks))
+    budget = reader.visual_seq_length
+    reader.close()
+    return [replace(size, config=size.config.replace(visual_seq_length=budget)) for size in sizes]
+
+
+def opened(size: Size, config: Config) -> PackReader:
+    """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
+    try:
+        return open_reader(config, config.data_path, size.model_dir, size.encoder_dir, training=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"{size.name}: {error}"]) from None

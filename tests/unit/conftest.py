@@ -1,0 +1,41 @@
+"""The demo's tokenizer and preprocessor, shards to order, and one process as Megatron-Core sees it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from webdataset import TarWriter
+
+from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
+from tests.parity import single_process  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_dir):
+    return AutoTokenizer.from_pretrained(demo_dir / "model")
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer) -> SampleEncoder:
+    return SampleEncoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def preprocessor(demo_dir) -> ImagePreprocessor:
+    return open_preprocessor(demo_dir / "encoder")
+
+
+@pytest.fixture
+def write_shard(tmp_path) -> Callable[..., Path]:
+    """write_shard({key: {extension: bytes}}, name="some.tar") -> path, written by webdataset itself."""
+
+    def write(samples: dict[str, dict[str, bytes]], name: str = "train-00000.tar") -> Path:
+        path = tmp_path / name
+        with TarWriter(str(path), encoder=False, mtime=0) as tar:
+            for key, files in samples.items():
+                tar.write({"__key__": key, **files})
+        return path
+
+    return write

@@ -1,0 +1,119 @@
+"""Schedules: the formulas at hand-picked steps, their ends, and the refusals."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from laver_megatron.objective.schedules import (
+    ema_interval_steps,
+    ema_momentum,
+    ema_update_due,
+    learning_rate,
+    mask_ratio,
+)
+
+
+def settings(**changes):
+    values = {
+        "train_iters": 1000,
+        "lr": 2e-5,
+        "min_lr": 1e-6,
+        "lr_warmup_iters": 100,
+        "mask_ratio": 0.05,
+        "mask_ratio_schedule": "cosine",
+        "ema_momentum": 0.95,
+        "ema_momentum_schedule": "cosine",
+        "ema_interval": 1,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def exactly(value):
+    """Up to the rounding of a few fp64 operations."""
+    return pytest.approx(value, rel=1e-12, abs=1e-18)
+
+
+def test_learning_rate_warms_up_then_decays():
+    config = settings()
+    assert learning_rate(0, config) == exactly(2e-5 / 100)
+    assert learning_rate(49, config) == exactly(1e-5)
+    assert learning_rate(99, config) == exactly(2e-5)
+    assert learning_rate(100, config) == exactly(2e-5)
+    assert learning_rate(550, config) == exactly((2e-5 + 1e-6) / 2)
+    assert learning_rate(400, config) == exactly(1e-6 + 1.9e-5 * (1 + 0.5) / 2)  # a third of the way: cos = 1/2
+    assert learning_rate(999, config) > 1e-6
+    assert learning_rate(1000, config) == exactly(1e-6)
+    assert learning_rate(5000, config) == exactly(1e-6)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert rates[:100] == sorted(rates[:100]) and rates[99:] == sorted(rates[99:], reverse=True)
+
+
+def test_learning_rate_without_warmup_and_with_nothing_else():
+    assert learning_rate(0, settings(lr_warmup_iters=0)) == exactly(2e-5)
+    assert learning_rate(0, settings(lr_warmup_iters=0, train_iters=1)) == exactly(2e-5)
+    only_warmup = settings(lr_warmup_iters=10, train_iters=10)
+    assert learning_rate(9, only_warmup) == exactly(2e-5)
+    assert learning_rate(10, only_warmup) == exactly(1e-6)
+
+
+def test_official_stage_two():
+    config = settings(train_iters=6250, min_lr=0.0, ema_interval=0.02)
+    assert learning_rate(3175, config) == exactly(1e-5)
+    due = [step for step in range(6250) if ema_update_due(step, config)]
+    assert len(due) == 50 and due[:2] == [124, 249] and due[-1] == 6249
+
+
+def test_mask_ratio():
+    config = settings()
+    assert mask_ratio(0, config) == 0
+    assert mask_ratio(250, config) == exactly(0.05 * (1 - math.sqrt(0.5)) / 2)
+    assert mask_ratio(500, config) == exactly(0.025)
+    assert mask_ratio(1000, config) == 0.05
+    assert mask_ratio(2000, config) == 0.05
+    assert [mask_ratio(step, settings(mask_ratio_schedule="constant")) for step in (0, 999)] == [0.05, 0.05]
+
+
+def test_ema_momentum():
+    config = settings()
+    assert ema_momentum(0, config) == pytest.approx(0.95, abs=1e-6)  # one step of 1000 along the cosine: 1.2e-7
+    assert ema_momentum(0, config) > 0.95
+    assert ema_momentum(249, config) == exactly(1 - 0.05 * (1 + math.sqrt(0.5)) / 2)
+    assert ema_momentum(499, config) == exactly(0.975)
+    assert ema_momentum(999, config) == 1
+    assert [ema_momentum(step, settings(ema_momentum_schedule="constant")) for step in (0, 999)] == [
+        0.95,
+        0.95,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("interval", "train_iters", "steps"),
+    [
+        (1, 1000, 1),
+        (7, 1000, 7),
+        (5.0, 1000, 5),
+        (0.02, 6250, 125),
+        (0.02, 10, 1),
+        (0.5, 10, 5),
+        (0.999, 10, 10),
+    ],
+)
+def test_ema_interval(interval, train_iters, steps):
+    config = settings(ema_interval=interval, train_iters=train_iters)
+    assert ema_interval_steps(config) == steps
+    due = [step for step in range(3 * steps) if ema_update_due(step, config)]
+    assert due == [steps - 1, 2 * steps - 1, 3 * steps - 1]
+
+
+@pytest.mark.parametrize("interval", [0, -1, 1.5, -0.1])
+def test_ema_interval_refusals(interval):
+    with pytest.raises(ValueError, match="ema_interval"):
+        ema_update_due(0, settings(ema_interval=interval))
+
+
+def test_schedule_refusals():
+    with pytest.raises(ValueError, match="mask_ratio_schedule"):
+        mask_ratio(0, settings(mask_ratio_schedule="linear"))
+    with pytest.raises(ValueError, match="ema_momentum_schedule"):
+        ema_momentum(0, settings(ema_momentum_schedule="linear"))

@@ -1,0 +1,100 @@
+"""Activations against what autograd saves on the CPU, part by part, for every kind of recomputation."""
+
+import pytest
+import torch
+
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.planning.activations import Saved, activations_of_stage
+from tests.small_run import (
+    SHAPE,
+    build_stage,
+    loss_of,
+    make_micro_batch,
+    settings,
+    workload,
+)
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+class SavedBytes:
+    """Bytes behind the tensors that autograd saves, each storage once, parameters apart."""
+
+    def __init__(self, module):
+        self.tensors = {parameter.untyped_storage()._cdata: parameter for parameter in module.parameters()}
+        self.num_bytes = 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.tensors:
+            self.tensors[storage._cdata] = tensor  # kept, so that its address stays its own
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+
+def measure(config, num_images, encoder_dir):
+    """Bytes saved by (the stage, the losses)."""
+    stage = build_stage(config, encoder_dir)
+    micro_batch, pixels = make_micro_batch(config, num_images)
+    saved = SavedBytes(stage)
+    with saved.hooks():
+        output = stage(micro_batch, pixels)
+        of_stage = saved.num_bytes
+        loss_of(config, micro_batch, output)
+    return of_stage, saved.num_bytes - of_stage
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "num_images, changes",
+    [
+        (2, {}),
+        (1, {"micro_batch_size": 2}),
+        (2, {"laver": False}),
+        (1, {"gram_loss": "none"}),
+        (2, {"freeze": ()}),
+    ],
+    ids=str,
+)
+def test_saved_tensors(encoder_dir, recompute, bf16, num_images, changes):
+    config = settings(num_images, recompute_granularity=recompute, bf16=bf16, **changes)
+    of_stage, of_losses = measure(config, num_images, encoder_dir)
+    saved = Saved(config, SHAPE, workload(num_images, encoder_dir), fused=False)
+    planned = saved.input_side() + saved.layers(SHAPE.num_layers) + saved.heads()
+    # What is promised of the planner's activations; found within 1%, with a trained encoder 6%.
+    assert planned == pytest.approx(of_stage, rel=0.1)
+    assert saved.logits() + saved.losses() == pytest.approx(of_losses, rel=0.1)
+
+
+def test_stages_in_flight(encoder_dir):
+    """Earlier stages keep more micro-batches, interleaved ones more than plain ones; never more than there are."""
+    config = settings(2, pipeline_model_parallel_size=4, tensor_model_parallel_size=2, sequence_parallel=True)
+    shape = ModelShape(**{**vars(SHAPE), "num_layers": 8})
+    work = workload(2, encoder_dir)
+
+    def layers(config, stage, num_micro_batches=16):
+        return activations_of_stage(config, shape, work, num_micro_batches, stage, fused=True).layers
+
+    of_one = layers(config, 3)
+    assert [layers(config, stage) for stage in range(4)] == [4 * of_one, 3 * of_one, 2 * of_one, of_one]
+    assert layers(config, 0, num_micro_batches=2) == 2 * of_one
+    interleaved = config.replace(num_layers_per_virtual_pipeline_stage=1)
+    # 2 x 3 stages behind, a round of 4 for the chunk before the last, and the one that runs: 11 chunks of one layer.
+    assert layers(interleaved, 0) == 11 * of_one // 2
+    assert layers(interleaved, 3) == 5 * of_one // 2
+
+
+def test_parallelism_divides(encoder_dir):
+    work = workload(2, encoder_dir)
+    one = Saved(settings(2), SHAPE, work, fused=True)
+    two = Saved(settings(2, tensor_model_parallel_size=2), SHAPE, work, fused=True)
+    scattered = Saved(settings(2, tensor_model_parallel_size=2, sequence_parallel=True), SHAPE, work, fused=True)
+    assert one.layer() > two.layer() > scattered.layer()
+    # All but the rotary angles is divided.
+    rotary = 4 * one.num_tokens * SHAPE.kv_channels * one.value_bytes
+    assert 2 * (scattered.layer() - rotary) == one.layer() - rotary
+    assert Saved(settings(2), SHAPE, work, fused=False).layer() > one.layer()

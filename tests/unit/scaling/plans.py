@@ -1,9 +1,0 @@
-"""Jobs of the planner by its own flags."""
-
-from laver_megatron.scaling.planning.plan import Job
-from laver_megatron.scaling.planning.plan_command import build_parser
-from laver_megatron.scaling.planning.planned_job import make_job
-
-
-def job_of(*flags: str) -> Job:
-    return make_job(build_parser().parse_args(flags))
