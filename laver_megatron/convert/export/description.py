@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.config.inputs import IMAGE_TOKENS
+from laver_megatron.convert.export import FORMATS
 
-FORMATS = ("laver", "llava")
 
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
 """The one file of code that goes into a laver export."""
