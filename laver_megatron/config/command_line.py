@@ -31,6 +31,7 @@ from laver_megatron.config.fields import (
     fields_of,
     is_required,
 )
+from laver_megatron.config.schema import json_schema
 
 EXIT_BAD_INPUT = 2
 _PATIENCE_SECONDS = 20.0
@@ -128,6 +129,14 @@ def _by_precedence(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) 
 # --- flags ------------------------------------------------------------------------------------------
 
 
+class _PrintSchema(argparse.Action):
+    """Prints and ends, as --help does: the schema asks for no other settings."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json_schema(), end="")
+        parser.exit()
+
+
 class _Help(argparse.HelpFormatter):
     """The help page, with values that must be given shown so, although argparse lets them be left out."""
 
@@ -160,6 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     config_help = "YAML file with any of the settings below"
     parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help=config_help)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    schema_help = "print the JSON schema of the YAML file, with which editors complete its keys, and stop"
+    parser.add_argument("--print-schema", nargs=0, action=_PrintSchema, help=schema_help)
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -204,7 +215,9 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any] | No
     except argparse.ArgumentError as error:
         problems.append(str(error))
         return None
-    known = ["--config", "--dry-run", "--print-config", "--help"] + [_flag(name) for name in all_fields()]
+    known = ["--config", "--dry-run", "--print-config", "--print-schema", "--help"] + [
+        _flag(name) for name in all_fields()
+    ]
     known += [f"--no-{_flag(name)[2:]}" for name, kind in field_types().items() if kind.scalars == (bool,)]
     for argument in unknown:
         if argument.startswith("-"):
