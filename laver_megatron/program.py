@@ -7,24 +7,26 @@ a file or a number that the user gave); 130 ended by Ctrl-C or by another signal
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.runtime.signals import interrupt_on_sigterm
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
-Main = Callable[[Sequence[str] | None], None]
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel brings the examples inside the package; in a clone they lie beside it.
 EXAMPLES = _PACKAGE / "examples" if (_PACKAGE / "examples").is_dir() else _PACKAGE.parent / "examples"
+
+
+class Main(Protocol):
+    """A program: takes the words behind its name, or those of the process."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -39,12 +41,17 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {shown})"
 
 
-def program_parser(command: str, description: str, examples: Sequence[str], **options: bool | str) -> argparse.ArgumentParser:
-    """The parser of `laver COMMAND`. examples: what is written behind that name, one command line each; options: of
-    argparse."""
-    epilog = "examples:\n" + "".join(f"  laver {command} {example}\n" for example in examples)
+def program_parser(
+    command: str, description: str, examples: Sequence[str], *, usage: str | None = None, allow_abbrev: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of `laver COMMAND`. examples: what is written behind that name, one command line each."""
     return argparse.ArgumentParser(
-        prog=f"laver {command}", description=description.strip(), epilog=epilog, formatter_class=_Help, **options  # type: ignore[arg-type]
+        prog=f"laver {command}",
+        usage=usage,
+        description=description.strip(),
+        epilog="examples:\n" + "".join(f"  laver {command} {example}\n" for example in examples),
+        formatter_class=_Help,
+        allow_abbrev=allow_abbrev,
     )
 
 
@@ -56,8 +63,7 @@ def program(main: Main) -> Main:
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt_only(os.getpid()))
+        interrupt_on_sigterm()
         try:
             main(argv)
         except ConfigError as error:
@@ -70,17 +76,6 @@ def program(main: Main) -> Main:
             _end(str(interruption) or "interrupted", INTERRUPTED)
 
     return run
-
-
-def _interrupt_only(process: int) -> Callable[[int, FrameType | None], None]:
-    """A handler by which a signal that asks to end does what Ctrl-C does; processes forked from this one end at once."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    return interrupt
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -54,6 +54,7 @@ from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro
 from laver_megatron.model.teacher import Centre, TeacherAverage
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses
+from laver_megatron.run_log.interruption import end_interrupted, heed_signals
 from laver_megatron.run_log.metrics import RunLog, peak_memory_bytes
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.runtime.backend import (
@@ -91,16 +92,17 @@ class Trainer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `torchrun examples/pretrain_laver.sh --config FILE.yaml [--any-field value]`."""
-    config = check_run(from_command_line(argv))
-    if config is not None:  # it was no dry run
-        run(config)
+    run(check_run(from_command_line(argv)))
 
 
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
+    heed_signals()
     try:
         trainer = setup(config)
         train(trainer)
+    except KeyboardInterrupt:
+        end_interrupted(config.run.run_dir)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")

@@ -12,7 +12,7 @@ DEMO = """
 Makes the demo's model, encoder and shards in a directory. No download; parts that are there are kept.
 """
 COPY = """
-Copies the examples of this version into a new directory: configurations, the launcher, chat.py, adapters for evaluation.
+Copies the examples of this version into a new directory: configurations, the launcher, chat.py, evaluation adapters.
 """
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from laver_megatron.config.inputs import IMAGE_TOKENS
 from laver_megatron.convert.export import FORMATS
 
-
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
 """The one file of code that goes into a laver export."""
 
