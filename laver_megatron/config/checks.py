@@ -6,6 +6,7 @@ arithmetic; those of files and directories are in `inputs.py`.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,8 +24,6 @@ from laver_megatron.config.inputs import (
 )
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
-from laver_megatron.objective.masking import num_masked_tokens
-from laver_megatron.run_log.metrics import missing_packages
 
 
 def check_run(invocation: Invocation) -> Config:
@@ -105,6 +104,16 @@ def describe_run(config: Config, shape: ModelShape, world_size: int) -> str:
         f"{shape.num_layers} layers of width {shape.hidden_size}; {world_size} processes as TP {tp} x PP {pp} x "
         f"DP {dp}; {num_micro_batches} micro-batches an iteration; {config.training.train_iters} iterations"
     )
+
+
+def missing_packages(tensorboard: bool, wandb_project: str | None) -> list[str]:
+    """One sentence for each logging package that is asked for and not installed; imports nothing."""
+    asked = [("tensorboard", tensorboard, "--tensorboard"), ("wandb", bool(wandb_project), "--wandb-project")]
+    return [
+        f"{flag} needs the package {name}: pip install 'laver_megatron[log]'"
+        for name, wanted, flag in asked
+        if wanted and importlib.util.find_spec(name) is None
+    ]
 
 
 def _range_problems(config: Config) -> Iterator[str]:
@@ -355,6 +364,8 @@ def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator
 
 def _fixed_masking_problems(config: Config, num_tokens: int, last: float) -> Iterator[str]:
     objective = config.objective
+    from laver_megatron.objective.masking import num_masked_tokens  # here, because the planner needs no torch
+
     if num_masked_tokens(num_tokens, last) > 0:
         return
     at_the_end = "" if last == objective.mask_ratio else f" even in the last iteration, at {last:.4g}"

@@ -7,7 +7,6 @@ their gradients are parts of a sum over these ranks (`sum_partial_gradients`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
+
 Division = tuple[tuple[int, ...], ...]
 """For each rank the numbers of its images, ascending."""
 
 _MOST_OVER_MEAN = 1.05  # what one rank may have without images changing places again
 
 _PARTIAL = "gradient_is_partial_over_tensor_parallel"
-
-
-@dataclass(frozen=True)
-class ImageCost:
-    """What an image costs an encoder, by its visual tokens, up to a factor: in proportion to them, and, for attention
-    over whole images, to their pairs."""
-
-    per_token: int = 1
-    per_pair: int = 0
-
-    def __call__(self, num_tokens: int) -> int:
-        return num_tokens * self.per_token + num_tokens**2 * self.per_pair
-
-
-BY_TOKENS = ImageCost()
 
 
 def divide_images(num_tokens: Sequence[int], num_ranks: int, cost: ImageCost = BY_TOKENS) -> Division:
