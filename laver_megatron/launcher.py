@@ -198,7 +198,7 @@ def make_or_await_demo(directory: Path) -> None:
     if _demo_is_there(directory):
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        from laver_megatron.demo import make_demo
+        from laver_megatron.demo.make import make_demo
 
         make_demo(directory)
         return

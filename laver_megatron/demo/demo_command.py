@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--num-train-samples", type=int, default=384, metavar="N", help="training samples")
     options = parser.parse_args(argv)
 
-    from laver_megatron.demo import make_demo  # torch and transformers: too slow for --help
+    from laver_megatron.demo.make import make_demo  # torch and transformers: too slow for --help
 
     make_demo(
         options.dir, num_train_samples=options.num_train_samples, encoders=options.encoders, models=options.models
