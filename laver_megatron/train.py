@@ -24,6 +24,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from laver_megatron.checkpoint.parameter_counts import count_parameters
 from laver_megatron.checkpoint.state import (
     Progress,
     TrainingState,
@@ -48,7 +49,6 @@ from laver_megatron.hf.parts import has_training_state
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.build import build_stages, run_image_cost, wrap
 from laver_megatron.model.laver import LaverStage, StageOutput
-from laver_megatron.model.parameter_counts import count_parameters
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
 from laver_megatron.model.teacher import Centre, TeacherAverage

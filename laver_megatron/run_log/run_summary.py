@@ -39,9 +39,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.checkpoint.manifest import replace_text
 from laver_megatron.config.fields import Config, fields_of
 from laver_megatron.run_log.records import read_records
+from laver_megatron.runtime.files import replace_text
 
 if TYPE_CHECKING:  # the registry reads summaries without loading torch
     from laver_megatron.checkpoint.state import Progress

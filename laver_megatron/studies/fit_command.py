@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.checkpoint.manifest import replace_text
+from laver_megatron.runtime.files import replace_text
 from laver_megatron.studies.csv_points import SEED_COLUMN, study_of_points
 from laver_megatron.studies.law_report import PICTURES, FitSettings, fit_study
 from laver_megatron.studies.law_tables import TABLES, write_measured, write_tables

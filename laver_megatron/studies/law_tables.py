@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from laver_megatron.checkpoint.manifest import replace_text
+from laver_megatron.runtime.files import replace_text
 from laver_megatron.studies.comparison import Arm, Extrapolation
 from laver_megatron.studies.compute import optimum
 from laver_megatron.studies.law import percentiles
