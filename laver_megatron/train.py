@@ -60,7 +60,7 @@ def run(config: Config) -> None:
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on, and not because of what the user wrote."""
+    """The run cannot continue, for a reason other than the configuration."""
 
 
 def origin(error: BaseException) -> str:

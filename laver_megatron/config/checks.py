@@ -181,7 +181,7 @@ def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator
         yield f"data_weights has {len(weights)} numbers, but data_path {len(paths)} entries; give one for each"
     wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
     if wrong:
-        yield f"data_weights holds {wrong[0]}; each must be a number from 0 on"
+        yield f"data_weights holds {wrong[0]}; each must be a finite number, at least 0"
     elif not any(weights):
         yield "data_weights are all 0: there is nothing to train on"
 
