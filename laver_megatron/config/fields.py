@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from laver_megatron.model.modules import MODULES
+from laver_megatron.config.modules import MODULES
 
 ATTENTIONS = ("mixed", "causal")
 POSITIONS = ("2d", "1d", "mrope")

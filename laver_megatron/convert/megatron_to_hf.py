@@ -17,7 +17,7 @@ import torch
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.convert.export import description
+from laver_megatron.convert.export import MAX_FILE_BYTES, description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.safetensors_writer import (
@@ -53,7 +53,6 @@ from laver_megatron.hf.weights import TEACHER, ModelParts, Weight, is_training_s
 from laver_megatron.runtime.ranks import all_ranks, num_ranks, on_rank_0, rank
 
 BLOCK_BYTES = 32 << 20
-MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.teacher import TeacherAverage, pair_by_name
 from laver_megatron.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32, StateBytes
 from laver_megatron.planning.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
+from laver_megatron.planning.simulated_rank import simulated_rank
 from laver_megatron.planning.state_bytes import state_bytes
-from laver_megatron.runtime.backend import simulated_rank
 
 _OPTIMIZER_STATE = "optimizer.state."
 _PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value

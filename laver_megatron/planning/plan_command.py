@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import exit_on_config_error
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.model.modules import MODULES
+from laver_megatron.config.modules import MODULES
 from laver_megatron.planning.hardware import GIB, GPUS
 from laver_megatron.planning.models import MODELS, REMARKS
 from laver_megatron.planning.nearest import check_possible, nearest_that_fits

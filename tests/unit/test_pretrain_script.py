@@ -218,7 +218,7 @@ def test_first_process_makes_the_demo_and_the_others_wait(tmp_path, monkeypatch)
         for part in launch.DEMO_PARTS:
             (directory / part).mkdir(parents=True)
 
-    monkeypatch.setattr("laver_megatron.demo.make_demo", make_demo)
+    monkeypatch.setattr("laver_megatron.demo.make.make_demo", make_demo)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(launch, "DEMO_TIMEOUT_SECONDS", 0)
     with pytest.raises(SystemExit, match="were not made in 0 seconds"):

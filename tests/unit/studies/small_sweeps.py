@@ -9,7 +9,7 @@ import yaml
 
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.index.opening import open_indexes
-from laver_megatron.demo import make_demo
+from laver_megatron.demo.make import make_demo
 from laver_megatron.shards.subset import write_subset
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_sweep.py"
