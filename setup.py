@@ -6,7 +6,9 @@ setup(
     name="laver_megatron",
     version="0.1.0",
     description="LaVer (CVPR 2026) for multimodal language models on Megatron-Core",
+    license="Apache-2.0",
     packages=find_packages(include=["laver_megatron", "laver_megatron.*"]),
+    package_data={"laver_megatron": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
