@@ -30,7 +30,7 @@ def main() -> int:
     config = from_command_line(of_trainer).config
     try:
         inputs = find_inputs(config)
-        paths = config.valid_data_path if options.validation else config.data_path
+        paths = config.data.valid_data_path if options.validation else config.data.data_path
         if inputs.model_dir is None or inputs.encoder_dir is None or not paths or min(options.packs) < 0:
             raise ValueError("model, encoder, data and packs from 0 on are needed: --load, --encoder, --data-path")
         reader = open_reader(config, paths, inputs.model_dir, inputs.encoder_dir)

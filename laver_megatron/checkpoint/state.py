@@ -40,7 +40,8 @@ from laver_megatron.checkpoint.manifest import (
 from laver_megatron.config.inputs import RUN_FILE, has_encoder
 from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
-from laver_megatron.model.laver import LAVER_PARTS, LaverStage
+from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.modules import MODULES
 from laver_megatron.model.teacher import Centre, TeacherAverage
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
@@ -199,7 +200,9 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
     take_teacher: the teacher goes on from the checkpoint's, where it has one, instead of from the student.
     """
     verify_manifest(path)
-    may_lack = LAVER_PARTS if has_encoder(path) else (*LAVER_PARTS, "encoder.", "connector.")
+    may_lack = MODULES["heads"]
+    if not has_encoder(path):
+        may_lack += MODULES["encoder"] + MODULES["connector"]
     load_weights(state.stages, path, may_lack=may_lack)
     state.optimizer.reload_model_params()
     if state.teacher is None:
@@ -216,7 +219,7 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
 def load_weights(stages: Sequence[LaverStage], path: Path, *, may_lack: tuple[str, ...] = ()) -> None:
     """Fills the student's weights of all stages; may_lack: beginnings of keys that then stay as they are."""
     sharded = _model_state(stages, sharding_metadata())
-    _check_keys(sharded, path, may_lack, (*LAVER_PARTS, "teacher.", "optimizer."))
+    _check_keys(sharded, path, may_lack, (*MODULES["heads"], "teacher.", "optimizer."))
     _fill_stages(stages, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
 
 

@@ -52,7 +52,7 @@ def continuity_problems(
         yield problem
         return
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
-    now = {**vars(config), "vision_head_output_size": config.vision_head_output_size or hidden_size}
+    now = {**config.flat(), "vision_head_output_size": config.objective.vision_head_output_size or hidden_size}
     layer = _feature_layer(config, encoder)
     layer = then.get("encoder_feature_layer") if layer is None else layer
     yield from unasked_changes(config.replace(encoder_feature_layer=layer), then, f"{start} was trained with")
@@ -73,8 +73,8 @@ def unasked_changes(config: Config, then: Mapping[str, Any], before: str) -> Ite
     """Settings of the model (CHANGEABLE) that differ from those of an earlier stage without --allow-change. before:
     whose they are, up to the verb."""
     for name in CHANGEABLE:
-        now = getattr(config, name)
-        if name in then and now != then[name] and name not in config.allow_change:
+        now = config.flat()[name]
+        if name in then and now != then[name] and name not in config.start.allow_change:
             yield (
                 f"{name} is {_shown(now)}, but {before} {_shown(then[name])}; "
                 f"set {_setting(name, then[name])}, or ask for the change with --allow-change {name}"
@@ -83,11 +83,12 @@ def unasked_changes(config: Config, then: Mapping[str, Any], before: str) -> Ite
 
 def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     """An --encoder that is not the one that comes with the weights and is used."""
-    if config.encoder is None or not inputs.brings_encoder:
+    start = config.start
+    if start.encoder is None or not inputs.brings_encoder:
         return
     assert inputs.encoder_dir is not None
     try:
-        directories = (Path(config.encoder), inputs.encoder_dir)
+        directories = (Path(start.encoder), inputs.encoder_dir)
         named, brought = (asdict(read_encoder(directory)) for directory in directories)
         if named == brought:
             named, brought = (encoder_facts(directory) for directory in directories)
@@ -96,18 +97,18 @@ def _encoder_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     differing = [f"{name} {named[name]} against {brought[name]}" for name in named if named[name] != brought[name]]
     if differing:
         yield (
-            f"encoder {config.encoder} is not the encoder of {inputs.encoder_dir}, which comes with the other weights: "
+            f"encoder {start.encoder} is not the encoder of {inputs.encoder_dir}, which comes with the other weights: "
             f"{', '.join(differing)}; drop --encoder, or start from a model that was aligned with it"
         )
 
 
 def encoder_message(config: Config, inputs: Inputs) -> str:
     """For people: that an --encoder is not what is read where the weights bring their own; empty for others."""
-    if config.encoder is None or not inputs.brings_encoder:
+    if config.start.encoder is None or not inputs.brings_encoder:
         return ""
     return (
-        f"the image encoder is that of {inputs.encoder_dir}, weights and all; --encoder {config.encoder} was only "
-        "compared with it by its settings"
+        f"the image encoder is that of {inputs.encoder_dir}, weights and all; "
+        f"--encoder {config.start.encoder} was only compared with it by its settings"
     )
 
 
@@ -121,9 +122,9 @@ def start_message(config: Config, inputs: Inputs) -> str:
     made = [] if inputs.brings_encoder else ["connector"]
     made += ["optimizer", "place in the data"]
     left = []
-    if config.laver:
+    if config.objective.laver:
         (taken if then["laver"] else made).extend(_LAVER_NAMES)
-        if config.finetune or not then["laver"]:
+        if config.start.finetune or not then["laver"]:
             made.append("teacher (the student's weights)")
     elif then["laver"]:
         left = [*_LAVER_NAMES, "teacher"]
@@ -134,22 +135,35 @@ def start_message(config: Config, inputs: Inputs) -> str:
 def schedule_message(config: Config, inputs: Inputs, iteration: int) -> str:
     """For people: that a run goes on with another --train-iters, and what its schedules say of the next iteration now
     and would have said; empty for others. iteration: how many are done."""
-    if inputs.checkpoint is None or inputs.weights_only or iteration >= config.train_iters:
+    training = config.training
+    if inputs.checkpoint is None or inputs.weights_only or iteration >= training.train_iters:
         return ""
-    then = _read_run(inputs.checkpoint)[0].get("train_iters", config.train_iters)
-    if then == config.train_iters:
+    then = _read_run(inputs.checkpoint)[0].get("train_iters", training.train_iters)
+    if then == training.train_iters:
         return ""
     before = config.replace(train_iters=then)
-    values = [("learning rate", learning_rate(iteration, before), learning_rate(iteration, config))]
-    if config.laver:
+    values = [("learning rate", learning_rate(iteration, before.training), learning_rate(iteration, training))]
+    if config.objective.laver:
         values += [
-            ("mask ratio", mask_ratio(iteration, before), mask_ratio(iteration, config)),
-            ("EMA momentum", ema_momentum(iteration, before), ema_momentum(iteration, config)),
-            ("EMA interval", ema_interval_steps(before), ema_interval_steps(config)),
+            (
+                "mask ratio",
+                mask_ratio(iteration, before.objective, before.training.train_iters),
+                mask_ratio(iteration, config.objective, training.train_iters),
+            ),
+            (
+                "EMA momentum",
+                ema_momentum(iteration, before.objective, before.training.train_iters),
+                ema_momentum(iteration, config.objective, training.train_iters),
+            ),
+            (
+                "EMA interval",
+                ema_interval_steps(before.objective, before.training.train_iters),
+                ema_interval_steps(config.objective, training.train_iters),
+            ),
         ]
     shown = [f"{name} {new:.6g} instead of {old:.6g}" for name, old, new in values if old != new]
     return (
-        f"--train-iters is {config.train_iters}, but {inputs.checkpoint} was written with {then}, and the schedules "
+        f"--train-iters is {training.train_iters}, but {inputs.checkpoint} was written with {then}, and the schedules "
         f"end there: iteration {iteration + 1} has "
         f"{', '.join(shown) or f'for now the same learning rate {values[0][1]:.6g}'}"
     )
@@ -158,7 +172,7 @@ def schedule_message(config: Config, inputs: Inputs, iteration: int) -> str:
 def as_before(config: Config, inputs: Inputs) -> Config:
     """The configuration with what the data would propose anew (`visual_seq_length` 0) as it was in the run that is
     gone on with: its position counts packs of that size."""
-    if config.visual_seq_length or inputs.checkpoint is None or inputs.weights_only:
+    if config.data.visual_seq_length or inputs.checkpoint is None or inputs.weights_only:
         return config
     return config.replace(visual_seq_length=_read_run(inputs.checkpoint)[0]["visual_seq_length"])
 
@@ -166,7 +180,9 @@ def as_before(config: Config, inputs: Inputs) -> Config:
 def _feature_layer(config: Config, encoder: EncoderShape | None) -> int | None:
     """None: the encoder has no choice of layers, or the choice is not known, or wrong, which is said elsewhere."""
     try:
-        return encoder.feature_layer(config.encoder_feature_layer) if encoder else config.encoder_feature_layer
+        return (
+            encoder.feature_layer(config.model.encoder_feature_layer) if encoder else config.model.encoder_feature_layer
+        )
     except ValueError:
         return None
 

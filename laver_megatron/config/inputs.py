@@ -56,15 +56,16 @@ def find_inputs(config: Config) -> Inputs:
     Raises:
         ConfigError: a checkpoints/ folder that names a checkpoint it does not have.
     """
-    own = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    start = config.start
+    own = latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
     given = hf_dir = None
-    if config.load is not None and config.load.startswith(HF_PREFIX):
-        path = config.load.removeprefix(HF_PREFIX)
+    if start.load is not None and start.load.startswith(HF_PREFIX):
+        path = start.load.removeprefix(HF_PREFIX)
         hf_dir = Path(path) if path else None
-    elif config.load is not None and own is None:
-        given = latest_checkpoint(Path(config.load))
+    elif start.load is not None and own is None:
+        given = latest_checkpoint(Path(start.load))
     checkpoint = own or given
-    encoder_dir = Path(config.encoder) if config.encoder else None
+    encoder_dir = Path(start.encoder) if start.encoder else None
     if checkpoint is not None:
         brings_encoder = has_encoder(checkpoint)
         return Inputs(
@@ -73,9 +74,9 @@ def find_inputs(config: Config) -> Inputs:
             model_dir=checkpoint / "hf",
             encoder_dir=checkpoint / "encoder" if brings_encoder else encoder_dir,
             brings_encoder=brings_encoder,
-            weights_only=is_converted(checkpoint) or (config.finetune and own is None),
+            weights_only=is_converted(checkpoint) or (start.finetune and own is None),
         )
-    model_dir = Path(config.model) if config.model else hf_dir
+    model_dir = Path(start.model) if start.model else hf_dir
     if hf_dir is not None and is_laver_export(hf_dir):
         return Inputs(None, False, model_dir, hf_dir, export=hf_dir, brings_encoder=True)
     return Inputs(None, False, model_dir, encoder_dir)
@@ -88,11 +89,12 @@ def has_encoder(checkpoint: Path) -> bool:
 
 def is_text_only(config: Config, inputs: Inputs) -> bool:
     """Whether the weights of --load, as far as they are there, are a language model's alone."""
+    start = config.start
     if inputs.checkpoint is not None:
         return not inputs.brings_encoder
-    assert config.load is not None
-    hf_dir = Path(config.load.removeprefix(HF_PREFIX))
-    return config.load.startswith(HF_PREFIX) and inputs.export is None and (hf_dir / "config.json").is_file()
+    assert start.load is not None
+    hf_dir = Path(start.load.removeprefix(HF_PREFIX))
+    return start.load.startswith(HF_PREFIX) and inputs.export is None and (hf_dir / "config.json").is_file()
 
 
 def is_converted(checkpoint: Path) -> bool:
@@ -132,36 +134,37 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def load_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
     """What is wrong with the weights to start from. A dry run does not ask for the weights themselves."""
+    start = config.start
     if inputs.is_resuming:
         return
-    if config.load is None:
+    if start.load is None:
         yield (
             "load is missing: weights come from --load hf:DIR or --load CHECKPOINTS "
-            f"(there is no checkpoint in {config.run_dir}/checkpoints to go on from)"
+            f"(there is no checkpoint in {config.run.run_dir}/checkpoints to go on from)"
         )
         return
-    if config.load == HF_PREFIX:
+    if start.load == HF_PREFIX:
         yield f"load {HF_PREFIX} names no directory; write --load {HF_PREFIX}DIR"
         return
-    if config.finetune and is_text_only(config, inputs):
+    if start.finetune and is_text_only(config, inputs):
         yield (
-            f"finetune goes on with a model that has learnt to see, but {config.load} is text only: it brings no "
+            f"finetune goes on with a model that has learnt to see, but {start.load} is text only: it brings no "
             "encoder and no connector; load what an earlier stage has trained (RUN_DIR/checkpoints) or a LaVer export, "
             "or drop --finetune to begin with a new connector, best with --freeze encoder decoder at first"
         )
     if dry_run:
         return
-    if config.load.startswith(HF_PREFIX):
-        yield from weight_problems("load", Path(config.load.removeprefix(HF_PREFIX)))
+    if start.load.startswith(HF_PREFIX):
+        yield from weight_problems("load", Path(start.load.removeprefix(HF_PREFIX)))
     elif inputs.checkpoint is None:
-        path = Path(config.load)
+        path = Path(start.load)
         if not path.is_dir():
-            yield f"load {config.load}: no such directory"
+            yield f"load {start.load}: no such directory"
         elif (path / "config.json").is_file():
             yield f"load {path}: this is a Hugging Face directory; write --load {HF_PREFIX}{path}"
         else:
             yield (
-                f"load {config.load}: not a checkpoint; expected a checkpoints/ folder with complete "
+                f"load {start.load}: not a checkpoint; expected a checkpoints/ folder with complete "
                 "iter_* folders, or one of these, which has hf/config.json"
             )
 
@@ -220,19 +223,20 @@ def _safetensors_fault(file: Path) -> str:
 def model_problems(config: Config, inputs: Inputs) -> tuple[ModelShape | None, list[str]]:
     """The decoder's shape and what is wrong with its directory: config.json, tokenizer, and a --model that is
     not the model of the checkpoint."""
+    start = config.start
     if inputs.model_dir is None:
         # Without --load that is the problem already reported.
-        named = config.load not in (None, HF_PREFIX)
+        named = start.load not in (None, HF_PREFIX)
         return None, ["model is missing: give --model DIR with config.json and tokenizer"] if named else []
     try:
         shape = read_model_shape(inputs.model_dir)
     except ConfigError as error:
         return None, list(error.problems)
     problems = list(tokenizer_problems(inputs.model_dir, shape))
-    if config.model is not None and config.load not in (None, HF_PREFIX):
-        assert config.load is not None
-        weights = inputs.checkpoint / "hf" if inputs.checkpoint else Path(config.load.removeprefix(HF_PREFIX))
-        problems += _shape_differences(Path(config.model), weights)
+    if start.model is not None and start.load not in (None, HF_PREFIX):
+        assert start.load is not None
+        weights = inputs.checkpoint / "hf" if inputs.checkpoint else Path(start.load.removeprefix(HF_PREFIX))
+        problems += _shape_differences(Path(start.model), weights)
     return shape, problems
 
 
@@ -311,7 +315,7 @@ def encoder_problems(config: Config, inputs: Inputs, *, dry_run: bool) -> tuple[
     problems, most_image_tokens, reads_weights = [], None, False
     try:
         # A cap that is none is said where the other numbers are.
-        cap = config.max_image_tokens if is_size(config.max_image_tokens) else None
+        cap = config.data.max_image_tokens if is_size(config.data.max_image_tokens) else None
         most_image_tokens = open_preprocessor(inputs.encoder_dir, cap).most_tokens
     except ValueError as error:
         problems.append(f"encoder {error}")
@@ -342,7 +346,7 @@ def shard_problems(config: Config) -> Iterator[str]:
         path_problems,  # here, because pyarrow is slow, and only runs have data
     )
 
-    for name, paths in (("data_path", config.data_path), ("valid_data_path", config.valid_data_path)):
+    for name, paths in (("data_path", config.data.data_path), ("valid_data_path", config.data.valid_data_path)):
         if paths is None:
             continue
         yield from (f"{name}: {problem}" for problem in path_problems(paths))
@@ -350,20 +354,21 @@ def shard_problems(config: Config) -> Iterator[str]:
 
 def run_dir_problems(config: Config) -> Iterator[str]:
     """Whether the run directory can be made and written to, found out without writing."""
-    run_dir = Path(config.run_dir)
+    run = config.run
+    run_dir = Path(run.run_dir)
     nearest = run_dir
     while not nearest.exists() and not nearest.is_symlink() and nearest != nearest.parent:
         nearest = nearest.parent
     for path in (nearest, run_dir / "checkpoints"):
         if (path.exists() or path.is_symlink()) and not path.is_dir():
-            yield f"run_dir {config.run_dir}: {path} is in the way, it is not a directory"
+            yield f"run_dir {run.run_dir}: {path} is in the way, it is not a directory"
         elif path.exists() and not os.access(path, os.W_OK | os.X_OK):
-            yield f"run_dir {config.run_dir}: no permission to write in {path}"
+            yield f"run_dir {run.run_dir}: no permission to write in {path}"
     if kind := kernel_file_system(nearest):
-        yield f"run_dir {config.run_dir}: {nearest} belongs to the kernel's {kind}, where nothing can be written"
+        yield f"run_dir {run.run_dir}: {nearest} belongs to the kernel's {kind}, where nothing can be written"
     written = run_dir / "config.yaml"
     if written.exists() and not os.access(written, os.W_OK):
-        yield f"run_dir {config.run_dir}: no permission to write {written}"
+        yield f"run_dir {run.run_dir}: no permission to write {written}"
 
 
 def kernel_file_system(path: Path) -> str:

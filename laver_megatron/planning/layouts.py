@@ -46,7 +46,7 @@ def layout_problems(job: Job, config: Config) -> list[str]:
     encoder = job.workload.encoder
     inputs = None if encoder is None else EncoderInputs(encoder, job.workload.image_tokens)
     problems = validate(config, job.shape, job.num_gpus, encoder=inputs)
-    tp, machine = config.tensor_model_parallel_size, job.gpu.node_size
+    tp, machine = config.parallel.tensor_model_parallel_size, job.gpu.node_size
     if not job.gpu.holds_groups_of(tp, job.num_gpus):
         problems.append(
             f"tensor_model_parallel_size {tp} reaches out of a machine of {machine} GPUs, over a network far too slow "

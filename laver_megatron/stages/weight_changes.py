@@ -18,7 +18,7 @@ from laver_megatron.hf.parts import parts_of_hugging_face
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.weights import Weight, weight_table
-from laver_megatron.model.laver import MODULES
+from laver_megatron.model.modules import MODULES
 
 _BLOCK_BYTES = 32 << 20
 _ENCODER = "encoder.model."

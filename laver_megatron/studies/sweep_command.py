@@ -87,7 +87,7 @@ def table(runs: Sequence[PlannedRun]) -> str:
     lines = [f"{'run':<{width}}  {'N':>9}  {'GPUs':>5}  {'iterations':>10}  {'tokens':>9}  {'FLOPs':>9}  {'epochs':>6}"]
     lines += [
         f"{run.name:<{width}}  {run.size.num_parameters:>9.4g}  {run.size.num_gpus:>5}  "
-        f"{run.config.train_iters:>10,}  {run.tokens:>9.4g}  {run.flops:>9.4g}  {run.epochs:>6.2f}"
+        f"{run.config.training.train_iters:>10,}  {run.tokens:>9.4g}  {run.flops:>9.4g}  {run.epochs:>6.2f}"
         for run in runs
     ]
     total = sum(run.flops for run in runs)
@@ -106,7 +106,7 @@ def notes(runs: Sequence[PlannedRun], kind: str) -> list[str]:
     if repeated:
         most = max(run.epochs for run in repeated)
         found.append(f"{len(repeated)} runs see samples again (up to {most:.1f} epochs): repeated tokens count in D")
-    if any(run.config.save_interval is None for run in runs):
+    if any(run.config.run.save_interval is None for run in runs):
         found.append("without save_interval, an interrupted run begins anew")
     if varying := varying_settings(sizes):
         found.append(f"the models' files also differ in {', '.join(varying)}, which a law takes for noise")

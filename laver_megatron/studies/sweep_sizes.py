@@ -111,9 +111,9 @@ def read_sizes(settings: SweepSettings) -> list[Size]:
         f"{size.name}: without eval_interval and valid_data_path its runs leave no validation loss to fit; set both "
         "(the last iteration is always validated)"
         for size in sizes
-        if size.config.eval_interval is None or not size.config.valid_data_path
+        if size.config.run.eval_interval is None or not size.config.data.valid_data_path
     ]
-    if settings.lr_exponent is not None and len(rates := {size.config.lr for size in sizes}) > 1:
+    if settings.lr_exponent is not None and len(rates := {size.config.training.lr for size in sizes}) > 1:
         problems.append(f"--lr-exponent starts from one learning rate, but the models' files have {sorted(rates)}")
     if problems:
         raise ConfigError(problems)
@@ -208,7 +208,7 @@ def _read_size(model: str, settings: SweepSettings, num_gpus: int | None) -> Siz
     arguments = ["--config", model] if is_file else ["--config", str(settings.base), "--load", f"{HF_PREFIX}{model}"]
     placeholders = ["--run-dir", str(settings.output / "runs" / name), "--train-iters", "1"]
     config = read_command_line([*arguments, *settings.flags, *placeholders]).config
-    layout = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     inputs = find_inputs(config)
     if inputs.model_dir is None or inputs.encoder_dir is None:
         raise ConfigError(
@@ -220,7 +220,7 @@ def _read_size(model: str, settings: SweepSettings, num_gpus: int | None) -> Siz
         )
     read_model_shape(inputs.model_dir)
     encoder = read_encoder(inputs.encoder_dir)
-    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.encoder_feature_layer))
+    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
     return Size(name, config, num_gpus or layout, inputs.model_dir, inputs.encoder_dir)
 
 
@@ -228,7 +228,7 @@ def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
     """Sizes are compared at equal data, so these must be the same to the last pack."""
     names = {item.name for item in fields_of("data")} & hashed_settings(laver=True) | {"valid_data_path"}
     for name in sorted(names):
-        values = {str(getattr(size.config, name)): size.name for size in sizes}
+        values = {str(size.config.flat()[name]): size.name for size in sizes}
         if len(values) > 1:
             shown = ", ".join(f"{value} ({size})" for value, size in values.items())
             yield f"the models' files must read the same data, but {name} is {shown}"
@@ -238,14 +238,14 @@ def varying_settings(sizes: Sequence[Size]) -> list[str]:
     """Settings by which the sizes differ in more than size, rate and layout."""
     of_a_size = {"load", "model", "encoder", "finetune", "train_iters", "lr", "min_lr", "lr_warmup_iters"}
     names = hashed_settings(laver=True) - of_a_size
-    return [name for name in sorted(names) if len({repr(getattr(size.config, name)) for size in sizes}) > 1]
+    return [name for name in sorted(names) if len({repr(size.config.flat()[name]) for size in sizes}) > 1]
 
 
 def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
     """All sizes with one visual_seq_length: where it is 0, what the data propose, divisible by every size's ranks."""
-    if sizes[0].config.visual_seq_length:
+    if sizes[0].config.data.visual_seq_length:
         return list(sizes)
-    ranks = math.lcm(*(size.config.tensor_model_parallel_size for size in sizes))
+    ranks = math.lcm(*(size.config.parallel.tensor_model_parallel_size for size in sizes))
     first = sizes[0]
     reader = opened(first, first.config.replace(tensor_model_parallel_size=ranks))
     budget = reader.visual_seq_length
@@ -256,6 +256,6 @@ def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
 def opened(size: Size, config: Config) -> PackReader:
     """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
     try:
-        return open_reader(config, config.data_path, size.model_dir, size.encoder_dir, training=True)
+        return open_reader(config, config.data.data_path, size.model_dir, size.encoder_dir, training=True)
     except (ValueError, OSError) as error:
         raise ConfigError([f"{size.name}: {error}"]) from None

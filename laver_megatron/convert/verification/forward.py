@@ -61,7 +61,7 @@ class MegatronModel:
 
     def config(self, packed: PackedProbes, tensor_parallel: int, pipeline_parallel: int) -> Config:
         """A run that only computes the student's language stream."""
-        return Config(
+        return Config.of(
             data_path=(),
             run_dir="",
             train_iters=1,

@@ -16,10 +16,10 @@ from laver_megatron.hf.parts import Training, parts_of_megatron, training_of_che
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.hf.weights import TIED_HEAD, Size, weight_table
-from laver_megatron.model.laver import LAVER_PARTS
+from laver_megatron.model.modules import MODULES
 
 # Only training reads these; an export keeps them apart from the model.
-_TRAINING_ONLY = (*LAVER_PARTS, f"{TEACHER}.", "optimizer.")
+_TRAINING_ONLY = (*MODULES["heads"], f"{TEACHER}.", "optimizer.")
 # Without images the three make no difference.
 _OF_TEXT = Training(attention="causal", positions="1d", encoder_feature_layer=-2)
 # How many names a message gives of many.

@@ -51,7 +51,7 @@ ENCODER = EncoderInputs(
     ),
     most_image_tokens=64,
 )
-CONFIG = Config(data_path=("shards",), seq_length=256, visual_seq_length=128, train_iters=10, run_dir="runs/test")
+CONFIG = Config.of(data_path=("shards",), seq_length=256, visual_seq_length=128, train_iters=10, run_dir="runs/test")
 MODEL_JSON = {
     "model_type": "qwen2",
     "num_hidden_layers": 4,
@@ -417,7 +417,7 @@ def encoder_weights(num_hidden_layers: int) -> bytes:
 
 def write_run(path: Path, **changes) -> None:
     run = CONFIG.replace(**{"encoder_feature_layer": -2, **changes})  # a run writes down the layer it has taken
-    (path / inputs.RUN_FILE).write_text(json.dumps(dataclasses.asdict(run)))
+    (path / inputs.RUN_FILE).write_text(json.dumps(run.flat()))
 
 
 def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
@@ -697,7 +697,7 @@ def test_what_may_change_on_resuming(run, tmp_path):
     config, _ = going_on(run, tmp_path, "resume", vision_head_output_size=64, centre_momentum=0.9)
     # 64 is the model's width, what none stands for; of the centre it matters only that there is one.
     changes = {"global_batch_size": 8, "train_iters": 99, "lr": 1.0, "centre_momentum": 0.5, "mask_ratio": 0.3}
-    assert check_one(config.replace(**changes, data_path=run.data_path))
+    assert check_one(config.replace(**changes, data_path=run.data.data_path))
     assert "was written with 64" in found(config.replace(centre_momentum=0.9, vision_head_output_size=32))[0]
 
 
@@ -727,7 +727,9 @@ def test_a_later_stage_needs_weights_that_have_learnt_to_see(run, tmp_path, star
     config = text_only(run, tmp_path, start).replace(laver=laver)
     assert check_one(config), "a first stage makes the connector"
     (problem,) = found(config.replace(finetune=True))
-    assert f"but {config.load} is text only: it brings no encoder and no connector; load what an earlier" in problem
+    assert (
+        f"but {config.start.load} is text only: it brings no encoder and no connector; load what an earlier" in problem
+    )
     assert found(config.replace(finetune=True), dry_run=True) == (problem,)
     write_checkpoint(tmp_path / "run" / "checkpoints", laver=laver)
     assert check_one(config.replace(finetune=True)), "a run of its own goes on"
@@ -1092,4 +1094,4 @@ def test_demo_configuration_fits_the_demo(demo_dir, tmp_path):
     ]  # fmt: skip
     invocation = read_command_line(["--config", str(demo_yaml), *paths])
     check(dataclasses.replace(invocation, dry_run_world_size=4))
-    assert invocation.config.mask_ratio >= 0.3
+    assert invocation.config.objective.mask_ratio >= 0.3

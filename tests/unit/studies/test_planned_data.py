@@ -31,7 +31,9 @@ def open_data(directory, *flags):
         "--data-path", str(directory / "shards" / "train-*.tar"), "--run-dir", "unused", "--train-iters", "1",
         "--global-batch-size", str(BATCH), "--num-workers", "0", *flags,
     ])  # fmt: skip
-    reader = open_reader(config, config.data_path, directory / "model", directory / "encoder_qwen2_5_vl", training=True)
+    reader = open_reader(
+        config, config.data.data_path, directory / "model", directory / "encoder_qwen2_5_vl", training=True
+    )
     streams = StreamSettings.of(config.replace(visual_seq_length=reader.visual_seq_length),
                                 read_model_shape(directory / "model"))  # fmt: skip
     return config, reader, streams
