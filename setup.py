@@ -11,6 +11,7 @@ setup(
     name="laver_megatron",
     version=re.findall(r'__version__ = "(.+)"', (HERE / "laver_megatron/__init__.py").read_text())[0],
     description="LaVer (CVPR 2026) for multimodal language models on Megatron-Core",
+    license="Apache-2.0",
     # The wheel brings the examples as a folder of the package, for `laver examples` and as the launcher's script.
     packages=[*find_packages(include=["laver_megatron", "laver_megatron.*"]), "laver_megatron.examples"],
     package_dir={"laver_megatron.examples": "examples"},

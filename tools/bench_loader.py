@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from laver_megatron.encoders import open_preprocessor
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 from tools.benchmarks.loader import benchmark, make_shards
 
 

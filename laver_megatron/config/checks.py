@@ -1,7 +1,7 @@
 """Whether a configuration can run at all, found out before anything is allocated, all problems at once.
 
 Each check yields sentences with the numbers and what to do about them. The checks of this file are
-arithmetic; those of files and directories are in `inputs.py`.
+arithmetic; those of files and directories are in `directories.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from laver_megatron.config.command_line import Invocation, exit_on_config_error
 from laver_megatron.config.continuity import continuity_problems
-from laver_megatron.config.fields import Config, ConfigError, all_fields
-from laver_megatron.config.inputs import (
-    EncoderInputs,
+from laver_megatron.config.directories import (
+    CheckedEncoder,
     encoder_problems,
-    find_inputs,
-    load_problems,
     model_problems,
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
+from laver_megatron.start import find_start
 
 
 def check_run(invocation: Invocation) -> Config:
@@ -50,15 +49,15 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
     model_shape = encoder = None
     problems: list[str] = []
     try:
-        inputs = find_inputs(config)
+        start = find_start(config)
     except ConfigError as error:
         problems += error.problems
     else:
-        model_shape, of_model = model_problems(config, inputs)
-        encoder, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
-        problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
+        model_shape, of_model = model_problems(config, start)
+        encoder, of_encoder = encoder_problems(config, start, dry_run=dry_run)
+        problems += [*start.problems(config, dry_run=dry_run), *of_model, *of_encoder]
         problems += continuity_problems(
-            config, inputs, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
+            config, start, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
         )
     if not dry_run:
         problems += shard_problems(config)
@@ -77,7 +76,7 @@ def validate(
     model_shape: ModelShape | None,
     world_size: int,
     *,
-    encoder: EncoderInputs | None = None,
+    encoder: CheckedEncoder | None = None,
     on_cuda: bool | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
@@ -137,7 +136,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _training_problems(config: Config, encoder: EncoderInputs | None, on_cuda: bool | None) -> Iterator[str]:
+def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
     data, objective, training = config.data, config.objective, config.training
     if training.lr_warmup_iters >= training.train_iters >= 1:
         yield (
@@ -167,7 +166,7 @@ def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator
         yield f"data_weights has {len(weights)} numbers, but data_path {len(paths)} entries; give one for each"
     wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
     if wrong:
-        yield f"data_weights holds {wrong[0]}; each must be a number from 0 on"
+        yield f"data_weights holds {wrong[0]}; each must be a finite number, at least 0"
     elif not any(weights):
         yield "data_weights are all 0: there is nothing to train on"
 
@@ -318,7 +317,7 @@ def _position_problems(config: Config, shape: ModelShape) -> Iterator[str]:
         yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
 
 
-def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
+def _encoder_problems(config: Config, encoder: CheckedEncoder) -> Iterator[str]:
     data = config.data
     try:
         encoder.shape.feature_layer(config.model.encoder_feature_layer)
@@ -339,7 +338,7 @@ def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
         )
 
 
-def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator[str]:
+def _masking_problems(config: Config, encoder: CheckedEncoder | None) -> Iterator[str]:
     """A mask ratio that never masks: judged where the schedule is highest, at the last step."""
     objective, training = config.objective, config.training
     ratio = objective.mask_ratio

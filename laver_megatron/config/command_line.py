@@ -363,7 +363,7 @@ def _coerce_scalar(value: Any, scalars: tuple[type, ...]) -> Any:
         return int(value) if isinstance(value, int) or _is_int_text(value) else int(number)
     if float in scalars:
         return number
-    raise ValueError(f"expected a whole number, not {value!r}")
+    raise ValueError(f"expected an integer, not {value!r}")
 
 
 def _number(value: Any) -> float:

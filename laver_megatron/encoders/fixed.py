@@ -76,7 +76,7 @@ class FixedFamily(HiddenStateFamily):
             raise ValueError(f"{file}: no fixed height and width ({said}), but the encoder is of fixed resolution")
         height, width = size["height"], size["width"]
         if not (is_size(height) and is_size(width)):
-            raise ValueError(f"{file}: height {height!r} and width {width!r} are no whole numbers from 1 on")
+            raise ValueError(f"{file}: height {height!r} and width {width!r} must be positive integers")
         if shape.interpolates_positions:
             if height % shape.patch_size or width % shape.patch_size:
                 raise ValueError(

@@ -230,7 +230,7 @@ class Family(ABC):
 
 
 def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, int]:
-    """Whole numbers from 1 on out of a vision model's settings; the colours, which may go without saying, are 3.
+    """Positive integers out of a vision model's settings; the colours, which may go without saying, are 3.
 
     Raises:
         ConfigError: all that are missing or no such numbers, heads that do not divide hidden_size, or a patch that is
@@ -240,7 +240,7 @@ def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict
     faults = [name for name in (*names, "num_channels") if not is_size(found.get(name))]
     if faults:
         raise ConfigError(
-            [f"{path}: {', '.join(faults)} missing from the vision model's settings, or no whole number from 1 on"]
+            [f"{path}: {', '.join(faults)} missing from the vision model's settings, or not a positive integer"]
         )
     if found["num_channels"] != 3:
         raise ConfigError([f"{path}: num_channels is {found['num_channels']}, but pictures have 3 colours"])

@@ -77,7 +77,7 @@ def native_preprocessor(
         max_pixels = said.get("max_pixels")
         max_pixels = MOST_TOKENS * area if max_pixels is None else max_pixels
         if not is_size(max_pixels):
-            raise ValueError(f"{file}: max_pixels is {max_pixels!r}, no whole number from 1 on")
+            raise ValueError(f"{file}: max_pixels is {max_pixels!r}, but must be a positive integer")
     if max_pixels < area:
         raise ValueError(
             f"{file}: images of at most {max_pixels} pixels do not hold one visual token of {shape.token_size} x "

@@ -73,7 +73,7 @@ class Qwen25VL(Family):
             ) from None
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if not is_size(value):
-                raise ValueError(f"{file}: {name} is {value!r}, no whole number from 1 on")
+                raise ValueError(f"{file}: {name} is {value!r}, but must be a positive integer")
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )

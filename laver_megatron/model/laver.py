@@ -42,8 +42,6 @@ from laver_megatron.model.image_division import gather_visual_tokens, mark_parti
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.streams import MicroBatch
 
-# Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
-
 
 @dataclass(frozen=True)
 class StageOutput:
@@ -57,7 +55,7 @@ class StageOutput:
 
 class Teacher(nn.Module):
     """The teacher's share of a stage: decoder layers, and final norm and vision head on the last stage. It
-    never trains and never sees gradients; `laver_megatron.model.teacher` moves its weights after the student's."""
+    has no gradients; `laver_megatron.model.teacher` updates its weights from the student's."""
 
     def __init__(self, decoder: nn.Module, vision_head: nn.Module | None) -> None:
         super().__init__()

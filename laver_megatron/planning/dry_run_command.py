@@ -5,8 +5,8 @@ from __future__ import annotations
 from laver_megatron.config.checks import check, describe_run
 from laver_megatron.config.command_line import Invocation, exit_on_config_error, is_rank_zero
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import find_inputs
 from laver_megatron.planning.dry_run_report import dry_run_report
+from laver_megatron.start import find_start
 
 
 def show_dry_run(invocation: Invocation) -> None:
@@ -19,7 +19,7 @@ def show_dry_run(invocation: Invocation) -> None:
             return
         from laver_megatron.planning.dry_run import dry_run  # Megatron-Core: mistakes need not wait for it
 
-        encoder_dir = find_inputs(config).encoder_dir
+        encoder_dir = find_start(config).encoder_dir
         assert encoder_dir is not None, "a run without an encoder has been refused"
         try:
             found = dry_run(config, shape, encoder_dir, world_size)

@@ -8,8 +8,8 @@ from threading import Timer
 from types import FrameType
 from typing import NoReturn
 
+from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import latest_checkpoint
 
 LAUNCHED = "LAVER_LAUNCHED"  # environment: the launcher, which outlives the ranks, says the line
 EXIT_INTERRUPTED = 130

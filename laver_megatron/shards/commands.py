@@ -158,11 +158,11 @@ def subset_main(argv: Sequence[str] | None = None) -> None:
 @program
 def show_main(argv: Sequence[str] | None = None) -> None:
     """Prints and draws packs of a run."""
-    from laver_megatron.config.inputs import find_inputs
     from laver_megatron.data.batch.dataset import open_reader
     from laver_megatron.data.index.opening import path_problems
-    from laver_megatron.hf.files import load_tokenizer
+    from laver_megatron.hf.tokenizer import load_tokenizer
     from laver_megatron.shards.show import describe, draw, show_packs
+    from laver_megatron.start import find_start
 
     examples = [
         "--config examples/demo.yaml --packs 0 1 --output shown/",
@@ -178,14 +178,14 @@ def show_main(argv: Sequence[str] | None = None) -> None:
     config = from_command_line(of_trainer).config
 
     def show() -> None:
-        inputs = find_inputs(config)
+        start = find_start(config)
         paths = config.data.valid_data_path if options.validation else config.data.data_path
-        if inputs.model_dir is None or inputs.encoder_dir is None or not paths or min(options.packs) < 0:
+        if start.model_dir is None or start.encoder_dir is None or not paths or min(options.packs) < 0:
             raise UsageError("model, encoder, data and packs from 0 on are needed: --load, --encoder, --data-path")
         if problems := path_problems(paths):
             raise UsageError(f"shards: {'; '.join(problems)}")
-        reader = open_reader(config, paths, inputs.model_dir, inputs.encoder_dir)
-        tokenizer = load_tokenizer(inputs.model_dir)
+        reader = open_reader(config, paths, start.model_dir, start.encoder_dir)
+        tokenizer = load_tokenizer(start.model_dir)
         options.output.mkdir(parents=True, exist_ok=True)
         for shown in show_packs(config, reader, options.packs, options.step):
             print(describe(shown, tokenizer))

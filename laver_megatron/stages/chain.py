@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
+from laver_megatron.config.directories import shard_problems
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.config.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
 from laver_megatron.launcher import LAUNCHER, count_processes
+from laver_megatron.runtime.files import read_object
+from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
 BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
@@ -200,13 +203,13 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
     problems: list[str] = []
     first = stages[0].config
     # Until a stage before has written a checkpoint, its model and encoder say what the later ones will find.
-    known = find_inputs(first)
+    known = find_start(first)
     model, encoder = (str(path) if path else None for path in (known.model_dir, known.encoder_dir))
     for stage in stages:
         if stage.is_finished:
             continue
         config = stage.config
-        if find_inputs(config).checkpoint is None:
+        if not isinstance(find_start(config), FromCheckpoint):
             config = config.replace(model=config.start.model or model, encoder=config.start.encoder or encoder)
         try:
             # Every stage sees for itself what it can start from, when it starts.
@@ -230,7 +233,7 @@ def _num_processes(stage: Stage) -> int | None:
 def differences(stage: Stage) -> list[str]:
     """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
     assert stage.checkpoint is not None
-    written: Mapping[str, object] = json.loads((stage.checkpoint / RUN_FILE).read_text())
+    written: Mapping[str, object] = read_object(stage.checkpoint / RUN_FILE)
     now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.runtime.files import replace_text
+from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.csv_points import SEED_COLUMN, study_of_points
 from laver_megatron.studies.law_report import PICTURES, FitSettings, fit_study
 from laver_megatron.studies.law_tables import TABLES, write_measured, write_tables
@@ -146,7 +146,7 @@ def fit_and_write(options: argparse.Namespace) -> None:
 
         files += draw_report(report, options.output)
     if study.registry is not None:
-        replace_text(options.output / _RUNS, study.registry.to_csv())
+        write_text(options.output / _RUNS, study.registry.to_csv())
         files.append(options.output / _RUNS)
     print(text)
     _remove_others(options.output, files)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from laver_megatron.runtime.files import replace_text
+from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.comparison import Arm, Extrapolation
 from laver_megatron.studies.compute import optimum
 from laver_megatron.studies.law import percentiles
@@ -54,7 +54,7 @@ def write_measured(measured: Measured, directory: Path) -> list[Path]:
 def _write(tables: Mapping[str, str], directory: Path) -> list[Path]:
     assert set(tables) <= set(TABLES)
     for name, text in tables.items():
-        replace_text(directory / name, text)
+        write_text(directory / name, text)
     return [directory / name for name in tables]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.config.inputs import HF_PREFIX, find_inputs
 from laver_megatron.data.batch.dataset import open_reader
 from laver_megatron.data.batch.loader import PackReader
 from laver_megatron.encoders import read_encoder
@@ -22,6 +21,7 @@ from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
+from laver_megatron.start import HF_PREFIX, find_start
 
 ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
 AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
@@ -209,19 +209,19 @@ def _read_size(model: str, settings: SweepSettings, num_gpus: int | None) -> Siz
     placeholders = ["--run-dir", str(settings.output / "runs" / name), "--train-iters", "1"]
     config = read_command_line([*arguments, *settings.flags, *placeholders]).config
     layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    inputs = find_inputs(config)
-    if inputs.model_dir is None or inputs.encoder_dir is None:
+    start = find_start(config)
+    if start.model_dir is None or start.encoder_dir is None:
         raise ConfigError(
             [
                 f"{part} is missing"
-                for part, directory in (("model (or load hf:DIR)", inputs.model_dir), ("encoder", inputs.encoder_dir))
+                for part, directory in (("model (or load hf:DIR)", start.model_dir), ("encoder", start.encoder_dir))
                 if directory is None
             ]
         )
-    read_model_shape(inputs.model_dir)
-    encoder = read_encoder(inputs.encoder_dir)
+    read_model_shape(start.model_dir)
+    encoder = read_encoder(start.encoder_dir)
     config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
-    return Size(name, config, num_gpus or layout, inputs.model_dir, inputs.encoder_dir)
+    return Size(name, config, num_gpus or layout, start.model_dir, start.encoder_dir)
 
 
 def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from laver_megatron.checkpoint.state import Progress
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.run_log.records import read_records

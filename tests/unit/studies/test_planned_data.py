@@ -75,7 +75,7 @@ def test_counts_are_those_of_the_packs(directory, flags):
 
 def _counts_of(reader, directory):
     from laver_megatron.data.index.counts import count_samples
-    from laver_megatron.hf.files import load_tokenizer
+    from laver_megatron.hf.tokenizer import load_tokenizer
 
     maker = reader.maker
     return [
