@@ -1,11 +1,11 @@
-"""The planner's figures that are written down, in the heads of examples/scaling/*.yaml and the tables of
-docs/planning.md, as they must stand there. To print them all:
+"""Prints the planner's figures in the heads of examples/scaling/*.yaml and in the tables of docs/planning.md.
 
-    python -m tools.benchmarks.planned_figures
+python tools/benchmarks/planned_figures.py
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from laver_megatron.planning.hardware import GIB
@@ -150,7 +150,14 @@ def _bigger_row(size: str) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # --help
     for size in LADDER:
         print(f"examples/scaling/{size}.yaml", *ladder_head(size), sep="\n", end="\n\n")
     print("docs/planning.md", *paper_tables(), *bigger_models_table(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
