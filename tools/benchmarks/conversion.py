@@ -168,9 +168,7 @@ def _copy(source: Path, target: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dir", type=Path, required=True, help="scratch directory, cleaned up afterwards"
-    )
+    parser.add_argument("--dir", type=Path, required=True, help="scratch directory, cleaned up afterwards")
     parser.add_argument("--layers", type=int, nargs="+", default=[36, 18], help="depths to measure (default: 36 18)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median counts (default: 3)")
     options = parser.parse_args()
