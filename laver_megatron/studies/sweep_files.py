@@ -14,7 +14,7 @@ from pathlib import Path
 
 from laver_megatron.run_log.run_summary import FILE_NAME, MANIFEST, config_hash
 from laver_megatron.stages.chain import LAUNCHER
-from laver_megatron.studies.sweep import PlannedRun
+from laver_megatron.studies.sweep import SweepRun
 
 _NO_WORD = re.compile(r"[^A-Za-z0-9._-]+")  # what SLURM would read as the end of a name, or as an option
 # The scripts read the first three columns.
@@ -91,7 +91,7 @@ srun --ntasks-per-node=1 bash {launcher} --config {output}/configs/"$name".yaml
 """
 
 
-def write_sweep(runs: Sequence[PlannedRun], output: Path, gpus_per_node: int) -> None:
+def write_sweep(runs: Sequence[SweepRun], output: Path, gpus_per_node: int) -> None:
     """Writes configs/NAME.yaml, manifest.csv, run.sh, array.sh and submit.sh; all of it or nothing.
 
     Raises:
@@ -105,7 +105,7 @@ def write_sweep(runs: Sequence[PlannedRun], output: Path, gpus_per_node: int) ->
         (place / "configs").mkdir()
         for run in runs:
             (place / "configs" / f"{run.name}.yaml").write_text(_config_text(run, output))
-        (place / MANIFEST).write_text(_manifest(runs, nodes))
+        (place / MANIFEST).write_text(_manifest_text(runs, nodes))
         names = {
             "output": shlex.quote(str(output)),
             "directory": shlex.quote(os.getcwd()),
@@ -123,7 +123,7 @@ def write_sweep(runs: Sequence[PlannedRun], output: Path, gpus_per_node: int) ->
         shutil.rmtree(place, ignore_errors=True)
 
 
-def num_nodes(run: PlannedRun, gpus_per_node: int) -> int:
+def num_nodes(run: SweepRun, gpus_per_node: int) -> int:
     """Nodes that a run's GPUs make. Raises ValueError if the last would not be full."""
     num_gpus = run.size.num_gpus
     if gpus_per_node < 1:
@@ -136,17 +136,14 @@ def num_nodes(run: PlannedRun, gpus_per_node: int) -> int:
     return max(1, num_gpus // gpus_per_node)
 
 
-def _config_text(run: PlannedRun, output: Path) -> str:
-    lines = [
-        f"# {run.name}: N {run.size.num_parameters:,}, {run.tokens:,} tokens, {run.flops:.4e} FLOPs at its end.",
-        f"# Made with {output / MANIFEST}, for {run.size.num_gpus} processes.",
-        "",
-        run.config.to_yaml(),
-    ]
-    return "\n".join(lines)
+def _config_text(run: SweepRun, output: Path) -> str:
+    return (
+        f"# {run.name}: N {run.size.num_parameters:,}, {run.tokens:,} tokens, {run.flops:.4e} FLOPs at its end.\n"
+        f"# Made with {output / MANIFEST}, for {run.size.num_gpus} processes.\n\n{run.config.to_yaml()}"
+    )
 
 
-def _manifest(runs: Sequence[PlannedRun], nodes: dict[str, int]) -> str:
+def _manifest_text(runs: Sequence[SweepRun], nodes: dict[str, int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -160,7 +157,7 @@ def _manifest(runs: Sequence[PlannedRun], nodes: dict[str, int]) -> str:
     return text.getvalue()
 
 
-def _submit_script(nodes: list[int], runs: list[PlannedRun], gpus_per_node: int, names: dict[str, str]) -> str:
+def _submit_script(nodes: list[int], runs: list[SweepRun], gpus_per_node: int, names: dict[str, str]) -> str:
     """One array for each kind of allocation."""
 
     def arrays() -> Iterator[str]:
@@ -168,8 +165,8 @@ def _submit_script(nodes: list[int], runs: list[PlannedRun], gpus_per_node: int,
         for line, (number, run) in enumerate(zip(nodes, runs, strict=True), start=1):
             kinds.setdefault((number, run.size.num_gpus // number), []).append(line)
         for (number, per_node), lines in sorted(kinds.items()):
-            listed = ",".join(map(str, lines))
-            yield f'sbatch --nodes={number} --gpus-per-node={per_node} --array={listed} "$@" {names["output"]}/array.sh'
+            tasks = ",".join(map(str, lines))
+            yield f'sbatch --nodes={number} --gpus-per-node={per_node} --array={tasks} "$@" {names["output"]}/array.sh'
 
     lines = [
         "#!/usr/bin/env bash",
