@@ -49,7 +49,10 @@ def demo_arguments(arguments: Sequence[str], environ: Mapping[str, str] = os.env
         return with_demo
     with exit_on_config_error():
         invocation = read_command_line(with_demo)
-    tp, pp = invocation.config.tensor_model_parallel_size, invocation.config.pipeline_model_parallel_size
+    tp, pp = (
+        invocation.config.parallel.tensor_model_parallel_size,
+        invocation.config.parallel.pipeline_model_parallel_size,
+    )
     world_size = invocation.world_size(environ)
     if world_size % (tp * pp):
         _say(f"{world_size} process(es) do not make the demo's TP {tp} x PP {pp}: using TP 1 x PP 1")
@@ -85,7 +88,7 @@ def num_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.envi
         arguments = ["--config", str(DEMO_CONFIG), *arguments]
     with exit_on_config_error():
         config = load_config(arguments)
-    smallest = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    smallest = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     return max(1, smallest // int(environ.get("NNODES", "1")))
 
 

@@ -120,7 +120,7 @@ def parity_config(checkpoints: Checkpoints, **changes) -> Config:
         "seed": SEED,
         "attention_kernel": "dense",
     }
-    return Config(**{**defaults, **changes})
+    return Config.of(**{**defaults, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +188,11 @@ def build_model(config: Config, checkpoints: Checkpoints) -> list:
     shape = checkpoints.shape
     stages = build_stages(config, shape, checkpoints.encoder, load_encoder=True)
     for stage in stages:
-        stage.initialise_new_parts(config.seed)
+        stage.initialise_new_parts(config.training.seed)
     load_hugging_face(stages, checkpoints.model, sharding_metadata())
     with torch.no_grad():
         for stage in stages:
-            for _, student, teacher in pair_by_name(stage) if config.laver else ():
+            for _, student, teacher in pair_by_name(stage) if config.objective.laver else ():
                 teacher.copy_(student)
     return stages
 
@@ -236,13 +236,13 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
 
     for stage in stages:
         stage.eval()
-    visual = 2 * config.visual_seq_length if config.laver else 0
+    visual = 2 * config.data.visual_seq_length if config.objective.laver else 0
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[feed() for _ in stages],
         model=stages,
         num_microbatches=len(micro_batches),
-        seq_length=config.seq_length + visual,
+        seq_length=config.data.seq_length + visual,
         micro_batch_size=micro_batches[0][0].tokens_BS.shape[0],
         forward_only=True,
     )
@@ -250,7 +250,7 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
         hook.remove()
     if not outputs:
         return None
-    if config.sequence_parallel:
+    if config.parallel.sequence_parallel:
         hidden = [gather_from_sequence_parallel_region(h) for h in hidden]
 
     def tokens_of_images(batch, logits_VBK: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> 
         return torch.cat([whole_VBK[start:end, b] for b, start, end in batch.image_slots] or [whole_VBK[:0, 0]])
 
     return Outputs(
-        hidden_BSH=torch.cat([h[: config.seq_length].transpose(0, 1) for h in hidden]),
+        hidden_BSH=torch.cat([h[: config.data.seq_length].transpose(0, 1) for h in hidden]),
         language_logits_BSW=torch.cat(
             [gather_from_tensor_model_parallel_region(o.language_logits_SBW).transpose(0, 1) for _, o in outputs]
         ),
@@ -303,7 +303,7 @@ class Reference(torch.nn.Module):
         self.text_model = self._text_model(checkpoints)
         self.encoder = SiglipVisionModel.from_pretrained(checkpoints.encoder)
         width, hidden = self.encoder.config.hidden_size, self.language.config.hidden_size
-        middle, out = config.vision_head_hidden_size, config.vision_head_output_size or hidden
+        middle, out = config.objective.vision_head_hidden_size, config.objective.vision_head_output_size or hidden
         linear, gelu = torch.nn.Linear, torch.nn.GELU
         self.connector = torch.nn.Sequential(linear(width, hidden), gelu(), linear(hidden, hidden))
         self.vision_head = torch.nn.Sequential(
@@ -314,14 +314,14 @@ class Reference(torch.nn.Module):
                 for number, layer in enumerate(layers[::2], start=1):
                     name = f"{prefix}.linear_{number}.weight"
                     std = (gain / layer.in_features) ** 0.5
-                    layer.weight.copy_(seeded_normal(name, tuple(layer.weight.shape), std, config.seed))
+                    layer.weight.copy_(seeded_normal(name, tuple(layer.weight.shape), std, config.training.seed))
                     if layer.bias is not None:
                         layer.bias.zero_()
-        self.mask_token = torch.nn.Parameter(seeded_normal("mask_token", (hidden,), 0.02, config.seed))
+        self.mask_token = torch.nn.Parameter(seeded_normal("mask_token", (hidden,), 0.02, config.training.seed))
 
     def _text_model(self, checkpoints: Checkpoints) -> torch.nn.Module:
-        if self.config.positions != "mrope":
-            if self.config.positions == "2d":
+        if self.config.model.positions != "mrope":
+            if self.config.model.positions == "2d":
                 shape = checkpoints.shape
                 self.language.model.rotary_emb = _InterleavedRotary(shape.kv_channels, shape.rope_theta)
             return self.language.model
@@ -344,14 +344,14 @@ class Reference(torch.nn.Module):
         """Final hidden states of a sequence under an explicit mask; positions: [B][L] of (t, row, col) or None."""
         mask_B1LL = torch.zeros_like(mask_BLL, dtype=torch.float32).masked_fill(~mask_BLL, -torch.inf).unsqueeze(1)
         position_3BL = torch.tensor([[p or (0, 0, 0) for p in pack] for pack in positions]).permute(2, 0, 1)
-        position_ids = position_3BL[0] if self.config.positions == "1d" else position_3BL
+        position_ids = position_3BL[0] if self.config.model.positions == "1d" else position_3BL
         return self.text_model(
             inputs_embeds=embeddings_BLH, attention_mask=mask_B1LL, position_ids=position_ids, use_cache=False
         ).last_hidden_state
 
     def visual_tokens(self, images: list[Tensor]) -> list[Tensor]:
         """Connector outputs `[N, H]` of each image."""
-        layer = -2 if self.config.encoder_feature_layer is None else self.config.encoder_feature_layer
+        layer = -2 if self.config.model.encoder_feature_layer is None else self.config.model.encoder_feature_layer
         return [
             self.connector(self.encoder(image[None], output_hidden_states=True).hidden_states[layer][0])
             for image in images
@@ -365,10 +365,10 @@ class Reference(torch.nn.Module):
             for number, tokens_NH in enumerate(self.visual_tokens(images)):
                 place_S = packs.image_BS[b] == number
                 embeddings_BSH = embeddings_BSH.index_put((torch.tensor(b), place_S.nonzero()[:, 0]), tokens_NH)
-                if config.laver:
+                if config.objective.laver:
                     positions = [
                         oracles.image_positions(
-                            packs.row_BS[b][place_S].tolist(), packs.col_BS[b][place_S].tolist(), config.positions
+                            packs.row_BS[b][place_S].tolist(), packs.col_BS[b][place_S].tolist(), config.model.positions
                         )
                     ]
                     everything = torch.ones(1, len(tokens_NH), len(tokens_NH), dtype=torch.bool)
@@ -378,15 +378,15 @@ class Reference(torch.nn.Module):
                         teacher.append(self.vision_head(self.decode(tokens_NH[None], everything, positions)[0]))
         hidden_BSH = self.decode(
             embeddings_BSH,
-            oracles.language_mask(packs, config.attention),
-            oracles.language_positions(packs, config.positions),
+            oracles.language_mask(packs, config.model.attention),
+            oracles.language_positions(packs, config.model.positions),
         )
         nothing = [torch.zeros(0, self.vision_head[-1].out_features)]
         return Outputs(
             hidden_BSH,
             self.language.lm_head(hidden_BSH),
-            torch.cat(student or nothing) if config.laver else None,
-            torch.cat(teacher or nothing) if config.laver else None,
+            torch.cat(student or nothing) if config.objective.laver else None,
+            torch.cat(teacher or nothing) if config.objective.laver else None,
         )
 
 

@@ -47,7 +47,7 @@ def write_encoder(directory):
 def settings(num_images, **changes):
     defaults = {"data_path": ("none",), "train_iters": 1, "run_dir": "none", "vision_head_hidden_size": 64}
     lengths = {"seq_length": SEQ_LENGTH, "visual_seq_length": max(num_images, 1) * SIDE**2, "mask_ratio": 0.3}
-    return Config(**{**defaults, **lengths, "mask_sampling": "fixed", **changes})
+    return Config.of(**{**defaults, **lengths, "mask_sampling": "fixed", **changes})
 
 
 def workload(num_images, encoder_dir):
@@ -79,17 +79,17 @@ def make_micro_batch(config, num_images):
     packs = stack(
         *[
             pack(document, seq_length=SEQ_LENGTH, image_size=SIDE * 8, vocab_size=500, seed=seed)
-            for seed in range(config.micro_batch_size)
+            for seed in range(config.data.micro_batch_size)
         ]
     )
     place_BS = torch.arange(SEQ_LENGTH).expand_as(packs.image_BS)
     masked_BS = (packs.image_BS >= 0) & (place_BS % 10 < 3)
     micro_batch = build_micro_batch(packs, masked_BS, StreamSettings.of(config, SHAPE), torch.device("cpu"))
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return micro_batch, [image.to(dtype) for images in packs.pixels for image in images]
 
 
 def loss_of(config, micro_batch, output):
     counts = GlobalCounts(1, 1, 1, 1, 1, 1, 0, 1, 1, 1)
-    loss, _ = micro_batch_losses(output, micro_batch, counts, config, None, None)
+    loss, _ = micro_batch_losses(output, micro_batch, counts, config.objective, None, None)
     return loss

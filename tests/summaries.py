@@ -29,7 +29,7 @@ class SumsOfARun:
 
 def make_config(directory, **settings) -> Config:
     required = {"data_path": ("shards",), "seq_length": 4096, "train_iters": 100, "eval_interval": 50}
-    return Config(**{**required, "run_dir": str(directory), **settings})
+    return Config.of(**{**required, "run_dir": str(directory), **settings})
 
 
 def records(lm_loss, laver, iterations=(50, 100)):
@@ -50,7 +50,7 @@ def write_run(run_dir: Path, lm_loss=2.0, *, size=1000, validation=True, setting
     config = make_config(run_dir, **(settings or {}))
     parameters = dict.fromkeys(("encoder", "connector", "vision_head", "mask_token"), 7)
     parameters |= {"decoder": size, "embedding": 10, "lm_head": 0}
-    made = records(lm_loss, config.laver)
+    made = records(lm_loss, config.objective.laver)
     summary = make_summary(
         config,
         SumsOfARun(**sums),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import find_inputs
 from laver_megatron.data.batch.dataset import open_reader
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.shards.show import describe, draw, show_packs
+from laver_megatron.start import find_start
 
 
 def main() -> int:
@@ -29,12 +29,12 @@ def main() -> int:
     options, of_trainer = parser.parse_known_args()
     config = from_command_line(of_trainer).config
     try:
-        inputs = find_inputs(config)
-        paths = config.valid_data_path if options.validation else config.data_path
-        if inputs.model_dir is None or inputs.encoder_dir is None or not paths or min(options.packs) < 0:
+        start = find_start(config)
+        paths = config.data.valid_data_path if options.validation else config.data.data_path
+        if start.model_dir is None or start.encoder_dir is None or not paths or min(options.packs) < 0:
             raise ValueError("model, encoder, data and packs from 0 on are needed: --load, --encoder, --data-path")
-        reader = open_reader(config, paths, inputs.model_dir, inputs.encoder_dir)
-        tokenizer = load_tokenizer(inputs.model_dir)
+        reader = open_reader(config, paths, start.model_dir, start.encoder_dir)
+        tokenizer = load_tokenizer(start.model_dir)
         options.output.mkdir(parents=True, exist_ok=True)
         for shown in show_packs(config, reader, options.packs, options.step):
             print(describe(shown, tokenizer))

@@ -1,7 +1,7 @@
 """Whether a configuration can run at all, found out before anything is allocated, all problems at once.
 
 Each check yields sentences with the numbers and what to do about them. The checks of this file are
-arithmetic; those of files and directories are in `inputs.py`.
+arithmetic; those of files and directories are in `directories.py`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,19 @@ import torch
 
 from laver_megatron.config.command_line import Invocation, exit_on_config_error, is_rank_zero
 from laver_megatron.config.continuity import continuity_problems
-from laver_megatron.config.fields import Config, ConfigError
-from laver_megatron.config.inputs import (
-    EncoderInputs,
+from laver_megatron.config.directories import (
+    CheckedEncoder,
     encoder_problems,
-    find_inputs,
-    load_problems,
     model_problems,
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
 from laver_megatron.objective.masking import num_masked_tokens
 from laver_megatron.run_log.metrics import missing_packages
-
-_AT_LEAST_ONE = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "distributed_timeout_minutes",
-    "seq_length", "max_image_tokens", "shuffle_window", "micro_batch_size", "global_batch_size",
-    "vision_head_hidden_size", "vision_head_output_size", "train_iters", "exit_interval", "max_skipped_iterations",
-    "save_interval", "eval_interval", "eval_iters", "log_interval",
-)  # fmt: skip
-_AT_LEAST_ZERO = (
-    "visual_seq_length", "num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "mim_weight",
-    "gram_weight",
-)  # fmt: skip
-_ABOVE_ZERO = ("shard_cache_gb", "student_temperature", "teacher_temperature", "adam_eps")
-_FROM_ZERO_TO_ONE = ("max_bad_fraction", "mask_ratio", "ema_momentum", "centre_momentum")
-_BELOW_ONE = ("adam_beta1", "adam_beta2")
+from laver_megatron.start import find_start
 
 
 def check_run(invocation: Invocation) -> Config | None:
@@ -65,7 +49,7 @@ def _dry_run(invocation: Invocation, shape: ModelShape) -> None:
     from laver_megatron.planning.dry_run_report import dry_run_report
 
     config, world_size = invocation.config, invocation.world_size()
-    encoder_dir = find_inputs(config).encoder_dir
+    encoder_dir = find_start(config).encoder_dir
     assert encoder_dir is not None, "a run without an encoder has been refused"
     with exit_on_config_error():
         try:
@@ -90,19 +74,19 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
     model_shape = encoder = None
     problems: list[str] = []
     try:
-        inputs = find_inputs(config)
+        start = find_start(config)
     except ConfigError as error:
         problems += error.problems
     else:
-        model_shape, of_model = model_problems(config, inputs)
-        encoder, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
-        problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
+        model_shape, of_model = model_problems(config, start)
+        encoder, of_encoder = encoder_problems(config, start, dry_run=dry_run)
+        problems += [*start.problems(config, dry_run=dry_run), *of_model, *of_encoder]
         problems += continuity_problems(
-            config, inputs, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
+            config, start, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
         )
     if not dry_run:
         problems += shard_problems(config)
-        problems += missing_packages(config.tensorboard, config.wandb_project)
+        problems += missing_packages(config.run.tensorboard, config.run.wandb_project)
     problems += run_dir_problems(config)
     problems += validate(config, model_shape, invocation.world_size(), encoder=encoder, on_cuda=on_cuda)
     if problems:
@@ -117,7 +101,7 @@ def validate(
     model_shape: ModelShape | None,
     world_size: int,
     *,
-    encoder: EncoderInputs | None = None,
+    encoder: CheckedEncoder | None = None,
     on_cuda: bool | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
@@ -137,61 +121,58 @@ def validate(
 
 def describe_run(config: Config, shape: ModelShape, world_size: int) -> str:
     """One line for people: the model, and how the processes divide the work."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     dp = world_size // (tp * pp)
-    num_micro_batches = config.global_batch_size // (config.micro_batch_size * dp)
+    num_micro_batches = config.data.global_batch_size // (config.data.micro_batch_size * dp)
     return (
         f"{shape.num_layers} layers of width {shape.hidden_size}; {world_size} processes as TP {tp} x PP {pp} x "
-        f"DP {dp}; {num_micro_batches} micro-batches an iteration; {config.train_iters} iterations"
+        f"DP {dp}; {num_micro_batches} micro-batches an iteration; {config.training.train_iters} iterations"
     )
 
 
 def _range_problems(config: Config) -> Iterator[str]:
-    rules = (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
-        (_AT_LEAST_ZERO, lambda value: value >= 0, "must not be negative"),
-        (_ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
-        (_FROM_ZERO_TO_ONE, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
-        (_BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    )
-    for names, holds, rule in rules:
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not holds(value):
-                yield f"{name} is {value}, but {rule}"
-    if not 0 <= config.seed < 2**63:
-        yield f"seed is {config.seed}, but must be at least 0 and below 2**63"
-    interval = config.ema_interval
+    training = config.training
+    values = config.flat()
+    for name, item in all_fields().items():
+        value, valid = values[name], item.metadata["range"]
+        if valid is not None and value is not None and not valid.holds(value):
+            yield f"{name} is {value}, but {valid.rule}"
+    interval = config.objective.ema_interval
     if not (0 < interval < 1 or (interval >= 1 and float(interval).is_integer())):
         yield f"ema_interval is {interval}, but must be whole iterations or a share between 0 and 1"
-    elif config.laver and config.train_iters >= 1 and schedules.ema_interval_steps(config) > config.train_iters:
+    elif (
+        config.objective.laver
+        and training.train_iters >= 1
+        and schedules.ema_interval_steps(config.objective, training.train_iters) > training.train_iters
+    ):
         yield (
-            f"ema_interval {interval} is above train_iters {config.train_iters}: the teacher would never move; use "
-            f"at most {config.train_iters} (or say so with --ema-momentum 1)"
+            f"ema_interval {interval} is above train_iters {training.train_iters}: the teacher would never move; use "
+            f"at most {training.train_iters} (or say so with --ema-momentum 1)"
         )
 
 
-def _training_problems(config: Config, encoder: EncoderInputs | None, on_cuda: bool | None) -> Iterator[str]:
-    if config.lr_warmup_iters >= config.train_iters >= 1:
+def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
+    data, objective, training = config.data, config.objective, config.training
+    if training.lr_warmup_iters >= training.train_iters >= 1:
         yield (
-            f"lr_warmup_iters {config.lr_warmup_iters} leaves nothing of {config.train_iters} train_iters; "
+            f"lr_warmup_iters {training.lr_warmup_iters} leaves nothing of {training.train_iters} train_iters; "
             "the warm-up must be shorter than the run"
         )
-    if config.min_lr > config.lr:
-        yield f"min_lr {config.min_lr} is above lr {config.lr}; the rate decays from lr to min_lr"
-    has_visual_loss = config.mim_weight > 0 or (config.gram_weight > 0 and config.gram_loss != "none")
+    if training.min_lr > training.lr:
+        yield f"min_lr {training.min_lr} is above lr {training.lr}; the rate decays from lr to min_lr"
+    has_visual_loss = objective.mim_weight > 0 or (objective.gram_weight > 0 and objective.gram_loss != "none")
     trainable = ["encoder"] * (encoder is None or encoder.shape.has_weights) + ["connector", "decoder"]
-    trainable += ["heads"] * (config.laver and has_visual_loss)
-    if set(config.freeze) >= set(trainable):
+    trainable += ["heads"] * (objective.laver and has_visual_loss)
+    if set(config.model.freeze) >= set(trainable):
         without = "" if "heads" in trainable else " (without a visual loss the heads learn nothing)"
         yield f"freeze names all of {', '.join(trainable)}: nothing is left to train{without}"
-    if config.finetune and config.load is None:
+    if config.start.finetune and config.start.load is None:
         yield "finetune takes the weights of --load, but load is not given"
-    if config.data_weights is not None:
-        yield from _weight_problems(config.data_weights, config.data_path)
-    if config.eval_interval is not None and config.valid_data_path is None:
-        yield f"eval_interval is {config.eval_interval}, but there is no valid_data_path to evaluate on"
-    if config.attention_kernel == "flex" and on_cuda is False:
+    if data.data_weights is not None:
+        yield from _weight_problems(data.data_weights, data.data_path)
+    if config.run.eval_interval is not None and data.valid_data_path is None:
+        yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
+    if config.model.attention_kernel == "flex" and on_cuda is False:
         yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
 
 
@@ -206,16 +187,18 @@ def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator
 
 
 def _layout_is_countable(config: Config) -> bool:
+    parallel, data = config.parallel, config.data
     sizes = (
-        config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.micro_batch_size,
-        config.global_batch_size, config.seq_length, config.vision_head_hidden_size,
-        config.num_layers_per_virtual_pipeline_stage, config.vision_head_output_size,
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, data.micro_batch_size,
+        data.global_batch_size, data.seq_length, config.objective.vision_head_hidden_size,
+        parallel.num_layers_per_virtual_pipeline_stage, config.objective.vision_head_output_size,
     )  # fmt: skip
-    return all(size is None or size >= 1 for size in sizes) and config.visual_seq_length >= 0
+    return all(size is None or size >= 1 for size in sizes) and data.visual_seq_length >= 0
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[str]:
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    parallel, data = config.parallel, config.data
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
         yield (
             f"{world_size} processes cannot be divided into TP {tp} x PP {pp} = {tp * pp}; start a multiple "
@@ -223,15 +206,15 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
         )
         return
     dp = world_size // (tp * pp)
-    packs_at_once = config.micro_batch_size * dp
-    if config.global_batch_size % packs_at_once:
+    packs_at_once = data.micro_batch_size * dp
+    if data.global_batch_size % packs_at_once:
         yield (
-            f"global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
-            f"{config.micro_batch_size} x {dp} data-parallel replicas = {packs_at_once}"
+            f"global_batch_size {data.global_batch_size} is not a multiple of micro_batch_size "
+            f"{data.micro_batch_size} x {dp} data-parallel replicas = {packs_at_once}"
         )
         return
-    num_micro_batches = config.global_batch_size // packs_at_once
-    if config.num_layers_per_virtual_pipeline_stage is not None and num_micro_batches % pp:
+    num_micro_batches = data.global_batch_size // packs_at_once
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and num_micro_batches % pp:
         yield (
             f"the interleaved schedule needs a multiple of {pp} (pipeline_model_parallel_size) "
             f"micro-batches, but an iteration has {num_micro_batches}; use a global_batch_size that is a "
@@ -241,16 +224,16 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
 
 def sequence_problems(config: Config) -> Iterator[str]:
     """What is wrong with the lengths of the sequences, and how sequence parallelism splits them."""
-    tp, seq, visual = config.tensor_model_parallel_size, config.seq_length, config.visual_seq_length
+    tp, seq, visual = config.parallel.tensor_model_parallel_size, config.data.seq_length, config.data.visual_seq_length
     if visual > seq:
         yield f"visual_seq_length {visual} is above seq_length {seq}: visual tokens are part of the sequence"
-    if not config.sequence_parallel:
+    if not config.parallel.sequence_parallel:
         return
     if tp == 1:
         yield "sequence_parallel needs tensor_model_parallel_size above 1; use --no-sequence-parallel"
     streams = {"seq_length": seq}
     # A proposed visual_seq_length is a multiple of the ranks.
-    if config.laver and visual:
+    if config.objective.laver and visual:
         streams = {"seq_length + visual_seq_length": seq + visual, "visual_seq_length": visual}
     for name, length in streams.items():
         if length % tp:
@@ -276,11 +259,12 @@ def tensor_parallel_faults(divided: Mapping[str, int], num_query_groups: int, tp
 
 
 def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str]:
-    tp = config.tensor_model_parallel_size
+    objective = config.objective
+    tp = config.parallel.tensor_model_parallel_size
     divided = decoder_sizes(shape)
-    if config.laver:
-        output_size = config.vision_head_output_size or shape.hidden_size
-        divided[f"vision_head_hidden_size {config.vision_head_hidden_size}"] = config.vision_head_hidden_size
+    if objective.laver:
+        output_size = objective.vision_head_output_size or shape.hidden_size
+        divided[f"vision_head_hidden_size {objective.vision_head_hidden_size}"] = objective.vision_head_hidden_size
         divided[f"the vision head's {output_size} logits"] = output_size
     if faults := tensor_parallel_faults(divided, shape.num_query_groups, tp):
         candidates = range(1, shape.num_attention_heads + 1)
@@ -290,9 +274,10 @@ def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str
 
 
 def _pipeline_problems(config: Config, shape: ModelShape) -> Iterator[str]:
-    pp, layers = config.pipeline_model_parallel_size, shape.num_layers
-    per_chunk = config.num_layers_per_virtual_pipeline_stage
-    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    parallel = config.parallel
+    pp, layers = parallel.pipeline_model_parallel_size, shape.num_layers
+    per_chunk = parallel.num_layers_per_virtual_pipeline_stage
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None or last is not None:
         yield from _uneven_split_problems(pp, layers, first, last, per_chunk)
     elif layers % pp:
@@ -338,41 +323,43 @@ def _uneven_split_problems(
 
 
 def _position_problems(config: Config, shape: ModelShape) -> Iterator[str]:
-    if config.seq_length > shape.max_position_embeddings:
+    if config.data.seq_length > shape.max_position_embeddings:
         yield (
-            f"seq_length {config.seq_length} is above the model's max_position_embeddings "
+            f"seq_length {config.data.seq_length} is above the model's max_position_embeddings "
             f"{shape.max_position_embeddings}: it has not learnt positions beyond; shorten the packs"
         )
     if shape.kv_channels % 2:
         yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
 
 
-def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
+def _encoder_problems(config: Config, encoder: CheckedEncoder) -> Iterator[str]:
+    data = config.data
     try:
-        encoder.shape.feature_layer(config.encoder_feature_layer)
+        encoder.shape.feature_layer(config.model.encoder_feature_layer)
     except ValueError as error:
         yield str(error)
     num_tokens = encoder.most_image_tokens
     # Of native resolution, pictures may be smaller than the largest; samples that do not fit are left out and counted.
-    if num_tokens is None or (encoder.shape.is_native and config.max_image_tokens is None):
+    if num_tokens is None or (encoder.shape.is_native and data.max_image_tokens is None):
         return
     remedy = "; lower max_image_tokens or raise it" if encoder.shape.is_native else ""
-    if 0 < config.visual_seq_length < num_tokens:
-        yield f"visual_seq_length {config.visual_seq_length} cannot hold one image of {num_tokens} tokens{remedy}"
+    if 0 < data.visual_seq_length < num_tokens:
+        yield f"visual_seq_length {data.visual_seq_length} cannot hold one image of {num_tokens} tokens{remedy}"
     # The start and end token, and one token of text to learn.
-    if config.seq_length < num_tokens + 3:
+    if data.seq_length < num_tokens + 3:
         yield (
-            f"seq_length {config.seq_length} cannot hold one image of {num_tokens} tokens with its start, "
+            f"seq_length {data.seq_length} cannot hold one image of {num_tokens} tokens with its start, "
             f"its end and any text; use {num_tokens + 3} at the very least{remedy}"
         )
 
 
-def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator[str]:
+def _masking_problems(config: Config, encoder: CheckedEncoder | None) -> Iterator[str]:
     """A mask ratio that never masks: judged where the schedule is highest, at the last step."""
-    ratio = config.mask_ratio
-    if not config.laver or config.mim_weight <= 0 or not 0 <= ratio <= 1 or config.train_iters < 1:
+    objective, training = config.objective, config.training
+    ratio = objective.mask_ratio
+    if not objective.laver or objective.mim_weight <= 0 or not 0 <= ratio <= 1 or training.train_iters < 1:
         return
-    last = schedules.mask_ratio(config.train_iters - 1, config)
+    last = schedules.mask_ratio(training.train_iters - 1, objective, training.train_iters)
     if ratio == 0:
         yield (
             "mask_ratio 0 never masks a token, so there is nothing to reconstruct; raise it, or set "
@@ -380,38 +367,40 @@ def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator
         )
     elif last == 0:
         yield "mask_ratio_schedule cosine starts at 0 and train_iters 1 ends there: nothing is masked; use constant"
-    elif config.mask_sampling == "fixed" and encoder is not None and encoder.most_image_tokens:
+    elif objective.mask_sampling == "fixed" and encoder is not None and encoder.most_image_tokens:
         yield from _fixed_masking_problems(config, encoder.most_image_tokens, last)
-    elif config.mask_sampling == "bernoulli" and _expects_no_masked_token(config):
+    elif objective.mask_sampling == "bernoulli" and _expects_no_masked_token(config):
         yield (
-            f"mask_ratio {ratio} masks less than one token in all {config.train_iters} iterations, even if every "
+            f"mask_ratio {ratio} masks less than one token in all {training.train_iters} iterations, even if every "
             f"pack held {_most_visual_tokens(config)} visual tokens; raise it, or set --mim-weight 0 or --no-laver"
         )
 
 
 def _fixed_masking_problems(config: Config, num_tokens: int, last: float) -> Iterator[str]:
+    objective = config.objective
     if num_masked_tokens(num_tokens, last) > 0:
         return
-    at_the_end = "" if last == config.mask_ratio else f" even in the last iteration, at {last:.4g}"
-    least = math.ceil(1e4 * config.mask_ratio / last / num_tokens) / 1e4
+    at_the_end = "" if last == objective.mask_ratio else f" even in the last iteration, at {last:.4g}"
+    least = math.ceil(1e4 * objective.mask_ratio / last / num_tokens) / 1e4
     remedy = f"use at least {least}, or bernoulli" if least <= 1 else "use --mask-ratio-schedule constant"
     yield (
-        f"mask_ratio {config.mask_ratio} with mask_sampling fixed masks floor({last:.4g} x {num_tokens}) = 0 of an "
+        f"mask_ratio {objective.mask_ratio} with mask_sampling fixed masks floor({last:.4g} x {num_tokens}) = 0 of an "
         f"image's {num_tokens} tokens{at_the_end}; {remedy}"
     )
 
 
 def _most_visual_tokens(config: Config) -> int:
     """What a pack can hold at most, also where the data will decide."""
-    return config.visual_seq_length if config.visual_seq_length > 0 else config.seq_length
+    data = config.data
+    return data.visual_seq_length if data.visual_seq_length > 0 else data.seq_length
 
 
 def _expects_no_masked_token(config: Config) -> bool:
     """Whether the expected number of masked tokens of the whole run is below one, with packs full of them."""
-    tokens_per_step = config.global_batch_size * _most_visual_tokens(config)
+    tokens_per_step = config.data.global_batch_size * _most_visual_tokens(config)
     expected = 0.0
-    for step in reversed(range(config.train_iters)):  # the schedule is highest at the end
-        expected += tokens_per_step * schedules.mask_ratio(step, config)
+    for step in reversed(range(config.training.train_iters)):  # the schedule is highest at the end
+        expected += tokens_per_step * schedules.mask_ratio(step, config.objective, config.training.train_iters)
         if expected >= 1:
             return False
     return True

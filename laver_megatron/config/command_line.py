@@ -21,16 +21,17 @@ from typing import Any
 import yaml
 
 from laver_megatron.config.fields import (
-    GROUPS,
     PRESETS,
+    SECTIONS,
     Config,
     ConfigError,
     FieldType,
-    field_names,
+    all_fields,
     field_types,
     fields_of,
     is_required,
 )
+from laver_megatron.config.schema import json_schema
 
 EXIT_BAD_INPUT = 2
 _PATIENCE_SECONDS = 20.0
@@ -56,7 +57,7 @@ class Invocation:
         if "WORLD_SIZE" in environ:
             return int(environ["WORLD_SIZE"])
         if self.dry_run:
-            return self.config.tensor_model_parallel_size * self.config.pipeline_model_parallel_size
+            return self.config.parallel.tensor_model_parallel_size * self.config.parallel.pipeline_model_parallel_size
         return 1
 
 
@@ -106,13 +107,13 @@ def read_command_line(argv: Sequence[str]) -> Invocation:
     if flags is not None and flags.get("config") is not _NO_VALUE and in_file is not None:
         problems += [
             f"{item.name} is missing: give {_flag(item.name)}, or {item.name} in the file of --config"
-            for item in dataclasses.fields(Config)
+            for item in all_fields().values()
             if is_required(item) and item.name not in {*in_file, *flags}
         ]
     dry_run_world_size = _dry_run_world_size(dry_run, problems)
     if problems:
         raise ConfigError(problems)
-    return Invocation(Config(**values), dry_run is not None, dry_run_world_size, bool(print_config))
+    return Invocation(Config.of(**values), dry_run is not None, dry_run_world_size, bool(print_config))
 
 
 def _by_precedence(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +127,14 @@ def _by_precedence(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) 
 
 
 # --- flags ------------------------------------------------------------------------------------------
+
+
+class _PrintSchema(argparse.Action):
+    """Prints and ends, as --help does: the schema asks for no other settings."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json_schema(), end="")
+        parser.exit()
 
 
 class _Help(argparse.HelpFormatter):
@@ -160,6 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     config_help = "YAML file with any of the settings below"
     parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help=config_help)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    schema_help = "print the JSON schema of the YAML file, with which editors complete its keys, and stop"
+    parser.add_argument("--print-schema", nargs=0, action=_PrintSchema, help=schema_help)
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -169,24 +180,24 @@ def build_parser() -> argparse.ArgumentParser:
         "without memory, print what each holds, and stop",
     )
     types = field_types()
-    for group in GROUPS:
-        section = parser.add_argument_group(group)
-        for item in fields_of(group):
-            _add_flag(section, item, types[item.name])
+    for section in SECTIONS:
+        group = parser.add_argument_group(section)
+        for item in fields_of(section):
+            _add_flag(group, item, types[item.name])
     return parser
 
 
-def _add_flag(section: Any, item: dataclasses.Field[Any], kind: FieldType) -> None:
+def _add_flag(group: Any, item: dataclasses.Field[Any], kind: FieldType) -> None:
     default = "required" if is_required(item) else f"default: {_shown(item.default)}"
     help_text = f"{item.metadata['help']} [{default}]".replace("%", "%%")
     choices = item.metadata["choices"]
     if kind.scalars == (bool,):
-        section.add_argument(_flag(item.name), action=argparse.BooleanOptionalAction, help=help_text)
+        group.add_argument(_flag(item.name), action=argparse.BooleanOptionalAction, help=help_text)
     else:
         # argparse must judge neither choices nor missing values itself: it stops at the first problem.
         metavar = "{" + ",".join(choices) + "}" if choices else kind.scalars[-1].__name__.upper()
         lone: dict[str, Any] = {"nargs": "*"} if kind.is_list else {"nargs": "?", "const": _NO_VALUE}
-        section.add_argument(_flag(item.name), **lone, metavar=metavar, help=help_text)
+        group.add_argument(_flag(item.name), **lone, metavar=metavar, help=help_text)
 
 
 def _shown(default: Any) -> str:
@@ -204,7 +215,9 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any] | No
     except argparse.ArgumentError as error:
         problems.append(str(error))
         return None
-    known = ["--config", "--dry-run", "--print-config", "--help"] + [_flag(name) for name in field_names()]
+    known = ["--config", "--dry-run", "--print-config", "--print-schema", "--help"] + [
+        _flag(name) for name in all_fields()
+    ]
     known += [f"--no-{_flag(name)[2:]}" for name, kind in field_types().items() if kind.scalars == (bool,)]
     for argument in unknown:
         if argument.startswith("-"):
@@ -266,7 +279,7 @@ def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any] |
         found = type(content).__name__
         problems.append(f"--config {config_file}: expected `key: value` lines, found a {found}")
         return None
-    names = field_names()
+    names = tuple(all_fields())
     for key in content:
         if key not in names:
             suggestion = _suggestion(str(key).replace("-", "_"), names)
@@ -286,7 +299,7 @@ def _suggestion(name: str, candidates: Sequence[str]) -> str:
 
 def _coerce_all(raw: Mapping[str, Any], label: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
     types = field_types()
-    choices = {item.name: item.metadata["choices"] for item in dataclasses.fields(Config)}
+    choices = {name: item.metadata["choices"] for name, item in all_fields().items()}
     values = {}
     for name, value in raw.items():
         try:

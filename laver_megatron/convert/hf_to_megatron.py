@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.checkpoint.directory import RUN_FILE
 from laver_megatron.checkpoint.manifest import Entry, describe, files_of, write_manifest
-from laver_megatron.config.inputs import RUN_FILE
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.report import Conversion, Progress, warn
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata

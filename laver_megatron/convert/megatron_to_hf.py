@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.config.inputs import IMAGE_TOKENS, latest_checkpoint
 from laver_megatron.convert.export import description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
 from laver_megatron.convert.report import Conversion, Progress, warn
@@ -37,7 +37,6 @@ from laver_megatron.hf.files import (
     PROCESSOR_FILE,
     TOKENIZER_FILES,
     copy_files,
-    load_tokenizer,
 )
 from laver_megatron.hf.parts import (
     Training,
@@ -49,6 +48,7 @@ from laver_megatron.hf.parts import (
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
 from laver_megatron.hf.shape import TEXT_PART, read_part
+from laver_megatron.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
 from laver_megatron.hf.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
 from laver_megatron.runtime.ranks import all_ranks, num_ranks, on_rank_0, rank
 

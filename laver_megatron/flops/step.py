@@ -24,6 +24,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.encoders.interface import EncoderShape
 from laver_megatron.flops.encoder import EncoderFlops, EncoderWork, encoder_flops
 from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.modules import MODULES
 
 PARTS = (
     "decoder_student",
@@ -36,8 +37,7 @@ PARTS = (
     "connector",
     "encoder",
 )
-LAVER_PARTS = ("reconstruction", "teacher", "vision_head", "gram")
-MODULES = ("encoder", "connector", "decoder", "heads")
+LAVER_TERMS = ("reconstruction", "teacher", "vision_head", "gram")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class StepFlops:
     @property
     def laver_overhead(self) -> int:
         """What plain training on the same batches would not have cost."""
-        return sum(self.parts[name] for name in LAVER_PARTS)
+        return sum(self.parts[name] for name in LAVER_TERMS)
 
 
 def matmul_flops(m: int, n: int, k: int) -> int:
@@ -171,10 +171,10 @@ def run_flops(config: Config, shape: ModelShape, encoder: EncoderShape | None) -
     """FLOPs of each part of a run's model per token and per pair."""
     return model_flops(
         shape,
-        vision_head_hidden_size=config.vision_head_hidden_size,
-        vision_head_output_size=config.vision_head_output_size,
+        vision_head_hidden_size=config.objective.vision_head_hidden_size,
+        vision_head_output_size=config.objective.vision_head_output_size,
         encoder=encoder,
-        num_encoder_layers=None if encoder is None else encoder.num_layers_run(config.encoder_feature_layer),
+        num_encoder_layers=None if encoder is None else encoder.num_layers_run(config.model.encoder_feature_layer),
     )
 
 

@@ -6,12 +6,12 @@ state is an error, because checkpoints of one family differ in vocabulary, tying
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.runtime.files import read_object
 
 _DECODER_SIZES = {
     "num_layers": "num_hidden_layers",
@@ -104,12 +104,9 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError([f"{directory}: no config.json in it; is this a Hugging Face model directory?"])
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path}: not a JSON object"])
-    return path, content
+        return path, read_object(path)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def _decoder_faults(content: dict[str, Any]) -> list[str]:

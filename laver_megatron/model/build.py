@@ -18,7 +18,8 @@ from laver_megatron.encoders import build_encoder, read_encoder
 from laver_megatron.flops.encoder import image_cost
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.image_division import BY_TOKENS, ImageCost, sum_partial_gradients
-from laver_megatron.model.laver import MODULES, LaverStage
+from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.modules import MODULES
 from laver_megatron.model.qwen import transformer_config
 
 
@@ -43,7 +44,7 @@ def build_stages(
         encoder = None
         if first and encoder_dir is not None:
             encoder = build_encoder(
-                encoder_dir, config.encoder_feature_layer, megatron_config.params_dtype, load_weights=load_encoder
+                encoder_dir, config.model.encoder_feature_layer, megatron_config.params_dtype, load_weights=load_encoder
             )
         stage = LaverStage(
             config,
@@ -55,7 +56,7 @@ def build_stages(
             megatron_config=megatron_config,
             image_cost=cost,
         )
-        freeze(stage, config.freeze)
+        freeze(stage, config.model.freeze)
         stages.append(stage)
     return stages
 
@@ -78,6 +79,7 @@ def finalise_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None =
 
 def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Megatron's data parallelism around the stages and its distributed optimizer over them."""
+    training = config.training
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -90,14 +92,14 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
     ]
     optimizer_config = OptimizerConfig(
         optimizer="adam",
-        lr=config.lr,
-        min_lr=config.min_lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad,
-        bf16=config.bf16,
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=training.bf16,
         params_dtype=stages[0].config.params_dtype,
         use_distributed_optimizer=True,
     )
@@ -114,4 +116,4 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
 def run_image_cost(config: Config, encoder_dir: Path) -> ImageCost:
     """By what a run divides images over the tensor-parallel ranks."""
     encoder = read_encoder(encoder_dir)
-    return image_cost(encoder, encoder.num_layers_run(config.encoder_feature_layer))
+    return image_cost(encoder, encoder.num_layers_run(config.model.encoder_feature_layer))

@@ -41,14 +41,6 @@ from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.streams import MicroBatch
 
 # Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
-LAVER_PARTS = ("vision_head.", "mask_token")
-# And of the names of each module that can be frozen, under the configuration's word for it.
-MODULES = {
-    "encoder": ("encoder.",),
-    "connector": ("connector.",),
-    "decoder": ("embedding.", "decoder.", "output_layer."),
-    "heads": LAVER_PARTS,
-}
 
 
 @dataclass(frozen=True)
@@ -105,6 +97,7 @@ class LaverStage(LanguageModule):
         megatron_config: TransformerConfig | None = None,
         image_cost: ImageCost = BY_TOKENS,
     ) -> None:
+        objective = config.objective
         megatron_config = megatron_config or transformer_config(config, shape)
         super().__init__(config=megatron_config)
         self.run_config, self.shape, self.image_cost = config, shape, image_cost
@@ -112,13 +105,13 @@ class LaverStage(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = shape.tie_word_embeddings
         self.input_tensor: Tensor | None = None
-        seq_length, visual_seq_length = config.seq_length, config.visual_seq_length
-        student_segments = (seq_length, visual_seq_length) if config.laver else (seq_length,)
+        seq_length, visual_seq_length = config.data.seq_length, config.data.visual_seq_length
+        student_segments = (seq_length, visual_seq_length) if objective.laver else (seq_length,)
 
         def decoder(segments: tuple[int, ...]) -> nn.Module:
             return build_decoder(
                 megatron_config,
-                resolve_kernel(config.attention_kernel),
+                resolve_kernel(config.model.attention_kernel),
                 segments,
                 is_last_stage=post_process,
                 vp_stage=vp_stage,
@@ -127,8 +120,8 @@ class LaverStage(LanguageModule):
         def vision_head() -> VisionHead:
             return VisionHead(
                 megatron_config,
-                config.vision_head_hidden_size,
-                config.vision_head_output_size or shape.hidden_size,
+                objective.vision_head_hidden_size,
+                objective.vision_head_output_size or shape.hidden_size,
             )
 
         self.encoder: ImageEncoder | None = None
@@ -137,10 +130,10 @@ class LaverStage(LanguageModule):
         self.decoder = decoder(student_segments)
         if post_process:
             self._build_output_layer()
-            if config.laver:
+            if objective.laver:
                 self.vision_head = vision_head()
         self.teacher: Teacher | None = None
-        if config.laver:
+        if objective.laver:
             self.teacher = Teacher(decoder((visual_seq_length,)), vision_head() if post_process else None)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
@@ -150,19 +143,19 @@ class LaverStage(LanguageModule):
         self.embedding = LanguageModelEmbedding(
             config=self.config,
             vocab_size=self.shape.vocab_size,
-            max_sequence_length=self.run_config.seq_length,
+            max_sequence_length=self.run_config.data.seq_length,
             position_embedding_type="none",
             scatter_to_sequence_parallel=False,
             tp_group=self.tp_group,
         )
         if encoder is None:
-            assert not self.run_config.laver, "the visual objective needs an image encoder"
+            assert not self.run_config.objective.laver, "the visual objective needs an image encoder"
             return
         self.encoder = encoder
         dtype = self.config.params_dtype
         self.connector = Connector(encoder.feature_size, self.shape.hidden_size, dtype)
         mark_partial([encoder, self.connector])
-        if self.run_config.laver:
+        if self.run_config.objective.laver:
             self.mask_token = nn.Parameter(torch.full((self.shape.hidden_size,), float("nan"), dtype=dtype))
 
     def _build_output_layer(self) -> None:
@@ -186,9 +179,9 @@ class LaverStage(LanguageModule):
         """Start values of what no Qwen2.5 checkpoint has: connector, [MASK] (N(0, 0.02)) and vision head."""
         if self.encoder is not None:
             self.connector.initialise("connector.", seed)
-            if self.run_config.laver:
+            if self.run_config.objective.laver:
                 self.mask_token.copy_(seeded_normal("mask_token", (self.shape.hidden_size,), 0.02, seed))
-        if self.post_process and self.run_config.laver:
+        if self.post_process and self.run_config.objective.laver:
             self.vision_head.initialise("vision_head.", seed)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -230,7 +223,7 @@ class LaverStage(LanguageModule):
         if self.teacher is None:
             return self.input_tensor, None
         ranks = self._num_sequence_ranks
-        num_student = (self.run_config.seq_length + self.run_config.visual_seq_length) // ranks
+        num_student = (self.run_config.data.seq_length + self.run_config.data.visual_seq_length) // ranks
         return self.input_tensor[:num_student], self.input_tensor[num_student:].detach()
 
     @property
@@ -316,7 +309,7 @@ class LaverStage(LanguageModule):
 
     def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None) -> StageOutput:
         hidden_LBH = self._whole_sequence(student_LBH)
-        seq_length = self.run_config.seq_length
+        seq_length = self.run_config.data.seq_length
         shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         language_logits, _ = self.output_layer(hidden_LBH[:seq_length], weight=shared_weight)
         if self.teacher is None:

@@ -64,15 +64,17 @@ class RMSNorm(torch.nn.Module):
 
 def num_virtual_stages(config: Config, num_layers: int) -> int | None:
     """Virtual stages of each pipeline stage under the interleaved schedule; None for the plain one."""
-    if config.num_layers_per_virtual_pipeline_stage is None:
+    parallel = config.parallel
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
         return None
-    return num_layers // config.pipeline_model_parallel_size // config.num_layers_per_virtual_pipeline_stage
+    return num_layers // parallel.pipeline_model_parallel_size // parallel.num_layers_per_virtual_pipeline_stage
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     """Megatron-Core's configuration of the decoder: the shape from Hugging Face, the layout from the run."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    num_stages = config.pipeline_model_parallel_size
+    parallel = config.parallel
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    num_stages = parallel.pipeline_model_parallel_size
     virtual_stages = num_virtual_stages(config, shape.num_layers)
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
@@ -94,18 +96,18 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         init_method=_fill_with_nan,
         output_layer_init_method=_fill_with_nan,
         gradient_accumulation_fusion=False,
-        bf16=config.bf16,
+        bf16=config.training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=num_stages,
         virtual_pipeline_model_parallel_size=virtual_stages,
-        num_layers_in_first_pipeline_stage=config.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=config.decoder_last_pipeline_num_layers,
-        sequence_parallel=config.sequence_parallel,
-        recompute_granularity=config.recompute_granularity,
-        recompute_method="uniform" if config.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if config.recompute_granularity == "full" else None,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if parallel.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if parallel.recompute_granularity == "full" else None,
         # Every loss is divided by its count over the global batch before the backward pass, so nothing
         # downstream may divide again.
         calculate_per_token_loss=True,

@@ -33,12 +33,12 @@ class StreamSettings:
     def of(cls, config: Config, shape: ModelShape) -> "StreamSettings":
         """Those of a run of a model."""
         return cls(
-            visual_seq_length=config.visual_seq_length,
-            attention=config.attention,
-            positions=config.positions,
+            visual_seq_length=config.data.visual_seq_length,
+            attention=config.model.attention,
+            positions=config.model.positions,
             head_dim=shape.kv_channels,
             rope_theta=shape.rope_theta,
-            laver=config.laver,
+            laver=config.objective.laver,
         )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import ObjectiveConfig
 from laver_megatron.data.batch.batches import GlobalCounts
 from laver_megatron.model.laver import StageOutput
 from laver_megatron.model.streams import MicroBatch
@@ -48,7 +48,7 @@ def micro_batch_losses(
     output: StageOutput,
     batch: MicroBatch,
     counts: GlobalCounts,
-    config: Config,
+    objective: ObjectiveConfig,
     centre: Centre | None,
     tp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
@@ -66,9 +66,9 @@ def micro_batch_losses(
     if output.student_logits_VBK is not None:
         assert output.teacher_logits_VBK is not None
         reconstruction, gram, monitors = _visual_losses(
-            output.student_logits_VBK, output.teacher_logits_VBK, batch, counts, config, centre, tp_group
+            output.student_logits_VBK, output.teacher_logits_VBK, batch, counts, objective, centre, tp_group
         )
-    loss = language + config.mim_weight * reconstruction + config.gram_weight * gram
+    loss = language + objective.mim_weight * reconstruction + objective.gram_weight * gram
     terms = torch.stack([loss, language, reconstruction, gram, *monitors]).detach().float()
     return loss, terms
 
@@ -78,7 +78,7 @@ def _visual_losses(
     teacher_VBK: Tensor,
     batch: MicroBatch,
     counts: GlobalCounts,
-    config: Config,
+    objective: ObjectiveConfig,
     centre: Centre | None,
     tp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -89,8 +89,8 @@ def _visual_losses(
         teacher_VBK[masked_VB],
         tp_group,
         centre_K=centre_K,
-        student_temperature=config.student_temperature,
-        teacher_temperature=config.teacher_temperature,
+        student_temperature=objective.student_temperature,
+        teacher_temperature=objective.teacher_temperature,
     )
     reconstruction = reconstruction_T.sum() / max(counts.masked, 1)
 
@@ -104,14 +104,16 @@ def _visual_losses(
     gram = torch.zeros((), device=student_VBK.device)
     similarity = torch.zeros(2, device=student_VBK.device)
     for student_NN, teacher_NN in zip(inner[: len(images)], inner[len(images) :], strict=True):
-        if config.gram_loss != "none":
-            gram = gram + gram_loss(student_NN, teacher_NN, kind=config.gram_loss, reduction=config.gram_reduction)
+        if objective.gram_loss != "none":
+            gram = gram + gram_loss(
+                student_NN, teacher_NN, kind=objective.gram_loss, reduction=objective.gram_reduction
+            )
         with torch.no_grad():
             similarity[0] += mean_off_diagonal(cosine_gram(student_NN))
             similarity[1] += mean_off_diagonal(cosine_gram(teacher_NN))
 
     teacher_TK = teacher_VBK[filled_VB]
-    entropy = sharded_teacher_entropies(teacher_TK, centre_K, config.teacher_temperature, tp_group).sum()
+    entropy = sharded_teacher_entropies(teacher_TK, centre_K, objective.teacher_temperature, tp_group).sum()
     if centre is not None and torch.is_grad_enabled():
         centre.accumulate(teacher_TK)
     monitors = [

@@ -61,13 +61,15 @@ class Saved:
     @property
     def num_tokens(self) -> int:
         """The student's, of the whole sequence, padding included: B L."""
-        visual = self.config.visual_seq_length if self.config.laver else 0
-        return self.config.micro_batch_size * (self.config.seq_length + visual)
+        visual = self.config.data.visual_seq_length if self.config.objective.laver else 0
+        return self.config.data.micro_batch_size * (self.config.data.seq_length + visual)
 
     @property
     def num_local_tokens(self) -> int:
         """Those that lie on this rank between the tensor-parallel parts."""
-        return self.num_tokens // (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+        return self.num_tokens // (
+            self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
+        )
 
     def norm(self) -> int:
         """A norm over H: its input, in fp32 where it is not fused, the scale, and the normalised values."""
@@ -77,7 +79,7 @@ class Saved:
 
     def layer(self) -> int:
         """One decoder layer, nothing recomputed."""
-        tp, width = self.config.tensor_model_parallel_size, self.value_bytes
+        tp, width = self.config.parallel.tensor_model_parallel_size, self.value_bytes
         hidden = self.num_local_tokens * self.shape.hidden_size * width
         ffn = self.num_tokens * self.shape.ffn_hidden_size // tp * width
         mlp = (3 if self.fused else 5) * ffn  # gate and up, SwiGLU's output; plain also SiLU(gate) and up once more
@@ -85,7 +87,7 @@ class Saved:
 
     def attention(self, *, selective: bool) -> int:
         """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
-        shape, tp, width = self.shape, self.config.tensor_model_parallel_size, self.value_bytes
+        shape, tp, width = self.shape, self.config.parallel.tensor_model_parallel_size, self.value_bytes
         tokens = self.num_tokens
         query = tokens * shape.num_attention_heads * shape.kv_channels // tp * width
         key = tokens * max(shape.num_query_groups // tp, 1) * shape.kv_channels * width
@@ -99,17 +101,19 @@ class Saved:
         statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
         mask = 0
         if not self.fused:
-            segments = [self.config.seq_length] + [self.config.visual_seq_length] * self.config.laver
-            mask = self.config.micro_batch_size * sum(length**2 for length in segments) * width
+            segments = [self.config.data.seq_length] + [
+                self.config.data.visual_seq_length
+            ] * self.config.objective.laver
+            mask = self.config.data.micro_batch_size * sum(length**2 for length in segments) * width
         return kept + query + statistics + mask
 
     def layers(self, num_layers: int) -> int:
         """Decoder layers under the configured recomputation."""
-        if self.config.recompute_granularity == "full":
+        if self.config.parallel.recompute_granularity == "full":
             # Every layer's input; spans and angles are the same for all.
             arguments = self.num_tokens * (2 * _INT32_BYTES + FP32_BYTES * self.shape.kv_channels)
             return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + arguments
-        if self.config.recompute_granularity == "selective":
+        if self.config.parallel.recompute_granularity == "selective":
             return num_layers * (self.layer() - self.attention(selective=False) + self.attention(selective=True))
         return num_layers * self.layer()
 
@@ -119,13 +123,13 @@ class Saved:
         if work.encoder is None:
             return 0
         # Whole images are divided over the ranks.
-        most = -(-config.micro_batch_size * work.num_images // config.tensor_model_parallel_size)
+        most = -(-config.data.micro_batch_size * work.num_images // config.parallel.tensor_model_parallel_size)
         own = most * work.image_tokens
         connector = own * (work.encoder.feature_size + 2 * self.shape.hidden_size) * width
-        slots = config.micro_batch_size * config.visual_seq_length * self.shape.hidden_size * width
-        indices = _INT64_BYTES * (2 * config.micro_batch_size * config.seq_length + own)
+        slots = config.data.micro_batch_size * config.data.visual_seq_length * self.shape.hidden_size * width
+        indices = _INT64_BYTES * (2 * config.data.micro_batch_size * config.data.seq_length + own)
         encoder = 0
-        if "encoder" not in config.freeze:
+        if "encoder" not in config.model.freeze:
             patches = own * work.encoder.merge_size**2
             per_layer = 10 * work.encoder.hidden_size + 2 * work.encoder.intermediate_size
             encoder = patches * work.encoder.num_layers * per_layer * width
@@ -133,34 +137,42 @@ class Saved:
 
     def received(self) -> int:
         """What a later stage got from the one before it: the student's part and the teacher's."""
-        teacher = self.config.micro_batch_size * self.config.visual_seq_length if self.config.laver else 0
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        teacher = (
+            self.config.data.micro_batch_size * self.config.data.visual_seq_length if self.config.objective.laver else 0
+        )
+        ranks = self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
         return (self.num_tokens + teacher) // ranks * self.shape.hidden_size * self.value_bytes
 
     def heads(self) -> int:
         """Final norm, the heads' shared input, and the vision head."""
         hidden = self.num_tokens * self.shape.hidden_size * self.value_bytes
-        if not self.config.laver:
+        if not self.config.objective.laver:
             return self.norm() + hidden
-        middle = self.config.micro_batch_size * self.config.visual_seq_length * self.config.vision_head_hidden_size
-        tp = self.config.tensor_model_parallel_size
+        middle = (
+            self.config.data.micro_batch_size
+            * self.config.data.visual_seq_length
+            * self.config.objective.vision_head_hidden_size
+        )
+        tp = self.config.parallel.tensor_model_parallel_size
         return self.norm() + hidden + 2 * (middle // tp + middle) * self.value_bytes
 
     def logits(self) -> int:
         """The softmax over this rank's words, fp32."""
-        tokens = self.config.micro_batch_size * self.config.seq_length
-        return FP32_BYTES * tokens * self.shape.vocab_size // self.config.tensor_model_parallel_size
+        tokens = self.config.data.micro_batch_size * self.config.data.seq_length
+        return FP32_BYTES * tokens * self.shape.vocab_size // self.config.parallel.tensor_model_parallel_size
 
     def losses(self) -> int:
         """Of the visual objective: masked tokens' logits, and what the Gram loss keeps of every image."""
         config, work = self.config, self.workload
-        if not config.laver:
+        if not config.objective.laver:
             return 0
-        output = (config.vision_head_output_size or self.shape.hidden_size) // config.tensor_model_parallel_size
-        tokens = config.micro_batch_size * work.num_visual_tokens
-        masked = int(config.mask_ratio * tokens) * 2 * FP32_BYTES * output
+        output = (
+            config.objective.vision_head_output_size or self.shape.hidden_size
+        ) // config.parallel.tensor_model_parallel_size
+        tokens = config.data.micro_batch_size * work.num_visual_tokens
+        masked = int(config.objective.mask_ratio * tokens) * 2 * FP32_BYTES * output
         in_fp32 = tokens * output * FP32_BYTES  # for the inner products, which are monitored without the loss, too
-        pairs = config.micro_batch_size * work.image_area if config.gram_loss != "none" else 0
+        pairs = config.data.micro_batch_size * work.image_area if config.objective.gram_loss != "none" else 0
         return masked + in_fp32 + pairs * _GRAM_BYTES_PER_PAIR
 
 

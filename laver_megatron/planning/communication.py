@@ -68,26 +68,27 @@ def sent_bytes(
 def tensor_parallel_bytes(config: Config, shape: ModelShape, workload: Workload, stage: int) -> int:
     """In one micro-batch. Each layer gathers its input and scatters its output twice, around attention and MLP, and so
     do their gradients; under sequence parallelism the inputs are gathered once more for the weights' gradients."""
-    tp = config.tensor_model_parallel_size
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
     if tp == 1:
         return 0
     saved = Saved(config, shape, workload, fused=True)
     hidden = shape.hidden_size * saved.value_bytes * (tp - 1) // tp
     student = saved.num_tokens * hidden
     num_layers = sum(layers_of_stages(config, shape.num_layers)[stage])
-    backward = 6 if config.sequence_parallel else 4
-    again = 4 if config.recompute_granularity == "full" else 0
+    backward = 6 if parallel.sequence_parallel else 4
+    again = 4 if parallel.recompute_granularity == "full" else 0
     total = num_layers * (4 + backward + again) * student
-    if config.laver:
-        total += num_layers * 4 * config.micro_batch_size * config.visual_seq_length * hidden
-    if stage == config.pipeline_model_parallel_size - 1:
+    if config.objective.laver:
+        total += num_layers * 4 * config.data.micro_batch_size * config.data.visual_seq_length * hidden
+    if stage == parallel.pipeline_model_parallel_size - 1:
         total += 2 * student  # the heads' input and its gradient
     return total
 
 
 def pipeline_bytes(config: Config, shape: ModelShape, workload: Workload, stage: int) -> int:
     """In one micro-batch: what `[student | teacher]` holds to the next stage, for every chunk, and gradients back."""
-    pp = config.pipeline_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
     if pp == 1:
         return 0
     received = Saved(config, shape, workload, fused=True).received()
@@ -101,10 +102,10 @@ def pipeline_bytes(config: Config, shape: ModelShape, workload: Workload, stage:
 def tied_embedding_bytes(config: Config, shape: ModelShape, stage: int) -> int:
     """In one iteration: an all-reduce over two ranks of this rank's whole part of the table, in fp32 like all
     gradients."""
-    pp = config.pipeline_model_parallel_size
-    if pp == 1 or not shape.tie_word_embeddings or "decoder" in config.freeze or stage not in (0, pp - 1):
+    pp = config.parallel.pipeline_model_parallel_size
+    if pp == 1 or not shape.tie_word_embeddings or "decoder" in config.model.freeze or stage not in (0, pp - 1):
         return 0
-    return shape.vocab_size * shape.hidden_size // config.tensor_model_parallel_size * FP32_BYTES
+    return shape.vocab_size * shape.hidden_size // config.parallel.tensor_model_parallel_size * FP32_BYTES
 
 
 def optimizer_traffic(state: StateBytes) -> int:

@@ -73,19 +73,20 @@ class _Position:
 
 def model_parts(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelParts:
     """What a checkpoint of a run consists of."""
-    head = (config.vision_head_hidden_size, config.vision_head_output_size or shape.hidden_size)
+    objective = config.objective
+    head = (objective.vision_head_hidden_size, objective.vision_head_output_size or shape.hidden_size)
     return ModelParts(
         shape,
         encoder=encoder_tensor_sizes(encoder_dir),
         feature_size=read_encoder(encoder_dir).feature_size,
-        vision_head=head if config.laver else None,
-        teacher=config.laver,
+        vision_head=head if objective.laver else None,
+        teacher=objective.laver,
     )
 
 
 def dry_run(config: Config, shape: ModelShape, encoder_dir: Path, world_size: int) -> DryRun:
     """Builds all model-parallel positions one after the other. The configuration must be valid."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     dp = world_size // (tp * pp)
     expected = {key: weight.size for key, weight in weight_table(model_parts(config, shape, encoder_dir)).items()}
     ranks: list[RankReport] = []
@@ -132,14 +133,14 @@ def _build(config: Config, shape: ModelShape, encoder_dir: Path, rank: int, worl
     with simulated_rank(
         rank,
         world_size,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
     ):
         stages = build_stages(config, shape, encoder_dir)
         chunks, optimizer = wrap(config, stages)
         average = None
-        if config.laver:
+        if config.objective.laver:
             average = TeacherAverage(stages, optimizer, parallel_state.get_data_parallel_group())
         measured = state_bytes(stages, chunks, optimizer, average)
         owned = _OwnedValues(stages, chunks, parallel_state.get_data_parallel_world_size())
@@ -155,7 +156,8 @@ def _build(config: Config, shape: ModelShape, encoder_dir: Path, rank: int, worl
                 ),
                 bytes=replace(
                     measured,
-                    optimizer=owned.trained(dp_rank) * (OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32),
+                    optimizer=owned.trained(dp_rank)
+                    * (OPTIMIZER_BYTES_BF16 if config.training.bf16 else OPTIMIZER_BYTES_FP32),
                     accumulators=owned.averaged(dp_rank) * FP32_BYTES,
                 ),
             )

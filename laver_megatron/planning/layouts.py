@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from laver_megatron.config.checks import sequence_problems, validate
+from laver_megatron.config.directories import CheckedEncoder
 from laver_megatron.config.fields import Config
-from laver_megatron.config.inputs import EncoderInputs
 from laver_megatron.planning.plan import RECOMPUTATIONS, Job
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
@@ -44,9 +44,9 @@ def layouts(job: Job, pinned: Pinned) -> Iterator[Config]:
 def layout_problems(job: Job, config: Config) -> list[str]:
     """Why a layout cannot be, memory apart; empty if it can."""
     encoder = job.workload.encoder
-    inputs = None if encoder is None else EncoderInputs(encoder, job.workload.image_tokens)
+    inputs = None if encoder is None else CheckedEncoder(encoder, job.workload.image_tokens)
     problems = validate(config, job.shape, job.num_gpus, encoder=inputs)
-    tp, machine = config.tensor_model_parallel_size, job.gpu.node_size
+    tp, machine = config.parallel.tensor_model_parallel_size, job.gpu.node_size
     if not job.gpu.holds_groups_of(tp, job.num_gpus):
         problems.append(
             f"tensor_model_parallel_size {tp} reaches out of a machine of {machine} GPUs, over a network far too slow "

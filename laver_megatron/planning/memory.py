@@ -39,7 +39,7 @@ _LAYER_ORDER = (
 
 def value_bytes(config: Config) -> int:
     """Of one weight or activation in the run's dtype."""
-    return 2 if config.bf16 else FP32_BYTES
+    return 2 if config.training.bf16 else FP32_BYTES
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class LocalTensor:
 
 def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
     """Decoder layers of every chunk of every pipeline stage."""
-    pp = config.pipeline_model_parallel_size
-    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    parallel = config.parallel
+    pp = parallel.pipeline_model_parallel_size
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None or last is not None:
         others = pp - (first is not None) - (last is not None)
         each = (num_layers - (first or 0) - (last or 0)) // max(others, 1)
@@ -84,7 +85,7 @@ def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
             for stage in range(pp)
         ]
     per_stage = num_layers // pp
-    per_chunk = config.num_layers_per_virtual_pipeline_stage or per_stage
+    per_chunk = parallel.num_layers_per_virtual_pipeline_stage or per_stage
     return [[per_chunk] * (per_stage // per_chunk) for _ in range(pp)]
 
 
@@ -128,8 +129,10 @@ def _of_encoder(config: Config, encoder: EncoderShape | None, sizes: Mapping[str
     if encoder is None:
         assert not sizes
         return (), 1
-    trains = "encoder" not in config.freeze
-    return _encoder_tensors(encoder, tuple(sizes.items()), trains, config.encoder_feature_layer), encoder.feature_size
+    trains = "encoder" not in config.model.freeze
+    return _encoder_tensors(
+        encoder, tuple(sizes.items()), trains, config.model.encoder_feature_layer
+    ), encoder.feature_size
 
 
 @lru_cache(maxsize=64)
@@ -149,7 +152,7 @@ def _fullest_state(config: Config, shape: ModelShape, *rest: Any) -> StateBytes:
 
 def _with_own(whole: StateBytes, trained: int, averaged: int, config: Config) -> StateBytes:
     """whole: what every rank holds; trained, averaged: values that this one keeps for all."""
-    optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.bf16 else OPTIMIZER_BYTES_FP32
+    optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.training.bf16 else OPTIMIZER_BYTES_FP32
     return replace(whole, optimizer=trained * optimizer_bytes, accumulators=averaged * FP32_BYTES)
 
 
@@ -246,11 +249,18 @@ def _chunk(
     is_last: bool,
 ) -> list[LocalTensor]:
     """The student's tensors of one (virtual) stage, in the order of its modules."""
-    sizes = _sizes(config.laver, config.vision_head_hidden_size, config.vision_head_output_size, shape, feature_size)
-    trains = {part: part not in config.freeze for part in ("connector", "decoder", "heads")}
-    tp, laver = config.tensor_model_parallel_size, config.laver
+    objective = config.objective
+    sizes = _sizes(
+        objective.laver,
+        objective.vision_head_hidden_size,
+        objective.vision_head_output_size,
+        shape,
+        feature_size,
+    )
+    trains = {part: part not in config.model.freeze for part in ("connector", "decoder", "heads")}
+    tp, laver = config.parallel.tensor_model_parallel_size, objective.laver
     # First and last stage hold a copy each of a tied embedding, and sum its gradients.
-    shared = shape.tie_word_embeddings and config.pipeline_model_parallel_size > 1
+    shared = shape.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1
 
     def local(key: str, part: str, *, averaged: bool = False, alone: bool = False) -> LocalTensor:
         divisor = tp if key.endswith(_DIVIDED) else 1

@@ -87,12 +87,12 @@ def _distance(config: Config, pinned: Pinned) -> float:
             return abs(math.log2(one / other))
         return float(one != other)
 
-    return sum(apart(getattr(config, field), value) for field, value in pinned.items())
+    return sum(apart(config.flat()[field], value) for field, value in pinned.items())
 
 
 def _other_sizes(job: Job, pinned: Pinned) -> list[str]:
     """The nearest number of GPUs, and the nearest batch, for which there is a layout with the pinned values."""
-    batch = job.base.global_batch_size
+    batch = job.base.data.global_batch_size
     on_others = (replace(job, num_gpus=number) for number in _nearby(_numbers_of_gpus(job, pinned), job.num_gpus))
     with_others = (
         replace(job, base=job.base.replace(global_batch_size=number))
@@ -102,7 +102,7 @@ def _other_sizes(job: Job, pinned: Pinned) -> list[str]:
     if (other := _first_possible(on_others, pinned)) is not None:
         found.append(f"the nearest number of GPUs that is possible: {other.num_gpus}")
     if (other := _first_possible(with_others, pinned)) is not None:
-        found.append(f"the nearest global_batch_size that is possible: {other.base.global_batch_size}")
+        found.append(f"the nearest global_batch_size that is possible: {other.base.data.global_batch_size}")
     return found
 
 
@@ -129,7 +129,7 @@ def _sizes(job: Job, pinned: Pinned) -> Iterator[tuple[int, int]]:
 
 
 def _numbers_of_gpus(job: Job, pinned: Pinned) -> Iterator[int]:
-    micro_batches = job.base.global_batch_size // pinned.get("micro_batch_size", 1)
+    micro_batches = job.base.data.global_batch_size // pinned.get("micro_batch_size", 1)
     for tp, pp in _sizes(job, pinned):
         yield from (tp * pp * dp for dp in divisors(max(micro_batches, 1)))
 
@@ -140,5 +140,5 @@ def _batches(job: Job, pinned: Pinned) -> Iterator[int]:
             packs = job.num_gpus // (tp * pp) * pinned.get("micro_batch_size", 1)
             # The interleaved schedule wants a multiple of the stages, too.
             for step in (packs, packs * pp):
-                below = job.base.global_batch_size // step
+                below = job.base.data.global_batch_size // step
                 yield from (step * number for number in (below, below + 1) if number)

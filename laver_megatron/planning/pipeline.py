@@ -12,7 +12,7 @@ def chunks_in_flight(config: Config, num_layers: int, num_micro_batches: int, st
     1F1B: as many as there are stages from this one to the last. Interleaved: the warm-up of Megatron's schedule, two
     for each stage behind this one and a whole round of stages for each chunk but one, and the pass that runs.
     """
-    pp = config.pipeline_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
     num_chunks = len(layers_of_stages(config, num_layers)[0])
     if num_chunks == 1:
         return min(num_micro_batches, pp - stage)
@@ -23,4 +23,4 @@ def chunks_in_flight(config: Config, num_layers: int, num_micro_batches: int, st
 def bubble(config: Config, num_layers: int, num_micro_batches: int) -> float:
     """Time that a stage waits, as a share of the time it works: (pp - 1) / (micro-batches x chunks)."""
     num_chunks = len(layers_of_stages(config, num_layers)[0])
-    return (config.pipeline_model_parallel_size - 1) / (num_micro_batches * num_chunks)
+    return (config.parallel.pipeline_model_parallel_size - 1) / (num_micro_batches * num_chunks)

@@ -103,12 +103,12 @@ class Plan:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        return self.config.global_batch_size * self.config.seq_length / self.seconds / self.job.num_gpus
+        return self.config.data.global_batch_size * self.config.data.seq_length / self.seconds / self.job.num_gpus
 
     @property
     def gpu_hours(self) -> float:
         """Of all train_iters."""
-        return self.seconds * self.config.train_iters * self.job.num_gpus / 3600
+        return self.seconds * self.config.training.train_iters * self.job.num_gpus / 3600
 
     @property
     def model_flops_utilisation(self) -> float:
@@ -118,9 +118,10 @@ class Plan:
 
 def plan_layout(job: Job, config: Config) -> Plan:
     """The costs of a layout that `validate` finds nothing wrong with."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = job.num_gpus // (tp * pp)
-    num_micro_batches = config.global_batch_size // (dp * config.micro_batch_size)
+    num_micro_batches = config.data.global_batch_size // (dp * config.data.micro_batch_size)
     model = job.flops
     stages = []
     for stage in sorted({0, min(1, pp - 1), pp - 1}):
@@ -144,7 +145,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
         num_micro_batches=num_micro_batches,
         stages=tuple(stages),
         flops=step,
-        hardware_flops=hardware_flops(step, config.recompute_granularity),  # type: ignore[arg-type]
+        hardware_flops=hardware_flops(step, parallel.recompute_granularity),  # type: ignore[arg-type]
         bubble=bubble(config, job.shape.num_layers, num_micro_batches),
     )
 
@@ -155,23 +156,26 @@ def _times(step: StepFlops, number: int) -> StepFlops:
 
 def layout_name(config: Config, num_gpus: int) -> str:
     """A layout in a few words."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    unsplit = ", sequences not split" if tp > 1 and not config.sequence_parallel else ""
-    recompute = config.recompute_granularity or "nothing"
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    unsplit = ", sequences not split" if tp > 1 and not parallel.sequence_parallel else ""
+    recompute = parallel.recompute_granularity or "nothing"
     return (
         f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{split_name(config)}{unsplit}, "
-        f"micro-batch {config.micro_batch_size}, {recompute} recomputed"
+        f"micro-batch {config.data.micro_batch_size}, {recompute} recomputed"
     )
 
 
 def split_name(config: Config) -> str:
     """How the decoder's layers lie on the stages, where that is not evenly and in one piece."""
 
+    parallel = config.parallel
+
     def layers(number: int) -> str:
         return f"{number} layer{'s' if number > 1 else ''}"
 
-    chunk = config.num_layers_per_virtual_pipeline_stage
-    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     parts = ["" if chunk is None else f"chunks of {layers(chunk)}"]
     parts += [f"{layers(size)} {end}" for size, end in ((first, "first"), (last, "last")) if size]
     return "".join(f", {part}" for part in parts if part)
@@ -199,7 +203,7 @@ class LaverCosts:
 
 def laver_costs(plan: Plan) -> LaverCosts | None:
     """None for a layout without LaVer."""
-    if not plan.config.laver:
+    if not plan.config.objective.laver:
         return None
     without = plan_layout(plan.job, plan.config.replace(laver=False))
     pairs = list(zip(plan.stages, without.stages, strict=True))

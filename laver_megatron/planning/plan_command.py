@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laver_megatron.config.command_line import exit_on_config_error
-from laver_megatron.config.fields import FREEZABLE_MODULES, ConfigError
+from laver_megatron.config.fields import ConfigError
+from laver_megatron.model.modules import MODULES
 from laver_megatron.planning.hardware import GIB, GPUS
 from laver_megatron.planning.models import MODELS, REMARKS
 from laver_megatron.planning.nearest import check_possible, nearest_that_fits
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--documents", type=int, help="documents of a pack, which do not see each other (default: one an image)")
     add("--train-iters", type=int, default=6250, help="for the GPU hours (default: %(default)s)")
     add("--no-laver", action="store_true", help="plain next-token training")
-    add("--freeze", nargs="*", choices=FREEZABLE_MODULES, default=["encoder"], help="modules that are not trained")
+    add("--freeze", nargs="*", choices=tuple(MODULES), default=["encoder"], help="modules that are not trained")
     layout = parser.add_argument_group("layout", "what is given is not searched")
     layout.add_argument("--tp", type=int, help="tensor_model_parallel_size")
     layout.add_argument("--pp", type=int, help="pipeline_model_parallel_size")

@@ -22,15 +22,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     config = plan.config
     return {
         "layout": {
-            "tensor_model_parallel_size": config.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
             "data_parallel_size": plan.data_parallel_size,
-            "num_layers_per_virtual_pipeline_stage": config.num_layers_per_virtual_pipeline_stage,
-            FIRST: config.decoder_first_pipeline_num_layers,
-            LAST: config.decoder_last_pipeline_num_layers,
-            "sequence_parallel": config.sequence_parallel,
-            "micro_batch_size": config.micro_batch_size,
-            "recompute_granularity": config.recompute_granularity,
+            "num_layers_per_virtual_pipeline_stage": config.parallel.num_layers_per_virtual_pipeline_stage,
+            FIRST: config.parallel.decoder_first_pipeline_num_layers,
+            LAST: config.parallel.decoder_last_pipeline_num_layers,
+            "sequence_parallel": config.parallel.sequence_parallel,
+            "micro_batch_size": config.data.micro_batch_size,
+            "recompute_granularity": config.parallel.recompute_granularity,
         },
         "fits": plan.fits,
         "usable_bytes": plan.job.gpu.usable_bytes,
@@ -77,7 +77,9 @@ def best_of_each(plans: Iterable[Plan]) -> list[Plan]:
     first: dict[tuple[int, int], Plan] = {}
     for plan in plans:
         config = plan.config
-        first.setdefault((config.tensor_model_parallel_size, config.pipeline_model_parallel_size), plan)
+        first.setdefault(
+            (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size), plan
+        )
     return list(first.values())
 
 
@@ -87,7 +89,7 @@ def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | Non
     work = job.workload
     lines = [
         f"{job.num_gpus} x {job.gpu.name}; packs of {work.seq_length} tokens, {work.num_visual_tokens} of them visual "
-        f"({work.visual_share:.0%}) in {work.num_images} images; {job.base.global_batch_size} packs an iteration",
+        f"({work.visual_share:.0%}) in {work.num_images} images; {job.base.data.global_batch_size} packs an iteration",
         "",
     ]
     if found.fitting:
@@ -130,7 +132,7 @@ def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:
-    return plan.config.tensor_model_parallel_size, plan.config.pipeline_model_parallel_size
+    return plan.config.parallel.tensor_model_parallel_size, plan.config.parallel.pipeline_model_parallel_size
 
 
 def _why_too_large(plan: Plan) -> str:
@@ -162,12 +164,12 @@ def _table(plans: Sequence[Plan]) -> list[str]:
         config = plan.config
         rows.append(
             [
-                str(config.tensor_model_parallel_size),
-                str(config.pipeline_model_parallel_size),
+                str(config.parallel.tensor_model_parallel_size),
+                str(config.parallel.pipeline_model_parallel_size),
                 str(plan.data_parallel_size),
                 split_cell(config),
-                str(config.micro_batch_size),
-                config.recompute_granularity or "none",
+                str(config.data.micro_batch_size),
+                config.parallel.recompute_granularity or "none",
                 f"{plan.fullest.memory_bytes / GIB:.1f}",
                 f"{plan.seconds:.2f}",
                 f"{plan.tokens_per_second_per_gpu:,.0f}",
@@ -183,10 +185,11 @@ def _table(plans: Sequence[Plan]) -> list[str]:
 
 def split_cell(config: Config) -> str:
     """Layers of a virtual stage, or of the first and last stage: 4, 3/-, -."""
-    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    parallel = config.parallel
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first or last:
         return f"{first or '-'}/{last or '-'}"
-    return str(config.num_layers_per_virtual_pipeline_stage or "-")
+    return str(parallel.num_layers_per_virtual_pipeline_stage or "-")
 
 
 def _best(plan: Plan) -> Iterator[str]:

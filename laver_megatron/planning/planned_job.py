@@ -74,7 +74,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     encoder, sizes, image_tokens = _encoder(arguments.encoder, arguments.image_tokens)
     workload = _workload(arguments, encoder, image_tokens)
     slots = -(-workload.num_visual_tokens // _VISUAL_SLOTS) * _VISUAL_SLOTS
-    base = Config(
+    base = Config.of(
         load=f"hf:{_directory(arguments.model)}",
         encoder=arguments.encoder or f"models/{SIGLIP2_REPOSITORY.split('/')[1]}",
         data_path=("shards",),

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from laver_megatron.config.fields import Config
-from laver_megatron.flops.step import MODULES, ModelFlops, StepFlops, step_flops
+from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
 from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.modules import MODULES
 from laver_megatron.planning.communication import SentBytes, optimizer_traffic
 from laver_megatron.planning.hardware import Gpu
 from laver_megatron.planning.memory import StateBytes, layers_of_stages, value_bytes
@@ -68,7 +69,7 @@ class StageWork:
 
 def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
     """Model FLOPs of one micro-batch of one replica, all stages."""
-    packs = config.micro_batch_size
+    packs = config.data.micro_batch_size
     return step_flops(
         model,
         num_tokens=packs * workload.seq_length,
@@ -77,9 +78,9 @@ def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> 
         reconstruction_span_area=packs * workload.image_area,
         num_images=packs * workload.num_images,
         image_window_area=packs * workload.image_window_area,
-        laver=config.laver,
-        gram=config.gram_loss != "none",
-        frozen=config.freeze,
+        laver=config.objective.laver,
+        gram=config.objective.gram_loss != "none",
+        frozen=config.model.freeze,
     )
 
 
@@ -87,10 +88,10 @@ def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> Ste
     """FLOPs of one micro-batch of one replica as they run, recomputation apart: decoder and vision head compute every
     visual slot, filled or not. An empty slot attends to itself alone, and has no part in images."""
     real = micro_batch_flops(config, model, workload)
-    if not config.laver:
+    if not config.objective.laver:
         return real
-    packs = config.micro_batch_size
-    num_slots = packs * config.visual_seq_length
+    packs = config.data.micro_batch_size
+    num_slots = packs * config.data.visual_seq_length
     num_empty = num_slots - packs * workload.num_visual_tokens
     in_slots = step_flops(
         model,
@@ -99,7 +100,7 @@ def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> Ste
         num_visual_tokens=num_slots,
         reconstruction_span_area=packs * workload.image_area + num_empty,
         num_images=packs * workload.num_images,
-        frozen=config.freeze,
+        frozen=config.model.freeze,
     )
     return replace(in_slots, gram=real.gram, connector=real.connector, encoder=real.encoder)
 
@@ -109,32 +110,33 @@ def stage_work(
 ) -> StageWork:
     """Of the ranks of a pipeline stage, what the one with most computes in one micro-batch. context_ranks: ranks that
     share a sequence, which this program has none of; published runs do."""
-    tp, packs = config.tensor_model_parallel_size, config.micro_batch_size
+    parallel, objective = config.parallel, config.objective
+    tp, packs = parallel.tensor_model_parallel_size, config.data.micro_batch_size
     layers = sum(layers_of_stages(config, shape.num_layers)[stage])
     share = layers / shape.num_layers
     step = computed_flops(config, model, workload)
-    slots = packs * config.visual_seq_length if config.laver else 0
-    num_empty = slots - packs * workload.num_visual_tokens if config.laver else 0
+    slots = packs * config.data.visual_seq_length if objective.laver else 0
+    num_empty = slots - packs * workload.num_visual_tokens if objective.laver else 0
     head = slots * model.vision_head_per_token
-    in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if config.laver else 0
+    in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if objective.laver else 0
     student_attention = step.student_attention_forward
     # Both operands of attention are activations: its backward pass is twice its forward pass wherever there is one.
-    masked_attention = in_images * (3 if set(MODULES) - set(config.freeze) else 1)
+    masked_attention = in_images * (3 if set(MODULES) - set(config.model.freeze) else 1)
     attention = step.attention + masked_attention + in_images
     linear = step.decoder_student + step.reconstruction - masked_attention + step.teacher - in_images - head
-    if config.recompute_granularity == "full":
+    if parallel.recompute_granularity == "full":
         linear += step.student_layers_forward - student_attention
-    if config.recompute_granularity is not None:
+    if parallel.recompute_granularity is not None:
         attention += student_attention
     ranks = tp * context_ranks
     on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
     if stage == 0:
         # Whole images are divided, not their tokens.
         on_stage += (step.connector + step.encoder) * workload.largest_share_of_images(packs, tp)
-    if stage == config.pipeline_model_parallel_size - 1:
+    if stage == parallel.pipeline_model_parallel_size - 1:
         on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
     traffic = layers * (packs * workload.seq_length + slots * 4 / 3) * _traffic_per_token(config, shape)
-    if stage == config.pipeline_model_parallel_size - 1:
+    if stage == parallel.pipeline_model_parallel_size - 1:
         # Logits as bf16 and fp32, their softmax, and the gradients of both.
         traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
     return StageWork(on_stage, attention_on_stage, traffic / context_ranks)
@@ -142,13 +144,14 @@ def stage_work(
 
 def _traffic_per_token(config: Config, shape: ModelShape) -> float:
     """Bytes that a layer's norms, residuals, rotary and SwiGLU move for one token, forward and backward."""
-    tp = config.tensor_model_parallel_size
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
     query_key = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / tp
-    hidden = shape.hidden_size / (tp if config.sequence_parallel else 1)
+    hidden = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
     ffn = shape.ffn_hidden_size / tp
     forward = 10 * hidden + 2 * query_key + 3 * ffn
     backward = 12 * hidden + 2 * query_key + 5 * ffn
-    again = forward if config.recompute_granularity == "full" else 0
+    again = forward if parallel.recompute_granularity == "full" else 0
     return (forward + backward + again) * value_bytes(config)
 
 
@@ -164,7 +167,8 @@ def seconds_of_stage(
     overlap: Overlap,
 ) -> Seconds:
     """Of one iteration in which every stage is as slow as this one."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
 
     def link(ranks_apart: int) -> float:
         is_near = gpu.holds_groups_of(ranks_apart, tp * data_parallel_size * pp)
@@ -176,7 +180,7 @@ def seconds_of_stage(
     memory = num_micro_batches * work.traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
     tensor_parallel = sent.tensor_parallel / link(tp) * overlap.tensor_parallel
     # Messages of the interleaved schedule run beside its arithmetic, but for the first and last of each round.
-    exposed = 1.0 if config.num_layers_per_virtual_pipeline_stage is None else _INTERLEAVED_EXPOSED
+    exposed = 1.0 if parallel.num_layers_per_virtual_pipeline_stage is None else _INTERLEAVED_EXPOSED
     pipeline = sent.pipeline / link(tp * data_parallel_size * pp) * overlap.pipeline * exposed
     working = matmul + attention + memory + tensor_parallel + pipeline
     reduced = sent.gradients + sent.weights

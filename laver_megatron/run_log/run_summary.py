@@ -31,7 +31,6 @@ evaluation, say) are columns of the registry like those above.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -40,12 +39,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.checkpoint.manifest import replace_text
 from laver_megatron.config.fields import Config, fields_of
 from laver_megatron.run_log.records import read_records
+from laver_megatron.runtime.files import write_text
 
 if TYPE_CHECKING:  # the registry reads summaries without loading torch
-    from laver_megatron.checkpoint.state import Progress
+    from laver_megatron.checkpoint.progress import Progress
 
 FILE_NAME = "run_summary.json"
 MANIFEST = "manifest.csv"  # of a sweep: the runs that it made, beside the folder with their directories
@@ -57,8 +56,8 @@ LAVER_COLUMNS = (
     "mim_loss", "gram_loss", "student_visual_similarity", "teacher_visual_similarity", "teacher_entropy",
 )  # fmt: skip
 _AVERAGED_ITERATIONS = 20
-# What decides a run's numbers lies in these groups, and in what is validated; layout and logging change none.
-_HASHED_GROUPS = ("model", "data", "laver", "training")
+# What decides a run's numbers lies in these sections, and in what is validated; layout and logging change none.
+_HASHED_SECTIONS = ("start", "model", "data", "objective", "training")
 _NOT_HASHED = (
     "seed",  # stands beside the hash
     "preset",  # its values are in the other fields
@@ -70,13 +69,16 @@ _NOT_HASHED = (
 def hashed_settings(laver: bool) -> set[str]:
     """The fields of a configuration that decide a run's numbers, the seed apart. Not among them: the layout, kernels,
     workers, what is written where; and without LaVer, LaVer's own settings."""
-    names = {item.name for group in _HASHED_GROUPS for item in fields_of(group)} - set(_NOT_HASHED) | {"eval_iters"}
-    return names if laver else names - {item.name for item in fields_of("laver")} | {"laver"}
+    names = {item.name for section in _HASHED_SECTIONS for item in fields_of(section)} - set(_NOT_HASHED) | {
+        "eval_iters"
+    }
+    return names if laver else names - {item.name for item in fields_of("objective")} | {"laver"}
 
 
 def config_hash(config: Config) -> str:
     """Twelve hexadecimal digits of `hashed_settings`."""
-    settings = {name: getattr(config, name) for name in sorted(hashed_settings(config.laver))}
+    values = config.flat()
+    settings = {name: values[name] for name in sorted(hashed_settings(config.objective.laver))}
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
@@ -91,18 +93,18 @@ def make_summary(
 ) -> dict[str, Any]:
     """The content of the file, as described above. validation, training: the records of the run's .jsonl files, as far
     as they are there."""
-    columns = LANGUAGE_COLUMNS + (LAVER_COLUMNS if config.laver else ())
+    columns = LANGUAGE_COLUMNS + (LAVER_COLUMNS if config.objective.laver else ())
     visual, total = progress.consumed_visual_tokens, progress.consumed_tokens
     return {
         "format": FORMAT,
         "version": VERSION,
-        "name": Path(config.run_dir).name,
-        "state": FINISHED if progress.iteration >= config.train_iters else UNFINISHED,
+        "name": Path(config.run.run_dir).name,
+        "state": FINISHED if progress.iteration >= config.training.train_iters else UNFINISHED,
         "iteration": progress.iteration,
-        "train_iters": config.train_iters,
+        "train_iters": config.training.train_iters,
         "counted_iterations": progress.counted_iterations,
         "skipped_iterations": progress.skipped_iterations,
-        "seed": config.seed,
+        "seed": config.training.seed,
         "config_hash": config_hash(config),
         "parameters": dict(parameters),
         "teacher_parameters": num_teacher_parameters,
@@ -126,7 +128,7 @@ def make_summary(
             "device_hours": progress.device_seconds / 3600,
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
-        "config": dataclasses.asdict(config),
+        "config": config.flat(),
     }
 
 
@@ -162,5 +164,5 @@ def read_run_records(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     """Puts the file into the run directory, whole or not at all."""
     path = run_dir / FILE_NAME
-    replace_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return path

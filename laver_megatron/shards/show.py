@@ -232,7 +232,9 @@ def show_packs(
         if number >= most:
             raise ValueError(f"pack {number} is far beyond the data: an epoch has about {most // _MOST_EPOCHS} packs")
         (pack,) = reader.read(number, 1, 1)
-        at = number // config.global_batch_size if step is None else step
-        mask_ratio = schedules.mask_ratio(at, config) if config.laver else 0.0
+        at = number // config.data.global_batch_size if step is None else step
+        mask_ratio = (
+            schedules.mask_ratio(at, config.objective, config.training.train_iters) if config.objective.laver else 0.0
+        )
         masked_BS = mask_pack(pack, config, mask_ratio, at)
-        yield ShownPack(pack, masked_BS, number, mask_ratio, config.visual_seq_length, config.attention)
+        yield ShownPack(pack, masked_BS, number, mask_ratio, config.data.visual_seq_length, config.model.attention)

@@ -17,15 +17,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
+from laver_megatron.config.directories import shard_problems
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.config.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
 from laver_megatron.launch import num_processes
+from laver_megatron.runtime.files import read_object
+from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
 BASELINE = "-baseline"
@@ -53,7 +56,7 @@ class Stage:
     @property
     def checkpoint(self) -> Path | None:
         """Its newest one. Raises ConfigError as `latest_checkpoint` does."""
-        return latest_checkpoint(Path(self.config.run_dir) / "checkpoints")
+        return latest_checkpoint(Path(self.config.run.run_dir) / "checkpoints")
 
     @property
     def iteration(self) -> int:
@@ -62,7 +65,7 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        return self.iteration >= self.config.train_iters
+        return self.iteration >= self.config.training.train_iters
 
 
 def read_stages(
@@ -78,7 +81,9 @@ def read_stages(
     own_flags = _flags_of_stages(flags, len(files))
     given = _read_configs(files, flags, own_flags)
     names = [Path(file).stem for file in files]
-    own_dirs = [str(Path(runs) / name) if runs else config.run_dir for name, config in zip(names, given, strict=True)]
+    own_dirs = [
+        str(Path(runs) / name) if runs else config.run.run_dir for name, config in zip(names, given, strict=True)
+    ]
     stages = _place(names, files, own_flags, given, own_dirs)
     if baseline:
         beside = [f"{os.path.normpath(run_dir)}{BASELINE}" for run_dir in own_dirs]
@@ -87,7 +92,7 @@ def read_stages(
             num_shared += 1
         run_dirs = own_dirs[:num_shared] + beside[num_shared:]
         stages = _place(names, files, own_flags, given, run_dirs, baseline_from=num_shared)
-    run_dirs = [os.path.normpath(stage.config.run_dir) for stage in stages]
+    run_dirs = [os.path.normpath(stage.config.run.run_dir) for stage in stages]
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError([f"the run directories of the stages must differ, but they are {', '.join(run_dirs)}"])
     return stages
@@ -124,26 +129,27 @@ def _flags_of_stages(flags: Sequence[str], num_stages: int) -> list[list[str]]:
 
 def _link_problems(file: str, before: Config, config: Config) -> list[str]:
     """What keeps a stage from starting from the one before it."""
+    start = config.start
     problems = []
-    if _below(config.load, before.run_dir) not in _checkpoints_of(before):
+    if _below(start.load, before.run.run_dir) not in _checkpoints_of(before):
         problems.append(
-            f"{file}: load is {config.load}, but the stage before it leaves its last checkpoint in "
-            f"{before.run_dir}/checkpoints; set load to that"
+            f"{file}: load is {start.load}, but the stage before it leaves its last checkpoint in "
+            f"{before.run.run_dir}/checkpoints; set load to that"
         )
-    if not config.finetune:
+    if not start.finetune:
         problems.append(f"{file}: a stage takes only the weights of the one before; set finetune: true")
-    then = dict(vars(before))
-    if None in (config.encoder_feature_layer, before.encoder_feature_layer):
+    then = before.flat()
+    if None in (config.model.encoder_feature_layer, before.model.encoder_feature_layer):
         del then["encoder_feature_layer"]  # the encoder decides; the stage is checked again when it starts
-    changes = unasked_changes(config, then, f"the stage before it ({before.run_dir}) has")
+    changes = unasked_changes(config, then, f"the stage before it ({before.run.run_dir}) has")
     return [*problems, *(f"{file}: {change}" for change in changes)]
 
 
 def _checkpoints_of(before: Config) -> set[str]:
     """Where a run leaves checkpoints, below its directory."""
-    iterations = {before.train_iters}
-    if before.save_interval is not None:
-        iterations.update(range(before.save_interval, before.train_iters, before.save_interval))
+    iterations = {before.training.train_iters}
+    if before.run.save_interval is not None:
+        iterations.update(range(before.run.save_interval, before.training.train_iters, before.run.save_interval))
     return {"checkpoints", *(f"checkpoints/iter_{iteration:07d}" for iteration in iterations)}
 
 
@@ -158,7 +164,7 @@ def _below(load: str | None, run_dir: str) -> str | None:
 def _serves_both(stage: Stage, beside: str) -> bool:
     """Whether a stage of the other arm is what the baseline's would be, and done; not if the latter was begun."""
     begun = latest_checkpoint(Path(beside) / "checkpoints") is not None
-    return not stage.config.laver and not begun and stage.is_finished and not differences(stage)
+    return not stage.config.objective.laver and not begun and stage.is_finished and not differences(stage)
 
 
 def _place(
@@ -175,13 +181,13 @@ def _place(
     stages = []
     for i, (name, file, config) in enumerate(zip(names, files, given, strict=True)):
         arguments = ["--config", file, *flags[i]]
-        if run_dirs[i] != config.run_dir:
+        if run_dirs[i] != config.run.run_dir:
             arguments += ["--run-dir", run_dirs[i]]
-        if i > 0 and run_dirs[i - 1] != given[i - 1].run_dir:
-            rest = _below(config.load, given[i - 1].run_dir)
+        if i > 0 and run_dirs[i - 1] != given[i - 1].run.run_dir:
+            rest = _below(config.start.load, given[i - 1].run.run_dir)
             assert rest is not None
             arguments += ["--load", str(Path(run_dirs[i - 1]) / rest)]
-        if baseline_from is not None and config.laver:
+        if baseline_from is not None and config.objective.laver:
             arguments.append("--no-laver")
         is_shared = baseline_from is not None and i < baseline_from
         stages.append(Stage(name, read_command_line(arguments).config, tuple(arguments), is_shared))
@@ -197,14 +203,14 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
     problems: list[str] = []
     first = stages[0].config
     # Until a stage before has written a checkpoint, its model and encoder say what the later ones will find.
-    known = find_inputs(first)
+    known = find_start(first)
     model, encoder = (str(path) if path else None for path in (known.model_dir, known.encoder_dir))
     for stage in stages:
         if stage.is_finished:
             continue
         config = stage.config
-        if find_inputs(config).checkpoint is None:
-            config = config.replace(model=config.model or model, encoder=config.encoder or encoder)
+        if not isinstance(find_start(config), FromCheckpoint):
+            config = config.replace(model=config.start.model or model, encoder=config.start.encoder or encoder)
         try:
             # Every stage sees for itself what it can start from, when it starts.
             check(Invocation(config, dry_run=True, dry_run_world_size=_num_processes(stage)))
@@ -227,8 +233,8 @@ def _num_processes(stage: Stage) -> int | None:
 def differences(stage: Stage) -> list[str]:
     """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
     assert stage.checkpoint is not None
-    written: Mapping[str, object] = json.loads((stage.checkpoint / RUN_FILE).read_text())
-    now = json.loads(json.dumps(asdict(stage.config)))
+    written: Mapping[str, object] = read_object(stage.checkpoint / RUN_FILE)
+    now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]
     if now["encoder_feature_layer"] is None:  # the encoder's own
@@ -244,17 +250,20 @@ def run_stages(stages: Sequence[Stage]) -> int:
         config = stage.config
         if stage.is_finished:
             shared = ", the same in both arms" if stage.is_shared else ""
-            say(f"{title}: finished at iteration {stage.iteration} in {config.run_dir}{shared}")
+            say(f"{title}: finished at iteration {stage.iteration} in {config.run.run_dir}{shared}")
             if changed := differences(stage):
                 say(f"{title}: {', '.join(changed)} differ now from what it was run with; remove it to run it again")
             continue
         verb = f"going on at iteration {stage.iteration}" if stage.iteration else "starting"
-        say(f"{title}: {verb} in {config.run_dir}")
+        say(f"{title}: {verb} in {config.run.run_dir}")
         if status := _launch(stage.arguments):
             say(f"{title}: ended with exit status {status}; once what it said is mended, the same command goes on")
             return status
         if not stage.is_finished:
-            say(f"{title}: stopped at iteration {stage.iteration} of {config.train_iters}; the same command goes on")
+            say(
+                f"{title}: stopped at iteration {stage.iteration} of {config.training.train_iters}; "
+                "the same command goes on"
+            )
             return EXIT_UNFINISHED
     return 0
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from laver_megatron.config.fields import FREEZABLE_MODULES
+from laver_megatron.model.modules import MODULES
 from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import Stage, is_first_node
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
@@ -19,15 +19,15 @@ def report_stages(stages: Sequence[Stage], *, compare_weights: bool) -> int:
     status = 0
     for stage in stages:
         if compare_weights:
-            assert stage.checkpoint is not None and stage.config.load is not None
-            changes = changes_of_modules(stage.config.load, stage.config.encoder, stage.checkpoint)
-            weights = describe_changes(changes, stage.config.freeze)
-            if broken := broken_promises(changes, stage.config.freeze):
+            assert stage.checkpoint is not None and stage.config.start.load is not None
+            changes = changes_of_modules(stage.config.start.load, stage.config.start.encoder, stage.checkpoint)
+            weights = describe_changes(changes, stage.config.model.freeze)
+            if broken := broken_promises(changes, stage.config.model.freeze):
                 weights = f"FROZEN, BUT CHANGED: {', '.join(broken)}; {weights}"
                 status = 1
         else:
-            weights = f"frozen: {', '.join(stage.config.freeze) or 'nothing'}"
-        print(f"{stage.name:<{width}}  {describe_loss(Path(stage.config.run_dir))}; {weights}")
+            weights = f"frozen: {', '.join(stage.config.model.freeze) or 'nothing'}"
+        print(f"{stage.name:<{width}}  {describe_loss(Path(stage.config.run.run_dir))}; {weights}")
     sys.stdout.flush()
     return status
 
@@ -41,7 +41,7 @@ def describe_loss(run_dir: Path) -> str:
 def describe_changes(changes: Mapping[str, ModuleChange], frozen: Sequence[str]) -> str:
     """Frozen modules with the number of their tensors, and of the others how many tensors have changed."""
     same, moved = [], []
-    for name in FREEZABLE_MODULES:
+    for name in MODULES:
         change = changes.get(name)
         if change is None:
             continue

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.checkpoint.manifest import replace_text
+from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.fit_output import PICTURES, TABLES, measured_text, study_text, write_measured, write_tables
 from laver_megatron.studies.fitted_study import FitSettings, fit_study
 from laver_megatron.studies.pairs import compare_pairs
@@ -119,7 +119,7 @@ def fit_and_write(options: argparse.Namespace) -> None:
         text, files = study_text(fitted), write_tables(fitted, options.output, _facts(options, column, left_out))
         files += draw_study(fitted, options.output)
     if study.registry is not None:
-        replace_text(options.output / _RUNS, study.registry.to_csv())
+        write_text(options.output / _RUNS, study.registry.to_csv())
         files.append(options.output / _RUNS)
     print(text)
     _remove_stale(options.output, files)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from laver_megatron.checkpoint.manifest import replace_text
+from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.fitted_study import BEST_AT_FLOPS, Difference, Extrapolation, FittedArm, FittedStudy
 from laver_megatron.studies.law import optimum, percentiles
 from laver_megatron.studies.pairs import EQUAL_DATA, MeanDifference, PairedComparison
@@ -55,7 +55,7 @@ def _write(tables: Mapping[str, str], directory: Path) -> list[Path]:
     assert set(tables) <= set(TABLES)
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items():
-        replace_text(directory / name, text)
+        write_text(directory / name, text)
     return [directory / name for name in tables]
 
 

@@ -38,10 +38,10 @@ class IterationCounts:
     """
 
     def __init__(self, reader: PackReader, config: Config, window_tokens: int | None = None) -> None:
-        self.plan, self.global_batch_size = reader.plan, config.global_batch_size
+        self.plan, self.global_batch_size = reader.plan, config.data.global_batch_size
         self._counts_IC = np.concatenate(
             [
-                _sample_counts(index, source, reader.maker.preprocessor, config.attention, window_tokens)
+                _sample_counts(index, source, reader.maker.preprocessor, config.model.attention, window_tokens)
                 for index, source in zip(reader.maker.indexes, self.plan.sources, strict=True)
             ]
         )
@@ -70,9 +70,9 @@ class IterationCounts:
         return step_flops(
             model,
             **self.counts(num_iterations),
-            laver=config.laver,
-            gram=config.gram_loss != "none",
-            frozen=config.freeze,
+            laver=config.objective.laver,
+            gram=config.objective.gram_loss != "none",
+            frozen=config.model.freeze,
         )
 
     def _sums_before(self, pack: int) -> dict[str, int]:

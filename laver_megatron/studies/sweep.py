@@ -60,7 +60,7 @@ def sweep_runs(options: SweepOptions) -> list[SweepRun]:
         for size in sizes
         for amount in options.amounts
         for arm in options.arms
-        for seed in options.seeds or (size.config.seed,)
+        for seed in options.seeds or (size.config.training.seed,)
         if (run := maker.make(size, amount, arm, seed))
     ]
     problems = [*maker.problems, *_duplicates(runs)]
@@ -117,7 +117,7 @@ class _RunMaker:
         if kind == "subsets":
             if data.iterations_in(1) == 0:
                 raise ValueError(
-                    f"its packs are fewer than one iteration's {config.global_batch_size}; choose more samples"
+                    f"its packs are fewer than one iteration's {config.data.global_batch_size}; choose more samples"
                 )
             return data.iterations_in(1)
         counts: dict[str, Callable[[int], int]] = {
@@ -145,12 +145,14 @@ class _RunMaker:
         if options.lr_exponent is not None:
             ratio = (size.num_parameters / self.smallest.num_parameters) ** -options.lr_exponent
             # Four digits, which people can read, are nearer than any rate is known.
-            config = config.replace(lr=float(f"{config.lr * ratio:.4g}"), min_lr=float(f"{config.min_lr * ratio:.4g}"))
+            config = config.replace(
+                lr=float(f"{config.training.lr * ratio:.4g}"), min_lr=float(f"{config.training.min_lr * ratio:.4g}")
+            )
         return config
 
     def _counts_of(self, size: Size, config: Config) -> IterationCounts:
         # The rest of what packs and areas depend on is the same for all sizes.
-        key = (size.model_dir, size.encoder_dir, config.attention, config.data_path, config.seed)
+        key = (size.model_dir, size.encoder_dir, config.model.attention, config.data.data_path, config.training.seed)
         if key not in self._data:
             reader = open_training_data(size, config)
             self._data[key] = IterationCounts(reader, config, read_encoder(size.encoder_dir).window_tokens)
@@ -183,7 +185,7 @@ def _duplicates(runs: Sequence[SweepRun]) -> Iterator[str]:
     """Runs with one configuration and seed, which the registry would refuse."""
     same: dict[tuple[str, int], list[SweepRun]] = {}
     for run in runs:
-        same.setdefault((config_hash(run.config), run.config.seed), []).append(run)
+        same.setdefault((config_hash(run.config), run.config.training.seed), []).append(run)
     # Every size, arm and seed has the amounts that are too near each other; one of them is told.
     told: dict[tuple[str, ...], list[str]] = {}
     for runs_alike in same.values():

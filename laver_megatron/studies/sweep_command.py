@@ -93,7 +93,7 @@ def table(runs: Sequence[SweepRun]) -> str:
     lines = [f"{'run':<{width}}  {'N':>9}  {'GPUs':>5}  {'iterations':>10}  {'tokens':>9}  {'FLOPs':>9}  {'epochs':>6}"]
     lines += [
         f"{run.name:<{width}}  {run.size.num_parameters:>9.4g}  {run.size.num_gpus:>5}  "
-        f"{run.config.train_iters:>10,}  {run.tokens:>9.4g}  {run.flops:>9.4g}  {run.epochs:>6.2f}"
+        f"{run.config.training.train_iters:>10,}  {run.tokens:>9.4g}  {run.flops:>9.4g}  {run.epochs:>6.2f}"
         for run in runs
     ]
     total = sum(run.flops for run in runs)
@@ -109,7 +109,7 @@ def notes(runs: Sequence[SweepRun], kind: str) -> Iterator[str]:
             yield f"{number} {what}; fitting a law needs {NEEDED_DISTINCT} (tools/fit_scaling_law.py)"
     if repeated := [run.epochs for run in runs if run.epochs > 1]:
         yield f"{len(repeated)} runs see samples again (up to {max(repeated):.1f} epochs): repeated tokens count in D"
-    if any(run.config.save_interval is None for run in runs):
+    if any(run.config.run.save_interval is None for run in runs):
         yield "without save_interval, an interrupted run begins anew"
     if varying := varying_settings(sizes):
         yield f"the models' files also differ in {', '.join(varying)}, which a law takes for noise"

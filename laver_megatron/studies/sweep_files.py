@@ -148,11 +148,12 @@ def _manifest_text(runs: Sequence[SweepRun], nodes: dict[str, int]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for run in runs:
-        config, size = run.config, run.size
+        training, size = run.config.training, run.size
         writer.writerow([
-            run.name, size.num_gpus, nodes[run.name], size.name, run.arm, config.seed, run.amount, size.num_parameters,
-            config.train_iters, run.tokens, run.visual_tokens, run.flops, run.laver_overhead, f"{run.epochs:.4f}",
-            config.lr, config_hash(config),
+            run.name, size.num_gpus, nodes[run.name], size.name, run.arm, training.seed, run.amount,
+            size.num_parameters,
+            training.train_iters, run.tokens, run.visual_tokens, run.flops, run.laver_overhead, f"{run.epochs:.4f}",
+            training.lr, config_hash(run.config),
         ])  # fmt: skip
     return text.getvalue()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.config.inputs import HF_PREFIX, find_inputs
 from laver_megatron.data.batch.dataset import open_reader
 from laver_megatron.data.batch.loader import PackReader
 from laver_megatron.encoders import read_encoder
@@ -22,6 +21,7 @@ from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
+from laver_megatron.start import HF_PREFIX, find_start
 
 ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
 AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
@@ -125,9 +125,9 @@ def read_sizes(options: SweepOptions) -> list[Size]:
         f"{size.name}: without eval_interval and valid_data_path its runs leave no validation loss to fit; set both "
         "(the last iteration is always validated)"
         for size in sizes
-        if size.config.eval_interval is None or not size.config.valid_data_path
+        if size.config.run.eval_interval is None or not size.config.data.valid_data_path
     ]
-    if options.lr_exponent is not None and len(rates := {size.config.lr for size in sizes}) > 1:
+    if options.lr_exponent is not None and len(rates := {size.config.training.lr for size in sizes}) > 1:
         problems.append(f"--lr-exponent starts from one learning rate, but the models' files have {sorted(rates)}")
     if problems:
         raise ConfigError(problems)
@@ -226,22 +226,22 @@ def _read_size(model: str, options: SweepOptions, num_gpus: int | None) -> Size:
     arguments = ["--config", model] if is_file else ["--config", str(options.base), "--load", f"{HF_PREFIX}{model}"]
     placeholders = ["--run-dir", str(options.output / "runs" / name), "--train-iters", "1"]
     config = read_command_line([*arguments, *options.flags, *placeholders]).config
-    layout = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    inputs = find_inputs(config)
-    if inputs.model_dir is None or inputs.encoder_dir is None:
-        parts = {"model (or load hf:DIR)": inputs.model_dir, "encoder": inputs.encoder_dir}
+    layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    start = find_start(config)
+    if start.model_dir is None or start.encoder_dir is None:
+        parts = {"model (or load hf:DIR)": start.model_dir, "encoder": start.encoder_dir}
         raise ConfigError([f"{part} is missing" for part, directory in parts.items() if directory is None])
-    read_model_shape(inputs.model_dir)
-    encoder = read_encoder(inputs.encoder_dir)
-    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.encoder_feature_layer))
-    return Size(name, config, num_gpus or layout, inputs.model_dir, inputs.encoder_dir)
+    read_model_shape(start.model_dir)
+    encoder = read_encoder(start.encoder_dir)
+    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
+    return Size(name, config, num_gpus or layout, start.model_dir, start.encoder_dir)
 
 
 def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
     """Sizes are compared at equal data, so these must be the same to the last pack."""
     names = {item.name for item in fields_of("data")} & hashed_settings(laver=True) | {"valid_data_path"}
     for name in sorted(names):
-        values = {str(getattr(size.config, name)): size.name for size in sizes}
+        values = {str(size.config.flat()[name]): size.name for size in sizes}
         if len(values) > 1:
             shown = ", ".join(f"{value} ({size})" for value, size in values.items())
             yield f"the models' files must read the same data, but {name} is {shown}"
@@ -251,15 +251,15 @@ def varying_settings(sizes: Sequence[Size]) -> list[str]:
     """Settings by which the sizes differ in more than size, rate and layout."""
     of_a_size = {"load", "model", "encoder", "finetune", "train_iters", "lr", "min_lr", "lr_warmup_iters"}
     names = hashed_settings(laver=True) - of_a_size
-    return [name for name in sorted(names) if len({repr(getattr(size.config, name)) for size in sizes}) > 1]
+    return [name for name in sorted(names) if len({repr(size.config.flat()[name]) for size in sizes}) > 1]
 
 
 def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
     """All sizes with one visual_seq_length: where it is 0, what the data propose, divisible by every size's ranks."""
     first = sizes[0]
-    if first.config.visual_seq_length:
+    if first.config.data.visual_seq_length:
         return list(sizes)
-    ranks = math.lcm(*(size.config.tensor_model_parallel_size for size in sizes))
+    ranks = math.lcm(*(size.config.parallel.tensor_model_parallel_size for size in sizes))
     reader = open_training_data(first, first.config.replace(tensor_model_parallel_size=ranks))
     budget = reader.visual_seq_length
     reader.close()
@@ -269,6 +269,6 @@ def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
 def open_training_data(size: Size, config: Config) -> PackReader:
     """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
     try:
-        return open_reader(config, config.data_path, size.model_dir, size.encoder_dir, training=True)
+        return open_reader(config, config.data.data_path, size.model_dir, size.encoder_dir, training=True)
     except (ValueError, OSError) as error:
         raise ConfigError([f"{size.name}: {error}"]) from None

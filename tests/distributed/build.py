@@ -104,7 +104,7 @@ def make_config(assets: Assets, run_dir: Path | str, layout: Layout = ONE_PROCES
         "num_workers": 0,
         **layout.settings,
     }
-    return Config(**{**settings, **changes})
+    return Config.of(**{**settings, **changes})
 
 
 # --- packs ---------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from laver_megatron import train
 from laver_megatron.checkpoint import state as checkpoint
-from laver_megatron.checkpoint.state import Progress
-from laver_megatron.config.inputs import latest_checkpoint
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.progress import Progress
 from tests.distributed.build import (
     PACKS_PER_STEP,
     SyntheticReader,
@@ -144,7 +144,7 @@ def write_and_go_on(layout, config):
     trainer = make_trainer(config)
     for _ in range(WRITTEN_AT):
         train.train_step(trainer)
-    train.save(trainer, Path(config.run_dir))
+    train.save(trainer, Path(config.run.run_dir))
     state = whole_state(trainer)
     records = [train.train_step(trainer) for _ in range(WRITTEN_AT)]
     return state, records, whole_state(trainer)
@@ -203,7 +203,7 @@ def write_progress(layout, config):
     trainer = make_trainer(config)
     for name, value in PROGRESS.items():
         setattr(trainer.progress, name, value)
-    train.save(trainer, Path(config.run_dir))
+    train.save(trainer, Path(config.run.run_dir))
 
 
 def read_progress(layout, config):
@@ -379,7 +379,7 @@ class Killed(BaseException):
 def interrupted_saves(layout, config):
     """Job: a checkpoint at iteration 1, then saves at iteration 2 that end at each moment. Returns which
     checkpoint a restart finds after each; each is loaded and trained on."""
-    run_dir, found = Path(config.run_dir), []
+    run_dir, found = Path(config.run.run_dir), []
     trainer = make_trainer(config)
     train.train_step(trainer)
     train.save(trainer, run_dir)
@@ -425,10 +425,10 @@ def failing_save(layout, config):
 
     failing = mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank)
     with failing, pytest.raises(OSError) as raised:
-        train.save(trainer, Path(config.run_dir))
-    after_failure = latest_checkpoint(Path(config.run_dir) / "checkpoints")
-    train.save(trainer, Path(config.run_dir))
-    return str(raised.value), after_failure, latest_checkpoint(Path(config.run_dir) / "checkpoints")
+        train.save(trainer, Path(config.run.run_dir))
+    after_failure = latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
+    train.save(trainer, Path(config.run.run_dir))
+    return str(raised.value), after_failure, latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all(pool, assets, tmp_path):

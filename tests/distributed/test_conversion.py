@@ -24,9 +24,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from laver_megatron import train
+from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
 from laver_megatron.checkpoint.state import load_weights, sharding_metadata
-from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf, open_checkpoint
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors
@@ -135,7 +135,7 @@ def test_a_converted_checkpoint_starts_as_the_hugging_face_directory_does(pool, 
     for name, bf16 in (("tied fp32", False), ("untied bf16", True)):
         source, converted = pairs[name]
         config = make_config(files, tmp_path, layout, bf16=bf16, load=f"hf:{source}")
-        configs.append((config, replace(config, load=str(converted))))
+        configs.append((config, config.replace(load=str(converted))))
     for counts in pool.run(starts_alike, layout, configs):
         assert all(count > 10 for count in counts)
 
@@ -143,7 +143,7 @@ def test_a_converted_checkpoint_starts_as_the_hugging_face_directory_does(pool, 
 def read_directly(layout, config):
     """Job: reads the weights; the bytes this rank asked for, by the function and by tensor, and the size of all."""
     join(layout)
-    stages = build_stages(config, read_model_shape(config.model), Path(config.encoder), load_encoder=True)
+    stages = build_stages(config, read_model_shape(config.start.model), Path(config.start.encoder), load_encoder=True)
     for stage in stages:
         stage.initialise_new_parts(1)
     bytes_of: dict[str, int] = defaultdict(int)
@@ -155,7 +155,7 @@ def read_directly(layout, config):
         return block
 
     with mock.patch.object(SafetensorsReader, "read", counted):
-        num_bytes = load_hugging_face(stages, config.model, sharding_metadata())
+        num_bytes = load_hugging_face(stages, config.start.model, sharding_metadata())
     return num_bytes, dict(bytes_of)
 
 
@@ -185,7 +185,7 @@ def load_and_save(layout, config, pairs):
     join(layout, num_layers=4 if layout.vpp_layers else None)
     sizes = []
     for source, target in pairs:
-        of_source = replace(config, model=str(source / "hf"), bf16=config.bf16 or "bfloat16" in source.name)
+        of_source = config.replace(model=str(source / "hf"), bf16=config.training.bf16 or "bfloat16" in source.name)
         stages = build_stages(of_source, read_model_shape(source / "hf"))
         load_weights(stages, source)
         metadata = sharding_metadata()
@@ -277,9 +277,9 @@ def train_and_save(layout, config):
     trainer = make_trainer(config)
     for _ in range(NUM_STEPS):
         train.train_step(trainer)
-    train.save(trainer, Path(config.run_dir))
+    train.save(trainer, Path(config.run.run_dir))
     state = state_shards(trainer)
-    outputs = model_outputs(trainer.stages, config, micro_batches()) if not config.bf16 else None
+    outputs = model_outputs(trainer.stages, config, micro_batches()) if not config.training.bf16 else None
     return state, outputs
 
 
@@ -326,8 +326,8 @@ def test_trained_checkpoints(pool, files, tmp_path, layout, model, settings):
     results = pool.run(train_and_save, layout, config)
     state, outputs = [state for state, _ in results], [output for _, output in results if output is not None]
     written = latest_checkpoint(tmp_path / "run/checkpoints")
-    check_exports(written, state, tmp_path, bf16=config.bf16)
-    if not config.bf16:
+    check_exports(written, state, tmp_path, bf16=config.training.bf16)
+    if not config.training.bf16:
         assert len(outputs) == layout.tp
         for output in outputs:
             check_outputs(tmp_path / "export", output)

@@ -55,7 +55,7 @@ def run(layout, config):
         "gradients": gradients,
         "before": before,
         "after": student_shards(trainer),
-        "layer": trainer.config.encoder_feature_layer,
+        "layer": trainer.config.model.encoder_feature_layer,
     }
 
 

@@ -32,7 +32,7 @@ def config(tmp_path_factory, demo_dir):
                 {"role": "assistant", "content": "The first one is the largest."},
             ]
             tar.write({"__key__": f"s{number}", "json": json.dumps(turns).encode(), **files})
-    return Config(
+    return Config.of(
         load=f"hf:{demo_dir / 'model'}",
         encoder=str(directory / "encoder"),
         data_path=(str(directory / "*.tar"),),

@@ -86,7 +86,7 @@ SETTINGS = {
 def run(layout, config):
     """Job: five steps; the numbers of each, the first gradient, the teacher before and after, the centre."""
     trainer = make_trainer(config)
-    averaged = teacher_shards if config.laver else student_shards
+    averaged = teacher_shards if config.objective.laver else student_shards
     result = {"before": averaged(trainer), "records": []}
     prepare, gradients = trainer.optimizer.prepare_grads, []
 

@@ -151,8 +151,8 @@ class Oracle:
                 student_NK = self.predict(self.student, self.decode(self.student, hidden_NH, everything_NN, grid))
                 with torch.no_grad():
                     teacher_NK = self.predict(self.teacher, self.decode(self.teacher, tokens_NH, everything_NN, grid))
-                target_NK = ((teacher_NK - self.centre_K) / self.config.teacher_temperature).softmax(-1)
-                predicted_NK = (student_NK / self.config.student_temperature).log_softmax(-1)
+                target_NK = ((teacher_NK - self.centre_K) / self.config.objective.teacher_temperature).softmax(-1)
+                predicted_NK = (student_NK / self.config.objective.student_temperature).log_softmax(-1)
                 reconstruction.append(-(target_NK * predicted_NK).sum(-1)[masked_N])
                 unit_student_NK, unit_teacher_NK = F.normalize(student_NK, dim=-1), F.normalize(teacher_NK, dim=-1)
                 excess_NN = unit_student_NK @ unit_student_NK.T - unit_teacher_NK @ unit_teacher_NK.T
@@ -170,29 +170,33 @@ class Oracle:
         """One iteration: its numbers, and the gradients before clipping."""
         config = self.config
         masked_BS = mask_visual_tokens(
-            packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=config.mask_ratio,
-            sampling=config.mask_sampling, seed=config.seed, step=step,
+            packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=config.objective.mask_ratio,
+            sampling=config.objective.mask_sampling, seed=config.training.seed, step=step,
         )  # fmt: skip
         (language, reconstruction, gram), teacher_TK = self.losses(packs, masked_BS)
-        loss = language + config.mim_weight * reconstruction + config.gram_weight * gram
+        loss = language + config.objective.mim_weight * reconstruction + config.objective.gram_weight * gram
         gradients = dict(zip(self.student, torch.autograd.grad(loss, list(self.student.values())), strict=True))
         norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-        rate = config.lr * (1 + math.cos(math.pi * step / config.train_iters)) / 2
+        rate = config.training.lr * (1 + math.cos(math.pi * step / config.training.train_iters)) / 2
         with torch.no_grad():
             for name, weight in self.student.items():
-                gradient = gradients[name] * min(1.0, config.clip_grad / float(norm))
+                gradient = gradients[name] * min(1.0, config.training.clip_grad / float(norm))
                 first, second = self.moments[name]
-                first.mul_(config.adam_beta1).add_((1 - config.adam_beta1) * gradient)
-                second.mul_(config.adam_beta2).add_((1 - config.adam_beta2) * gradient**2)
+                first.mul_(config.training.adam_beta1).add_((1 - config.training.adam_beta1) * gradient)
+                second.mul_(config.training.adam_beta2).add_((1 - config.training.adam_beta2) * gradient**2)
                 first, second = (
-                    first / (1 - config.adam_beta1 ** (step + 1)),
-                    second / (1 - config.adam_beta2 ** (step + 1)),
+                    first / (1 - config.training.adam_beta1 ** (step + 1)),
+                    second / (1 - config.training.adam_beta2 ** (step + 1)),
                 )
-                decay = config.weight_decay * weight if weight.dim() > 1 else 0
-                weight -= rate * (first / (second.sqrt() + config.adam_eps) + decay)
+                decay = config.training.weight_decay * weight if weight.dim() > 1 else 0
+                weight -= rate * (first / (second.sqrt() + config.training.adam_eps) + decay)
             for name, average in self.teacher.items():
-                average.mul_(config.ema_momentum).add_((1 - config.ema_momentum) * self.student[name])
-            self.centre_K = config.centre_momentum * self.centre_K + (1 - config.centre_momentum) * teacher_TK.mean(0)
+                average.mul_(config.objective.ema_momentum).add_(
+                    (1 - config.objective.ema_momentum) * self.student[name]
+                )
+            self.centre_K = config.objective.centre_momentum * self.centre_K + (
+                1 - config.objective.centre_momentum
+            ) * teacher_TK.mean(0)
         numbers = {"lm_loss": language, "mim_loss": reconstruction, "gram_loss": gram, "loss": loss, "grad_norm": norm}
         numbers = {name: float(value.detach()) for name, value in numbers.items()}
         return {**numbers, "num_masked_tokens": int(masked_BS.sum())}, gradients

@@ -12,13 +12,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from laver_megatron.checkpoint.state import Progress
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
-from laver_megatron.model.laver import LAVER_PARTS, MODULES
+from laver_megatron.model.modules import MODULES
 from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
@@ -86,7 +86,7 @@ class Stages:
         self.stages = read_stages(FILES, flags, runs=str(directory))
         self.before, self.after = [], []
         for stage, layout in zip(self.stages, LAYOUTS, strict=True):
-            sizes = stage.config.tensor_model_parallel_size, stage.config.pipeline_model_parallel_size
+            sizes = stage.config.parallel.tensor_model_parallel_size, stage.config.parallel.pipeline_model_parallel_size
             assert sizes == (layout.tp, layout.pp)
             results = pool.run(run_stage, layout, stage.config)
             self.before.append([before for before, _ in results])
@@ -102,7 +102,7 @@ def chain(pool, demo_dir, tmp_path_factory):
 
 
 def is_of_laver(key):
-    return key.startswith(LAVER_PARTS)
+    return key.startswith(MODULES["heads"])
 
 
 def test_weights_are_taken_over_to_the_last_bit(chain):
@@ -117,7 +117,7 @@ def test_weights_are_taken_over_to_the_last_bit(chain):
 
 def test_frozen_weights_stay_the_same_and_all_others_move(chain):
     for stage, before, after in zip(chain.stages, chain.before, chain.after, strict=True):
-        frozen = tuple(prefix for module in stage.config.freeze for prefix in MODULES[module])
+        frozen = tuple(prefix for module in stage.config.model.freeze for prefix in MODULES[module])
         start, end = whole(before, "student"), whole(after, "student")
         assert start.keys() == end.keys()
         for key in start:
@@ -127,12 +127,12 @@ def test_frozen_weights_stay_the_same_and_all_others_move(chain):
 def test_files_say_the_same_of_the_weights(chain):
     """The report at the end of a chain reads it from the checkpoints alone."""
     for stage, after in zip(chain.stages, chain.after, strict=True):
-        changes = changes_of_modules(stage.config.load, stage.config.encoder, stage.checkpoint)
+        changes = changes_of_modules(stage.config.start.load, stage.config.start.encoder, stage.checkpoint)
         num_tensors = {name: sum(key.startswith(MODULES[name]) for key in whole(after, "student")) for name in MODULES}
         expected = {}
         for module, number in num_tensors.items():
             is_new = (stage.name, module) in {("stage1_align", "connector"), ("stage2_laver", "heads")}
-            moved = 0 if module in stage.config.freeze or is_new else number
+            moved = 0 if module in stage.config.model.freeze or is_new else number
             if number:
                 expected[module] = ModuleChange(number, moved, number if is_new else 0)
         assert changes == expected, stage.name
@@ -167,7 +167,7 @@ def test_the_teacher_is_made_in_stage_2_and_dropped_in_stage_3(chain):
 
 
 def test_stage_3_may_follow_stage_1(pool, chain, tmp_path):
-    config = chain.config(3, tmp_path, load=chain.stages[1].config.load)
+    config = chain.config(3, tmp_path, load=chain.stages[1].config.start.load)
     started = whole(pool.run(start_stage, LAYOUTS[2], config), "student")
     ended = whole(chain.after[0], "student")
     assert started.keys() == ended.keys()
@@ -176,7 +176,7 @@ def test_stage_3_may_follow_stage_1(pool, chain, tmp_path):
 
 def test_stage_2_may_follow_stage_2(pool, chain, tmp_path):
     """The student's weights go on, [MASK] and vision head among them; teacher and centre begin anew."""
-    config = chain.config(2, tmp_path, load=chain.stages[2].config.load)
+    config = chain.config(2, tmp_path, load=chain.stages[2].config.start.load)
     states = pool.run(start_stage, LAYOUTS[1], config)
     started, ended = whole(states, "student"), whole(chain.after[1], "student")
     assert started.keys() == ended.keys()

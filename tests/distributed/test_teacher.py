@@ -29,8 +29,8 @@ def average_in_fp64(layout, config, num_steps):
     num_updates = 0
     for step in range(num_steps):
         train_step(trainer)
-        if (step + 1) % config.ema_interval == 0:
-            momentum = schedules.ema_momentum(step, config)
+        if (step + 1) % config.objective.ema_interval == 0:
+            momentum = schedules.ema_momentum(step, config.objective, config.training.train_iters)
             oracle = [
                 momentum * average + (1 - momentum) * pair.student.detach().double()
                 for average, pair in zip(oracle, pairs(trainer), strict=True)
@@ -63,7 +63,8 @@ def average_in_bf16(layout, config, num_steps):
     for _ in range(num_steps):
         train_step(trainer)
         oracle = [
-            config.ema_momentum * average + (1 - config.ema_momentum) * pair.master.detach().double()
+            config.objective.ema_momentum * average
+            + (1 - config.objective.ema_momentum) * pair.master.detach().double()
             for average, pair in zip(oracle, owned, strict=True)
         ]
     for pair, average in zip(owned, oracle, strict=True):
@@ -85,12 +86,12 @@ def look_for_gradients(layout, config):
     """Job: whether forward and backward left any trace on the teacher."""
     trainer = make_trainer(config)
     before = [pair.teacher.clone() for pair in pairs(trainer)]
-    batch = trainer.training_data.at(0, mask_ratio=config.mask_ratio, step=0)
+    batch = trainer.training_data.at(0, mask_ratio=config.objective.mask_ratio, step=0)
     for chunk in trainer.chunks:
         chunk.train()
     run_schedule(trainer, batch, forward_only=False)
     for pair, start in zip(pairs(trainer), before, strict=True):
-        assert pair.student.main_grad.any() or pair.student.grad is not None or config.freeze, pair.name
+        assert pair.student.main_grad.any() or pair.student.grad is not None or config.model.freeze, pair.name
         assert pair.teacher.grad is None and not pair.teacher.requires_grad, pair.name
         assert not hasattr(pair.teacher, "main_grad"), f"the optimizer knows {pair.name} of the teacher"
         assert torch.equal(pair.teacher, start), pair.name

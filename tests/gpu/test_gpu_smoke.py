@@ -61,7 +61,7 @@ def train(checkpoints, num_steps, **changes):
         for p in packs
     ]
     counts = count(packs, masked, lambda p: (*span_areas(p, settings), 0), backend.device)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     pixels = [[image.to(backend.device, dtype) for image in p.pixels[0]] for p in packs]
     batch = GlobalBatch(packs, masked, pixels, counts)
     trainer = SimpleNamespace(
@@ -76,7 +76,7 @@ def train(checkpoints, num_steps, **changes):
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         terms = dict(zip(TERMS, trainer_module.run_schedule(trainer, batch, forward_only=False).tolist(), strict=True))
-        grad_norm, skipped = trainer_module.update_student(trainer, config.lr, terms["loss"])
+        grad_norm, skipped = trainer_module.update_student(trainer, config.training.lr, terms["loss"])
         assert not skipped
         teacher.update(0.9)
         steps.append({**terms, "grad_norm": grad_norm})

@@ -192,8 +192,8 @@ def test_no_configuration_runs_the_demo_and_says_so(trainer, monkeypatch, capsys
 def test_demo_on_one_process(trainer, capsys):
     launch.main([])
     config = launch.read_command_line(trainer.arguments).config
-    assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (1, 1)
-    assert not config.sequence_parallel
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size) == (1, 1)
+    assert not config.parallel.sequence_parallel
     assert "1 process(es) do not make the demo's TP 2 x PP 2: using TP 1 x PP 1" in capsys.readouterr().err
 
 

@@ -21,11 +21,12 @@ from transformers import SiglipVisionModel
 from laver_megatron import train
 from laver_megatron.config.checks import validate
 from laver_megatron.config.command_line import load_config
-from laver_megatron.config.fields import FREEZABLE_MODULES, PRESETS, Config, field_names
+from laver_megatron.config.fields import PRESETS, Config, all_fields
 from laver_megatron.data.batch import dataset
 from laver_megatron.data.plan.plan import PackPlan, Source
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
+from laver_megatron.model.modules import MODULES
 from laver_megatron.objective.masking import mask_visual_tokens
 from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.runtime.backend import shut_down_parallelism
@@ -231,7 +232,7 @@ def test_feature_layers_are_the_encoders_hidden_states(assets, of):
         assert torch.equal(trainer.stages[0].encoder(list(pixels)), embedding(pixels)[0])
 
 
-@pytest.mark.parametrize("module", FREEZABLE_MODULES)
+@pytest.mark.parametrize("module", MODULES)
 def test_frozen_modules_stay_and_all_others_move(of, module):
     frozen = {"decoder": ("embedding", "decoder"), "heads": ("vision_head", "mask_token")}.get(module, (module,))
     it = of(freeze=(module,))
@@ -244,7 +245,9 @@ def test_frozen_modules_stay_and_all_others_move(of, module):
 
 
 def test_by_default_the_encoder_is_frozen():
-    assert Config(data_path=(), seq_length=1, visual_seq_length=1, train_iters=1, run_dir="").freeze == ("encoder",)
+    assert Config.of(data_path=(), seq_length=1, visual_seq_length=1, train_iters=1, run_dir="").model.freeze == (
+        "encoder",
+    )
 
 
 @shows("attention_kernel")
@@ -322,7 +325,7 @@ def masks_of(config, batch, step, mask_ratio):
     (packs,) = batch.packs
     return mask_visual_tokens(
         packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=mask_ratio,
-        sampling=config.mask_sampling, seed=config.seed, step=step,
+        sampling=config.objective.mask_sampling, seed=config.training.seed, step=step,
     )  # fmt: skip
 
 
@@ -350,8 +353,8 @@ def expected_mim(it, config):
     """(L_MIM, mean entropy of the teacher) from the step's logits, fp64, with the centre at 0."""
 
     def of_image(student_NK, teacher_NK, masked_N):
-        target_NK = (teacher_NK / config.teacher_temperature).softmax(-1)
-        losses_N = -(target_NK * (student_NK / config.student_temperature).log_softmax(-1)).sum(-1)
+        target_NK = (teacher_NK / config.objective.teacher_temperature).softmax(-1)
+        losses_N = -(target_NK * (student_NK / config.objective.student_temperature).log_softmax(-1)).sum(-1)
         entropies_N = -(target_NK * target_NK.clamp(min=1e-300).log()).sum(-1)
         return losses_N[masked_N], entropies_N
 
@@ -382,7 +385,11 @@ def test_losses_are_those_of_the_settings(of, settings):
     assert record["mim_loss"] == pytest.approx(mim, rel=ROUNDING)
     # Mostly sums of numbers near 0, and so less exact than its terms.
     assert record["teacher_entropy"] == pytest.approx(entropy, rel=1e-4)
-    gram = expected_gram(it.steps[0], config.gram_loss, config.gram_reduction) if config.gram_loss != "none" else 0
+    gram = (
+        expected_gram(it.steps[0], config.objective.gram_loss, config.objective.gram_reduction)
+        if config.objective.gram_loss != "none"
+        else 0
+    )
     assert record["gram_loss"] == pytest.approx(gram, rel=1e-4)
     assert_composition(it)
 
@@ -391,7 +398,9 @@ def assert_composition(it):
     """L = L_LM + w_MIM L_MIM + w_Gram L_Gram at every step."""
     for step in it.steps:
         record = step.record
-        visual = it.config.mim_weight * (record["mim_loss"] or 0) + it.config.gram_weight * (record["gram_loss"] or 0)
+        visual = it.config.objective.mim_weight * (record["mim_loss"] or 0) + it.config.objective.gram_weight * (
+            record["gram_loss"] or 0
+        )
         assert record["loss"] == pytest.approx(record["lm_loss"] + visual, rel=1e-6)
 
 
@@ -465,10 +474,10 @@ OPTIMIZER_SETTINGS = [
 
 
 def expected_rate(step, config):
-    if step < config.lr_warmup_iters:
-        return config.lr * (step + 1) / config.lr_warmup_iters
-    share = (step - config.lr_warmup_iters) / (config.train_iters - config.lr_warmup_iters)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    if step < config.training.lr_warmup_iters:
+        return config.training.lr * (step + 1) / config.training.lr_warmup_iters
+    share = (step - config.training.lr_warmup_iters) / (config.training.train_iters - config.training.lr_warmup_iters)
+    return config.training.min_lr + (config.training.lr - config.training.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
 @pytest.mark.parametrize("settings", OPTIMIZER_SETTINGS, ids=str)
@@ -482,23 +491,25 @@ def test_weights_follow_adam_at_the_settings(of, settings):
     for step, done in enumerate(it.steps):
         norm = torch.cat([g.double().flatten() for g in done.gradients.values()]).norm()
         assert done.record["grad_norm"] == pytest.approx(float(norm), rel=ROUNDING)
-        clip = min(1.0, config.clip_grad / float(norm)) if config.clip_grad else 1.0
+        clip = min(1.0, config.training.clip_grad / float(norm)) if config.training.clip_grad else 1.0
         rate = expected_rate(step, config)
         assert done.record["learning_rate"] == pytest.approx(rate, rel=1e-12)
         for name, gradient in done.gradients.items():
             g = gradient.double() * clip
-            first[name] = config.adam_beta1 * first[name] + (1 - config.adam_beta1) * g
-            second[name] = config.adam_beta2 * second[name] + (1 - config.adam_beta2) * g.square()
+            first[name] = config.training.adam_beta1 * first[name] + (1 - config.training.adam_beta1) * g
+            second[name] = config.training.adam_beta2 * second[name] + (1 - config.training.adam_beta2) * g.square()
             for moment, expected in (("exp_avg", first[name]), ("exp_avg_sq", second[name])):
                 difference = (done.moments[name][moment].double() - expected).norm()
                 assert float(difference) <= ROUNDING * float(expected.norm()), (moment, name)
-            m = first[name] / (1 - config.adam_beta1 ** (step + 1))
-            v = second[name] / (1 - config.adam_beta2 ** (step + 1))
-            decay = config.weight_decay if gradient.dim() > 1 else 0
-            weights[name] -= rate * (decay * weights[name] + m / (v.sqrt() + config.adam_eps))
+            m = first[name] / (1 - config.training.adam_beta1 ** (step + 1))
+            v = second[name] / (1 - config.training.adam_beta2 ** (step + 1))
+            decay = config.training.weight_decay if gradient.dim() > 1 else 0
+            weights[name] -= rate * (decay * weights[name] + m / (v.sqrt() + config.training.adam_eps))
             # A thousandth of a step, and rounding of the weight.
-            torch.testing.assert_close(done.weights[name].double(), weights[name], rtol=1e-6, atol=1e-3 * config.lr)
-    assert config.clip_grad == 0 or clip < 0.1, "nothing was clipped"
+            torch.testing.assert_close(
+                done.weights[name].double(), weights[name], rtol=1e-6, atol=1e-3 * config.training.lr
+            )
+    assert config.training.clip_grad == 0 or clip < 0.1, "nothing was clipped"
 
 
 @pytest.mark.parametrize("beta", ["adam_beta1", "adam_beta2"])
@@ -725,7 +736,7 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
     assert iterations == [(iteration, tmp_path / "run") for iteration in saved]
     assert (tmp_path / "run" / "config.yaml").read_text() == trainer.config.to_yaml()
     told = ("log_interval", "tensorboard", "wandb_project", "train_iters")
-    assert {name: getattr(trainer.config, name) for name in told}.items() <= run_log.call_args.kwargs.items()
+    assert {name: trainer.config.flat()[name] for name in told}.items() <= run_log.call_args.kwargs.items()
     records = [call.args[0] for call in log.log.call_args_list]
     assert [record["iteration"] for record in records] == list(range(1, num_iterations + 1))
     if "train_iters" not in LOOPS[name][0]:  # the schedules end there
@@ -750,7 +761,7 @@ def test_validation_knows_no_iteration(assets):
             results.append({name: value for name, value in train.evaluate(trainer).items() if "seconds" not in name})
         assert len(batches) == 4 and all(batch.counts.masked > 0 for batch in batches)
         for batch in batches:
-            assert torch.equal(batch.masked[0], masks_of(trainer.config, batch, 0, trainer.config.mask_ratio))
+            assert torch.equal(batch.masked[0], masks_of(trainer.config, batch, 0, trainer.config.objective.mask_ratio))
         # The same weights in the same memory.
         assert results[0] == results[1] and results[0].keys() == set(TERMS)
         assert not trainer.centre.sum_K.any() and not trainer.centre.value_K.any(), "the centre is training's"
@@ -816,7 +827,7 @@ ELSEWHERE = {
 
 
 def test_no_field_is_forgotten():
-    assert set(field_names()) == SHOWN | ELSEWHERE.keys() and not SHOWN & ELSEWHERE.keys()
+    assert set(all_fields()) == SHOWN | ELSEWHERE.keys() and not SHOWN & ELSEWHERE.keys()
     assert Layout().settings.keys() <= ELSEWHERE.keys()
     for name, (file, text) in ELSEWHERE.items():
         assert text in (TESTS / file).read_text(), f"{file} says nothing of {name}"

@@ -30,7 +30,7 @@ from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import write_index
 from laver_megatron.demo.photographs import photographs
 from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 
 _SIZE = (640, 480)
 _PACKS_A_READ = 4

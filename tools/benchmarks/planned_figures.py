@@ -64,7 +64,7 @@ def _ladder_row(size: str, num_gpus: int) -> str:
     plan = plans[0]
     config = plan.config
     return (
-        f"{start}{config.tensor_model_parallel_size:>4}{config.pipeline_model_parallel_size:>4}"
+        f"{start}{config.parallel.tensor_model_parallel_size:>4}{config.parallel.pipeline_model_parallel_size:>4}"
         f"{split_cell(config):>8}{plan.data_parallel_size:>5}{_gib(plan.fullest.memory_bytes):>6}"
         f"{f'{plan.seconds:.3g}':>13}{plan.tokens_per_second_per_gpu:>14,.0f}"
     )
@@ -73,7 +73,7 @@ def _ladder_row(size: str, num_gpus: int) -> str:
 def _layout(plan: Plan) -> str:
     """TP and PP only where there are any."""
     config = plan.config
-    sizes = {"TP": config.tensor_model_parallel_size, "PP": config.pipeline_model_parallel_size}
+    sizes = {"TP": config.parallel.tensor_model_parallel_size, "PP": config.parallel.pipeline_model_parallel_size}
     parts = [f"{name} {size}" for name, size in sizes.items() if size > 1] + [f"DP {plan.data_parallel_size}"]
     return " x ".join(parts) + split_name(config)
 

@@ -52,7 +52,7 @@ class PublishedRun:
 
 def predicted_seconds(run: PublishedRun) -> float:
     """What the planner's model says of a published run."""
-    config = Config(
+    config = Config.of(
         data_path=("none",),
         run_dir="none",
         train_iters=1,

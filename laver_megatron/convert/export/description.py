@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config.inputs import IMAGE_TOKENS
+from laver_megatron.hf.tokenizer import IMAGE_TOKENS
 
 FORMATS = ("laver", "llava")
 

@@ -116,7 +116,7 @@ class BatchSource:
         self._told_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
         self.faults = Counter[Fault]()  # what all readers have found since this start; on ranks that read
         self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
-        self.packs_per_rank = config.global_batch_size // parallel_state.get_data_parallel_world_size()
+        self.packs_per_rank = config.data.global_batch_size // parallel_state.get_data_parallel_world_size()
 
     def mark(self, first_pack: int) -> dict[str, Any]:
         """What `go_on_from` needs so that reading from `first_pack` on starts at once. Collective."""
@@ -151,11 +151,11 @@ class BatchSource:
         if self.reader is not None:
             start = first_pack + parallel_state.get_data_parallel_rank() * self.packs_per_rank
             started = time.perf_counter()
-            packs = self.reader.read(start, self.packs_per_rank, config.micro_batch_size)
+            packs = self.reader.read(start, self.packs_per_rank, config.data.micro_batch_size)
             self.wait_seconds = time.perf_counter() - started
             masked = [mask_pack(pack, config, mask_ratio, step) for pack in packs]
-        num_micro = self.packs_per_rank // config.micro_batch_size
-        shape = (num_micro, config.micro_batch_size, config.seq_length)
+        num_micro = self.packs_per_rank // config.data.micro_batch_size
+        shape = (num_micro, config.data.micro_batch_size, config.data.seq_length)
         packs, masked = share_metadata(packs, masked, shape, self.device)
         pixels = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
@@ -185,14 +185,14 @@ def _told_by_rank_0(value: Any) -> Any:
 
 def mask_pack(pack: PackBatch, config: Config, mask_ratio: float, step: int) -> Tensor:
     """The visual tokens to hide from the student's reconstruction stream, bool `[B, S]`; none without LaVer."""
-    if not config.laver:
+    if not config.objective.laver:
         return torch.zeros_like(pack.image_BS, dtype=torch.bool)
     return mask_visual_tokens(
         pack.image_BS,
         pack.sample_id_BS,
         pack.image_number_BS,
         mask_ratio=mask_ratio,
-        sampling=config.mask_sampling,
-        seed=config.seed,
+        sampling=config.objective.mask_sampling,
+        seed=config.training.seed,
         step=step,
     )

@@ -14,7 +14,7 @@ from laver_megatron.data.batch.broadcast import is_reader
 from laver_megatron.data.batch.loader import PackReader, open_dataset
 from laver_megatron.data.read.remote import ShardCache
 from laver_megatron.encoders import open_preprocessor
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
 
@@ -31,14 +31,14 @@ def open_data(
     Raises:
         ValueError: see `open_dataset`.
     """
-    reader = _after_rank_0(lambda: open_reader(config, config.data_path, model_dir, encoder_dir, training=True))
-    if config.visual_seq_length == 0:
+    reader = _after_rank_0(lambda: open_reader(config, config.data.data_path, model_dir, encoder_dir, training=True))
+    if config.data.visual_seq_length == 0:
         proposed = [reader.visual_seq_length if reader else 0]
         dist.broadcast_object_list(proposed, src=0)
         config = config.replace(visual_seq_length=proposed[0])
     validation = None
-    if config.valid_data_path:
-        paths = config.valid_data_path
+    if config.data.valid_data_path:
+        paths = config.data.valid_data_path
         validation = _after_rank_0(lambda: open_reader(config, paths, model_dir, encoder_dir))
     return config, reader, validation
 
@@ -48,28 +48,30 @@ def open_reader(
 ) -> PackReader:
     """The reader of some data of a run. training: they are its training data, which have weights, and images with
     LaVer. Raises as `open_dataset` does."""
+    data = config.data
     return open_dataset(
         paths,
         load_tokenizer(model_dir),
-        open_preprocessor(encoder_dir, config.max_image_tokens),
-        seq_length=config.seq_length,
-        visual_seq_length=config.visual_seq_length,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        needs_images=training and config.laver,
-        weights=config.data_weights if training else None,
-        window=config.shuffle_window,
-        long_samples=config.long_samples,
-        max_bad_fraction=config.max_bad_fraction,
+        open_preprocessor(encoder_dir, data.max_image_tokens),
+        seq_length=data.seq_length,
+        visual_seq_length=data.visual_seq_length,
+        seed=config.training.seed,
+        num_workers=data.num_workers,
+        needs_images=training and config.objective.laver,
+        weights=data.data_weights if training else None,
+        window=data.shuffle_window,
+        long_samples=data.long_samples,
+        max_bad_fraction=data.max_bad_fraction,
         # Sequence parallelism splits the visual slots between the ranks.
-        visual_multiple_of=config.tensor_model_parallel_size,
+        visual_multiple_of=config.parallel.tensor_model_parallel_size,
         cache=_shard_cache(config),
     )
 
 
 def _shard_cache(config: Config) -> ShardCache:
-    folder = Path(config.shard_cache) if config.shard_cache else Path(tempfile.gettempdir()) / "laver_shards"
-    return ShardCache(folder, int(config.shard_cache_gb * 1e9), config.allow_pipe)
+    data = config.data
+    folder = Path(data.shard_cache) if data.shard_cache else Path(tempfile.gettempdir()) / "laver_shards"
+    return ShardCache(folder, int(data.shard_cache_gb * 1e9), data.allow_pipe)
 
 
 def _after_rank_0(work: Callable[[], Result]) -> Result | None:

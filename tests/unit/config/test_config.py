@@ -1,10 +1,11 @@
 """The configuration: precedence, types, names that don't exist, and what is written back."""
 
 import contextlib
-import dataclasses
 import io
+import json
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from laver_megatron.config import command_line
 from laver_megatron.config.command_line import Invocation, from_command_line, load_config, read_command_line
-from laver_megatron.config.fields import PRESETS, Config, ConfigError, field_names, field_types
+from laver_megatron.config.fields import PRESETS, Config, ConfigError, all_fields, field_types
 
 REQUIRED = {
     "data_path": ["shards/*.tar"],
@@ -51,97 +52,113 @@ def required_flags() -> list[str]:
 
 def test_defaults_and_flags_alone():
     config = load_config(required_flags())
-    assert config.data_path == ("a.tar",)
-    assert (config.seq_length, config.train_iters) == (8, 2)
-    assert config.freeze == ("encoder",)
-    assert config.lr == 2e-5
+    assert config.data.data_path == ("a.tar",)
+    assert (config.data.seq_length, config.training.train_iters) == (8, 2)
+    assert config.model.freeze == ("encoder",)
+    assert config.training.lr == 2e-5
 
 
 def test_precedence(config_file):
     # Four fields that the preset sets, each decided one level higher.
     path = config_file(preset="official-settings", ema_momentum=0.9, centre_momentum=0.5)
     config = load_config(["--config", path, "--centre-momentum", "0.25"])
-    assert Config.__dataclass_fields__["mask_sampling"].default == "bernoulli"
-    assert config.mask_sampling == "fixed"
-    assert config.ema_momentum == 0.9
-    assert config.centre_momentum == 0.25
-    assert config.gram_weight == 1.0
+    assert all_fields()["mask_sampling"].default == "bernoulli"
+    assert config.objective.mask_sampling == "fixed"
+    assert config.objective.ema_momentum == 0.9
+    assert config.objective.centre_momentum == 0.25
+    assert config.objective.gram_weight == 1.0
 
 
 def test_preset_flag_beats_preset_of_the_file(config_file):
     config = load_config(["--config", config_file(preset="official-settings"), "--preset", "paper"])
-    assert config.positions == "2d"
-    assert config.centre_momentum is None
+    assert config.model.positions == "2d"
+    assert config.objective.centre_momentum is None
     config = load_config(["--config", config_file(preset="official-settings"), "--preset", "none"])
-    assert config.mask_sampling == "bernoulli"
+    assert config.objective.mask_sampling == "bernoulli"
 
 
 def test_preset_flag_beats_the_file_and_flags_beat_it(config_file):
     path = config_file(mask_sampling="bernoulli", ema_momentum=0.5, gram_weight=3.0)
     config = load_config(["--config", path, "--preset", "official-settings", "--ema-momentum", "0.75"])
-    assert (config.mask_sampling, config.ema_momentum, config.gram_weight) == ("fixed", 0.75, 3.0)
-    assert load_config(["--config", path, "--preset", "none"]).ema_momentum == 0.5
+    assert (config.objective.mask_sampling, config.objective.ema_momentum, config.objective.gram_weight) == (
+        "fixed",
+        0.75,
+        3.0,
+    )
+    assert load_config(["--config", path, "--preset", "none"]).objective.ema_momentum == 0.5
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_hold_values_of_the_right_type(config_file, name):
     config = load_config(["--config", config_file(preset=name)])
     for field, value in PRESETS[name].items():
-        assert getattr(config, field) == value
+        assert config.flat()[field] == value
 
 
 def test_official_settings(config_file):
     config = load_config(["--config", config_file(preset="official-settings")])
-    assert (config.mask_sampling, config.mask_ratio, config.mask_ratio_schedule) == ("fixed", 0.05, "cosine")
-    assert (config.ema_momentum, config.ema_momentum_schedule, config.ema_interval) == (0.95, "cosine", 0.02)
-    assert (config.centre_momentum, config.positions, config.gram_loss) == (0.9, "mrope", "cga")
+    assert (config.objective.mask_sampling, config.objective.mask_ratio, config.objective.mask_ratio_schedule) == (
+        "fixed",
+        0.05,
+        "cosine",
+    )
+    assert (config.objective.ema_momentum, config.objective.ema_momentum_schedule, config.objective.ema_interval) == (
+        0.95,
+        "cosine",
+        0.02,
+    )
+    assert (config.objective.centre_momentum, config.model.positions, config.objective.gram_loss) == (
+        0.9,
+        "mrope",
+        "cga",
+    )
 
 
 def test_numbers_that_yaml_reads_as_text(config_file):
     path = config_file("lr: 2e-5\nglobal_batch_size: 1e2\nadam_eps: 1E-6\nema_interval: 0.02\n")
     config = load_config(["--config", path])
-    assert (config.lr, config.adam_eps, config.ema_interval) == (2e-5, 1e-6, 0.02)
-    assert config.global_batch_size == 100
-    assert isinstance(config.global_batch_size, int)
+    assert (config.training.lr, config.training.adam_eps, config.objective.ema_interval) == (2e-5, 1e-6, 0.02)
+    assert config.data.global_batch_size == 100
+    assert isinstance(config.data.global_batch_size, int)
 
 
 def test_ema_interval_is_an_int_or_a_share(config_file):
     for text, value in (("3", 3), ("0.02", 0.02), ("1.0", 1)):
-        interval = load_config(["--config", config_file(), "--ema-interval", text]).ema_interval
+        interval = load_config(["--config", config_file(), "--ema-interval", text]).objective.ema_interval
         assert interval == value
         assert isinstance(interval, type(value))
 
 
 def test_large_integers_keep_their_digits(config_file):
-    assert load_config(["--config", config_file(), "--seed", str(2**62 + 1)]).seed == 2**62 + 1
-    assert load_config(["--config", config_file(seed=2**62 + 1)]).seed == 2**62 + 1
+    assert load_config(["--config", config_file(), "--seed", str(2**62 + 1)]).training.seed == 2**62 + 1
+    assert load_config(["--config", config_file(seed=2**62 + 1)]).training.seed == 2**62 + 1
 
 
 def test_booleans_lists_and_none(config_file):
     path = config_file(sequence_parallel=True, valid_data_path=["v.tar"], wandb_project="p", freeze=[])
     config = load_config(["--config", path])
-    assert config.sequence_parallel
-    assert config.valid_data_path == ("v.tar",)
-    assert config.freeze == ()
+    assert config.parallel.sequence_parallel
+    assert config.data.valid_data_path == ("v.tar",)
+    assert config.model.freeze == ()
     overridden = load_config(
         ["--config", path, "--no-sequence-parallel", "--valid-data-path", "none", "--wandb-project", "None",
          "--freeze", "encoder", "decoder", "--encoder-feature-layer", "-1"]
     )  # fmt: skip
-    assert not overridden.sequence_parallel
-    assert overridden.valid_data_path is None
-    assert overridden.wandb_project is None
-    assert overridden.freeze == ("encoder", "decoder")
-    assert overridden.encoder_feature_layer == -1
-    assert load_config(["--config", path, "--freeze", "none"]).freeze == ()
+    assert not overridden.parallel.sequence_parallel
+    assert overridden.data.valid_data_path is None
+    assert overridden.run.wandb_project is None
+    assert overridden.model.freeze == ("encoder", "decoder")
+    assert overridden.model.encoder_feature_layer == -1
+    assert load_config(["--config", path, "--freeze", "none"]).model.freeze == ()
 
 
 def test_none_is_a_choice_of_gram_loss(config_file):
-    assert load_config(["--config", config_file(), "--gram-loss", "none"]).gram_loss == "none"
-    assert load_config(["--config", config_file(gram_loss=None)]).gram_loss == "none"
+    assert load_config(["--config", config_file(), "--gram-loss", "none"]).objective.gram_loss == "none"
+    assert load_config(["--config", config_file(gram_loss=None)]).objective.gram_loss == "none"
 
 
 def test_one_path_needs_no_list(config_file):
-    assert load_config(["--config", config_file(data_path="one.tar")]).data_path == ("one.tar",)
+    assert load_config(["--config", config_file(data_path="one.tar")]).data.data_path == ("one.tar",)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +331,9 @@ def test_print_config_round_trips(config_file, capsys, tmp_path):
     resolved.write_text(printed)
     assert load_config(["--config", str(resolved)]) == load_config(["--config", path, "--lr", "3e-4"])
     assert [line for line in printed.splitlines() if line.startswith("#")] == [
-        "# model", "# parallel", "# data", "# laver", "# training", "# run"
+        "# start", "# model", "# parallel", "# data", "# objective", "# training", "# run"
     ]  # fmt: skip
-    assert set(yaml.safe_load(printed)) == set(field_names())
+    assert set(yaml.safe_load(printed)) == set(all_fields())
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12)
@@ -329,7 +346,7 @@ def test_to_yaml_round_trips_any_value(tmp_path_factory, paths, lr, seed, projec
     words = ("none", "null", "~")
     if any(text.strip().lower() in words for text in (*paths, project)):
         return  # these words clear a value, by design
-    config = Config(
+    config = Config.of(
         data_path=tuple(paths), seq_length=8, visual_seq_length=4, train_iters=1, run_dir="r", lr=lr, seed=seed,
         wandb_project=project,
     )  # fmt: skip
@@ -344,7 +361,7 @@ def test_help_names_every_field_with_its_default():
         from_command_line(["--help"])
     assert caught.value.code == 0
     text = " ".join(output.getvalue().split())
-    for name in field_names():
+    for name in all_fields():
         assert "--" + name.replace("_", "-") in text
     assert "[default: 2e-05]" in text
     assert "[required]" in text
@@ -355,7 +372,7 @@ def test_help_names_every_field_with_its_default():
 
 def test_every_field_has_help_and_a_readable_type():
     types = field_types()
-    for item in dataclasses.fields(Config):
+    for item in all_fields().values():
         assert item.metadata["help"], item.name
         assert set(types[item.name].scalars) <= {bool, int, float, str}, item.name
 
@@ -377,4 +394,33 @@ def test_invocation_flags_are_not_settings(config_file):
     assert isinstance(invocation, Invocation)
     assert invocation.dry_run
     assert invocation.print_config
-    assert not {"dry_run", "print_config", "config"} & set(field_names())
+    assert not {"dry_run", "print_config", "config"} & set(all_fields())
+
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def test_schema_says_what_the_fields_say(capsys):
+    """The committed file is what --print-schema prints, without any other setting."""
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(["--print-schema"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert printed == (EXAMPLES / "config.schema.json").read_text(), "write it anew with --print-schema"
+    keys = json.loads(printed)["properties"]
+    assert keys.keys() == all_fields().keys()
+    assert keys["seq_length"] == {
+        "description": "tokens of a pack in the language-model stream, visual tokens included",
+        "type": "integer",
+        "minimum": 1,
+    }
+    assert keys["centre_momentum"]["anyOf"] == [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]
+    assert keys["attention"]["enum"] == ["mixed", "causal"] and keys["attention"]["default"] == "mixed"
+    assert [form["type"] for form in keys["data_path"]["anyOf"]] == ["string", "array"]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: file.name)
+def test_examples_name_the_schema(file):
+    first = file.read_text().splitlines()[0]
+    name = first.removeprefix("# yaml-language-server: $schema=")
+    assert (file.parent / name).resolve() == EXAMPLES / "config.schema.json"

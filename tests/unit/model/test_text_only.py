@@ -17,7 +17,7 @@ SHAPE = ModelShape(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8,
     vocab_size=128, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True, max_position_embeddings=64,
 )  # fmt: skip
-CONFIG = Config(
+CONFIG = Config.of(
     data_path=(), run_dir="", train_iters=1, seq_length=SEQ_LENGTH, visual_seq_length=8, attention_kernel="dense",
     laver=False,
 )  # fmt: skip

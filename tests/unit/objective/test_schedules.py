@@ -60,28 +60,30 @@ def test_learning_rate_without_warmup_and_with_nothing_else():
 def test_official_stage_two():
     config = settings(train_iters=6250, min_lr=0.0, ema_interval=0.02)
     assert learning_rate(3175, config) == exactly(1e-5)
-    due = [step for step in range(6250) if ema_update_due(step, config)]
+    due = [step for step in range(6250) if ema_update_due(step, config, config.train_iters)]
     assert len(due) == 50 and due[:2] == [124, 249] and due[-1] == 6249
 
 
 def test_mask_ratio():
     config = settings()
-    assert mask_ratio(0, config) == 0
-    assert mask_ratio(250, config) == exactly(0.05 * (1 - math.sqrt(0.5)) / 2)
-    assert mask_ratio(500, config) == exactly(0.025)
-    assert mask_ratio(1000, config) == 0.05
-    assert mask_ratio(2000, config) == 0.05
-    assert [mask_ratio(step, settings(mask_ratio_schedule="constant")) for step in (0, 999)] == [0.05, 0.05]
+    assert mask_ratio(0, config, config.train_iters) == 0
+    assert mask_ratio(250, config, config.train_iters) == exactly(0.05 * (1 - math.sqrt(0.5)) / 2)
+    assert mask_ratio(500, config, config.train_iters) == exactly(0.025)
+    assert mask_ratio(1000, config, config.train_iters) == 0.05
+    assert mask_ratio(2000, config, config.train_iters) == 0.05
+    assert [mask_ratio(step, settings(mask_ratio_schedule="constant"), 1000) for step in (0, 999)] == [0.05, 0.05]
 
 
 def test_ema_momentum():
     config = settings()
-    assert ema_momentum(0, config) == pytest.approx(0.95, abs=1e-6)  # one step of 1000 along the cosine: 1.2e-7
-    assert ema_momentum(0, config) > 0.95
-    assert ema_momentum(249, config) == exactly(1 - 0.05 * (1 + math.sqrt(0.5)) / 2)
-    assert ema_momentum(499, config) == exactly(0.975)
-    assert ema_momentum(999, config) == 1
-    assert [ema_momentum(step, settings(ema_momentum_schedule="constant")) for step in (0, 999)] == [
+    assert ema_momentum(0, config, config.train_iters) == pytest.approx(
+        0.95, abs=1e-6
+    )  # one step of 1000 along the cosine: 1.2e-7
+    assert ema_momentum(0, config, config.train_iters) > 0.95
+    assert ema_momentum(249, config, config.train_iters) == exactly(1 - 0.05 * (1 + math.sqrt(0.5)) / 2)
+    assert ema_momentum(499, config, config.train_iters) == exactly(0.975)
+    assert ema_momentum(999, config, config.train_iters) == 1
+    assert [ema_momentum(step, settings(ema_momentum_schedule="constant"), 1000) for step in (0, 999)] == [
         0.95,
         0.95,
     ]
@@ -101,19 +103,19 @@ def test_ema_momentum():
 )
 def test_ema_interval(interval, train_iters, steps):
     config = settings(ema_interval=interval, train_iters=train_iters)
-    assert ema_interval_steps(config) == steps
-    due = [step for step in range(3 * steps) if ema_update_due(step, config)]
+    assert ema_interval_steps(config, config.train_iters) == steps
+    due = [step for step in range(3 * steps) if ema_update_due(step, config, config.train_iters)]
     assert due == [steps - 1, 2 * steps - 1, 3 * steps - 1]
 
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, -0.1])
 def test_ema_interval_refusals(interval):
     with pytest.raises(ValueError, match="ema_interval"):
-        ema_update_due(0, settings(ema_interval=interval))
+        ema_update_due(0, settings(ema_interval=interval), 1000)
 
 
 def test_schedule_refusals():
     with pytest.raises(ValueError, match="mask_ratio_schedule"):
-        mask_ratio(0, settings(mask_ratio_schedule="linear"))
+        mask_ratio(0, settings(mask_ratio_schedule="linear"), 1000)
     with pytest.raises(ValueError, match="ema_momentum_schedule"):
-        ema_momentum(0, settings(ema_momentum_schedule="linear"))
+        ema_momentum(0, settings(ema_momentum_schedule="linear"), 1000)

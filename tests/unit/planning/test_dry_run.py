@@ -69,7 +69,7 @@ def build(tmp_path):
         encoder = write(tmp_path / "encoder", ENCODER)
         shape = read_model_shape(write(tmp_path / "model", {**DECODER, **(decoder or {})}))
         defaults = {"data_path": ("none",), "seq_length": 64, "visual_seq_length": 32, "train_iters": 10}
-        config = Config(**{**defaults, "run_dir": "none", "vision_head_hidden_size": 32, **settings})
+        config = Config.of(**{**defaults, "run_dir": "none", "vision_head_hidden_size": 32, **settings})
         run = dry_run(config, shape, encoder, world_size)
         assert [rank.bytes for rank in run.ranks] == planned(config, shape, encoder, run)
         return run

@@ -71,13 +71,13 @@ def test_every_size_is_there():
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_the_files_pass_a_dry_run_and_say_what_they_are(file, place):
     config = load_config(["--config", str(file)])
-    write_model(Path(config.model), file.stem)
+    write_model(Path(config.start.model), file.stem)
     text = file.read_text()
     (layout,) = re.findall(r"GPUs of 80 GB.*, as (.*);", text)
     sizes = {name: int(number) for name, number in re.findall(r"\b(TP|PP|DP|of) (\d+)", layout)}
     tp, pp = sizes.get("TP", 1), sizes.get("PP", 1)
-    assert (tp, pp) == (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    assert sizes.get("of") == config.num_layers_per_virtual_pipeline_stage
+    assert (tp, pp) == (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    assert sizes.get("of") == config.parallel.num_layers_per_virtual_pipeline_stage
     (words,) = re.findall(r"Hardware: (\w+) GPUs of 80 GB", text)
     num_gpus = {"eight": 8, "sixteen": 16}.get(words) or int(words)
     assert num_gpus == tp * pp * sizes["DP"]
@@ -112,9 +112,11 @@ def test_sizes_read_the_same_packs(place):
         "load", "model", "run_dir", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
         "num_layers_per_virtual_pipeline_stage",
     }  # fmt: skip
-    differing = {name for config in configs for name, value in vars(config).items() if value != vars(configs[0])[name]}
+    differing = {
+        name for config in configs for name, value in config.flat().items() if value != configs[0].flat()[name]
+    }
     assert differing == own
     for config, file in zip(configs, FILES, strict=True):
         write_model(place / file.stem, file.stem)
-        assert config.visual_seq_length % config.tensor_model_parallel_size == 0
-        assert read_model_shape(place / file.stem).num_layers % config.pipeline_model_parallel_size == 0
+        assert config.data.visual_seq_length % config.parallel.tensor_model_parallel_size == 0
+        assert read_model_shape(place / file.stem).num_layers % config.parallel.pipeline_model_parallel_size == 0

@@ -42,7 +42,7 @@ def test_what_is_pinned_is_held_and_the_rest_searched(gpus, pinned):
     job = job_of(*SEVEN, "--gpus", str(gpus))
     found = possible(job, **pinned)
     assert found
-    assert all(getattr(config, field) == value for config in found for field, value in pinned.items())
+    assert all(config.flat()[field] == value for config in found for field, value in pinned.items())
 
 
 def test_every_kind_of_layout_is_gone_through():
@@ -50,7 +50,7 @@ def test_every_kind_of_layout_is_gone_through():
     found = possible(job)
     assert len(set(found)) == len(found)
     for field in (TP, PP, CHUNK, "micro_batch_size", "recompute_granularity", FIRST, LAST):
-        assert len({getattr(config, field) for config in found}) > 1, field
+        assert len({config.flat()[field] for config in found}) > 1, field
 
 
 def test_whatever_is_found_can_be_asked_for():
@@ -60,7 +60,7 @@ def test_whatever_is_found_can_be_asked_for():
     assert len(found) > 100
     for config in found[:: len(found) // 40]:
         fields = (TP, PP, CHUNK, "micro_batch_size", "recompute_granularity", FIRST, LAST)
-        pinned = {field: getattr(config, field) for field in fields}
+        pinned = {field: config.flat()[field] for field in fields}
         given = {
             field: value for field, value in pinned.items() if value is not None or field == "recompute_granularity"
         }
@@ -88,7 +88,7 @@ def test_layers_that_do_not_divide(pp, splits):
     found = [
         [chunks[0] for chunks in layers_of_stages(config, 28)]
         for config in possible(job, **{PP: pp, "micro_batch_size": 1, "recompute_granularity": None})
-        if config.num_layers_per_virtual_pipeline_stage is None
+        if config.parallel.num_layers_per_virtual_pipeline_stage is None
     ]
     assert sorted(found) == sorted(splits) and all(sum(split) == 28 for split in found)
 
@@ -120,7 +120,7 @@ def test_two_stages_are_told_in_one_way():
 
 def test_a_lighter_stage_holds_and_takes_less():
     job = job_of(*SEVEN, "--gpus", "3", "--global-batch-size", "126")
-    by_ends = {(getattr(config, FIRST), getattr(config, LAST)): config for config in possible(job, **{PP: 3})}
+    by_ends = {(config.flat()[FIRST], config.flat()[LAST]): config for config in possible(job, **{PP: 3})}
     lighter, other = plan_layout(job, by_ends[8, None]), plan_layout(job, by_ends[None, 8])
     assert lighter.stages[0].state.total < other.stages[0].state.total
     assert lighter.stages[0].activations.layers < other.stages[0].activations.layers
@@ -134,9 +134,12 @@ def test_a_lighter_stage_holds_and_takes_less():
 def test_sequences_that_do_not_divide_are_not_split():
     odd = job_of("--model", "7b", "--gpu", "h100-80gb", "--gpus", "8", "--seq-length", "1001", "--visual-share", "0.73")
     found = possible(odd, **{TP: 2})
-    assert found and not any(config.sequence_parallel for config in found)
+    assert found and not any(config.parallel.sequence_parallel for config in found)
     even = job_of(*SEVEN, "--gpus", "8")
-    assert all(config.sequence_parallel == (config.tensor_model_parallel_size > 1) for config in possible(even))
+    assert all(
+        config.parallel.sequence_parallel == (config.parallel.tensor_model_parallel_size > 1)
+        for config in possible(even)
+    )
     config = possible(even, **{TP: 2})[0]
     whole = plan_layout(even, config.replace(sequence_parallel=False))
     assert whole.fullest.activations.total > plan_layout(even, config).fullest.activations.total

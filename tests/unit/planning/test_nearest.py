@@ -77,8 +77,11 @@ def test_the_nearest_layout_that_fits():
     check_possible(job, pinned)
     assert not search(job, pinned).fitting
     nearest = nearest_that_fits(job, pinned)
-    assert nearest.fits and nearest.config.recompute_granularity is None
-    assert 1 in (nearest.config.tensor_model_parallel_size, nearest.config.pipeline_model_parallel_size)
+    assert nearest.fits and nearest.config.parallel.recompute_granularity is None
+    assert 1 in (
+        nearest.config.parallel.tensor_model_parallel_size,
+        nearest.config.parallel.pipeline_model_parallel_size,
+    )
 
 
 def test_where_nothing_fits_more_gpus_do():

@@ -122,13 +122,13 @@ def test_image_tokens_are_the_encoders(tmp_path):
     flags = ("--model", "7b", "--gpus", "8", *H100, "--encoder")
     fixed = job_of(*flags, str(tmp_path / "siglip"))
     tokens = fixed.workload.image_tokens
-    assert fixed.base.max_image_tokens is None
+    assert fixed.base.data.max_image_tokens is None
     same = job_of(*flags, str(tmp_path / "siglip"), "--image-tokens", str(tokens))
     assert same.base == fixed.base and same.workload == fixed.workload
     with pytest.raises(ConfigError, match=f"--image-tokens is {tokens + 1}, but the encoder makes {tokens} "):
         job_of(*flags, str(tmp_path / "siglip"), "--image-tokens", str(tokens + 1))
     native = job_of(*flags, str(tmp_path / "patches"), "--image-tokens", "100")
-    assert native.workload.image_tokens == native.base.max_image_tokens == 100
+    assert native.workload.image_tokens == native.base.data.max_image_tokens == 100
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,7 @@ def test_a_job_by_hand_is_that_of_the_command():
     paper = job_of(*SEVEN[:5], "a100-80gb", *SEVEN[6:])
     assert paper.shape == MODELS["7b"] and paper.encoder_sizes == encoder_sizes(SIGLIP2)
     assert paper.gpu == find_gpu("a100-80gb")
-    assert paper.base.visual_seq_length % 128 == 0 and paper.base.visual_seq_length >= paper.workload.num_visual_tokens
+    assert (
+        paper.base.data.visual_seq_length % 128 == 0
+        and paper.base.data.visual_seq_length >= paper.workload.num_visual_tokens
+    )

@@ -40,13 +40,16 @@ def test_what_fits_fits_and_the_fastest_comes_first(paper, found):
     # Every kind of layout was looked at.
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
                  "num_layers_per_virtual_pipeline_stage", "recompute_granularity"):  # fmt: skip
-        assert len({getattr(plan.config, name) for plan in found.fitting}) > 1, name
-    assert all(plan.config.sequence_parallel == (plan.config.tensor_model_parallel_size > 1) for plan in found.fitting)
+        assert len({plan.config.flat()[name] for plan in found.fitting}) > 1, name
+    assert all(
+        plan.config.parallel.sequence_parallel == (plan.config.parallel.tensor_model_parallel_size > 1)
+        for plan in found.fitting
+    )
 
 
 def test_figures_of_a_plan(paper, found):
     plan = found.fitting[0]
-    tokens = plan.config.global_batch_size * plan.config.seq_length
+    tokens = plan.config.data.global_batch_size * plan.config.data.seq_length
     assert plan.tokens_per_second_per_gpu == pytest.approx(tokens / plan.seconds / 16)
     assert plan.gpu_hours == pytest.approx(plan.seconds * 6250 * 16 / 3600)
     assert plan.model_flops_utilisation == pytest.approx(plan.flops.total / plan.seconds / 16 / 312e12)
@@ -67,7 +70,7 @@ def test_what_laver_costs_the_paper(found):
     assert costs.ratio == pytest.approx(1 + 4 / 3 * share * phi, rel=0.08)
     assert costs.seconds_without * costs.ratio == pytest.approx(plan.seconds)
     layers = 28 * (3584 * (3584 + 2 * 512) + 3584**2 + 3 * 3584 * 18944)
-    tp_pp = plan.config.tensor_model_parallel_size * plan.config.pipeline_model_parallel_size
+    tp_pp = plan.config.parallel.tensor_model_parallel_size * plan.config.parallel.pipeline_model_parallel_size
     # bf16 weights, and fp32 accumulators divided over the replicas; norms, biases and the head are 1%, division more.
     expected = layers / tp_pp * (2 + 4 / plan.data_parallel_size)
     assert costs.teacher_bytes == pytest.approx(expected, rel=0.15)
@@ -95,8 +98,8 @@ def test_pinned_values_are_kept(paper):
     pinned = {"tensor_model_parallel_size": 2, "recompute_granularity": None}
     found = search(paper, pinned)
     assert found.fitting
-    assert all(plan.config.tensor_model_parallel_size == 2 for plan in found.fitting)
-    assert all(plan.config.recompute_granularity is None for plan in found.fitting)
+    assert all(plan.config.parallel.tensor_model_parallel_size == 2 for plan in found.fitting)
+    assert all(plan.config.parallel.recompute_granularity is None for plan in found.fitting)
 
 
 def test_nothing_fits_ends_with_1(capsys):

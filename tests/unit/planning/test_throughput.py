@@ -42,7 +42,7 @@ def model_of(config, encoder_dir):
     encoder = read_encoder(encoder_dir)
     return model_flops(
         SHAPE,
-        vision_head_hidden_size=config.vision_head_hidden_size,
+        vision_head_hidden_size=config.objective.vision_head_hidden_size,
         encoder=encoder,
         num_encoder_layers=encoder.num_layers_run(None),
     )
@@ -77,13 +77,13 @@ def test_linear_layers_match_the_counter(encoder_dir, recompute, num_images, cha
         loss_of(config, micro_batch, stage(micro_batch, pixels)).backward()
     model, work = model_of(config, encoder_dir), workload(num_images, encoder_dir)
     computed = stage_work(config, SHAPE, model, work, 0)
-    pairs = model.encoder.attention_per_pair * config.micro_batch_size * work.image_area
-    expected = computed.linear - pairs * (3 if "encoder" not in config.freeze else 1)
+    pairs = model.encoder.attention_per_pair * config.data.micro_batch_size * work.image_area
+    expected = computed.linear - pairs * (3 if "encoder" not in config.model.freeze else 1)
     # 1% is promised; what is off is the Gram matrices, which are also monitored without a gradient.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
     step = computed_flops(config, model, work)
     assert computed.linear + computed.attention == pytest.approx(hardware_flops(step, recompute), rel=1e-12)
-    has_empty_slots = config.laver and config.visual_seq_length > work.num_visual_tokens
+    has_empty_slots = config.objective.laver and config.data.visual_seq_length > work.num_visual_tokens
     assert (step.total > micro_batch_flops(config, model, work).total) == has_empty_slots
 
 

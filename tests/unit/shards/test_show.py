@@ -41,7 +41,7 @@ def config(demo_dir):
 
 @pytest.fixture(scope="module")
 def reader(config, demo_dir):
-    return open_reader(config, config.data_path, demo_dir / "model", demo_dir / "encoder")
+    return open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder")
 
 
 def test_kinds_of_tokens():
@@ -97,7 +97,7 @@ def test_what_is_learnt_of_records_of_every_kind(config, demo_dir, tokenizer, tm
 
 def test_masks_are_those_of_the_step(config, reader):
     """By default the step that trains on the pack; the ratio rises from 0."""
-    number = config.global_batch_size * 20
+    number = config.data.global_batch_size * 20
     by_default, at_20, at_90 = (next(show_packs(config, reader, [number], step)) for step in (None, 20, 90))
     assert torch.equal(by_default.masked_BS, at_20.masked_BS)
     assert 0 < at_20.mask_ratio < at_90.mask_ratio
@@ -106,7 +106,7 @@ def test_masks_are_those_of_the_step(config, reader):
 
 def test_picture(config, reader, tmp_path):
     """Masked patches are red in it."""
-    step = config.train_iters - 1
+    step = config.training.train_iters - 1
     shown = next(pack for pack in show_packs(config, reader, range(10), step) if len(pack.pack.pixels[0]) > 0)
     draw(shown, reader.maker.preprocessor, tmp_path / "masked.png")
     plain = ShownPack(shown.pack, torch.zeros_like(shown.masked_BS), shown.number, 0.0, 128, "causal")

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ import pytest
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import find_inputs
 from laver_megatron.stages import chain
 from laver_megatron.stages.chain import check_stages, differences, read_stages, run_stages
+from laver_megatron.start import find_start
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
@@ -58,12 +58,12 @@ def write(path, content):
 
 def leave_checkpoint(config, iteration):
     """What a run leaves behind, but for its tensors."""
-    directory = Path(config.run_dir) / "checkpoints"
+    directory = Path(config.run.run_dir) / "checkpoints"
     path = directory / f"iter_{iteration:07d}"
-    inputs = find_inputs(config)
-    for part, source in (("hf", inputs.model_dir), ("encoder", inputs.encoder_dir)):
+    start = find_start(config)
+    for part, source in (("hf", start.model_dir), ("encoder", start.encoder_dir)):
         shutil.copytree(source, path / part)
-    write(path / "run.json", {**asdict(config), "encoder_feature_layer": -2})  # a run names it
+    write(path / "run.json", {**config.flat(), "encoder_feature_layer": -2})  # a run names it
     write(path / "manifest.json", {})
     (directory / "latest").write_text(str(iteration))
 
@@ -79,14 +79,14 @@ class Launcher:
         config = read_command_line(arguments).config
         check(Invocation(config, dry_run=True))
         self.runs.append(config)
-        status, iteration = self.outcomes.pop(config.run_dir, (0, config.train_iters))
+        status, iteration = self.outcomes.pop(config.run.run_dir, (0, config.training.train_iters))
         if iteration:
             leave_checkpoint(config, iteration)
         return status
 
     @property
     def run_dirs(self):
-        return [config.run_dir for config in self.runs]
+        return [config.run.run_dir for config in self.runs]
 
 
 @pytest.fixture
@@ -114,22 +114,31 @@ def test_every_official_stage_passes_a_dry_run_by_itself(place, file):
 def test_the_official_settings(place):
     align, laver, instruct = (stage.config for stage in read_stages(OFFICIAL))
     for config in (align, laver, instruct):
-        assert (config.global_batch_size, config.seq_length, config.bf16, config.min_lr) == (128, 2048, True, 0)
-        assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.clip_grad) == (0.9, 0.999, 0, 1)
-        assert (config.attention, config.positions) == ("mixed", "mrope")
-    assert [(c.lr, c.train_iters, c.laver) for c in (align, laver, instruct)] == [
+        assert (
+            config.data.global_batch_size,
+            config.data.seq_length,
+            config.training.bf16,
+            config.training.min_lr,
+        ) == (128, 2048, True, 0)
+        assert (
+            config.training.adam_beta1,
+            config.training.adam_beta2,
+            config.training.weight_decay,
+            config.training.clip_grad,
+        ) == (0.9, 0.999, 0, 1)
+        assert (config.model.attention, config.model.positions) == ("mixed", "mrope")
+    assert [(c.training.lr, c.training.train_iters, c.objective.laver) for c in (align, laver, instruct)] == [
         (2e-3, 4360, False), (2e-5, 6250, True), (2e-5, 6250, False)
     ]  # fmt: skip
-    assert (align.lr_warmup_iters, laver.lr_warmup_iters) == (500, 100)
-    assert [config.freeze for config in (align, laver, instruct)] == [
+    assert (align.training.lr_warmup_iters, laver.training.lr_warmup_iters) == (500, 100)
+    assert [config.model.freeze for config in (align, laver, instruct)] == [
         ("encoder", "decoder"),
         ("encoder",),
         ("encoder",),
     ]
-    assert (laver.mask_ratio, laver.ema_momentum, laver.ema_interval, laver.mim_weight, laver.gram_weight) == (
-        0.05, 0.95, 0.02, 1, 1
-    )  # fmt: skip
-    assert (laver.student_temperature, laver.teacher_temperature) == (0.1, 0.04)
+    of_laver = ("mask_ratio", "ema_momentum", "ema_interval", "mim_weight", "gram_weight")
+    assert [laver.flat()[name] for name in of_laver] == [0.05, 0.95, 0.02, 1, 1]
+    assert (laver.objective.student_temperature, laver.objective.teacher_temperature) == (0.1, 0.04)
 
 
 @pytest.mark.parametrize("files", [OFFICIAL, DEMO], ids=["official", "demo"])
@@ -141,7 +150,7 @@ def test_headers_say_what_commands_hardware_and_what_to_expect(files):
 
 
 def test_a_preset_chooses_the_positions_of_all_stages(place):
-    assert {stage.config.positions for stage in read_stages(OFFICIAL, ["--preset", "paper"])} == {"2d"}
+    assert {stage.config.model.positions for stage in read_stages(OFFICIAL, ["--preset", "paper"])} == {"2d"}
 
 
 # --- running -------------------------------------------------------------------------------------------
@@ -154,8 +163,10 @@ def test_stages_run_in_order_and_once(place, launcher, capfd, files):
     check_stages(stages, dry_run=True)
     assert run_stages(stages) == 0
     assert launcher.runs == [stage.config for stage in stages] and len(launcher.runs) == 3
-    assert {(config.lr, config.data_path) for config in launcher.runs} == {(1e-4, ("one", "two"))}
-    assert [config.load for config in launcher.runs[1:]] == [f"{run}/checkpoints" for run in launcher.run_dirs[:-1]]
+    assert {(config.training.lr, config.data.data_path) for config in launcher.runs} == {(1e-4, ("one", "two"))}
+    assert [config.start.load for config in launcher.runs[1:]] == [
+        f"{run}/checkpoints" for run in launcher.run_dirs[:-1]
+    ]
     capfd.readouterr()
     assert run_stages(stages) == 0 and len(launcher.runs) == 3
     assert capfd.readouterr().err.count("finished at iteration") == 3
@@ -165,7 +176,7 @@ def test_stages_run_in_order_and_once(place, launcher, capfd, files):
 
 def test_an_interrupted_stage_goes_on_and_a_failed_one_ends_the_chain(place, launcher, capfd):
     stages = read_stages(OFFICIAL)
-    second = stages[1].config.run_dir
+    second = stages[1].config.run.run_dir
     launcher.outcomes[second] = (9, 1250)
     assert run_stages(stages) == 9
     launcher.outcomes[second] = (0, 2500)
@@ -182,10 +193,10 @@ def test_all_stages_can_be_put_elsewhere(place, launcher):
     stages = read_stages(OFFICIAL, flags, runs="runs/other")
     assert run_stages(stages) == 0
     assert launcher.run_dirs == [f"runs/other/{stage.name}" for stage in stages]
-    assert [config.load for config in launcher.runs] == [
+    assert [config.start.load for config in launcher.runs] == [
         "hf:runs/demo/model", "runs/other/stage1_align/checkpoints", "runs/other/stage2_laver/checkpoints"
     ]  # fmt: skip
-    assert {config.encoder for config in launcher.runs} == {"runs/demo/encoder"}
+    assert {config.start.encoder for config in launcher.runs} == {"runs/demo/encoder"}
 
 
 def test_the_entry_script_gets_the_arguments(place, monkeypatch):
@@ -214,11 +225,13 @@ def test_the_baseline_is_the_same_without_laver(place, launcher):
     flags = ["--global-batch-size", "64", "--preset", "paper"]
     stages, paired = read_stages(OFFICIAL, flags, baseline=True), read_stages(OFFICIAL, flags)
     assert run_stages(stages) == 0
-    assert launcher.run_dirs == [f"{stage.config.run_dir}-baseline" for stage in paired]
-    assert [config.load for config in launcher.runs[1:]] == [f"{run}/checkpoints" for run in launcher.run_dirs[:-1]]
+    assert launcher.run_dirs == [f"{stage.config.run.run_dir}-baseline" for stage in paired]
+    assert [config.start.load for config in launcher.runs[1:]] == [
+        f"{run}/checkpoints" for run in launcher.run_dirs[:-1]
+    ]
     for mine, theirs in zip(stages, paired, strict=True):
-        assert not mine.config.laver and not mine.is_shared
-        own = {"laver": False, "run_dir": mine.config.run_dir, "load": mine.config.load}
+        assert not mine.config.objective.laver and not mine.is_shared
+        own = {"laver": False, "run_dir": mine.config.run.run_dir, "load": mine.config.start.load}
         assert mine.config == theirs.config.replace(**own)
 
 
@@ -232,7 +245,7 @@ def test_what_both_arms_have_alike_runs_once(place, launcher, capfd):
         in capfd.readouterr().err
     )
     assert launcher.run_dirs[3:] == ["runs/7b/stage2_laver-baseline", "runs/7b/stage3_instruct-baseline"]
-    assert [config.load for config in launcher.runs[3:]] == [
+    assert [config.start.load for config in launcher.runs[3:]] == [
         "runs/7b/stage1_align/checkpoints", "runs/7b/stage2_laver-baseline/checkpoints"
     ]  # fmt: skip
 
@@ -329,7 +342,7 @@ def test_shards_are_looked_for_unless_it_is_a_dry_run(place):
     with pytest.raises(ConfigError) as caught:
         check_stages(read_stages(OFFICIAL))
     assert [problem.split(" does not exist")[0] for problem in caught.value.problems] == [
-        f"{stage.name}: data_path: {stage.config.data_path[0]}" for stage in read_stages(OFFICIAL)
+        f"{stage.name}: data_path: {stage.config.data.data_path[0]}" for stage in read_stages(OFFICIAL)
     ]
 
 

@@ -20,7 +20,11 @@ def stage(tmp_path, freeze):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"iteration": i, "lm_loss": 8.0 / i}) + "\n" for i in (1, 2, 4))
     )
-    config = SimpleNamespace(load="there", encoder=None, freeze=freeze, run_dir=str(tmp_path))
+    config = SimpleNamespace(
+        start=SimpleNamespace(load="there", encoder=None),
+        model=SimpleNamespace(freeze=freeze),
+        run=SimpleNamespace(run_dir=str(tmp_path)),
+    )
     return SimpleNamespace(name="stage", config=config, checkpoint=tmp_path)
 
 

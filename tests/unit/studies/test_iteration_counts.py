@@ -31,7 +31,9 @@ def open_data(directory, *flags):
         "--data-path", str(directory / "shards" / "train-*.tar"), "--run-dir", "unused", "--train-iters", "1",
         "--global-batch-size", str(BATCH), "--num-workers", "0", *flags,
     ])  # fmt: skip
-    reader = open_reader(config, config.data_path, directory / "model", directory / "encoder_qwen2_5_vl", training=True)
+    reader = open_reader(
+        config, config.data.data_path, directory / "model", directory / "encoder_qwen2_5_vl", training=True
+    )
     streams = StreamSettings.of(config.replace(visual_seq_length=reader.visual_seq_length),
                                 read_model_shape(directory / "model"))  # fmt: skip
     return config, reader, streams
@@ -73,7 +75,7 @@ def test_counts_are_those_of_the_packs(directory, flags):
 
 def _counts_of(reader, directory):
     from laver_megatron.data.index.counts import count_samples
-    from laver_megatron.hf.files import load_tokenizer
+    from laver_megatron.hf.tokenizer import load_tokenizer
 
     maker = reader.maker
     return [

@@ -1,6 +1,5 @@
 """Sweeps: what is planned, and bad input."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,16 @@ def test_every_combination_once(sweep):
     assert sorted(path.stem for path in (sweep.output / "configs").iterdir()) == sorted(sweep.runs)
     for name, line in sweep.runs.items():
         config = sweep.config(name)
-        assert name == f"{line['model']}-iterations{config.train_iters}-{line['arm']}-seed{config.seed}"
-        assert config.laver == (line["arm"] == "laver")
-        assert Path(config.run_dir) == sweep.output / "runs" / name
-        assert (config.load, config.clip_grad) == (f"hf:{sweep.models[0].replace('model_16x1', line['model'])}", 0.5)
-        assert config.lr_warmup_iters == 1
+        assert (
+            name == f"{line['model']}-iterations{config.training.train_iters}-{line['arm']}-seed{config.training.seed}"
+        )
+        assert config.objective.laver == (line["arm"] == "laver")
+        assert Path(config.run.run_dir) == sweep.output / "runs" / name
+        assert (config.start.load, config.training.clip_grad) == (
+            f"hf:{sweep.models[0].replace('model_16x1', line['model'])}",
+            0.5,
+        )
+        assert config.training.lr_warmup_iters == 1
         assert config_hash(config) == line["config_hash"]
         check(Invocation(config, dry_run=True, dry_run_world_size=int(line["num_gpus"])))
     costs = [int(line["flops"]) for line in sweep.runs.values()]
@@ -43,7 +47,7 @@ def test_arms_differ_in_nothing_but_laver(sweep):
     runs = sweep.runs
     for size in SIZES:
         laver, baseline = (f"model_{size}-iterations2-{arm}-seed1234" for arm in ("laver", "baseline"))
-        one, other = (dataclasses.asdict(sweep.config(name)) for name in (laver, baseline))
+        one, other = (sweep.config(name).flat() for name in (laver, baseline))
         assert {key for key in one if one[key] != other[key]} == {"laver", "run_dir"}
         assert runs[laver]["tokens"] == runs[baseline]["tokens"]
         overhead = int(runs[laver]["laver_overhead"])
@@ -93,7 +97,7 @@ def test_subsets_are_seen_once(sweep, ladder):
     assert sweep("--subsets", *subsets) == 0
     tokens = {}
     for name, line in sweep.runs.items():
-        (path,) = sweep.config(name).data_path
+        (path,) = sweep.config(name).data.data_path
         assert path == line["amount"] and 0.7 < float(line["epochs"]) <= 1
         tokens[path] = int(line["tokens"])
     small, large = (tokens[str(path)] for path in subsets)
@@ -109,7 +113,7 @@ def test_all_sizes_get_one_visual_budget(sweep, tmp_path):
         (tmp_path / f"{size}.yaml").write_text(yaml.safe_dump({**own, "run_dir": "x", "train_iters": 9}))
     sweep.models = [tmp_path / f"{size}.yaml" for size in SIZES]
     assert sweep("--iterations", "2", "--num-gpus", "1", "4", "--gpus-per-node", "2") == 0
-    budgets = {sweep.config(name).visual_seq_length for name in sweep.runs}
+    budgets = {sweep.config(name).data.visual_seq_length for name in sweep.runs}
     assert len(budgets) == 1 and budgets.pop() % 2 == 0
     assert {(line["num_gpus"], line["num_nodes"]) for line in sweep.runs.values()} == {("1", "1"), ("4", "2")}
     submit = (sweep.output / "submit.sh").read_text()

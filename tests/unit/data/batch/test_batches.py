@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from laver_megatron.checkpoint.state import Progress
+from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.batch import batches
 from laver_megatron.data.batch.batches import BatchSource, GlobalCounts, count, num_bad_samples
@@ -19,7 +19,7 @@ from laver_megatron.data.batch.dataset import open_reader
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.model.image_division import BY_TOKENS
 from laver_megatron.objective.masking import mask_visual_tokens
-from laver_megatron.train import advance
+from laver_megatron.run_log.step_record import advance
 from tests.content import picture_bytes
 from tests.packs import pack, padding
 
@@ -70,10 +70,10 @@ def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
     changing the number of ranks on the way changes nothing."""
     config = config.replace(num_workers=num_workers)
     model_dir, encoder_dir = demo_dir / "model", demo_dir / "encoder"
-    readers = [open_reader(config, config.data_path, model_dir, encoder_dir) for _ in range(num_ranks)]
+    readers = [open_reader(config, config.data.data_path, model_dir, encoder_dir) for _ in range(num_ranks)]
     sources = [source_on(config, reader, rank, num_ranks) for rank, reader in enumerate(readers)]
     alone = source_on(
-        config, open_reader(config.replace(num_workers=0), config.data_path, model_dir, encoder_dir), 0, 1
+        config, open_reader(config.replace(num_workers=0), config.data.data_path, model_dir, encoder_dir), 0, 1
     )
     plan = readers[0].plan
     num_packs = plan.num_packs(0) + plan.num_packs(1)
@@ -95,7 +95,9 @@ def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
 def test_masks_are_those_of_the_step(config, demo_dir, sampling):
     """The same packs, so the same images, at two steps: each time the masks of that step, and not the same ones."""
     config = config.replace(num_workers=0, mask_sampling=sampling)
-    source = source_on(config, open_reader(config, config.data_path, demo_dir / "model", demo_dir / "encoder"), 0, 1)
+    source = source_on(
+        config, open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder"), 0, 1
+    )
     found = {}
     for step in (0, 1, 7):
         with on_ranks(mock.Mock(), lambda: 0):
@@ -103,7 +105,7 @@ def test_masks_are_those_of_the_step(config, demo_dir, sampling):
         for packs, masked_BS in zip(batch.packs, batch.masked, strict=True):
             expected_BS = mask_visual_tokens(
                 packs.image_BS, packs.sample_id_BS, packs.image_number_BS, mask_ratio=0.3, sampling=sampling,
-                seed=config.seed, step=step,
+                seed=config.training.seed, step=step,
             )  # fmt: skip
             assert torch.equal(masked_BS, expected_BS) and masked_BS.any()
         found[step] = torch.cat(batch.masked)
@@ -212,7 +214,9 @@ def built(config, reader, told):
 def test_marks_pass_from_rank_to_rank(config, demo_dir):
     """From a run to the checkpoint and to a reader that begins anew; other data than rank 0's are an error."""
     config = config.replace(num_workers=0)
-    first, second = (open_reader(config, config.data_path, demo_dir / "model", demo_dir / "encoder") for _ in range(2))
+    first, second = (
+        open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder") for _ in range(2)
+    )
     position = first.plan.num_packs(0)
     source = built(config, first, lambda values: None)
     with mock.patch.object(batches.dist, "broadcast_object_list"):
