@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.plan import Plan, laver_costs, layout_name, split_name
-from laver_megatron.planning.plan_command import build_parser
+from laver_megatron.planning.plan_command import build_parser, make_job, pinned_fields
 from laver_megatron.planning.plan_report import best_of_each, split_cell
-from laver_megatron.planning.planned_job import make_job, pinned_fields
-from laver_megatron.planning.planner import search
+from laver_megatron.planning.search import search
 
 # The ladder's sizes, and the number of GPUs that each file's own layout is for.
 LADDER = {"0.5b": 8, "1.5b": 8, "3b": 8, "7b": 8, "14b": 16, "32b": 32, "72b": 64, "110b": 128}

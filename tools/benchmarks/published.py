@@ -16,10 +16,16 @@ from typing import Any
 from laver_megatron.config.fields import Config
 from laver_megatron.flops.step import model_flops
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.planning.communication import sent_bytes
 from laver_megatron.planning.hardware import GPUS
 from laver_megatron.planning.memory import fullest_state
-from laver_megatron.planning.throughput import FULL_OVERLAP, NO_OVERLAP, Overlap, seconds_of_stage, stage_work
+from laver_megatron.planning.throughput import (
+    FULL_OVERLAP,
+    NO_OVERLAP,
+    Overlap,
+    seconds_of_stage,
+    sent_bytes,
+    stage_work,
+)
 from laver_megatron.planning.workload import Workload
 
 
