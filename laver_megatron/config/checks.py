@@ -45,10 +45,8 @@ def check_run(invocation: Invocation) -> Config | None:
 def _dry_run(invocation: Invocation, shape: ModelShape) -> None:
     """Builds every rank without memory and prints what they hold; ends the process with 2 if that cannot be done or
     their shards do not fit together."""
-    from laver_megatron.planning.dry_run import (
-        dry_run,  # here, because training needs none of it
-        dry_run_report,
-    )
+    # Here, because training needs none of it.
+    from laver_megatron.planning.dry_run import dry_run, dry_run_report
 
     config, world_size = invocation.config, invocation.world_size()
     encoder_dir = find_start(config).encoder_dir

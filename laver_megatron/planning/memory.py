@@ -235,11 +235,7 @@ def _chunk(
     """The student's tensors of one (virtual) stage, in the order of its modules."""
     objective = config.objective
     sizes = _sizes(
-        objective.laver,
-        objective.vision_head_hidden_size,
-        objective.vision_head_output_size,
-        shape,
-        feature_size,
+        objective.laver, objective.vision_head_hidden_size, objective.vision_head_output_size, shape, feature_size
     )
     trains = {part: part not in config.model.freeze for part in ("connector", "decoder", "heads")}
     tp, laver = config.parallel.tensor_model_parallel_size, objective.laver

@@ -9,7 +9,6 @@ A law is dashed, and its best size hollow, where N or D is beyond the runs it wa
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from laver_megatron.run_log.curves import BLUE, GREY, ORANGE, STYLE
+from laver_megatron.runtime.files import replacing
 from laver_megatron.studies.fit_output import PICTURES
 from laver_megatron.studies.fitted_study import FittedArm, FittedStudy
 from laver_megatron.studies.law import optimum, percentiles
@@ -59,21 +59,17 @@ def draw_study(study: FittedStudy, directory: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _share_limits(panels: Sequence[Axes]) -> None:
     """Arms stand side by side to be compared: the same place means the same numbers."""
-    horizontal, vertical = (
-        np.array(limits) for limits in zip(*((a.get_xlim(), a.get_ylim()) for a in panels), strict=True)
-    )
+    x, y = (np.array([getattr(axes, limits)() for axes in panels]) for limits in ("get_xlim", "get_ylim"))
     for axes in panels:
-        axes.set_xlim(horizontal.min(), horizontal.max())
-        axes.set_ylim(vertical.min(), vertical.max())
-        for axis in (axes.xaxis, axes.yaxis):
-            _mark_powers(axis)
+        axes.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()))
+        _mark_powers(axes.xaxis)
+        _mark_powers(axes.yaxis)
 
 
 def _mark_powers(axis: Axis) -> None:
@@ -99,7 +95,7 @@ def _draw_law(axes: Axes, x_X: Array, y_X: Array, outside_X: Sequence[str], colo
 
 
 def _explain(axes: Axes, runs: str, ncols: int = 1, **place: Any) -> None:
-    """The legend, with a word on the runs, and on dashes."""
+    """The legend, with a word on the points and on dashes."""
     axes.plot([], [], "o", color=GREY, markersize=4, label=runs)
     axes.plot([], [], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), label="outside the runs")
     axes.legend(ncols=ncols, **place)

@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,12 +174,8 @@ class Registry:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number that 64 bits can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= sys.float_info.max  # of NaN false
 
 
 def text_of(value: Any) -> str:

@@ -6,6 +6,7 @@ packs; a compute budget gives each of them as many iterations as it pays for, La
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,11 @@ from laver_megatron.studies.sweep_sizes import (
 class SweepRun:
     """One run: its configuration, and what it will have seen and cost when it is finished.
 
-    amount: what was asked for, a number or a subset's path. tokens, visual_tokens, flops and laver_overhead: as its
-    summary will say, unless samples turn out bad. epochs: how often it goes through its data."""
+    Attributes:
+        amount: what was asked for, a number or a subset's path.
+        tokens, visual_tokens, flops, laver_overhead: as its summary will say, unless samples turn out bad.
+        epochs: how often it goes through its data.
+    """
 
     name: str
     config: Config
@@ -172,12 +176,10 @@ def nearest(count: Callable[[int], int], amount: float, unit: str, most: int) ->
             "or a smaller global_batch_size"
         )
     above = 1
-    while above < most and count(above) < amount:
+    while above < most and count(above) < amount:  # doubling, because counting far into the data takes long
         above = min(2 * above, most)
-    below = above // 2
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if count(middle) < amount else (below, middle)
+    above = bisect_left(range(above), amount, lo=above // 2, key=count)
+    below = above - 1
     return below if below and amount - count(below) <= count(above) - amount else above
 
 

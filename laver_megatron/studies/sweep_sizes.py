@@ -89,18 +89,21 @@ class Size:
 
     @cached_property
     def num_parameters(self) -> int:
-        """N as the registry counts it: decoder with its norms, embedding, and LM head where it is not tied."""
-        shape = self.shape
-        hidden = shape.hidden_size
-        qkv_bias = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
-        # A weight is one multiplication and one addition for a token.
-        layer = decoder_layer_flops(shape) // 2 + qkv_bias + 2 * hidden
-        words = shape.vocab_size * hidden
-        return shape.num_layers * layer + hidden + words * (1 if shape.tie_word_embeddings else 2)
+        return language_model_parameters(self.shape)
 
     @cached_property
     def flops(self) -> ModelFlops:
         return run_flops(self.config, self.shape, read_encoder(self.encoder_dir))
+
+
+def language_model_parameters(shape: ModelShape) -> int:
+    """N as the registry counts it: decoder with its norms, embedding, and LM head where it is not tied."""
+    hidden = shape.hidden_size
+    qkv_bias = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    # A weight is one multiplication and one addition for a token.
+    layer = decoder_layer_flops(shape) // 2 + qkv_bias + 2 * hidden
+    words = shape.vocab_size * hidden
+    return shape.num_layers * layer + hidden + words * (1 if shape.tie_word_embeddings else 2)
 
 
 def read_sizes(options: SweepOptions) -> list[Size]:
@@ -151,25 +154,27 @@ def _option_problems(options: SweepOptions) -> Iterator[str]:
         yield f"--max-epochs is {options.max_epochs}, but must be finite and above 0"
     if options.lr_exponent is not None and not math.isfinite(options.lr_exponent):
         yield f"--lr-exponent is {options.lr_exponent}, but must be finite"
-    kind = options.amount_kind
-    if kind == "subsets":
-        yield from _subset_problems(options.amounts)
-    else:
-        whole = kind == "iterations"
-        yield from (
-            f"--{kind} {amount}: give numbers above 0" + (", whole ones" if whole else "")
-            for amount in options.amounts
-            if not _is_amount(amount, whole=whole)
-        )
-    labels = [amount_label(kind, amount) for amount in options.amounts]
-    for label in _repeated(labels):
-        named = ", ".join(a for a, other in zip(options.amounts, labels, strict=True) if other == label)
-        yield f"--{kind} {named}: all would be {label} in the names of the runs; leave out all but one"
+    yield from _amount_problems(options.amount_kind, options.amounts)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         yield (
             f"--output {options.output} is there already; name another (the registry takes the runs of several "
             "sweeps together), or remove it with the runs in it"
         )
+
+
+def _amount_problems(kind: str, amounts: Sequence[str]) -> Iterator[str]:
+    if kind == "subsets":
+        yield from _subset_problems(amounts)
+    else:
+        whole = ", whole ones" if kind == "iterations" else ""
+        bad = [amount for amount in amounts if not _is_amount(amount, whole=bool(whole))]
+        yield from (f"--{kind} {amount}: give numbers above 0{whole}" for amount in bad)
+        if bad:
+            return
+    labels = [amount_label(kind, amount) for amount in amounts]
+    for label in _repeated(labels):
+        named = ", ".join(amount for amount, other in zip(amounts, labels, strict=True) if other == label)
+        yield f"--{kind} {named}: all would be {label} in the names of the runs; leave out all but one"
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
@@ -180,12 +185,8 @@ def amount_label(kind: str, amount: str) -> str:
     """An amount as part of a run's name: a subset's file name, a number with as many digits as it has."""
     if kind == "subsets":
         return Path(amount).stem
-    try:
-        number = float(amount)
-    except ValueError:  # refused as no amount
-        return f"{kind}{amount}"
-    short = f"{number:g}"
-    digits = short if float(short) == number else repr(number).removesuffix(".0")
+    number = float(amount)
+    digits = f"{number:g}" if float(f"{number:g}") == number else repr(number).removesuffix(".0")
     return f"{kind}{digits}".replace("+", "")
 
 
