@@ -197,8 +197,8 @@ def test_72b_on_128_ranks_in_a_minute_and_a_gigabyte(demo_dir, tmp_path):
         "--visual-seq-length 2048 --global-batch-size 128 --dry-run 128"
     )
     program = (
-        "import resource, sys; from laver_megatron import train\n"
-        f"train.main({command.split()!r})\n"
+        "import resource, sys; from laver_megatron import launcher\n"
+        f"launcher.main({command.split()!r})\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         # Not ru_maxrss, which begins with what the process that started this one held.
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
