@@ -59,7 +59,7 @@ def test_files_and_functions_of_the_package(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands(page):
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    for first, second in re.findall(r"(?:^| )laver ([\w-]+)(?: ([\w-]+))?", "\n".join(blocks), re.MULTILINE):
+    for first, second in re.findall(r"(?:^| )laver ([a-z][\w-]*)(?: ([a-z]\w*))?", "\n".join(blocks), re.MULTILINE):
         assert first in COMMANDS or f"{first} {second}" in COMMANDS, f"{page.name}: laver {first} {second}"
 
 
