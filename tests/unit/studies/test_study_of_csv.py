@@ -2,21 +2,20 @@
 
 import pytest
 
-from laver_megatron.studies.csv_points import study_of_points
-from laver_megatron.studies.law_report import FitSettings, fit_study
-from laver_megatron.studies.study import ALL_RUNS
+from laver_megatron.studies.fitted_study import FitSettings, fit_study
+from laver_megatron.studies.study import ALL_RUNS, study_of_csv
 from tests.unit.studies.synthetic import make_points
 
 
 def read(tmp_path, text, **options):
     (tmp_path / "points.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return study_of_points(tmp_path / "points.csv", **options)
+    return study_of_csv(tmp_path / "points.csv", **options)
 
 
 def test_as_spreadsheets_write_them(tmp_path):
     """A byte order mark, spaces after commas, and lines that are empty."""
     study = read(tmp_path, b"\xef\xbb\xbfN, D , loss\r\n\r\n1e9, 2e9, 3\r\n,,\r\n2e9,3e9,2\r\n")
-    points = study.arms[ALL_RUNS].points
+    points = study.arms[ALL_RUNS].observations
     assert points.size_R.tolist() == [1e9, 2e9] and points.tokens_R.tolist() == [2e9, 3e9]
     assert points.column_R.tolist() == [3, 2] and points.names == ("line 3", "line 5")
 
@@ -33,7 +32,7 @@ def test_points_chosen_by_a_value(tmp_path):
         ((("year", "2025.0"),), ("line 3", "line 4")),
         ((("kind", "a"), ("year", "2025")), ("line 4",)),
     ):
-        assert read(tmp_path, text, where=where).arms[ALL_RUNS].points.names == names
+        assert read(tmp_path, text, where=where).arms[ALL_RUNS].observations.names == names
     with pytest.raises(ValueError, match=r"has no point with 'c' in kind"):
         read(tmp_path, text, where=(("kind", "c"),))
 

@@ -1,86 +1,19 @@
-"""How full packs are, how full the samples' sizes allow them to be, and which visual budget suits a data set.
+"""Which visual budget suits a data set: the one with the fullest packs.
 
 Letters: I samples.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import STYLES, pack_window
-from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.joint_bound import least_packs_jointly
 from laver_megatron.data.plan.mixture import Source
-from laver_megatron.data.plan.plan import PackPlan
 
 _BEST_FIT = STYLES[:1]  # quick, and wrong by much the same for neighbouring budgets
-_GOOD_ENOUGH = 1.005  # packs over the budgets' own bounds: no better one is looked for
 _SAMPLES_TRIED = 5_000
 _BUDGETS_TRIED = 24  # first over all that come into question, then as many between the best one's neighbours
-
-
-@dataclass(frozen=True)
-class FillReport:
-    """Slots of some packs, and how many hold a token. least_packs: no packing of the same samples needs fewer."""
-
-    num_packs: int
-    least_packs: int
-    tokens_used: int
-    tokens_available: int
-    visual_used: int
-    visual_available: int
-
-    @property
-    def token_fill(self) -> float:
-        return self.tokens_used / self.tokens_available
-
-    @property
-    def visual_fill(self) -> float:
-        return self.visual_used / self.visual_available if self.visual_available else 1.0
-
-    @property
-    def token_bound(self) -> float:
-        """The most that `token_fill` could be."""
-        return self.token_fill / self.share_of_bound
-
-    @property
-    def visual_bound(self) -> float:
-        """The most that `visual_fill` could be."""
-        return self.visual_fill / self.share_of_bound
-
-    @property
-    def share_of_bound(self) -> float:
-        """Of either fill: both are sums of sizes over packs."""
-        return self.least_packs / self.num_packs
-
-    def __str__(self) -> str:
-        return (
-            f"{self.token_fill:.1%} of the token slots (at most {self.token_bound:.1%} with these sizes) and "
-            f"{self.visual_fill:.1%} of the visual slots (at most {self.visual_bound:.1%})"
-        )
-
-
-def measure_fill(plan: PackPlan, first_window: int = 0, num_windows: int = 1) -> FillReport:
-    """The fill of `num_windows` windows. The bound is that of all their samples packed together: the larger one of each
-    budget's own, and where these leave open whether the packs are good, of both together, which takes seconds and needs
-    scipy."""
-    parts = [plan.window_packs(window) for window in range(first_window, first_window + num_windows)]
-    ids_I = np.concatenate([part.sample_id_I for part in parts])
-    num_packs = sum(len(part) for part in parts)
-    sizes = tokens_I, visual_I = plan.token_counts_I[ids_I], plan.visual_counts_I[ids_I]
-    least = least_packs(*sizes, plan.seq_length, plan.visual_seq_length)
-    if num_packs > least * _GOOD_ENOUGH:
-        least = max(least, least_packs_jointly(*sizes, plan.seq_length, plan.visual_seq_length))
-    return FillReport(
-        num_packs=num_packs,
-        least_packs=least,
-        tokens_used=int(tokens_I.sum(dtype=np.int64)),
-        tokens_available=num_packs * plan.seq_length,
-        visual_used=int(visual_I.sum(dtype=np.int64)),
-        visual_available=num_packs * plan.visual_seq_length,
-    )
 
 
 def propose_visual_budget(

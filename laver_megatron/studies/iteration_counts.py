@@ -30,7 +30,7 @@ COUNTS = (
 )
 
 
-class PlannedData:
+class IterationCounts:
     """Sums of COUNTS over the first iterations of a run, exactly.
 
     config: of any run on these data; read are its batch and attention. window_tokens: side of the encoder's windows,
@@ -66,7 +66,7 @@ class PlannedData:
         return self._sums_before(num_iterations * self.global_batch_size)
 
     def flops(self, model: ModelFlops, config: Config, num_iterations: int) -> StepFlops:
-        """Of the first iterations, by the convention of `flops.py`: what the run's summary will say."""
+        """Of the first iterations, by the convention of `flops/`: what the run's summary will say."""
         return step_flops(
             model,
             **self.counts(num_iterations),

@@ -5,9 +5,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from laver_megatron.studies.law_plots import _draw_law, _mark_powers, draw_report
-from laver_megatron.studies.law_report import FitSettings, fit_study
-from tests.unit.studies.test_law_report import make_study
+from laver_megatron.studies.fit_plots import _draw_law, _mark_powers, draw_study
+from laver_megatron.studies.fitted_study import FitSettings, fit_study
+from tests.unit.studies.test_fitted_study import make_study
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def test_a_law_is_dashed_where_it_is_outside_the_runs(axes):
 def test_every_picture_explains_its_points(tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(
-        "laver_megatron.studies.law_plots._save", lambda figure, path: figures.update({path.name: figure})
+        "laver_megatron.studies.fit_plots._save", lambda figure, path: figures.update({path.name: figure})
     )
-    draw_report(fit_study(make_study(noise=1e-3), FitSettings(num_resamples=20)), tmp_path)
+    draw_study(fit_study(make_study(noise=1e-3), FitSettings(num_resamples=20)), tmp_path)
     words = {
         name: {text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()}
         for name, figure in figures.items()

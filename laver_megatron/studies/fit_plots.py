@@ -9,7 +9,6 @@ A law is dashed, and its best size hollow, where N or D is beyond the runs it wa
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,69 +17,59 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from laver_megatron.run_log.curves import BLUE, GREY, ORANGE, STYLE
-from laver_megatron.studies.comparison import Arm
-from laver_megatron.studies.compute import optimum
-from laver_megatron.studies.law import percentiles
-from laver_megatron.studies.law_report import PICTURES, Report
-from laver_megatron.studies.points import Array, groups
+from laver_megatron.runtime.files import replacing
+from laver_megatron.studies.fit_output import PICTURES
+from laver_megatron.studies.fitted_study import FittedArm, FittedStudy
+from laver_megatron.studies.law import optimum, percentiles
+from laver_megatron.studies.observations import Array, cluster
 
 _COLOURS = matplotlib.colormaps["viridis"]
 _MOST_LINES = 12
 _NUM_X = 120
 
 
-def draw_report(report: Report, directory: Path) -> list[Path]:
+def draw_study(study: FittedStudy, directory: Path) -> list[Path]:
     """Draws all pictures, each replaced atomically. Returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, tuple[str, Callable[[Axes, Arm, Report], None], int]] = {
-        "fit.png": ("runs and law", _draw_fit, 1),
-        "iso_flop.png": ("at fixed FLOPs", _draw_iso_flop, 1),
-        "frontier.png": ("best size and value", _draw_frontier_size, 2),
-        "residuals.png": ("log residuals", _draw_residuals, 1),
-    }
-    assert tuple(pictures) == PICTURES
+    # A row of panels for each function.
+    panels: tuple[tuple[str, tuple[Callable[[Axes, FittedArm, FittedStudy], None], ...]], ...] = (
+        ("runs and law", (_draw_fit,)),
+        ("at fixed FLOPs", (_draw_iso_flop,)),
+        ("best size and value", (_draw_frontier_size, _draw_frontier_value)),
+        ("log residuals", (_draw_residuals,)),
+    )
     with matplotlib.rc_context(STYLE):
-        for name, (title, draw, num_rows) in pictures.items():
-            num_arms = len(report.arms)
-            figure = Figure(figsize=(5.2 * num_arms, 3.8 * num_rows + 0.3), dpi=110)
-            figure.set_layout_engine("constrained")
-            FigureCanvasAgg(figure)
-            rows = [draw] if num_rows == 1 else [draw, _draw_frontier_value]
-            for row, draw_panel in enumerate(rows):
-                panels = []
-                for column, arm in enumerate(report.arms):
-                    axes = figure.add_subplot(num_rows, num_arms, row * num_arms + column + 1)
+        for name, (title, draws) in zip(PICTURES, panels, strict=True):
+            num_arms = len(study.arms)
+            figure = Figure(figsize=(5.2 * num_arms, 3.8 * len(draws) + 0.3), dpi=110, layout="constrained")
+            for draw, row in zip(draws, figure.subplots(len(draws), num_arms, squeeze=False), strict=True):
+                for axes, arm in zip(row, study.arms, strict=True):
                     axes.set_xscale("log")
-                    axes.set_title(f"{arm.name}: {title}" if row == 0 else "", loc="left")
-                    draw_panel(axes, arm, report)
-                    panels.append(axes)
-                _share_limits(panels)
+                    if draw is draws[0]:
+                        axes.set_title(f"{arm.name}: {title}", loc="left")
+                    draw(axes, arm, study)
+                _share_limits(row)
             _save(figure, directory / name)
-    return [directory / name for name in pictures]
+    return [directory / name for name in PICTURES]
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
-def _share_limits(panels: list[Axes]) -> None:
+def _share_limits(panels: Sequence[Axes]) -> None:
     """Arms stand side by side to be compared: the same place means the same numbers."""
-    horizontal, vertical = (
-        np.array(limits) for limits in zip(*((a.get_xlim(), a.get_ylim()) for a in panels), strict=True)
-    )
+    x, y = (np.array([getattr(axes, limits)() for axes in panels]) for limits in ("get_xlim", "get_ylim"))
     for axes in panels:
-        axes.set_xlim(horizontal.min(), horizontal.max())
-        axes.set_ylim(vertical.min(), vertical.max())
-        for axis in (axes.xaxis, axes.yaxis):
-            _mark_powers(axis)
+        axes.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()))
+        _mark_powers(axes.xaxis)
+        _mark_powers(axes.yaxis)
 
 
 def _mark_powers(axis: Axis) -> None:
@@ -106,56 +95,52 @@ def _draw_law(axes: Axes, x_X: Array, y_X: Array, outside_X: Sequence[str], colo
 
 
 def _explain(axes: Axes, runs: str, ncols: int = 1, **place: Any) -> None:
-    """The legend, with a word on the points, and on dashes."""
+    """The legend, with a word on the points and on dashes."""
     axes.plot([], [], "o", color=GREY, markersize=4, label=runs)
     axes.plot([], [], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), label="outside the runs")
     axes.legend(ncols=ncols, **place)
-
-
-def _flops(arm: Arm) -> Array:
-    return arm.cost.flops(arm.fit.points.size_R, arm.fit.points.tokens_R)
 
 
 def _spread(values_R: Array, margin: float = 1.5) -> Array:
     return np.geomspace(values_R.min() / margin, values_R.max() * margin, _NUM_X)
 
 
-def _band(axes: Axes, x: Array, values_KX: Array, report: Report, colour: object) -> None:
-    axes.fill_between(x, *percentiles(values_KX, report.settings.level), color=colour, alpha=0.2, linewidth=0)
+def _band(axes: Axes, x: Array, values_KX: Array, study: FittedStudy, colour: object) -> None:
+    axes.fill_between(x, *percentiles(values_KX, study.settings.level), color=colour, alpha=0.2, linewidth=0)
 
 
-def _draw_fit(axes: Axes, arm: Arm, report: Report) -> None:
-    points, law = arm.fit.points, arm.fit.law
+def _draw_fit(axes: Axes, arm: FittedArm, study: FittedStudy) -> None:
+    runs, law = arm.fit.observations, arm.fit.law
     # Sizes that differ by less than 1% share a line; of very many some are shown.
-    sizes = np.sort(points.size_R[np.unique(groups(points.size_R), return_index=True)[1]])
+    sizes = np.sort(runs.size_R[np.unique(cluster(runs.size_R), return_index=True)[1]])
     shown = sizes[np.unique(np.linspace(0, len(sizes) - 1, _MOST_LINES).round().astype(int))]
     norm = LogNorm(sizes[0], sizes[-1] * 1.2)  # the brightest yellow is hard to see
-    tokens_X = _spread(points.tokens_R)
+    tokens_X = _spread(runs.tokens_R)
     for size in shown:
-        outside_X = points.outside(np.full_like(tokens_X, size), tokens_X)
-        _draw_law(axes, tokens_X, law.value(size, tokens_X), outside_X, _COLOURS(norm(size)), f"N = {size:.3g}")
+        colour, outside_X = _COLOURS(norm(size)), runs.outside(size, tokens_X)
+        _draw_law(axes, tokens_X, law.value(size, tokens_X), outside_X, colour, f"N = {size:.3g}")
         if arm.fit.resampled is not None:
-            _band(axes, tokens_X, arm.fit.resampled.value(size, tokens_X), report, _COLOURS(norm(size)))
-    axes.scatter(points.tokens_R, points.column_R, c=points.size_R, norm=norm, cmap=_COLOURS, s=14, zorder=3)
-    _limit_to(axes, points.column_R)
+            _band(axes, tokens_X, arm.fit.resampled.value(size, tokens_X), study, colour)
+    axes.scatter(runs.tokens_R, runs.column_R, c=runs.size_R, norm=norm, cmap=_COLOURS, s=14, zorder=3)
+    _limit_to(axes, runs.column_R)
     axes.set_xlabel("tokens D")
-    axes.set_ylabel(points.column)
+    axes.set_ylabel(runs.column)
     _explain(axes, "runs, coloured by N", ncols=1 + (len(shown) > 6))
 
 
-def _draw_iso_flop(axes: Axes, arm: Arm, report: Report) -> None:
-    points = arm.fit.points
-    flops_R = _flops(arm)
-    every = np.concatenate([flops_R, report.budgets_X])
+def _draw_iso_flop(axes: Axes, arm: FittedArm, study: FittedStudy) -> None:
+    runs = arm.fit.observations
+    flops_R = arm.flops_R
+    every = np.concatenate([flops_R, study.budgets_X])
     norm = LogNorm(every.min(), every.max() * 1.0001)
-    size_X = _spread(points.size_R, margin=4)
-    for budget in report.budgets_X:
+    size_X = _spread(runs.size_R, margin=4)
+    for budget in study.budgets_X:
         tokens_X = arm.cost.tokens(size_X, budget)
-        outside_X, label = points.outside(size_X, tokens_X), f"{budget:.2g} FLOPs"
+        outside_X, label = runs.outside(size_X, tokens_X), f"{budget:.2g} FLOPs"
         _draw_law(axes, size_X, arm.fit.law.value(size_X, tokens_X), outside_X, _COLOURS(norm(budget)), label)
-    best = optimum(arm.fit.law, arm.cost, report.budgets_X)
+    best = optimum(arm.fit.law, arm.cost, study.budgets_X)
     shown = (best.size_X >= size_X[0]) & (best.size_X <= size_X[-1])
-    outside = np.array([bool(letters) for letters in points.outside(best.size_X, best.tokens_X)])
+    outside = np.array([bool(letters) for letters in runs.outside(best.size_X, best.tokens_X)])
     for chosen, fill, label in (
         (shown & ~outside, "black", "best size"), (shown & outside, "none", "best size, outside the runs"),
     ):  # fmt: skip
@@ -164,44 +149,44 @@ def _draw_iso_flop(axes: Axes, arm: Arm, report: Report) -> None:
                 best.size_X[chosen], best.value_X[chosen], "D", color="black", markerfacecolor=fill, markersize=5,
                 zorder=4, label=label,
             )  # fmt: skip
-    axes.scatter(points.size_R, points.column_R, c=flops_R, norm=norm, cmap=_COLOURS, s=16, zorder=3)
-    _limit_to(axes, np.concatenate([points.column_R, best.value_X[shown]]))
+    axes.scatter(runs.size_R, runs.column_R, c=flops_R, norm=norm, cmap=_COLOURS, s=16, zorder=3)
+    _limit_to(axes, np.concatenate([runs.column_R, best.value_X[shown]]))
     axes.set_xlabel("parameters N")
-    axes.set_ylabel(points.column)
+    axes.set_ylabel(runs.column)
     # Below: lines and runs leave no corner free.
     _explain(axes, "runs, coloured by their FLOPs", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
-def _draw_frontier_size(axes: Axes, arm: Arm, report: Report) -> None:
-    _draw_frontier(axes, arm, report, "size_X")
+def _draw_frontier_size(axes: Axes, arm: FittedArm, study: FittedStudy) -> None:
+    _draw_frontier(axes, arm, study, "size_X")
     axes.set_yscale("log")
-    axes.plot(_flops(arm), arm.fit.points.size_R, "o", color=GREY, markersize=3)
+    axes.plot(arm.flops_R, arm.fit.observations.size_R, "o", color=GREY, markersize=3)
     axes.set_ylabel("best parameters N")
     _explain(axes, "runs")
 
 
-def _draw_frontier_value(axes: Axes, arm: Arm, report: Report) -> None:
-    _draw_frontier(axes, arm, report, "value_X")
-    axes.plot(_flops(arm), arm.fit.points.column_R, "o", color=GREY, markersize=3)
-    axes.set_ylabel(f"best {arm.fit.points.column}")
+def _draw_frontier_value(axes: Axes, arm: FittedArm, study: FittedStudy) -> None:
+    _draw_frontier(axes, arm, study, "value_X")
+    axes.plot(arm.flops_R, arm.fit.observations.column_R, "o", color=GREY, markersize=3)
+    axes.set_ylabel(f"best {arm.fit.observations.column}")
     _explain(axes, "runs")
 
 
-def _draw_frontier(axes: Axes, arm: Arm, report: Report, field: str) -> None:
-    flops_X = np.geomspace(report.budgets_X.min(), report.budgets_X.max(), _NUM_X)
+def _draw_frontier(axes: Axes, arm: FittedArm, study: FittedStudy, field: str) -> None:
+    flops_X = np.geomspace(study.budgets_X.min(), study.budgets_X.max(), _NUM_X)
     best = optimum(arm.fit.law, arm.cost, flops_X)
-    outside_X = arm.fit.points.outside(best.size_X, best.tokens_X)
+    outside_X = arm.fit.observations.outside(best.size_X, best.tokens_X)
     _draw_law(axes, flops_X, getattr(best, field), outside_X, BLUE, "law")
     if arm.fit.resampled is not None:
-        _band(axes, flops_X, getattr(optimum(arm.fit.resampled, arm.cost, flops_X), field), report, BLUE)
+        _band(axes, flops_X, getattr(optimum(arm.fit.resampled, arm.cost, flops_X), field), study, BLUE)
     axes.set_xlabel("training FLOPs")
 
 
-def _draw_residuals(axes: Axes, arm: Arm, report: Report) -> None:
-    residuals_R, size_R = arm.fit.residuals_R, arm.fit.points.size_R
+def _draw_residuals(axes: Axes, arm: FittedArm, study: FittedStudy) -> None:
+    residuals_R, size_R = arm.fit.residuals_R, arm.fit.observations.size_R
     is_largest_R = size_R > 0.99 * size_R.max()
     for chosen, colour, label in ((~is_largest_R, BLUE, "other sizes"), (is_largest_R, ORANGE, "largest size")):
-        axes.plot(_flops(arm)[chosen], residuals_R[chosen], "o", color=colour, markersize=4, label=label)
+        axes.plot(arm.flops_R[chosen], residuals_R[chosen], "o", color=colour, markersize=4, label=label)
     axes.axhline(0.0, color=GREY, linewidth=0.9)
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("log measured - log fitted")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from laver_megatron.studies.comparison import EQUAL_DATA, EQUAL_FLOPS
-from laver_megatron.studies.measured import find_pairs, mean_differences, missed
-from laver_megatron.studies.points import Points
-from laver_megatron.studies.study import StudyArm
+from laver_megatron.studies.observations import Observations
+from laver_megatron.studies.pairs import EQUAL_DATA, EQUAL_FLOPS, find_pairs, mean_differences, unpaired
+from laver_megatron.studies.study import ArmRuns
 
 SIZES, AMOUNTS = (1e8, 2e8, 4e8), (1e9, 3e9)
 
@@ -19,8 +18,8 @@ def make_arm(name, value, *, seeds=("1",), cost=6.0, amounts=AMOUNTS, ceiling=No
     places = [(size, tokens, seed) for seed in seeds for size in SIZES for tokens in amounts]
     size_R, tokens_R = (np.array(values) for values in zip(*[place[:2] for place in places], strict=True))
     names = tuple(f"{name}-{size:g}-{tokens:g}-{seed}" for size, tokens, seed in places)
-    points = Points(names, size_R, tokens_R, np.array([value(*place) for place in places]), "loss", ceiling)
-    return StudyArm(points, cost * size_R * tokens_R, tuple(seed for *_, seed in places))
+    points = Observations(names, size_R, tokens_R, np.array([value(*place) for place in places]), "loss", ceiling)
+    return ArmRuns(points, cost * size_R * tokens_R, tuple(seed for *_, seed in places))
 
 
 def plain(size, tokens, seed):
@@ -98,19 +97,19 @@ def test_runs_without_a_partner_are_named_with_what_is_nearest():
         return 1.03 if size == SIZES[0] else 1.0
 
     baseline, treated = make_arm("plain", plain, seeds=("1", "2")), make_arm("laver", better, cost=cost)
-    points = treated.points
+    points = treated.observations
     tokens_R = points.tokens_R * 6 / cost * np.array([amounts(size) for size in points.size_R])
     treated = dataclasses.replace(
-        treated, points=dataclasses.replace(points, tokens_R=tokens_R), flops_R=cost * points.size_R * tokens_R
+        treated, observations=dataclasses.replace(points, tokens_R=tokens_R), flops_R=cost * points.size_R * tokens_R
     )
     pairs = find_pairs(baseline, treated)
     assert len(pairs) == 4
-    alone = missed(baseline, treated, pairs)
+    alone = unpaired(baseline, treated, pairs)
     near = {name: distance for name, distance in alone.items() if distance < np.inf}
     assert sorted(near) == ["laver-1e+08-1e+09-1", "laver-1e+08-3e+09-1", "plain-1e+08-1e+09-1", "plain-1e+08-3e+09-1"]
     assert list(near.values()) == pytest.approx([0.03] * 4)
     assert {name for name in alone if name not in near} == {
-        name for name in baseline.points.names if name.endswith("-2")
+        name for name in baseline.observations.names if name.endswith("-2")
     }
     both = make_arm("plain", plain), make_arm("laver", better)
-    assert missed(*both, find_pairs(*both)) == {}
+    assert unpaired(*both, find_pairs(*both)) == {}

@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 
 from laver_megatron.studies.law import fit_law, resample
-from laver_megatron.studies.points import check_points, groups, num_distinct
+from laver_megatron.studies.observations import check_fittable, cluster, num_distinct
 from tests.unit.studies.synthetic import make_points
 
 
-def test_groups_do_not_chain():
+def test_clusters_do_not_chain():
     """Each amount is within 1% of the next, and the last 500 times the first."""
     dense = np.geomspace(2e9, 1e12, 1000)
-    numbers = groups(dense)
+    numbers = cluster(dense)
     assert np.log(500) / 0.01 * 0.5 < num_distinct(dense) < np.log(500) / 0.01
     for number in range(numbers.max() + 1):
         chosen = dense[numbers == number]
         assert chosen.max() / chosen.min() < np.exp(0.01)
 
 
-def test_groups_are_of_values_in_any_order():
-    assert groups(np.array([3.0, 1.0, 1.005, 3.02, 1.0, 2.0])).tolist() == [2, 0, 0, 2, 0, 1]
-    assert groups(np.array([])).tolist() == []
+def test_clusters_are_of_values_in_any_order():
+    assert cluster(np.array([3.0, 1.0, 1.005, 3.02, 1.0, 2.0])).tolist() == [2, 0, 0, 2, 0, 1]
+    assert cluster(np.array([])).tolist() == []
 
 
 def test_a_dense_ladder_of_amounts_is_fitted():
     points = make_points(noise=1e-3, num_sizes=4, num_amounts=650)
-    check_points(points)
+    check_fittable(points)
     assert resample(points, 2, np.random.default_rng(0)).shape == (2, 2600)
     assert fit_law(points, num_resamples=0).law.named()["E"] == pytest.approx(1.8, rel=0.01)
 
@@ -48,7 +48,7 @@ def test_a_constant_column_is_called_constant(rounding, ceiling):
     with pytest.raises(
         ValueError, match=r"loss is 2\.5 in all runs: it depends on neither parameters nor tokens"
     ) as told:
-        check_points(constant)
+        check_fittable(constant)
     assert "rises" not in str(told.value)
 
 
@@ -57,4 +57,4 @@ def test_rounding_is_no_rise():
     points = make_points()
     for seed in range(20):
         noise_R = 1e-15 * np.random.default_rng(seed).standard_normal(len(points))
-        check_points(dataclasses.replace(points, column_R=np.exp(8 - 0.3 * np.log(points.tokens_R)) * (1 + noise_R)))
+        check_fittable(dataclasses.replace(points, column_R=np.exp(8 - 0.3 * np.log(points.tokens_R)) * (1 + noise_R)))

@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from laver_megatron.studies.law_report import FitSettings, fit_study
-from laver_megatron.studies.law_text import report_text
-from laver_megatron.studies.study import StudyArm
+from laver_megatron.studies.fit_output import study_text
+from laver_megatron.studies.fitted_study import FitSettings, fit_study
+from laver_megatron.studies.study import ArmRuns
 from tests.unit.studies.synthetic import TRUE_5, make_points
 
 SETTINGS = FitSettings(num_resamples=20)
 
 
 def study_arm(points, seed="1"):
-    return StudyArm(points, 6 * points.size_R * points.tokens_R, (seed,) * len(points))
+    return ArmRuns(points, 6 * points.size_R * points.tokens_R, (seed,) * len(points))
 
 
 def make_study(*, noise, factor=0.99, **options):
@@ -41,7 +41,7 @@ def test_a_bad_fit_is_called_bad():
     residuals_R = np.abs(report.arms[0].fit.residuals_R)
     assert f"by {residuals_R.mean():.1%} on average" in first
     assert f"run-{residuals_R.argmax()} by a factor of {np.exp(residuals_R.max()):.3g}" in first
-    assert all(note in report_text(report) for note in (first, second))
+    assert all(note in study_text(report) for note in (first, second))
 
 
 def test_residuals_are_held_against_the_difference_of_the_arms():
@@ -62,7 +62,7 @@ def test_means_are_in_the_text_and_need_no_resamples():
     study = make_study(noise=1e-3)
     for settings in (SETTINGS, FitSettings(num_resamples=0)):
         report = fit_study(study, settings)
-        measured = report_text(report).split("laver minus baseline, measured")[1].split("laver minus")[0]
+        measured = study_text(report).split("laver minus baseline, measured")[1].split("laver minus")[0]
         assert measured.count("4 pairs") == 4 and measured.count("all  ") == 1
         mean = report.measured.means[-1]
         assert f"{mean.difference:+.4g} [{mean.low:+.4g}, {mean.high:+.4g}]" in measured
@@ -74,13 +74,13 @@ def test_arms_without_a_pair_are_told():
     study["laver"] = dataclasses.replace(study["laver"], seeds=("2",) * 16)
     report = fit_study(study, SETTINGS)
     assert report.measured.pairs == () and notes_with(report, "nothing is measured in pairs")
-    assert "measured: means" not in report_text(report)
+    assert "measured: means" not in study_text(report)
 
 
 def test_where_a_law_is_extrapolated():
     """LaVer has no run of the largest size: every row there is marked, and those at smaller sizes are not."""
     study = make_study(noise=1e-3)
-    points = study["laver"].points
+    points = study["laver"].observations
     study["laver"] = study_arm(points.take(points.size_R < 6e10))
     report = fit_study(study, SETTINGS)
     for row in report.differences:
@@ -90,7 +90,7 @@ def test_where_a_law_is_extrapolated():
     assert notes_with(
         report, f"{number} of {len(report.differences)} differences between the laws are outside the runs"
     )
-    assert "outside the runs (laver: N)" in report_text(report)
+    assert "outside the runs (laver: N)" in study_text(report)
 
 
 def test_a_budget_far_from_the_runs_is_outside():
@@ -101,4 +101,4 @@ def test_a_budget_far_from_the_runs_is_outside():
 def test_a_cost_is_judged_after_the_points():
     points = make_points(TRUE_5).take(np.array([0, 1]))
     with pytest.raises(ValueError, match=r"^all runs: no law can be fitted to 'loss' of 2 runs:\n  - 2 runs are fewer"):
-        fit_study({"all runs": StudyArm(points, np.ones(2), ("", ""))}, SETTINGS)
+        fit_study({"all runs": ArmRuns(points, np.ones(2), ("", ""))}, SETTINGS)

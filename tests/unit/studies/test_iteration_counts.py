@@ -10,7 +10,7 @@ from laver_megatron.demo.make import make_demo
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.streams import StreamSettings, span_areas
-from laver_megatron.studies.planned_data import COUNTS, PlannedData
+from laver_megatron.studies.iteration_counts import COUNTS, IterationCounts
 
 WINDOW_TOKENS = 2
 BATCH = 4
@@ -63,7 +63,7 @@ def counted(reader, streams, num_packs):
 )
 def test_counts_are_those_of_the_packs(directory, flags):
     config, reader, streams = open_data(directory, *flags)
-    planned = PlannedData(reader, config, WINDOW_TOKENS)
+    planned = IterationCounts(reader, config, WINDOW_TOKENS)
     iterations = planned.iterations_in(1) + 2  # into the second epoch
     assert planned.counts(iterations) == counted(reader, streams, iterations * BATCH)
     assert planned.counts(2) == counted(reader, streams, 2 * BATCH)  # and going back
@@ -89,7 +89,7 @@ def test_sources_with_weights(directory):
     config, reader, streams = open_data(
         directory, "--seq-length", "256", "--data-path", *shards, "--data-weights", "0.5", "2"
     )
-    planned = PlannedData(reader, config, WINDOW_TOKENS)
+    planned = IterationCounts(reader, config, WINDOW_TOKENS)
     iterations = planned.iterations_in(1)
     assert planned.counts(iterations) == counted(reader, streams, iterations * BATCH)
     whole = planned.plan.token_counts_I
