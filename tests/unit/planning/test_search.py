@@ -178,7 +178,7 @@ def test_divisors():
     assert len(divisors(2 * 10**9)) == 110  # not by trying all numbers
 
 
-SEVEN = ("--model", "7b", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
+SEVEN_ON_A100 = ("--model", "7b", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")
 TP, PP, CHUNK = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -207,14 +207,14 @@ def problems_of(job, pinned):
     ],
 )
 def test_impossible_layouts_say_why_and_what_is_near(pinned, reason, nearest):
-    problems = problems_of(job_of(*SEVEN, "--gpus", "16"), pinned)
+    problems = problems_of(job_of(*SEVEN_ON_A100, "--gpus", "16"), pinned)
     assert any(reason in problem for problem in problems[:-1]), problems
     assert problems[-1].startswith("the nearest possible layout: ") and nearest in problems[-1], problems
 
 
 def test_fewest_values_are_changed():
     """TP 8 alone is wrong; a layout that changed more values by less would be no nearer."""
-    job = job_of(*SEVEN, "--gpus", "16")
+    job = job_of(*SEVEN_ON_A100, "--gpus", "16")
     last = problems_of(job, {TP: 8, PP: 2, CHUNK: 1, "recompute_granularity": "full"})[-1]
     assert "TP 4 x PP 2 x DP 2, chunks of 1 layer, micro-batch" in last and "full recomputed" in last
 
@@ -228,21 +228,21 @@ def test_fewest_values_are_changed():
     ],
 )
 def test_where_no_layout_is_possible_other_numbers_are_offered(gpus, pinned, number, batch):
-    problems = problems_of(job_of(*SEVEN, "--gpus", str(gpus)), pinned)
+    problems = problems_of(job_of(*SEVEN_ON_A100, "--gpus", str(gpus)), pinned)
     if TP in pinned:  # on 29 GPUs only without it
         assert any("cannot be divided into TP 2" in problem for problem in problems)
     offers = {line.rsplit(": ", 1)[0]: line.rsplit(": ", 1)[1] for line in problems if "that is possible: " in line}
     assert offers["the nearest number of GPUs that is possible"] == str(number), problems
     assert not any("the nearest possible layout" in line for line in problems)
-    check_possible(job_of(*SEVEN, "--gpus", str(number)), pinned)
+    check_possible(job_of(*SEVEN_ON_A100, "--gpus", str(number)), pinned)
     if batch is not None:
         assert offers["the nearest global_batch_size that is possible"] == str(batch)
-        check_possible(job_of(*SEVEN[:-1], str(batch), "--gpus", str(gpus)), pinned)
+        check_possible(job_of(*SEVEN_ON_A100[:-1], str(batch), "--gpus", str(gpus)), pinned)
 
 
 def test_the_nearest_layout_that_fits():
     """TP 1 x PP 1 of a 7B model is too large: one of the two is to change, and the other stays."""
-    job = job_of(*SEVEN, "--gpus", "8")
+    job = job_of(*SEVEN_ON_A100, "--gpus", "8")
     pinned = {TP: 1, PP: 1, "recompute_granularity": None}
     check_possible(job, pinned)
     assert not search(job, pinned).fitting
@@ -266,7 +266,7 @@ def test_where_nothing_fits_more_gpus_do():
 
 def test_an_offer_that_drops_what_was_given_says_so():
     """PP 29 cuts 28 layers on no number of GPUs: 28 GPUs help without it alone."""
-    problems = problems_of(job_of(*SEVEN, "--gpus", "29"), {PP: 29})
+    problems = problems_of(job_of(*SEVEN_ON_A100, "--gpus", "29"), {PP: 29})
     offers = [line for line in problems if "that is possible" in line]
     assert offers == [
         f"without {PP} 29: the nearest number of GPUs that is possible: 28",
@@ -276,5 +276,5 @@ def test_an_offer_that_drops_what_was_given_says_so():
 
 def test_large_machines_are_no_reason_to_search_long():
     """Beyond the model's heads there is no tensor parallelism to look at; to look at a million sizes took hours."""
-    job = job_of(*SEVEN, "--gpus", "29", "--gpus-per-node", "1000000")
+    job = job_of(*SEVEN_ON_A100, "--gpus", "29", "--gpus-per-node", "1000000")
     assert any("the nearest number of GPUs that is possible: 28" in line for line in problems_of(job, {}))

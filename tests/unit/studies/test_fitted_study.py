@@ -1,4 +1,4 @@
-"""Fitted studies on laws that are known: compute, extrapolation, two arms, and what a reader is told beside the numbers."""
+"""Fitted studies of known laws: compute, extrapolation, two arms, and what a reader is told beside the numbers."""
 
 import dataclasses
 
