@@ -1,11 +1,11 @@
 """Where a run begins: one of four kinds, which say what is wrong, describe themselves and fill the state.
 
-    Resume              a checkpoint, to go on exactly where it stood
+    Resume              a checkpoint, continued exactly where it stood
     CheckpointWeights   the weights of a checkpoint, with a new optimizer and a new place in the data
     HuggingFace         a text-only Qwen2.5, or a LaVer export
     Nowhere             --load is missing or names nothing that is there; its problems say so
 
-A run directory with checkpoints of its own goes on from the newest of them, whatever --load says.
+A run directory with checkpoints of its own is resumed from the newest of them, whatever --load says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, is_converted, latest_checkpoint
 from laver_megatron.config.fields import Config
-from laver_megatron.hf.safetensors_reader import weight_problems
 from laver_megatron.hf.shape import is_laver_export
 from laver_megatron.objective.schedules import ema_interval_steps, ema_momentum, learning_rate, mask_ratio
 from laver_megatron.runtime.files import read_object
@@ -58,7 +57,7 @@ class Start:
 
     @property
     def takes_weights_alone(self) -> bool:
-        """Whether optimizer and place in the data begin anew, and settings of the model are compared alone."""
+        """Whether optimizer and place in the data start fresh, so that only settings of the model must agree."""
         return True
 
     def problems(self, config: Config, *, dry_run: bool) -> Iterator[str]:
@@ -71,7 +70,7 @@ class Start:
         return None, ""
 
     def with_data_settings(self, config: Config) -> Config:
-        """The configuration with what the data would propose anew as it was in the run that is gone on with."""
+        """The configuration with what the data would propose again set as in the run that is resumed."""
         return config
 
     def fill(self, state: TrainingState, config: Config) -> None:
@@ -90,7 +89,7 @@ class Start:
             yield note
 
     def taken_over(self, config: Config) -> str:
-        """What a run that takes weights alone takes over, makes anew and leaves behind; empty where all goes on."""
+        """What a run that takes weights alone takes over, initialises and leaves behind; empty when resuming."""
         then = self.trained_with()[0] if self.takes_weights_alone else None
         if then is None:
             return ""
@@ -141,7 +140,7 @@ class FromCheckpoint(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(FromCheckpoint):
-    """Goes on from a checkpoint to the last bit."""
+    """Continues a checkpoint to the last bit."""
 
     @property
     def takes_weights_alone(self) -> bool:
@@ -165,8 +164,8 @@ class Resume(FromCheckpoint):
             yield note
 
     def schedule_note(self, config: Config, iteration: int) -> str:
-        """That a run goes on with another --train-iters, and what its schedules say of the next iteration now and would
-        have said; empty where nothing changes."""
+        """That a run is resumed with another --train-iters, and what its schedules give for the next iteration now and
+        gave before; empty where nothing changes."""
         train_iters = config.training.train_iters
         then = read_run(self.checkpoint)[0].get("train_iters", train_iters)
         if then == train_iters or iteration >= train_iters:
@@ -220,6 +219,8 @@ class HuggingFace(Start):
         if config.start.finetune and not self.is_export and (self.hf_dir / "config.json").is_file():
             yield text_only_problem(config.start.load)
         if not dry_run:
+            from laver_megatron.hf.safetensors_reader import weight_problems  # torch: the planner needs none
+
             yield from weight_problems("load", self.hf_dir)
 
     def trained_with(self) -> tuple[dict[str, Any] | None, str]:
@@ -240,7 +241,7 @@ class HuggingFace(Start):
         from laver_megatron.hf.parts import has_training_state
 
         if config.objective.laver and self.is_export and not has_training_state(self.hf_dir):
-            yield f"{self.hf_dir} brings no training state: [MASK], vision head and teacher begin anew"
+            yield f"{self.hf_dir} brings no training state: [MASK], vision head and teacher are initialised"
         yield from super().messages(config, iteration)
 
 
@@ -257,7 +258,7 @@ class Nowhere(Start):
         if load is None:
             yield (
                 "load is missing: weights come from --load hf:DIR or --load CHECKPOINTS "
-                f"(there is no checkpoint in {config.run.run_dir}/checkpoints to go on from)"
+                f"(there is no checkpoint in {config.run.run_dir}/checkpoints to resume from)"
             )
         elif load == HF_PREFIX:
             yield f"load {HF_PREFIX} names no directory; write --load {HF_PREFIX}DIR"
@@ -312,7 +313,7 @@ def find_start(config: Config) -> Start:
 def text_only_problem(load: str | None) -> str:
     """Why --finetune does not start from a language model alone."""
     return (
-        f"finetune goes on with a model that has learnt to see, but {load} is text only: it brings no "
+        f"finetune needs a model with a trained connector, but {load} is text only: it brings no "
         "encoder and no connector; load what an earlier stage has trained (RUN_DIR/checkpoints) or a LaVer export, "
         "or drop --finetune to begin with a new connector, best with --freeze encoder decoder at first"
     )
@@ -323,7 +324,7 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
     with its file."""
     file = checkpoint / RUN_FILE
     if not file.is_file():
-        return {}, f"{file} does not exist, so nobody knows what the checkpoint was trained with; copy it whole"
+        return {}, f"{file} does not exist, so it is unknown what the checkpoint was trained with; copy it whole"
     try:
         known = read_object(file)
     except ValueError as error:

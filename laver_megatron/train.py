@@ -21,16 +21,17 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from laver_megatron.checkpoint.parameter_counts import count_parameters
 from laver_megatron.checkpoint.state import save_checkpoint
 from laver_megatron.config.checks import check_run
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import GlobalBatch
 from laver_megatron.model.laver import StageOutput
-from laver_megatron.model.parameter_counts import count_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses
+from laver_megatron.run_log.interruption import end_interrupted, heed_signals
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.run_log.step_record import advance, flops_of, step_record
@@ -41,16 +42,17 @@ from laver_megatron.trainer import Trainer, setup
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `torchrun examples/pretrain_laver.sh --config FILE.yaml [--any-field value]`."""
-    config = check_run(from_command_line(argv))
-    if config is not None:  # it was no dry run
-        run(config)
+    run(check_run(from_command_line(argv)))
 
 
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
+    heed_signals(config.run.run_dir)
     try:
         trainer = setup(config)
         train(trainer)
+    except KeyboardInterrupt:
+        end_interrupted(config.run.run_dir)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
@@ -60,7 +62,7 @@ def run(config: Config) -> None:
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on, and not because of what the user wrote."""
+    """The run cannot continue, for a reason other than the configuration."""
 
 
 def origin(error: BaseException) -> str:

@@ -58,7 +58,7 @@ class Trainer:
 
 
 def setup(config: Config) -> Trainer:
-    """Opens the data, builds this rank's stages, loads their weights, wraps them, and finds where to go on."""
+    """Opens the data, builds this rank's stages, optimizer and teacher, and fills them from where the run starts."""
     backend = use_backend()
     log_to_terminal()
     start = find_start(config)

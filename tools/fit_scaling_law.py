@@ -1,4 +1,4 @@
-"""Fits a scaling law to the runs of a study: `python tools/fit_scaling_law.py --help`."""
+"""The same as `laver fit`."""
 
 from laver_megatron.studies.fit_command import main
 

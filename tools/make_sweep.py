@@ -1,4 +1,4 @@
-"""Makes the runs of a scaling study: `python tools/make_sweep.py --help`."""
+"""The same as `laver sweep`."""
 
 from laver_megatron.studies.sweep_command import main
 

@@ -30,10 +30,10 @@ from laver_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from laver_megatron.checkpoint.progress import Progress
+from laver_megatron.config.modules import MODULES
 from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
-from laver_megatron.model.modules import MODULES
 from laver_megatron.model.teacher import Centre, TeacherAverage
 from laver_megatron.runtime.files import sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank

@@ -137,7 +137,17 @@ class _PrintSchema(argparse.Action):
         parser.exit()
 
 
-class _Help(argparse.HelpFormatter):
+_EPILOG = """\
+Every flag is also a key of the YAML file, with underscores for dashes. Later beats earlier: defaults, the file's
+preset, file, --preset (in place of the file's), other flags. `none` clears a value that may be empty.
+
+examples:
+  laver train --config examples/demo.yaml --run-dir runs/mine --mask-ratio 0.2
+  srun --ntasks-per-node 1 laver train --config my_run.yaml
+"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
     """The help page, with values that must be given shown so, although argparse lets them be left out."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
@@ -156,12 +166,11 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; the values stay strings, `coerce` gives them their types."""
     parser = _Parser(
-        prog="pretrain_laver.sh",
-        usage="torchrun [...] examples/pretrain_laver.sh --config FILE [--name value ...]",
-        description="Train a multimodal language model with LaVer on Megatron-Core.",
-        epilog="Every flag is also a key of the YAML file, with underscores for dashes. Later beats earlier: "
-        "defaults, the file's preset, file, --preset (in place of the file's), other flags. `none` clears a "
-        "value that may be empty.",
+        prog="laver train",
+        usage="%(prog)s --config FILE [--name value ...]",
+        description="Train a multimodal language model with LaVer on Megatron-Core, or go on with a run. Without "
+        "--config: the demo.",
+        epilog=_EPILOG,
         formatter_class=_Help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -354,7 +363,7 @@ def _coerce_scalar(value: Any, scalars: tuple[type, ...]) -> Any:
         return int(value) if isinstance(value, int) or _is_int_text(value) else int(number)
     if float in scalars:
         return number
-    raise ValueError(f"expected a whole number, not {value!r}")
+    raise ValueError(f"expected an integer, not {value!r}")
 
 
 def _number(value: Any) -> float:
@@ -381,7 +390,8 @@ def _is_first_of_its_node() -> bool:
 
 
 def _node() -> str:
-    """Which node speaks, as the beginning of a message; nothing on the node of rank 0."""
-    if is_rank_zero():
+    """Which node speaks, as the beginning of a message; nothing on the first one."""
+    node = next((os.environ[name] for name in ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID") if name in os.environ), None)
+    if is_rank_zero() and node in (None, "0"):
         return ""
-    return f"node {os.environ.get('GROUP_RANK', '?')} ({socket.gethostname()}): "
+    return f"node {node or '?'} ({socket.gethostname()}): "

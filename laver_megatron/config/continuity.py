@@ -135,7 +135,7 @@ def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bo
     there = {"encoder", "connector", "decoder"} | ({"heads"} if both_laver else set())
     if set(now["freeze"]) & there != set(then["freeze"]) & there:
         yield "freeze"
-    # With 0 the run goes on with the checkpoint's visual_seq_length.
+    # With 0 the run keeps the checkpoint's visual_seq_length.
     names = ("seq_length", "visual_seq_length", "seed") if now["visual_seq_length"] else ("seq_length", "seed")
     yield from (name for name in names if now[name] != then[name])
 

@@ -96,6 +96,10 @@ class SafetensorsReader:
             self.num_bytes_read += part.nbytes
         return part
 
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor: a view of the mapped file."""
+        return self._opened(self._file_of[name]).get_tensor(name)
+
     def check_index(self) -> None:
         """Holds every file's tensors against the index: transformers reads whole files.
 

@@ -116,7 +116,7 @@ def _decoder_faults(content: dict[str, Any]) -> list[str]:
         faults.append("head_dim")
     problems = []
     if faults:
-        problems.append(f"{', '.join(faults)} missing or no whole number from 1 on")
+        problems.append(f"{', '.join(faults)} missing or not a positive integer")
     elif content["num_hidden_layers"] > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {content['num_hidden_layers']}, above {_MOST_LAYERS}")
     numbers = {"rms_norm_eps": content.get("rms_norm_eps"), "rope_theta": _rope_theta(content)}
@@ -170,7 +170,7 @@ def _rope_theta(content: dict[str, Any]) -> Any:
 
 
 def is_size(value: Any) -> bool:
-    """A whole number from 1 on."""
+    """Whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -32,7 +32,7 @@ from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.memory import StateBytes, with_shares
 from laver_megatron.planning.plan_report import align
 from laver_megatron.planning.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
-from laver_megatron.runtime.backend import simulated_rank
+from laver_megatron.planning.simulated_rank import simulated_rank
 
 _OPTIMIZER_STATE = "optimizer.state."
 _PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value

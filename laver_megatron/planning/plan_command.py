@@ -1,4 +1,4 @@
-"""The planner's command line: from flags to a job, its parts checked, and from the job to its plan."""
+"""`laver plan`: from flags to a job, its parts checked, and from the job to its plan."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import exit_on_config_error
 from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.config.modules import MODULES
 from laver_megatron.encoders import EncoderShape, encoder_tensor_sizes, open_preprocessor, read_encoder
-from laver_megatron.model.modules import MODULES
 from laver_megatron.planning.hardware import GIB, GPUS, find_gpu
 from laver_megatron.planning.models import (
     MODELS,
@@ -37,6 +37,13 @@ from laver_megatron.planning.search import (
     search,
 )
 from laver_megatron.planning.workload import Workload, workload_of
+from laver_megatron.program import FAILED, program, program_parser
+
+DESCRIPTION = """
+Plans a run: which layout on these GPUs is the fastest that fits, what it takes in memory, time and GPU hours, and why
+the others are not it. Needs neither weights, data nor GPUs. How it computes and how far it is off: docs/planning.md.
+Exits with 1 if nothing fits.
+"""
 
 _VISUAL_SLOTS = 128  # visual_seq_length is rounded up to a multiple of this, which every TP divides
 _PINNED = {
@@ -169,16 +176,19 @@ def _directory(model: str) -> str:
     return model
 
 
-EXIT_NOTHING_FITS = 1
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Find the fastest layout of a run that fits, and what it costs, before anything is rented."
-    )
-    add = parser.add_argument
+    examples = [
+        "--model 72b --gpus 256 --gpu h100-80gb --visual-share 0.6",
+        "--model 7b --gpus 16 --gpu a100-80gb --tp 2 --pp 2 --write plan.yaml",
+        "--model DIR --gpus 64 --gpu-memory 96 --gpu-tflops 400 --bandwidth 25 --node-bandwidth 450",
+    ]
+    parser = program_parser("plan", DESCRIPTION, examples)
+    add = parser.add_argument_group("what is trained").add_argument
     add("--model", required=True, help=f"{', '.join(MODELS)}, or a directory with config.json")
     add("--encoder", help="directory of the image encoder (default: SigLIP2 so400m, 384 pixels)")
+    add("--no-laver", action="store_true", help="plain next-token training")
+    add("--freeze", nargs="*", choices=tuple(MODULES), default=["encoder"], help="modules that are not trained")
+    add = parser.add_argument_group("on which GPUs").add_argument
     add("--gpus", type=int, required=True, help="how many")
     add("--gpu", help=f"{', '.join(GPUS)}; or another one by the next flags")
     add("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU")
@@ -187,14 +197,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--node-bandwidth", type=float, metavar="GB/S", help="to the GPUs of its machine (default: the known GPU's, "
         "of another one --bandwidth)")  # fmt: skip
     add("--gpus-per-node", type=int, metavar="N", help="GPUs of one machine (default: 8)")
-    add("--seq-length", type=int, default=4096, help="tokens of a pack (default: %(default)s)")
-    add("--global-batch-size", type=int, default=512, help="packs of an iteration (default: %(default)s)")
-    add("--visual-share", type=float, default=0.5, help="of a pack's tokens (default: %(default)s)")
+    add = parser.add_argument_group("on which data").add_argument
+    add("--seq-length", type=int, default=4096, help="tokens of a pack")
+    add("--global-batch-size", type=int, default=512, help="packs of an iteration")
+    add("--visual-share", type=float, default=0.5, help="of a pack's tokens")
     add("--image-tokens", type=int, help="visual tokens of an image (default: the encoder's)")
     add("--documents", type=int, help="documents of a pack, which do not see each other (default: one an image)")
-    add("--train-iters", type=int, default=6250, help="for the GPU hours (default: %(default)s)")
-    add("--no-laver", action="store_true", help="plain next-token training")
-    add("--freeze", nargs="*", choices=tuple(MODULES), default=["encoder"], help="modules that are not trained")
+    add("--train-iters", type=int, default=6250, help="for the GPU hours")
     layout = parser.add_argument_group("layout", "what is given is not searched")
     layout.add_argument("--tp", type=int, help="tensor_model_parallel_size")
     layout.add_argument("--pp", type=int, help="pipeline_model_parallel_size")
@@ -203,13 +212,15 @@ def build_parser() -> argparse.ArgumentParser:
     layout.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N", help="of an uneven split")
     layout.add_argument("--micro-batch-size", type=int)
     layout.add_argument("--recompute", choices=("none", "selective", "full"))
-    add("--layouts", type=int, default=8, metavar="N", help="how many to list (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--layouts", type=int, default=8, metavar="N", help="how many to list")
     add("--json", action="store_true", help="print JSON in place of tables")
     add("--write", metavar="FILE", help="write the fastest layout's configuration, for --config of the trainer")
     add("--overwrite", action="store_true", help="replace a file that is there")
     return parser
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan; ends with 2 for what cannot be planned, with 1 if nothing fits."""
     arguments = build_parser().parse_args(argv)
@@ -226,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(search_report(job, found, arguments.layouts, instead))
     if not found.fitting:
-        sys.exit(EXIT_NOTHING_FITS)
+        sys.exit(FAILED)
     if arguments.write:
         command = shlex.join(sys.argv[1:] if argv is None else argv)
         with exit_on_config_error():
@@ -265,7 +276,7 @@ def plan_yaml(plan: Plan, command: str, remark: str = "") -> str:
     remark = "".join(f"# {line}\n" for line in textwrap.wrap(remark, 118))
     header = (
         f"# {layout_name(plan.config, job.num_gpus)} on {job.num_gpus} x {job.gpu.name}.\n"
-        f"# Made by: python tools/plan.py {command}\n"
+        f"# Made by: laver plan {command}\n"
         f"# Predicted: {plan.fullest.memory_bytes / GIB:.1f} GiB on the fullest GPU, {plan.seconds:.2f} s an iteration "
         f"and {plan.gpu_hours:,.0f} GPU hours.\n"
         f"{remark}"

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from laver_megatron.config.fields import Config
+from laver_megatron.config.modules import MODULES
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.model.modules import MODULES
 from laver_megatron.planning.activations import Saved
 from laver_megatron.planning.hardware import Gpu
 from laver_megatron.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, StateBytes, value_bytes

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -35,6 +36,19 @@ _VERSION = 2  # of what is written for given sources and settings
 _POLL_SECONDS = 0.5
 _SLICES_AHEAD = 2  # a worker, so that none waits while the sources are read
 _EARLY_SAMPLES = 10_000  # before so many, only faults that are too many for so many end the work
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be begun: something must be asked for in another way."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Makes what goes wrong within, before the work begins, a UsageError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -74,14 +88,17 @@ def make_shards(settings: MakeSettings) -> Report:
     """Makes the shards, and says what became of the samples.
 
     Raises:
-        ValueError: wrong settings, unreadable sources, or more unusable samples than are allowed; finished shards
-            stay for another try with mode `resume`.
+        UsageError: sources or settings with which nothing can be begun.
+        ValueError: unreadable sources, or more unusable samples than are allowed; finished shards stay for another
+            try with mode `resume`.
     """
-    source = open_source(settings.sources, settings.format_name, settings.images, settings.min_ratings)
     output = settings.output.absolute()
-    _check_apart(settings.sources, source, output)
-    samples = SampleMaker(settings.decode_images, load_tokenizer(settings.tokenizer), settings.images_in_answers)
-    with Ledger(output, _fingerprint(settings, source), settings.mode) as ledger:
+    with usage_errors():
+        source = open_source(settings.sources, settings.format_name, settings.images, settings.min_ratings)
+        _check_apart(settings.sources, source, output)
+        samples = SampleMaker(settings.decode_images, load_tokenizer(settings.tokenizer), settings.images_in_answers)
+        ledger = Ledger(output, _fingerprint(settings, source), settings.mode)
+    with ledger:
         report = ledger.made(lambda: _stamps(settings, source))
         if report is not None:
             logger.info("%s is complete already", settings.output)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
@@ -26,11 +27,10 @@ from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.launch import num_processes
+from laver_megatron.launcher import LAUNCHER, count_processes
 from laver_megatron.runtime.files import read_object
 from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
 BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
 EXIT_UNFINISHED = 3
@@ -223,11 +223,11 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
 
 
 def _num_processes(stage: Stage) -> int | None:
-    """How many the launcher will start for a stage on all nodes; None where that is said in words, such as `gpu`."""
-    nodes, of_a_node = (os.environ.get(name) for name in ("NNODES", "NPROC_PER_NODE"))
-    nodes = nodes or os.environ.get("SLURM_NNODES", "1")
-    of_a_node = of_a_node or str(num_processes(stage.arguments))
-    return int(nodes) * int(of_a_node) if nodes.isdecimal() and of_a_node.isdecimal() else None
+    """How many the launcher will start for a stage on all nodes; None where this machine cannot know."""
+    try:
+        return prod(count_processes(stage.arguments))
+    except ValueError:  # such as `gpu`, on a machine without any
+        return None
 
 
 def differences(stage: Stage) -> list[str]:

@@ -1,18 +1,4 @@
-"""Fits L(N, D) = E + A / N^a + B / D^b to the runs of a study: tables (JSON, CSV) and pictures (PNG).
-
-    python tools/fit_scaling_law.py --registry runs/sweep --arm-by laver --output study
-    python tools/fit_scaling_law.py --registry runs/sweep --where laver=true --column last.student_visual_similarity \\
-        --ceiling 1 --output similarity
-    python tools/fit_scaling_law.py --points chinchilla.csv --size-column 'Model Size' --flops-column 'Training FLOP' \\
-        --drop-highest 5 --output chinchilla
-    python tools/fit_scaling_law.py --registry runs/7b runs/7b-baseline --arm-by laver --no-law --output compared
-
---registry reads the run_summary.json that every run leaves. With --arm-by, and two arms, LaVer is compared with plain
-training: as measured, over pairs of runs of the same size, seed and data; and by the laws at equal data and at equal
-FLOPs, its overhead charged. Runs that are unfinished, NaN, double or damaged are refused by name. Qwen2.5 checkpoints
-are pretrained: what is fitted to runs that start from them is a law of continued training. A column that rises toward a
-limit, such as a similarity, is fitted as its distance from --ceiling.
-"""
+"""`laver fit`: a scaling law of the runs of a study."""
 
 import argparse
 import math
@@ -21,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from laver_megatron.program import program, program_parser
 from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.fit_output import PICTURES, TABLES, measured_text, study_text, write_measured, write_tables
 from laver_megatron.studies.fitted_study import FitSettings, fit_study
@@ -29,6 +16,21 @@ from laver_megatron.studies.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
 from laver_megatron.studies.study import CONTINUED_TRAINING, SEED_COLUMN, Study, study_of_csv, study_of_registry
 from laver_megatron.studies.study_settings import OF_THE_LOSS
 
+DESCRIPTION = """
+Fits L(N, D) = E + A / N^a + B / D^b to the runs of a study: tables (JSON, CSV) and pictures (PNG).
+
+--registry reads the run_summary.json that every run leaves. With --arm-by, and two arms, LaVer is compared with plain
+training: as measured, over pairs of runs of the same size, seed and data; and by the laws at equal data and at equal
+FLOPs, its overhead charged. Runs that are unfinished, NaN, double or damaged are refused by name. Qwen2.5 checkpoints
+are pretrained: what is fitted to runs that start from them is a law of continued training. A column that rises toward a
+limit, such as a similarity, is fitted as its distance from --ceiling.
+"""
+EXAMPLES = [
+    "--registry runs/sweep --arm-by laver --output study",
+    "--registry runs/sweep --where laver=true --column last.student_visual_similarity --ceiling 1 --output similarity",
+    "--points chinchilla.csv --size-column 'Model Size' --flops-column 'Training FLOP' --output chinchilla",
+    "--registry runs/7b runs/7b-baseline --arm-by laver --no-law --output compared",
+]
 # Fewer resamples have no percentiles worth the name.
 _FEWEST_RESAMPLES = 20
 # Below, rounding decides; above, residuals of a factor of e are still squared, and nothing changes any more.
@@ -37,18 +39,14 @@ _MOST_FLOPS = 1e35  # beyond, best sizes leave the range in which they are looke
 _RUNS = "runs.csv"
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
-    """Ends with 2 for input that cannot be used, with 1 for files that cannot be read or written."""
-    options = build_parser().parse_args(argv)
-    try:
-        fit_and_write(options)
-    except (ValueError, OSError) as error:
-        print(f"fit_scaling_law: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    """Reads the options, fits, and writes tables and pictures."""
+    fit_and_write(build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("fit", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--registry", nargs="+", metavar="DIR", help="run directories, or folders of them at any depth")

@@ -1,14 +1,4 @@
-"""Makes the runs of a scaling study: sizes x amounts of data or compute x LaVer on and off x seeds.
-
-    python tools/make_sweep.py --models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --tokens 2e8 5e8 1e9 --output runs/sweep
-    python tools/make_sweep.py --models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --flops 1e19 3e19 1e20 --output runs/iso
-    python tools/make_sweep.py --base base.yaml --models MODEL_DIR ... --subsets s1.parquet s2.parquet --output runs/sub
-
-Any flag of examples/pretrain_laver.sh that is not an option here goes to all runs. What comes out: configs/NAME.yaml,
-manifest.csv (N, tokens and exact FLOPs of every run, before it has run), run.sh for one machine, and submit.sh, which
-submits array.sh to SLURM. The same command again does what is left. Then fit: tools/fit_scaling_law.py --registry
-DIR/runs --arm-by laver --output LAW. The data are opened and their tokens counted, which is kept beside their index.
-"""
+"""`laver sweep`: the runs of a scaling study."""
 
 import argparse
 import logging
@@ -17,35 +7,47 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from laver_megatron.program import program, program_parser
 from laver_megatron.run_log.run_summary import MANIFEST
 from laver_megatron.studies.observations import NEEDED_DISTINCT
 from laver_megatron.studies.sweep import SweepRun, sweep_runs
 from laver_megatron.studies.sweep_files import write_sweep
 from laver_megatron.studies.sweep_sizes import ARMS, SweepOptions, varying_settings
 
+DESCRIPTION = """
+Makes the runs of a scaling study: sizes x amounts of data or compute x LaVer on and off x seeds.
+
+Any flag of `laver train` that is not an option here goes to all runs. What comes out: configs/NAME.yaml,
+manifest.csv (N, tokens and exact FLOPs of every run, before it has run), run.sh for one machine, and submit.sh, which
+submits array.sh to SLURM. The same command again does what is left. Then fit: `laver fit --registry
+DIR/runs --arm-by laver --output LAW`. The data are opened and their tokens counted, which is kept beside their index.
+"""
+EXAMPLES = [
+    "--models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --tokens 2e8 5e8 1e9 --output runs/sweep",
+    "--models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --flops 1e19 3e19 1e20 --output runs/iso",
+    "--base base.yaml --models MODEL_DIR ... --subsets s1.parquet s2.parquet --output runs/sub",
+]
 _FAR = 0.02  # from an amount, as a share of it: worth a note
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
-    """Ends with 2 for what cannot be a sweep, with 1 for files that cannot be read or written."""
+    """Reads the options and makes the sweep."""
     parser = build_parser()
     options, flags = parser.parse_known_args(argv, SweepOptions())
     options.flags = flags
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        make_sweep(options)
-    except (ValueError, OSError) as error:
-        print(f"make_sweep: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    make_sweep(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of SweepOptions."""
-    parser = argparse.ArgumentParser(
+    parser = program_parser(
+        "sweep",
+        DESCRIPTION,
+        EXAMPLES,
         usage="%(prog)s --models MODEL [MODEL ...] (--iterations|--tokens|--flops|--subsets) X [X ...] --output DIR "
         "[options below] [--any-field value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -58,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     amounts("--flops", nargs="+", metavar="C",
         help="compute budgets: every size and arm gets the number of iterations that comes nearest")  # fmt: skip
     amounts("--subsets", nargs="+", metavar="FILE",
-        help="nested subsets (tools/subset_shards.py), of which each run sees one epoch")  # fmt: skip
+        help="nested subsets (laver shards subset), of which each run sees one epoch")  # fmt: skip
     add("--output", type=Path, required=True, metavar="DIR", help="where configurations, scripts and runs go")
     add("--arms", nargs="+", choices=ARMS, help="with and without LaVer (default: both)")
     add("--seeds", nargs="+", type=int, metavar="N", help="(default: the configuration's)")

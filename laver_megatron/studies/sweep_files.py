@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from laver_megatron.launcher import LAUNCHER
 from laver_megatron.run_log.run_summary import FILE_NAME, MANIFEST, config_hash
 from laver_megatron.runtime.files import new_directory
-from laver_megatron.stages.chain import LAUNCHER
 from laver_megatron.studies.sweep import SweepRun
 
 _NO_WORD = re.compile(r"[^A-Za-z0-9._-]+")  # what SLURM would read as the end of a name, or as an option

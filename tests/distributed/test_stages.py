@@ -17,8 +17,8 @@ from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
-from laver_megatron.model.modules import MODULES
 from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules

@@ -15,9 +15,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
+from laver_megatron.data.batch.division import divide_images
 from laver_megatron.encoders.interface import EncoderShape
 from laver_megatron.flops.encoder import EncoderWork, encoder_flops, image_cost
-from laver_megatron.model.image_division import divide_images
 
 Grid = tuple[int, int]
 MOST = 0.15  # what a rank may be from the mean, as a share of it

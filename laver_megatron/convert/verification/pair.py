@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.checkpoint.directory import has_encoder, latest_checkpoint
+from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.verification.forward import TEACHER, MegatronModel, stored_key
 from laver_megatron.hf.parts import Training, parts_of_megatron, training_of_checkpoint
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.hf.weights import TIED_HEAD, Size, weight_table
-from laver_megatron.model.modules import MODULES
 from laver_megatron.runtime.files import read_object
 
 # Only training reads these; an export keeps them apart from the model.

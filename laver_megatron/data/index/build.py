@@ -125,8 +125,7 @@ class _IndexBuilder:
         self._left_out: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         self._other_keys: Counter[str] = Counter()
-        self._lone_pictures: set[str] = set()  # keys of groups of pictures without a .json, as far as was read
-        self._scattered: set[str] = set()
+        self._without_text: list[tuple[str, bool]] = []  # groups of media: their key, and whether beside a damage
         self._num_damages = 0  # that no sample has been found lost to
         self._num_found_lost = 0
         self._num_damaged_bytes = 0
@@ -139,24 +138,14 @@ class _IndexBuilder:
             self._note(Fault.damaged_shard, found.key, found.what)
             return
         text, images = self._split(found)
-        if text is None and has_media(found.members) and found.key in self._row_of:
-            self._mark_scattered(self._row_of[found.key])
-            return
-        if text is None:
-            if has_media(found.members):
-                self._lone_pictures.add(found.key)
-                lost = found.beside_damage
-                self._num_damages -= lost and self._num_damages > 0
-                self._num_found_lost += lost
-                fault = Fault.damaged_shard if lost else Fault.no_json
-                self._left_out[fault] += 1
-                self._note(fault, found.key, "pictures or other media without a .json")
-            return
-        self._add_row(found, text, images)
+        if text is not None:
+            self._add_row(found, text, images)
+        elif has_media(found.members):
+            self._without_text.append((found.key, found.beside_damage))
 
     def finish(self, path: str, num_bytes: int) -> ShardIndex:
         """The index of this shard."""
-        self.examples = [e for e in self.examples if e[0] is Fault.scattered or e[1] not in self._scattered]
+        self._judge_groups_without_text()
         self._left_out[Fault.damaged_shard] += self._num_lost(num_bytes)
         rows = np.array(self._rows, np.int64).reshape(-1, 4)
         pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
@@ -229,21 +218,29 @@ class _IndexBuilder:
             self._num_found_lost += 1
         for member in images[len(self._pictures) - num_pictures :]:  # those behind one that cannot be read
             self._add_picture(member, (0, 0))
-        row = self._row_of.setdefault(group.key, len(self._rows))
+        self._row_of.setdefault(group.key, len(self._rows))
         self._keys.append(group.key)
         self._rows.append((text.offset, text.size, len(images), 0 if fault is None else fault.code))
         self._checksums.append(digest.intdigest())
-        if group.key in self._lone_pictures and row == len(self._rows) - 1:
-            self._left_out[Fault.no_json] -= 1
-            self._mark_scattered(row)
 
-    def _mark_scattered(self, row: int) -> None:
-        """A row some of whose files lie elsewhere in the tar: as it was read, it lacks pictures."""
-        offset, size, num_images, code = self._rows[row]
-        if code in (0, Fault.image_count.code):
-            self._rows[row] = offset, size, num_images, Fault.scattered.code
-            self._scattered.add(self._keys[row])
-            self._note(Fault.scattered, self._keys[row], SCATTERED)
+    def _judge_groups_without_text(self) -> None:
+        """Media whose .json lies elsewhere in the tar make that sample scattered; without one they are left out."""
+        scattered = {key for key, _ in self._without_text if key in self._row_of}
+        self.examples = [example for example in self.examples if example[1] not in scattered]
+        for key, beside_damage in self._without_text:
+            if key in scattered:
+                continue
+            self._num_damages -= beside_damage and self._num_damages > 0
+            self._num_found_lost += beside_damage
+            fault = Fault.damaged_shard if beside_damage else Fault.no_json
+            self._left_out[fault] += 1
+            self._note(fault, key, "pictures or other media without a .json")
+        for row, key in enumerate(self._keys if scattered else ()):
+            offset, size, num_images, code = self._rows[row]
+            # Before any other fault: only when its files lie together can the rest of it be judged.
+            if key in scattered and code not in (Fault.damaged_shard.code, Fault.unsafe_key.code):
+                self._rows[row] = offset, size, num_images, Fault.scattered.code
+                self._note(Fault.scattered, key, SCATTERED)
 
     def _check_key(self, group: MemberGroup) -> None:
         key = group.key

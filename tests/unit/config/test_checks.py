@@ -520,7 +520,7 @@ def test_nothing_to_load(run, tmp_path):
     problems = found(run.replace(load=None))
     assert problems == (
         "load is missing: weights come from --load hf:DIR or --load CHECKPOINTS (there is no checkpoint in "
-        f"{tmp_path}/run/checkpoints to go on from)",
+        f"{tmp_path}/run/checkpoints to resume from)",
     )
 
 
@@ -928,12 +928,12 @@ def test_tokenizer(run, tmp_path):
         ({"rope_parameters": None, "rope_theta": 0}, "rope_theta missing or no number above 0"),
         ({"rms_norm_eps": None}, "rms_norm_eps missing or no number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps missing or no number above 0"),
-        ({"vocab_size": "many", "hidden_size": 64.0}, "hidden_size, vocab_size missing or no whole number from 1 on"),
-        ({"num_hidden_layers": True}, "num_hidden_layers missing or no whole number from 1 on"),
+        ({"vocab_size": "many", "hidden_size": 64.0}, "hidden_size, vocab_size missing or not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers missing or not a positive integer"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000, above 10000"),
         ({"num_attention_heads": 0, "num_key_value_heads": 0}, "heads, num_key_value_heads missing or no"),
-        ({"head_dim": "32"}, "head_dim missing or no whole number"),
-        ({"head_dim": 0}, "head_dim missing or no whole number"),
+        ({"head_dim": "32"}, "head_dim missing or not a positive integer"),
+        ({"head_dim": 0}, "head_dim missing or not a positive integer"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
         ({"hidden_size": 66}, "hidden_size 66 is not a multiple of 4 attention heads"),

@@ -203,7 +203,7 @@ def test_all_problems_together(config_file):
         f"{path}: unknown key typo_key",
         f"{path}: lr: expected a number, not 'fast'",
         f"{path}: laver: expected true or false, not 'yes please'",
-        f"{path}: seed: expected a whole number, not 1.5",
+        f"{path}: seed: expected an integer, not 1.5",
         f"{path}: mask_sampling: 'sometimes' is not one of bernoulli, fixed",
         "--positions: '3d' is not one of 2d, 1d, mrope; did you mean 2d?",
         "--dry-run: 'none' is not a number of processes",

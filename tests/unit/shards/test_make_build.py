@@ -1,5 +1,4 @@
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from laver_megatron.data.index.index_file import check_index, read_index
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.read.images import decode_image
 from laver_megatron.shards import MakeSettings, build, make_shards
+from laver_megatron.shards.commands import make_main
 from laver_megatron.shards.found import Source
 from laver_megatron.shards.report import Report
 from laver_megatron.shards.slices import SliceMaker
@@ -338,14 +338,11 @@ def test_options_of_the_command_line(tmp_path):
         "formatting_ratings": [[4, 5]],
     }
     pq.write_table(pyarrow.table({**rows, "images": [[]]}), path)
-    specification = importlib.util.spec_from_file_location("make_shards_tool", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
     common = ["--output", str(tmp_path / "out"), "--num-workers", "0", "--overwrite"]
-    assert tool.main(["--source", str(path), *common]) == 0
-    assert tool.main(["--source", str(path), "--min-formatting", "5", *common]) == 0
+    assert make_main(["--source", str(path), *common]) == 0
+    assert make_main(["--source", str(path), "--min-formatting", "5", *common]) == 0
     [index] = open_indexes(tmp_path / "out")
     sample = index.sample(0)
     assert b'"R"' in read_member(sample, sample.text) and sample.text.size < 130
-    assert tool.main(["--source", str(path), "--min-relevance", "5", *common]) == 1
-    assert tool.main(["--source", str(path), "--format", "llava", *common]) == 1
+    assert make_main(["--source", str(path), "--min-relevance", "5", *common]) == 2
+    assert make_main(["--source", str(path), "--format", "llava", *common]) == 1

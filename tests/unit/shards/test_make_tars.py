@@ -168,6 +168,31 @@ def test_indexing_and_making_judge_alike(entries, texts):
     assert report.faults or report.ignored == index.ignored
 
 
+APART = [["a.jpg"], ["a.json", "a.heic"]]  # groups of one key, between which another key's lie
+
+
+@pytest.mark.parametrize(
+    "groups, text, fault",
+    [
+        (APART, "<image>\nQ", "scattered"),
+        (APART[::-1], "<image>\nQ", "scattered"),
+        (APART, "<image><image>Q", "scattered"),
+        ([["a.jpg"], ["a.json", "a.mp4"]], "Q", "scattered"),
+        ([["a.json", "a.mp4"], ["a.jpg"]], "Q", "scattered"),
+        ([["a.jpg"], ["a.json", "a.json"]], "Q", "scattered"),
+        ([["a.jpg", "a.heic"], ["a.txt"]], "Q", "no_json"),
+    ],
+)
+def test_scattered_goes_before_what_is_wrong_with_the_files_that_lie_together(tmp_path, make, groups, text, fault):
+    members = [(name, turns(text) if name.endswith("json") else small(0)) for name in groups[0]]
+    members += [("b.json", turns("Q"))]
+    members += [(name, turns(text) if name.endswith("json") else small(1)) for name in groups[1]]
+    source = write_tar(tmp_path / "a.tar", members)
+    assert len(make(source, max_bad_fraction=1)) == 1
+    index = index_tars([source])
+    assert make.report.faults == index.faults + index.left_out == {fault: 1}
+
+
 @pytest.mark.parametrize("where", ["middle", "end"])
 def test_damaged_tars(tmp_path, make, where):
     members = [(f"k{number}.{end}", content) for number in range(9) for end, content in

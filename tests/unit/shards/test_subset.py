@@ -168,7 +168,7 @@ def test_the_command_line(index, shards, tmp_path):
     assert run("--index", *shards, "--num-samples", 10, "--seed", 2, "--output", small).returncode == 0
     assert chosen(read_index(small)) < chosen(read_index(large))
     again = run("--index", tmp_path, "--num-samples", 10, "--output", small)
-    assert again.returncode == 1 and "replace it with --overwrite" in again.stderr
+    assert again.returncode == 2 and "replace it with --overwrite" in again.stderr
     before = read_manifest(small).hash
     assert run("--index", tmp_path, "--num-samples", 10, "--output", small, "--overwrite").returncode == 0
     assert read_manifest(small).hash != before  # the default seed is another

@@ -7,7 +7,7 @@ import yaml
 
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.index.opening import open_indexes
-from laver_megatron.demo import make_demo
+from laver_megatron.demo.make import make_demo
 from laver_megatron.shards.subset import write_subset
 from laver_megatron.studies import sweep_command
 

@@ -152,16 +152,15 @@ def test_size_parts_decide_what_n_is(study, tmp_path):
 
 
 def examples():
-    """The commands of the tool's own help, as lists of words."""
-    text = fit_command.__doc__.replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if line.strip().startswith("python tools/")]
+    """The arguments in the help's own examples, as lists of words."""
+    return [shlex.split(line) for line in fit_command.EXAMPLES]
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_examples_of_the_help_are_true(study, tmp_path, number):
     """Of one sweep, with LaVer on and off."""
-    words = examples()[number][2:]
+    words = examples()[number]
     words[words.index("--registry") + 1] = str(study)
     words[words.index("--output") + 1] = str(tmp_path)
     if "last.student_visual_similarity" in words:  # in this study all end at the same one
@@ -193,7 +192,7 @@ def places(directory):
 def refused(capsys, *arguments):
     assert run_tool(*arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("fit_scaling_law: ")
+    assert captured.out == "" and captured.err.startswith("error: ")
     return captured.err
 
 

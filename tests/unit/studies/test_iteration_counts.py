@@ -6,7 +6,7 @@ import pytest
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.batch.dataset import open_reader
 from laver_megatron.data.batch.packing import image_grids
-from laver_megatron.demo import make_demo
+from laver_megatron.demo.make import make_demo
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.streams import StreamSettings, span_areas

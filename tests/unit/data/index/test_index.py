@@ -467,13 +467,13 @@ def test_the_tool_writes_an_index_and_says_what_is_in_it(write_shard, tmp_path):
     assert "train-00000.tar: 'b' cannot be used (invalid_json" in done.stderr
     assert len(read_index(tmp_path / "index.parquet")) == 2
     again = run_tool("--shards", tmp_path)
-    assert again.returncode == 1 and "is there already; replace it with --overwrite" in again.stderr
+    assert again.returncode == 2 and "is there already; replace it with --overwrite" in again.stderr
     assert "Traceback" not in again.stderr
     assert run_tool("--shards", tmp_path, "--overwrite").returncode == 0
     other = run_tool("--shards", tmp_path / "*.tar", "--output", tmp_path / "x" / "y.parquet")
     assert other.returncode == 0 and len(read_index(tmp_path / "x" / "y.parquet")) == 2
     nothing = run_tool("--shards", tmp_path / "gone")
-    assert nothing.returncode == 1 and "gone does not exist" in nothing.stderr
+    assert nothing.returncode == 2 and "gone does not exist" in nothing.stderr
 
 
 @pytest.mark.parametrize("kept", ["json", "half a picture", "half a text"])

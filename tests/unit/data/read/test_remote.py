@@ -358,7 +358,7 @@ def test_the_tool_indexes_remote_shards(served, demo_dir, tmp_path):
     names = [f"{url}/{{0..1}}.tar", local, f"pipe:cat {folder}/0.tar"]
     command = [sys.executable, TOOL, "--shards", *names, "--output", output, "--num-workers", "2"]
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1 and "--allow-pipe" in refused.stderr and not output.exists()
+    assert refused.returncode == 2 and "--allow-pipe" in refused.stderr and not output.exists()
     done = subprocess.run([*command, "--allow-pipe"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     index = read_index(output)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laver_megatron.data.batch.broadcast import image_num_tokens
-from laver_megatron.model.image_division import divide_images
+from laver_megatron.data.batch.division import divide_images
 from tests.packs import pack, padding
 
 
