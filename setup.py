@@ -14,6 +14,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "transformers>=5",
         "webdataset",
+        "fsspec[http]",
         "pillow",
         "safetensors",
         "psutil",  # Megatron-Core's checkpoint writer needs it and does not say so
@@ -32,6 +33,9 @@ setup(
         # another project; NVIDIA's comes with the image of the Dockerfile, or from source.
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "test": ["pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "scikit-image", "scikit-learn"],
+        # Remote shards of these stores.
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
         "demo": ["scikit-image", "scikit-learn"],
         "log": ["tensorboard", "wandb"],
         "analysis": ["matplotlib", "scikit-learn"],
