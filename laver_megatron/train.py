@@ -1,106 +1,58 @@
-"""Training LaVer, from the command line to the last checkpoint. Read top to bottom: setup, a step, the loop.
+"""Training LaVer, from the command line to the last checkpoint. Read top to bottom: the program, a step,
+the loop; `trainer.py` builds what they work on.
 
 Every process of torchrun runs this file. Megatron-Core carries the parallelism; this file says what happens.
 """
 
-import logging
 import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from laver_megatron.checkpoint.state import (
-    Progress,
-    TrainingState,
-    load_checkpoint,
-    save_checkpoint,
-    sharding_metadata,
-    start_from_weights,
-)
+from laver_megatron.checkpoint.parameter_counts import count_parameters
+from laver_megatron.checkpoint.state import save_checkpoint
 from laver_megatron.config.checks import check_run
 from laver_megatron.config.command_line import from_command_line
-from laver_megatron.config.continuity import as_before, encoder_message, schedule_message, start_message
 from laver_megatron.config.fields import Config
-from laver_megatron.config.inputs import HF_PREFIX, find_inputs
-from laver_megatron.data.batch.batches import BatchSource, GlobalBatch, GlobalCounts
-from laver_megatron.data.batch.dataset import open_data
-from laver_megatron.data.batch.packing import PackBatch, image_grids
-from laver_megatron.encoders import read_encoder
-from laver_megatron.flops.encoder import window_area
-from laver_megatron.flops.step import ModelFlops, StepFlops, run_flops, step_flops, tflops_per_gpu
-from laver_megatron.hf.direct_start import load_hugging_face, load_teacher
-from laver_megatron.hf.parts import has_training_state
-from laver_megatron.hf.shape import read_model_shape
-from laver_megatron.model.build import build_stages, run_image_cost, wrap
-from laver_megatron.model.laver import LaverStage, StageOutput
-from laver_megatron.model.parameter_counts import count_parameters
-from laver_megatron.model.qwen import num_virtual_stages
-from laver_megatron.model.streams import MicroBatch, StreamSettings, build_micro_batch, span_areas
-from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.data.batch.batches import GlobalBatch
+from laver_megatron.model.laver import StageOutput
+from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses
-from laver_megatron.run_log.metrics import RunLog, peak_memory_bytes
+from laver_megatron.run_log.interruption import end_interrupted, heed_signals
+from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
-from laver_megatron.runtime.backend import (
-    Backend,
-    hardware_of,
-    initialise_parallelism,
-    shut_down_parallelism,
-    use_backend,
-)
-
-
-@dataclass
-class Trainer:
-    """Everything a step needs, on one rank."""
-
-    config: Config
-    backend: Backend
-    stages: list[LaverStage]
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    teacher: TeacherAverage | None
-    centre: Centre | None
-    streams: StreamSettings
-    training_data: BatchSource
-    validation_data: BatchSource | None
-    flops: ModelFlops
-    model_dir: Path
-    encoder_dir: Path
-    progress: Progress
-
-    @property
-    def state(self) -> TrainingState:
-        return TrainingState(self.stages, self.optimizer, self.teacher, self.centre, self.progress)
+from laver_megatron.run_log.step_record import advance, flops_of, step_record
+from laver_megatron.runtime.backend import hardware_of, shut_down_parallelism
+from laver_megatron.runtime.terminal import say
+from laver_megatron.trainer import Trainer, setup
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `torchrun examples/pretrain_laver.sh --config FILE.yaml [--any-field value]`."""
-    config = check_run(from_command_line(argv))
-    if config is not None:  # it was no dry run
-        run(config)
+    run(check_run(from_command_line(argv)))
 
 
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
+    heed_signals(config.run.run_dir)
     try:
         trainer = setup(config)
         train(trainer)
+    except KeyboardInterrupt:
+        end_interrupted(config.run.run_dir)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
@@ -110,97 +62,13 @@ def run(config: Config) -> None:
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on, and not because of what the user wrote."""
+    """The run cannot continue, for a reason other than the configuration."""
 
 
 def origin(error: BaseException) -> str:
     """File and line of this package that an error comes from, in place of a traceback from every rank."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "laver_megatron" in frame.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else type(error).__name__
-
-
-# --- setup ---------------------------------------------------------------------------------------------
-
-
-def setup(config: Config) -> Trainer:
-    """Opens the data, builds this rank's stages, loads their weights, wraps them, and finds where to go on."""
-    backend = use_backend()
-    log_to_terminal()
-    inputs = find_inputs(config)
-    source, model_dir, encoder_dir = inputs.checkpoint, inputs.model_dir, inputs.encoder_dir
-    assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
-    shape = read_model_shape(model_dir)
-    encoder = read_encoder(encoder_dir)
-    config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
-    initialise_parallelism(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-        seed=config.training.seed,
-    )
-    config, reader, validation_reader = open_data(as_before(config, inputs), model_dir, encoder_dir)
-    streams = StreamSettings.of(config, shape)
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-
-    def areas(packs: PackBatch) -> tuple[int, int, int]:
-        return *span_areas(packs, streams), window_area(image_grids(packs), encoder.window_tokens)
-
-    cost = run_image_cost(config, encoder_dir)
-    training_data = BatchSource(config, reader, areas, dtype, backend.device, cost)
-    validation_data = None
-    if config.data.valid_data_path:
-        validation_data = BatchSource(config, validation_reader, areas, dtype, backend.device, cost)
-    stages = build_stages(config, shape, encoder_dir, load_encoder=not inputs.brings_encoder, cost=cost)
-    for stage in stages:
-        stage.initialise_new_parts(config.training.seed)
-    hf_dir = (config.start.load or "").removeprefix(HF_PREFIX)
-    if source is None:
-        load_hugging_face(stages, hf_dir, sharding_metadata())
-    chunks, optimizer = wrap(config, stages)
-    teacher = centre = None
-    if config.objective.laver:
-        teacher = TeacherAverage(stages, optimizer, parallel_state.get_data_parallel_group())
-        if config.objective.centre_momentum is not None and stages[-1].post_process:
-            num_logits = stages[-1].vision_head.linear_3.output_size_per_partition
-            centre = Centre(num_logits, config.objective.centre_momentum, backend.device)
-    trainer = Trainer(
-        config=config,
-        backend=backend,
-        stages=stages,
-        chunks=chunks,
-        optimizer=optimizer,
-        teacher=teacher,
-        centre=centre,
-        streams=streams,
-        training_data=training_data,
-        validation_data=validation_data,
-        flops=run_flops(config, shape, encoder),
-        model_dir=model_dir,
-        encoder_dir=encoder_dir,
-        progress=Progress(data_fingerprint=training_data.fingerprint),
-    )
-    if source is not None:
-        if inputs.weights_only:
-            start_from_weights(source, trainer.state, take_teacher=not config.start.finetune)
-        else:
-            load_checkpoint(source, trainer.state)
-            progress = trainer.progress
-            training_data.go_on_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
-    elif teacher is not None and not config.start.finetune:
-        load_teacher(teacher, centre, hf_dir, sharding_metadata())
-    if config.objective.laver and inputs.export is not None and not has_training_state(inputs.export):
-        say(f"{inputs.export} brings no training state: [MASK], vision head and teacher begin anew")
-    verb = "resuming" if inputs.is_resuming else "starting"
-    say(f"{verb} from {source or config.start.load} at iteration {trainer.progress.iteration}")
-    for message in (
-        start_message(config, inputs),
-        encoder_message(config, inputs),
-        schedule_message(config, inputs, trainer.progress.iteration),
-    ):
-        if message:
-            say(message)
-    return trainer
 
 
 # --- one step ------------------------------------------------------------------------------------------
@@ -280,11 +148,23 @@ def train_step(trainer: Trainer) -> dict:
         trainer.centre.finish_step(batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped)
 
     seconds = time.perf_counter() - started
-    flops = flops_of(trainer, batch.counts)
+    flops = flops_of(trainer.flops, batch.counts, config)
     trainer.progress.skipped_iterations += skipped
     advance(trainer.progress, config, batch.counts, flops, seconds)
-    return record(
-        trainer, batch.counts, flops, terms, grad_norm, learning_rate, mask_ratio, momentum, seconds, data_seconds
+    return step_record(
+        config,
+        trainer.progress,
+        batch.counts,
+        flops,
+        terms,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        mask_ratio=mask_ratio,
+        momentum=momentum,
+        seconds=seconds,
+        data_seconds=data_seconds,
+        data_wait_seconds=trainer.training_data.wait_seconds,
+        device=trainer.backend.device,
     )
 
 
@@ -305,79 +185,6 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
                 clip_grad_by_total_norm_fp32(part.get_parameters(), trainer.config.training.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
     return grad_norm, False
-
-
-def flops_of(trainer: Trainer, counts: GlobalCounts) -> StepFlops:
-    """Model FLOPs of a step with these counts, all devices together."""
-    return step_flops(
-        trainer.flops,
-        num_tokens=counts.tokens,
-        lm_span_area=counts.language_span_area,
-        num_visual_tokens=counts.visual_tokens,
-        reconstruction_span_area=counts.image_span_area,
-        num_images=counts.images,
-        image_window_area=counts.image_window_area,
-        laver=trainer.config.objective.laver,
-        gram=trainer.config.objective.gram_loss != "none",
-        frozen=trainer.config.model.freeze,
-    )
-
-
-def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: StepFlops, seconds: float) -> None:
-    """Adds one iteration to where the run stands and to the sums of its summary."""
-    progress.iteration += 1
-    progress.consumed_packs += config.data.global_batch_size
-    progress.consumed_samples += counts.samples
-    progress.bad_samples += counts.bad_samples
-    progress.consumed_tokens += counts.tokens
-    progress.counted_iterations += 1
-    progress.consumed_visual_tokens += counts.visual_tokens
-    progress.consumed_label_tokens += counts.labels
-    progress.model_flops += flops.total
-    progress.laver_flops += flops.laver_overhead
-    progress.training_seconds += seconds
-    progress.device_seconds += seconds * dist.get_world_size()
-
-
-def record(
-    trainer: Trainer,
-    counts: GlobalCounts,
-    flops: StepFlops,
-    terms: dict[str, float],
-    grad_norm: float,
-    learning_rate: float,
-    mask_ratio: float,
-    momentum: float,
-    seconds: float,
-    data_seconds: float,
-) -> dict:
-    """What is logged of one iteration. Fields of LaVer are None where it is off."""
-    config, progress = trainer.config, trainer.progress
-    of_laver = {name: terms[name] for name in TERMS if name not in ("loss", "lm_loss")}
-    of_laver.update(mask_ratio=mask_ratio, num_masked_tokens=counts.masked, ema_momentum=momentum)
-    return {
-        "iteration": progress.iteration,
-        "loss": terms["loss"],
-        "lm_loss": terms["lm_loss"],
-        **(of_laver if config.objective.laver else dict.fromkeys(of_laver)),
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "visual_token_share": counts.visual_tokens / max(counts.tokens, 1),
-        "num_samples": counts.samples,
-        "num_bad_samples": counts.bad_samples,
-        "num_tokens": counts.tokens,
-        "tokens_per_second": counts.tokens / seconds,
-        "tflops_per_gpu": tflops_per_gpu(flops.total, seconds, dist.get_world_size()),
-        "peak_memory_bytes": peak_memory_bytes(trainer.backend.device),
-        "consumed_samples": progress.consumed_samples,
-        "consumed_packs": progress.consumed_packs,
-        "consumed_tokens": progress.consumed_tokens,
-        "skipped_iterations": progress.skipped_iterations,
-        "elapsed_seconds": seconds,
-        "data_seconds": data_seconds,
-        "data_wait_seconds": trainer.training_data.wait_seconds,
-        "global_batch_size": config.data.global_batch_size,
-    }
 
 
 # --- the loop ------------------------------------------------------------------------------------------
@@ -502,23 +309,6 @@ def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_t
     hardware, records = hardware_of(trainer.backend), read_run_records(run_dir)
     summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
     write_summary(run_dir, summary)
-
-
-def log_to_terminal() -> None:
-    """Shows the package's own messages, of rank 0 all and of the others only warnings, and silences the
-    progress bars that transformers would draw on every rank."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("laver_megatron")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-
-
-def say(message: str) -> None:
-    """One line on rank 0."""
-    if dist.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

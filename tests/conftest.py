@@ -15,6 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors, and often several
 @pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo: model/, encoder/, shards/train-*.tar (96 samples) and shards/valid-*.tar (24). Read only."""
-    from laver_megatron.demo import make_demo
+    from laver_megatron.demo.make import make_demo
 
     return make_demo(tmp_path_factory.mktemp("demo"), num_train_samples=96, num_valid_samples=24)

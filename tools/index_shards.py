@@ -1,9 +1,6 @@
-#!/usr/bin/env python
-"""Indexes tars; see --help."""
-
-import sys
+"""The same as `laver shards index`."""
 
 from laver_megatron.shards.commands import index_main
 
 if __name__ == "__main__":
-    sys.exit(index_main())
+    index_main()

@@ -1,9 +1,6 @@
-#!/usr/bin/env python
-"""Makes shards of published data; see --help."""
-
-import sys
+"""The same as `laver shards make`."""
 
 from laver_megatron.shards.commands import make_main
 
 if __name__ == "__main__":
-    sys.exit(make_main())
+    make_main()

@@ -1,13 +1,13 @@
 """manifest.json: size and checksum of every file of a checkpoint. Megatron-Core loads damaged values without a word."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import xxhash
 
-from laver_megatron.config.inputs import MANIFEST_FILE
+from laver_megatron.checkpoint.directory import MANIFEST_FILE
+from laver_megatron.runtime.files import read_object, sync_directory, write_text
 
 Entry = tuple[int, str]  # bytes, checksum (XXH3, 128 bits) with its name before it
 _ALGORITHM = "xxh3_128:"
@@ -32,7 +32,7 @@ def files_of(directory: Path) -> list[Path]:
 
 def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:
     """entries: by path within the directory. Flushed to disk."""
-    replace_text(directory / MANIFEST_FILE, json.dumps(dict(sorted(entries.items())), indent=1))
+    write_text(directory / MANIFEST_FILE, json.dumps(dict(sorted(entries.items())), indent=1))
     sync_directory(directory)
 
 
@@ -42,8 +42,8 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     if not path.is_file():
         raise ValueError(f"{directory} has no {MANIFEST_FILE}: it is not a complete checkpoint of this program")
     try:
-        entries = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        entries = {name: (int(size), str(digest)) for name, (size, digest) in read_object(path).items()}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     other = [name for name, (_, digest) in entries.items() if not digest.startswith(_ALGORITHM)]
     if other:
@@ -68,26 +68,3 @@ def check_files(
             raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
         if whole(name) and checksum(file) != digest:
             raise ValueError(f"{file} is damaged: its checksum differs from the manifest's")
-
-
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

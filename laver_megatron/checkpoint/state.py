@@ -1,11 +1,5 @@
 """Checkpoints: student, teacher, optimizer, centre and progress as one state, in Megatron-Core's distributed format.
 
-    RUN_DIR/checkpoints/latest                the newest complete checkpoint's iteration, as text
-    RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
-        run.json                              the configuration it was written with
-        hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
-        manifest.json                         size and checksum of every file
-
 A checkpoint is written into a temporary directory and renamed when it is complete, so that a directory
 named `iter_...` is always whole. The teacher is stored once, as its fp32 accumulators.
 """
@@ -14,9 +8,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,54 +20,26 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
+from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, iteration_directory, set_latest
 from laver_megatron.checkpoint.manifest import (
     Entry,
     check_files,
     describe,
     files_of,
     read_manifest,
-    replace_text,
-    sync_directory,
-    sync_file,
     write_manifest,
 )
-from laver_megatron.config.inputs import RUN_FILE, has_encoder
+from laver_megatron.checkpoint.progress import Progress
+from laver_megatron.config.modules import MODULES
 from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
-from laver_megatron.model.modules import MODULES
 from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.runtime.files import sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
 Item = TypeVar("Item")
 _PER_PARAMETER = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint has of the optimizer's state of each parameter
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
-    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`. consumed_samples are
-    the good ones, bad_samples those whose slots were padding (0 in checkpoints that do not say).
-
-    The fields from counted_iterations on are sums over that many iterations for the run's summary: model_flops of all
-    devices together, laver_flops what LaVer has in them, device_seconds the training seconds times the devices.
-    """
-
-    iteration: int = 0
-    consumed_packs: int = 0
-    consumed_samples: int = 0
-    bad_samples: int = 0
-    consumed_tokens: int = 0
-    skipped_iterations: int = 0
-    data_fingerprint: str = ""
-    data_mark: dict[str, Any] = field(default_factory=dict)
-    counted_iterations: int = 0
-    consumed_visual_tokens: int = 0
-    consumed_label_tokens: int = 0
-    model_flops: int = 0
-    laver_flops: int = 0
-    training_seconds: float = 0.0
-    device_seconds: float = 0.0
 
 
 @dataclass
@@ -129,7 +95,7 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     model_dir, encoder_dir: Hugging Face directories whose small files are copied along. run: facts about the
     run (its configuration) that a later start may want to compare with.
     """
-    final = directory / f"iter_{state.progress.iteration:07d}"
+    final = iteration_directory(directory, state.progress.iteration)
     temporary = directory / f".{final.name}.incomplete"
     on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
     metadata = sharding_metadata()
@@ -142,7 +108,7 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     def describe_run() -> None:
         copy_model_files(model_dir, temporary / "hf", TEXT_PART)
         copy_model_files(encoder_dir, temporary / "encoder", VISION_PART)
-        replace_text(temporary / RUN_FILE, json.dumps(run, indent=1))
+        write_text(temporary / RUN_FILE, json.dumps(run, indent=1))
 
     on_rank_0("write the checkpoint", describe_run)
     _write_manifest(temporary)
@@ -161,7 +127,7 @@ def _put_in_place(temporary: Path, final: Path, iteration: int) -> None:
     if final.exists():  # saved again at the same iteration: the old one goes last
         os.replace(final, replaced)
     os.replace(temporary, final)
-    replace_text(final.with_name("latest"), str(iteration))
+    set_latest(final.parent, iteration)
     sync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -1,66 +1,40 @@
 """Whether a configuration can run at all, found out before anything is allocated, all problems at once.
 
 Each check yields sentences with the numbers and what to do about them. The checks of this file are
-arithmetic; those of files and directories are in `inputs.py`.
+arithmetic; those of files and directories are in `directories.py`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
-from laver_megatron.config.command_line import Invocation, exit_on_config_error, is_rank_zero
+from laver_megatron.config.command_line import Invocation, exit_on_config_error
 from laver_megatron.config.continuity import continuity_problems
-from laver_megatron.config.fields import Config, ConfigError, all_fields
-from laver_megatron.config.inputs import (
-    EncoderInputs,
+from laver_megatron.config.directories import (
+    CheckedEncoder,
     encoder_problems,
-    find_inputs,
-    load_problems,
     model_problems,
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
-from laver_megatron.objective.masking import num_masked_tokens
-from laver_megatron.run_log.metrics import missing_packages
+from laver_megatron.start import find_start
 
 
-def check_run(invocation: Invocation) -> Config | None:
-    """What a program does with its command line before it starts: the configuration if it can run, None after
-    a dry run that found nothing. Problems end the process with exit code 2."""
-    # A dry run may be made on another machine than the one that will train.
-    on_cuda = None if invocation.dry_run else torch.cuda.is_available()
+def check_run(invocation: Invocation) -> Config:
+    """What training does with its command line before it starts: the configuration, if it can run on this machine.
+    Problems end the process with exit code 2."""
+    import torch  # here, because the planner, which shares these checks, needs none
+
     with exit_on_config_error():
-        shape = check(invocation, on_cuda=on_cuda)
-    if not invocation.dry_run:
-        return invocation.config
-    if is_rank_zero():
-        _dry_run(invocation, shape)
-    return None
-
-
-def _dry_run(invocation: Invocation, shape: ModelShape) -> None:
-    """Builds every rank without memory and prints what they hold; ends the process with 2 if that cannot be done or
-    their shards do not fit together."""
-    from laver_megatron.planning.dry_run import dry_run  # here, because training needs none of it
-    from laver_megatron.planning.dry_run_report import dry_run_report
-
-    config, world_size = invocation.config, invocation.world_size()
-    encoder_dir = find_inputs(config).encoder_dir
-    assert encoder_dir is not None, "a run without an encoder has been refused"
-    with exit_on_config_error():
-        try:
-            found = dry_run(config, shape, encoder_dir, world_size)
-        except ValueError as error:
-            raise ConfigError([f"the model cannot be built: {error}"]) from error
-        if found.problems:
-            raise ConfigError(found.problems)
-    print(dry_run_report(found))
-    print(f"dry run, nothing wrong: {describe_run(config, shape, world_size)}")
+        if invocation.dry_run:
+            raise ConfigError(["--dry-run is the launcher's: examples/pretrain_laver.sh or `laver dry-run`"])
+        check(invocation, on_cuda=torch.cuda.is_available())
+    return invocation.config
 
 
 def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
@@ -75,15 +49,15 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
     model_shape = encoder = None
     problems: list[str] = []
     try:
-        inputs = find_inputs(config)
+        start = find_start(config)
     except ConfigError as error:
         problems += error.problems
     else:
-        model_shape, of_model = model_problems(config, inputs)
-        encoder, of_encoder = encoder_problems(config, inputs, dry_run=dry_run)
-        problems += [*load_problems(config, inputs, dry_run=dry_run), *of_model, *of_encoder]
+        model_shape, of_model = model_problems(config, start)
+        encoder, of_encoder = encoder_problems(config, start, dry_run=dry_run)
+        problems += [*start.problems(config, dry_run=dry_run), *of_model, *of_encoder]
         problems += continuity_problems(
-            config, inputs, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
+            config, start, model_shape.hidden_size if model_shape else None, encoder.shape if encoder else None
         )
     if not dry_run:
         problems += shard_problems(config)
@@ -102,7 +76,7 @@ def validate(
     model_shape: ModelShape | None,
     world_size: int,
     *,
-    encoder: EncoderInputs | None = None,
+    encoder: CheckedEncoder | None = None,
     on_cuda: bool | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
@@ -131,6 +105,16 @@ def describe_run(config: Config, shape: ModelShape, world_size: int) -> str:
     )
 
 
+def missing_packages(tensorboard: bool, wandb_project: str | None) -> list[str]:
+    """One sentence for each logging package that is asked for and not installed; imports nothing."""
+    asked = [("tensorboard", tensorboard, "--tensorboard"), ("wandb", bool(wandb_project), "--wandb-project")]
+    return [
+        f"{flag} needs the package {name}: pip install 'laver_megatron[log]'"
+        for name, wanted, flag in asked
+        if wanted and importlib.util.find_spec(name) is None
+    ]
+
+
 def _range_problems(config: Config) -> Iterator[str]:
     training = config.training
     values = config.flat()
@@ -152,7 +136,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _training_problems(config: Config, encoder: EncoderInputs | None, on_cuda: bool | None) -> Iterator[str]:
+def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
     data, objective, training = config.data, config.objective, config.training
     if training.lr_warmup_iters >= training.train_iters >= 1:
         yield (
@@ -182,7 +166,7 @@ def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator
         yield f"data_weights has {len(weights)} numbers, but data_path {len(paths)} entries; give one for each"
     wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
     if wrong:
-        yield f"data_weights holds {wrong[0]}; each must be a number from 0 on"
+        yield f"data_weights holds {wrong[0]}; each must be a finite number, at least 0"
     elif not any(weights):
         yield "data_weights are all 0: there is nothing to train on"
 
@@ -333,7 +317,7 @@ def _position_problems(config: Config, shape: ModelShape) -> Iterator[str]:
         yield f"the model's heads are {shape.kv_channels} wide; rotary positions need an even width"
 
 
-def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
+def _encoder_problems(config: Config, encoder: CheckedEncoder) -> Iterator[str]:
     data = config.data
     try:
         encoder.shape.feature_layer(config.model.encoder_feature_layer)
@@ -354,7 +338,7 @@ def _encoder_problems(config: Config, encoder: EncoderInputs) -> Iterator[str]:
         )
 
 
-def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator[str]:
+def _masking_problems(config: Config, encoder: CheckedEncoder | None) -> Iterator[str]:
     """A mask ratio that never masks: judged where the schedule is highest, at the last step."""
     objective, training = config.objective, config.training
     ratio = objective.mask_ratio
@@ -379,6 +363,8 @@ def _masking_problems(config: Config, encoder: EncoderInputs | None) -> Iterator
 
 def _fixed_masking_problems(config: Config, num_tokens: int, last: float) -> Iterator[str]:
     objective = config.objective
+    from laver_megatron.objective.masking import num_masked_tokens  # here, because the planner needs no torch
+
     if num_masked_tokens(num_tokens, last) > 0:
         return
     at_the_end = "" if last == objective.mask_ratio else f" even in the last iteration, at {last:.4g}"

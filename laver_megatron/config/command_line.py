@@ -31,6 +31,7 @@ from laver_megatron.config.fields import (
     fields_of,
     is_required,
 )
+from laver_megatron.config.schema import json_schema
 
 EXIT_BAD_INPUT = 2
 _PATIENCE_SECONDS = 20.0
@@ -128,7 +129,25 @@ def _by_precedence(from_file: Mapping[str, Any], from_flags: Mapping[str, Any]) 
 # --- flags ------------------------------------------------------------------------------------------
 
 
-class _Help(argparse.HelpFormatter):
+class _PrintSchema(argparse.Action):
+    """Prints and ends, as --help does: the schema asks for no other settings."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json_schema(), end="")
+        parser.exit()
+
+
+_EPILOG = """\
+Every flag is also a key of the YAML file, with underscores for dashes. Later beats earlier: defaults, the file's
+preset, file, --preset (in place of the file's), other flags. `none` clears a value that may be empty.
+
+examples:
+  laver train --config examples/demo.yaml --run-dir runs/mine --mask-ratio 0.2
+  srun --ntasks-per-node 1 laver train --config my_run.yaml
+"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
     """The help page, with values that must be given shown so, although argparse lets them be left out."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
@@ -147,12 +166,11 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; the values stay strings, `coerce` gives them their types."""
     parser = _Parser(
-        prog="pretrain_laver.sh",
-        usage="torchrun [...] examples/pretrain_laver.sh --config FILE [--name value ...]",
-        description="Train a multimodal language model with LaVer on Megatron-Core.",
-        epilog="Every flag is also a key of the YAML file, with underscores for dashes. Later beats earlier: "
-        "defaults, the file's preset, file, --preset (in place of the file's), other flags. `none` clears a "
-        "value that may be empty.",
+        prog="laver train",
+        usage="%(prog)s --config FILE [--name value ...]",
+        description="Train a multimodal language model with LaVer on Megatron-Core, or go on with a run. Without "
+        "--config: the demo.",
+        epilog=_EPILOG,
         formatter_class=_Help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -160,6 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
     config_help = "YAML file with any of the settings below"
     parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="FILE", help=config_help)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    schema_help = "print the JSON schema of the YAML file, with which editors complete its keys, and stop"
+    parser.add_argument("--print-schema", nargs=0, action=_PrintSchema, help=schema_help)
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -204,7 +224,9 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Any] | No
     except argparse.ArgumentError as error:
         problems.append(str(error))
         return None
-    known = ["--config", "--dry-run", "--print-config", "--help"] + [_flag(name) for name in all_fields()]
+    known = ["--config", "--dry-run", "--print-config", "--print-schema", "--help"] + [
+        _flag(name) for name in all_fields()
+    ]
     known += [f"--no-{_flag(name)[2:]}" for name, kind in field_types().items() if kind.scalars == (bool,)]
     for argument in unknown:
         if argument.startswith("-"):
@@ -341,7 +363,7 @@ def _coerce_scalar(value: Any, scalars: tuple[type, ...]) -> Any:
         return int(value) if isinstance(value, int) or _is_int_text(value) else int(number)
     if float in scalars:
         return number
-    raise ValueError(f"expected a whole number, not {value!r}")
+    raise ValueError(f"expected an integer, not {value!r}")
 
 
 def _number(value: Any) -> float:
@@ -368,7 +390,8 @@ def _is_first_of_its_node() -> bool:
 
 
 def _node() -> str:
-    """Which node speaks, as the beginning of a message; nothing on the node of rank 0."""
-    if is_rank_zero():
+    """Which node speaks, as the beginning of a message; nothing on the first one."""
+    node = next((os.environ[name] for name in ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID") if name in os.environ), None)
+    if is_rank_zero() and node in (None, "0"):
         return ""
-    return f"node {os.environ.get('GROUP_RANK', '?')} ({socket.gethostname()}): "
+    return f"node {node or '?'} ({socket.gethostname()}): "

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from laver_megatron.model.modules import MODULES
+from laver_megatron.config.modules import MODULES
 
 ATTENTIONS = ("mixed", "causal")
 POSITIONS = ("2d", "1d", "mrope")
@@ -113,7 +113,7 @@ class StartConfig:
     finetune: bool = _option(
         "begin the next stage: take only the weights of --load, connector included, and start at iteration 0 with a "
         "new optimizer and, with LaVer, the student's weights for a teacher; a run directory with a checkpoint of its "
-        "own goes on from that as ever",
+        "own is resumed from it",
         default=False,
     )
     encoder: str | None = _option(

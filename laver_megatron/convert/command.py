@@ -1,49 +1,54 @@
-"""What the command lines of both conversions share: options, torchrun, errors and exit status."""
+"""What the command lines of both conversions share: flags, torchrun, errors and exit status."""
+
+from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Callable
-
-import torch
-import torch.distributed as dist
+from collections.abc import Callable, Sequence
 
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.program import FAILED, INTERRUPTED, WRONG_USE, program_parser
 
 
-def start_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="print the mapping, sizes and memory; write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it holds weights")
-    parser.add_argument("--strict", action="store_true", help="a NaN or infinite weight is an error, not a warning")
-    parser.add_argument("--num-threads", type=_positive, metavar="N", help="(default: the cores, at most 4)")
-    return parser
+def conversion_parser(
+    command: str, description: str, examples: Sequence[str]
+) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """The parser, and its group of the two directories, which the conversion adds itself."""
+    parser = program_parser(command, description, examples)
+    places = parser.add_argument_group("from where to where")
+    places.add_argument("--overwrite", action="store_true", help="replace the output directory if it holds weights")
+    how = parser.add_argument_group("how")
+    how.add_argument("--dry-run", action="store_true", help="print the mapping, sizes and memory; write nothing")
+    how.add_argument("--strict", action="store_true", help="a NaN or infinite weight is an error, not a warning")
+    how.add_argument("--num-threads", type=_positive, metavar="N", help="threads (default: the cores, at most 4)")
+    return parser, places
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
 
 
 def run_conversion(convert: Callable[[], None]) -> None:
-    """Runs a conversion, on all ranks together under torchrun. Exit status 2 for what the user gave, 1 for a
-    failure of the machine, 130 after Ctrl-C or another signal to end; each with one line that says why."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # while they import, the tools just stop
+    """Runs a conversion, on all ranks together under torchrun; ends by the rule of `program`, but at once."""
+    import torch
+    import torch.distributed as dist
+
     torch.set_num_threads(1)  # the conversion's own threads divide the work
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     try:
         convert()
     except ConfigError as error:
-        _stop(f"error: {'; '.join(error.problems)}", 2)
+        _stop(f"error: {'; '.join(error.problems)}", WRONG_USE)
     except ValueError as error:
-        _stop(f"error: {error}", 2)
+        _stop(f"error: {error}", WRONG_USE)
     except OSError as error:
-        _stop(f"error: {error}", 1)
+        _stop(f"error: {error}", FAILED)
     except KeyboardInterrupt:
-        _stop("stopped", 130)
+        _stop("stopped", INTERRUPTED)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.checkpoint.directory import RUN_FILE
 from laver_megatron.checkpoint.manifest import Entry, describe, files_of, write_manifest
-from laver_megatron.config.inputs import RUN_FILE
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.report import Conversion, Progress, warn
+from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
 from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.parts import (
@@ -119,7 +119,7 @@ def hf_to_megatron(
     mine = dict(list(groups.items())[rank() :: num_ranks()])
     with (
         new_directory(target) as directory,
-        Progress("to Megatron", sum(source.num_bytes(w) for group in mine.values() for w in group)) as progress,
+        ByteBar("to Megatron", sum(source.num_bytes(w) for group in mine.values() for w in group)) as progress,
     ):
         writer = _Writer(source, directory, progress, strict)
         tasks = [partial(writer.write_file, file, group) for file, group in mine.items()]
@@ -146,7 +146,7 @@ def _files(source: Source) -> dict[str, list[Weight]]:
 class _Writer:
     """Writes files of boxes and remembers what is where. Files may be written by several threads."""
 
-    def __init__(self, source: Source, directory: Path, progress: Progress, strict: bool) -> None:
+    def __init__(self, source: Source, directory: Path, progress: ByteBar, strict: bool) -> None:
         self.source, self.directory, self.progress, self.strict = source, directory, progress, strict
         self.boxes: list[Box] = []
         self.entries: dict[str, Entry] = {}

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.config.inputs import IMAGE_TOKENS, latest_checkpoint
-from laver_megatron.convert.export import description
+from laver_megatron.convert.export import MAX_FILE_BYTES, description
 from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
-from laver_megatron.convert.report import Conversion, Progress, warn
+from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.safetensors_writer import (
     SafetensorsPlan,
     SafetensorsWriter,
@@ -37,7 +37,6 @@ from laver_megatron.hf.files import (
     PROCESSOR_FILE,
     TOKENIZER_FILES,
     copy_files,
-    load_tokenizer,
 )
 from laver_megatron.hf.parts import (
     Training,
@@ -49,11 +48,11 @@ from laver_megatron.hf.parts import (
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
 from laver_megatron.hf.shape import TEXT_PART, read_part
+from laver_megatron.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
 from laver_megatron.hf.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
 from laver_megatron.runtime.ranks import all_ranks, num_ranks, on_rank_0, rank
 
 BLOCK_BYTES = 32 << 20
-MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def megatron_to_hf(
     mine = outputs[rank() :: num_ranks()]
     with (
         new_directory(target) as directory,
-        Progress("to Hugging Face", sum(output.place.num_bytes for output in mine)) as progress,
+        ByteBar("to Hugging Face", sum(output.place.num_bytes for output in mine)) as progress,
     ):
         on_rank_0("create the files", lambda: create_files(plans, directory))
         write = partial(_write, checkpoint, mine, plans, directory, progress, strict, num_threads)
@@ -232,7 +231,7 @@ def _write(
     outputs: list[Output],
     plans: list[SafetensorsPlan],
     directory: Path,
-    progress: Progress,
+    progress: ByteBar,
     strict: bool,
     num_threads: int,
 ) -> None:

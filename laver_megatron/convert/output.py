@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from laver_megatron.checkpoint.manifest import sync_directory, sync_file
-from laver_megatron.config.inputs import MANIFEST_FILE, RUN_FILE, is_converted, kernel_file_system
+from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE, is_converted
+from laver_megatron.config.directories import kernel_file_system
 from laver_megatron.convert.export.description import REMOTE_CODE
 from laver_megatron.hf.files import CONFIG_FILE, SMALL_FILES
+from laver_megatron.runtime.files import sync_directory, sync_file
 from laver_megatron.runtime.ranks import on_rank_0
 
 # All that may lie in a directory that --overwrite replaces.

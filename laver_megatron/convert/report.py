@@ -49,7 +49,7 @@ class Conversion:
             f"{peak / 1e6:.0f} MB ({num_threads} threads, blocks of {block_bytes >> 20} MiB)"
         )
 
-    def finished(self, progress: "Progress") -> None:
+    def finished(self, progress: "ByteBar") -> None:
         seconds = time.perf_counter() - self.started
         if rank() == 0:
             print(
@@ -63,7 +63,7 @@ def _without_number(name: str) -> str:
     return re.sub(r"layers\.\d+\.", "layers.N.", name)
 
 
-class Progress:
+class ByteBar:
     """A bar of bytes and rate on rank 0, of its own share of the work. Several threads may add."""
 
     def __init__(self, what: str, num_bytes: int) -> None:
@@ -81,7 +81,7 @@ class Progress:
         with self._lock:
             self._bar.update(num_bytes)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ByteBar":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,8 +1,6 @@
 """Makes the demo's directory, one complete part at a time."""
 
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.demo.questions import make_examples
 from laver_megatron.demo.shards import write_shards
+from laver_megatron.runtime.files import new_directory
 
 NUM_TRAIN_SAMPLES, NUM_VALID_SAMPLES = 384, 48
 
@@ -80,13 +79,9 @@ def _make_part(place: Path, what: str, build: Callable[[Path], None]) -> None:
         print(f"demo: {place} is there", file=sys.stderr)
         return
     print(f"demo: making {place}: {what}", file=sys.stderr)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
-        build(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(place)
+        with new_directory(place) as unfinished:
+            build(unfinished)
     except OSError:
         if not place.exists():  # else another process was faster, and its part is the same
             raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

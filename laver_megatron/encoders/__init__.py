@@ -3,18 +3,17 @@
 A seventh family is one file like its neighbours and one line in the table; docs/encoders.md says how.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.aimv2 import Aimv2
 from laver_megatron.encoders.clip import Clip
 from laver_megatron.encoders.dinov2 import Dinov2
-from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor
-from laver_megatron.encoders.loading import cast_weights, check_headers, load_checked
+from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor
 from laver_megatron.encoders.patches import Patches
 from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
@@ -22,11 +21,16 @@ from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.hf.files import read_image_processor
 from laver_megatron.hf.shape import VISION_PART, read_part
 
+if TYPE_CHECKING:  # imported where an encoder is built: the planner, which reads shapes, needs no torch
+    import torch
+
+    from laver_megatron.encoders.modules import ImageEncoder
+
 FAMILIES: tuple[Family, ...] = (Siglip(), Clip(), Dinov2(), Aimv2(), Qwen25VL(), Patches())
 FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 __all__ = [
-    "FAMILIES", "EncoderShape", "ImageEncoder", "ImagePreprocessor", "build_encoder", "check_encoder",
+    "FAMILIES", "EncoderShape", "ImagePreprocessor", "build_encoder", "check_encoder",
     "encoder_facts", "encoder_settings", "encoder_tensor_sizes", "idle_parameters", "open_preprocessor", "read_encoder",
 ]  # fmt: skip
 
@@ -88,6 +92,10 @@ def build_encoder(
     Raises:
         ValueError: a layer that it does not have; with weights, files that are damaged.
     """
+    import torch
+
+    from laver_megatron.encoders.loading import cast_weights, load_checked
+
     path, family, vision = _find(directory)
     shape = family.shape(vision, path)
     layer = shape.feature_layer(feature_layer)
@@ -124,6 +132,8 @@ def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: settings from which transformers builds none.
     """
+    import torch
+
     path, family, vision = _find(directory)
     try:
         with torch.device("meta"):
@@ -140,6 +150,10 @@ def check_encoder(directory: str | Path, *, with_weights: bool) -> None:
     Raises:
         ValueError: settings of which no encoder can be built; missing, misshapen or too many tensors.
     """
+    import torch
+
+    from laver_megatron.encoders.loading import check_headers
+
     encoder_tensor_sizes(directory)
     _, family, vision = _find(directory)
     with torch.device("meta"):

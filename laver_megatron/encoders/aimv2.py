@@ -6,30 +6,23 @@ layer; `hidden_states` never include the final norm. The MLP is gated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.fixed import FixedFamily
-from laver_megatron.encoders.hidden_states import HiddenStateEncoder
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor, read_sizes
-from laver_megatron.encoders.native import check_sizes, native_preprocessor
+from laver_megatron.encoders.native import native_preprocessor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+    from laver_megatron.encoders.modules import HiddenStateEncoder
+
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 # Only in files of Apple's own format.
 _OF_REMOTE_CODE = {"auto_map", "use_bias", "projection_dropout"}
-
-
-class NativeAimv2Encoder(HiddenStateEncoder):
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        check_sizes(images, self.model.config.patch_size)
-        return super().forward(images)
 
 
 class Aimv2(FixedFamily):
@@ -85,5 +78,7 @@ class Aimv2(FixedFamily):
     def encoder(
         self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None
     ) -> HiddenStateEncoder:
+        from laver_megatron.encoders.modules import HiddenStateEncoder, NativeAimv2Encoder
+
         assert model is not None and feature_layer is not None
         return (NativeAimv2Encoder if shape.is_native else HiddenStateEncoder)(model, shape, feature_layer)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from laver_megatron.encoders.hidden_states import HiddenStateFamily
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
 from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import BaseImageProcessor
 
 
@@ -57,6 +55,9 @@ class FixedPreprocessor(ImagePreprocessor):
 
     def agrees_with_processor(self) -> bool:
         """Whether a picture of noise gets the same pixels here as from the processor itself."""
+        import numpy as np
+        from PIL import Image
+
         noise_HW3 = np.random.default_rng(0).integers(0, 256, (53, 37, 3), np.uint8)
         picture = Image.fromarray(noise_HW3)
         return self(picture).equal(self.processor(images=picture, return_tensors="pt")["pixel_values"][0])
@@ -75,7 +76,7 @@ class FixedFamily(HiddenStateFamily):
             raise ValueError(f"{file}: no fixed height and width ({said}), but the encoder is of fixed resolution")
         height, width = size["height"], size["width"]
         if not (is_size(height) and is_size(width)):
-            raise ValueError(f"{file}: height {height!r} and width {width!r} are no whole numbers from 1 on")
+            raise ValueError(f"{file}: height {height!r} and width {width!r} must be positive integers")
         if shape.interpolates_positions:
             if height % shape.patch_size or width % shape.patch_size:
                 raise ValueError(

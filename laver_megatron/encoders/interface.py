@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.encoders.pixel_table import PixelTable
 from laver_megatron.hf.shape import is_size
 
-if TYPE_CHECKING:  # importing it takes seconds
+if TYPE_CHECKING:  # importing them takes seconds, and the planner, which reads shapes, needs none
     from PIL import Image
+    from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+    from laver_megatron.encoders.modules import ImageEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ class ImagePreprocessor(ABC):
     """
 
     def __init__(self, processor: BaseImageProcessor, token_size: int) -> None:
+        from laver_megatron.encoders.pixel_table import PixelTable
+
         self.processor, self.token_size = processor, token_size
         self._table = PixelTable(processor)
 
@@ -169,27 +171,6 @@ class ImagePreprocessor(ABC):
         """Features the encoder makes of these pixels."""
         _, height, width = pixels_3HW.shape
         return (height // self.token_size) * (width // self.token_size)
-
-
-class ImageEncoder(nn.Module, ABC):
-    """Pixels to features. It computes the same in training as in use: a dropout of its own would make the numbers of a
-    run depend on how the images are divided over the ranks."""
-
-    def __init__(self, feature_size: int) -> None:
-        super().__init__()
-        self.feature_size = feature_size
-
-    @abstractmethod
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        """images: `[3, H, W]` each, of any sizes. Returns the features of all visual tokens `[T, E]`, image after
-        image, each in raster order, in the type of the weights (without weights, of the pixels).
-
-        Raises:
-            ValueError: pixels of a size that the encoder cannot take.
-        """
-
-    def train(self, mode: bool = True) -> ImageEncoder:
-        return super().train(False)
 
 
 class Family(ABC):
@@ -249,7 +230,7 @@ class Family(ABC):
 
 
 def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, int]:
-    """Whole numbers from 1 on out of a vision model's settings; the colours, which may go without saying, are 3.
+    """Positive integers out of a vision model's settings; the colours, which may go without saying, are 3.
 
     Raises:
         ConfigError: all that are missing or no such numbers, heads that do not divide hidden_size, or a patch that is
@@ -259,7 +240,7 @@ def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict
     faults = [name for name in (*names, "num_channels") if not is_size(found.get(name))]
     if faults:
         raise ConfigError(
-            [f"{path}: {', '.join(faults)} missing from the vision model's settings, or no whole number from 1 on"]
+            [f"{path}: {', '.join(faults)} missing from the vision model's settings, or not a positive integer"]
         )
     if found["num_channels"] != 3:
         raise ConfigError([f"{path}: num_channels is {found['num_channels']}, but pictures have 3 colours"])

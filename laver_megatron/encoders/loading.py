@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.tensor_names import misnamed
 
 if TYPE_CHECKING:
@@ -31,10 +30,7 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
         ValueError: unreadable files, and missing, misshapen or not finite tensors, by name: transformers would fill
             what is missing with random numbers, which differ from rank to rank.
     """
-    try:
-        tensors = _vision_tensors(directory)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
+    tensors = _vision_tensors(directory, SafetensorsReader.read_whole)
     loaded = _filled(model, tensors, directory, dtype)
     not_finite = sorted(name for name, weight in loaded.named_parameters() if not weight.isfinite().all())
     _refuse(directory, "has NaN or infinite values in", not_finite)
@@ -53,10 +49,7 @@ def check_headers(model: PreTrainedModel, directory: Path) -> None:
     """
     from transformers.utils import logging
 
-    try:
-        tensors = _vision_tensors(directory, _standing_for)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
+    tensors = _vision_tensors(directory, _standing_for)
     verbosity = logging.get_verbosity()
     shows_progress = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -69,9 +62,9 @@ def check_headers(model: PreTrainedModel, directory: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _standing_for(file: Any, name: str) -> Tensor:
+def _standing_for(tensors: SafetensorsReader, name: str) -> Tensor:
     """One zero in the shape of a tensor."""
-    return torch.zeros(()).expand(file.get_slice(name).get_shape())
+    return torch.zeros(()).expand(tensors.size(name))
 
 
 def _filled(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -102,24 +95,16 @@ def _refuse(directory: Path, problem: str, names: list[str], remedy: str = "") -
         )
 
 
-def _vision_tensors(
-    directory: Path, read: Callable[[Any, str], Tensor] = lambda file, name: file.get_tensor(name)
-) -> dict[str, Tensor]:
-    """The tensors of the vision model under its own names, each as `read` gets it from its open file."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        file_of = dict(json.loads(index.read_text())["weight_map"])
-    else:
-        with safe_open(directory / "model.safetensors", "pt") as file:
-            file_of = dict.fromkeys(file.keys(), "model.safetensors")
-    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in file_of)), "")
-    tensors = {}
-    for name in sorted(set(file_of.values())):
-        with safe_open(directory / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no dictionary
-                if key.startswith(prefix):
-                    tensors[key.removeprefix(prefix)] = read(file, key)
-    return tensors
+def _vision_tensors(directory: Path, read: Callable[[SafetensorsReader, str], Tensor]) -> dict[str, Tensor]:
+    """The tensors of the vision model under its own names, each as `read` gets it from the directory's files."""
+    try:
+        with SafetensorsReader(directory) as tensors:
+            names = tensors.names()
+            prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), "")
+            chosen = sorted(name for name in names if name.startswith(prefix))
+            return {name.removeprefix(prefix): read(tensors, name) for name in chosen}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the encoder of {directory} cannot be read: {error}; download or copy it again") from error
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

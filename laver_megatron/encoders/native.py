@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
 from laver_megatron.encoders.resizing import native_size
@@ -80,7 +77,7 @@ def native_preprocessor(
         max_pixels = said.get("max_pixels")
         max_pixels = MOST_TOKENS * area if max_pixels is None else max_pixels
         if not is_size(max_pixels):
-            raise ValueError(f"{file}: max_pixels is {max_pixels!r}, no whole number from 1 on")
+            raise ValueError(f"{file}: max_pixels is {max_pixels!r}, but must be a positive integer")
     if max_pixels < area:
         raise ValueError(
             f"{file}: images of at most {max_pixels} pixels do not hold one visual token of {shape.token_size} x "
@@ -103,18 +100,3 @@ def _check_sizes_are_free(processor: BaseImageProcessor, file: Path) -> None:
         f"{file}: {fault}, but the encoder is of native resolution; set do_center_crop to false, remove size, and say "
         "max_pixels instead"
     )
-
-
-def check_sizes(images: Sequence[Tensor], token_size: int) -> None:
-    """Whether pixels `[3, H, W]` divide into visual tokens.
-
-    Raises:
-        ValueError: the first that do not.
-    """
-    for number, pixels_3HW in enumerate(images):
-        height, width = pixels_3HW.shape[1:]
-        if height % token_size or width % token_size:
-            raise ValueError(
-                f"image {number} has {height} x {width} pixels, which visual tokens of {token_size} x {token_size} "
-                "pixels do not divide; prepare it with the encoder's own preprocessor"
-            )

@@ -7,32 +7,17 @@ visual token, its feature the normalised pixels as `[colour, row, column]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import unfold
-
-from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
-from laver_megatron.encoders.native import check_sizes, native_preprocessor
+from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor, read_sizes
+from laver_megatron.encoders.native import native_preprocessor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
-
-class PatchEncoder(ImageEncoder):
-    """Has no weights; the features are of the pixels' type."""
-
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__(shape.feature_size)
-        self.patch_size = shape.patch_size
-
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        check_sizes(images, self.patch_size)
-        size = self.patch_size
-        return torch.cat([unfold(pixels_3HW[None], size, stride=size)[0].t() for pixels_3HW in images])
+    from laver_megatron.encoders.modules import PatchEncoder
 
 
 class Patches(Family):
@@ -65,5 +50,7 @@ class Patches(Family):
         return None
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> PatchEncoder:
+        from laver_megatron.encoders.modules import PatchEncoder
+
         assert model is None and feature_layer is None
         return PatchEncoder(shape)

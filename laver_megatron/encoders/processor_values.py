@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from laver_megatron.encoders.interface import EncoderShape, Family
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -36,6 +34,8 @@ def check_processor(processor: BaseImageProcessor, family: Family, shape: Encode
 
 
 def _check_resample(value: Any, file: Path) -> None:
+    from PIL import Image
+
     try:
         Image.Resampling(value)
     except ValueError:

@@ -3,58 +3,28 @@
 A visual token is a square of 2 x 2 patches, which the merger at its end makes one feature as wide as the language model
 it was trained with: there is one output and no choice of layers, and no class token. Most layers see windows, a few the
 whole image. An image is a video of one frame that is shown twice, a patch two frames deep.
-
-Letters: 3 colours, H W pixels of an image, P patches of all images, T their visual tokens, E feature width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.encoders.interface import EncoderShape, Family, ImageEncoder, ImagePreprocessor, read_sizes
-from laver_megatron.encoders.native import check_sizes, native_preprocessor
+from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor, read_sizes
+from laver_megatron.encoders.native import native_preprocessor
 from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+    from laver_megatron.encoders.modules import Qwen25VLEncoder
+
 _SIZES = (
     "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size", "spatial_merge_size",
     "window_size", "temporal_patch_size",
 )  # fmt: skip
-
-
-class Qwen25VLEncoder(ImageEncoder):
-    """transformers' vision model of Qwen2.5-VL; features are what its merger gives."""
-
-    def __init__(self, model: PreTrainedModel, shape: EncoderShape) -> None:
-        super().__init__(shape.feature_size)
-        self.model, self.shape = model, shape
-        self.eval()
-
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        check_sizes(images, self.shape.token_size)
-        size = self.shape.patch_size
-        grids = [[1, pixels_3HW.shape[1] // size, pixels_3HW.shape[2] // size] for pixels_3HW in images]
-        patches = torch.cat([image_patches(pixels_3HW, self.shape) for pixels_3HW in images])
-        return self.model(patches, grid_thw=torch.tensor(grids, device=patches.device)).pooler_output
-
-
-def image_patches(pixels_3HW: Tensor, shape: EncoderShape) -> Tensor:
-    """The patches as Qwen's image processor lays them out: the squares that become one visual token in raster order,
-    in each its patches in raster order, a patch as `[colour, time, row, column]`: `[P, 3 x time x patch x patch]`."""
-    patch, merge, time = shape.patch_size, shape.merge_size, shape.temporal_patch_size
-    colours, height, width = pixels_3HW.shape
-    rows, columns = height // shape.token_size, width // shape.token_size
-    squares = pixels_3HW.reshape(colours, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-    repeated = squares.unsqueeze(5).expand(rows, columns, merge, merge, colours, time, patch, patch)
-    return repeated.reshape(rows * columns * merge**2, colours * time * patch**2)
 
 
 class Qwen25VL(Family):
@@ -103,7 +73,7 @@ class Qwen25VL(Family):
             ) from None
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if not is_size(value):
-                raise ValueError(f"{file}: {name} is {value!r}, no whole number from 1 on")
+                raise ValueError(f"{file}: {name} is {value!r}, but must be a positive integer")
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )
@@ -117,5 +87,7 @@ class Qwen25VL(Family):
         return Qwen2_5_VisionTransformerPretrainedModel(config)
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> Qwen25VLEncoder:
+        from laver_megatron.encoders.modules import Qwen25VLEncoder
+
         assert model is not None and feature_layer is None
         return Qwen25VLEncoder(model, shape)

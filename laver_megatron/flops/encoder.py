@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from laver_megatron.encoders.interface import EncoderShape
-from laver_megatron.model.image_division import ImageCost
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,21 @@ def encoder_flops(shape: EncoderShape, num_layers: int | None = None) -> Encoder
         patches_per_visual_token=merged,
         num_prefix_tokens=shape.num_prefix_tokens,
     )
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image costs an encoder, by its visual tokens, up to a factor: in proportion to them, and, for attention
+    over whole images, to their pairs."""
+
+    per_token: int = 1
+    per_pair: int = 0
+
+    def __call__(self, num_tokens: int) -> int:
+        return num_tokens * self.per_token + num_tokens**2 * self.per_pair
+
+
+BY_TOKENS = ImageCost()
 
 
 def image_cost(shape: EncoderShape, num_layers: int | None = None) -> ImageCost:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laver_megatron.config.fields import Config
+from laver_megatron.config.modules import MODULES
 from laver_megatron.encoders.interface import EncoderShape
 from laver_megatron.flops.encoder import EncoderFlops, EncoderWork, encoder_flops
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.model.modules import MODULES
 
 PARTS = (
     "decoder_student",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.hf.shape import VISION_PART, is_laver_export, read_part
+from laver_megatron.runtime.files import read_object
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -32,7 +33,7 @@ def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
         ValueError: neither file, or one that cannot be read.
     """
     path = directory / PROCESSOR_FILE
-    if path.is_file() and "image_processor" in (content := _read_object(path)):
+    if path.is_file() and "image_processor" in (content := read_object(path)):
         settings = content["image_processor"]
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: image_processor is {settings!r}, no settings of an image processor")
@@ -40,25 +41,7 @@ def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
     path = directory / PREPROCESSOR_FILE
     if not path.is_file():
         raise ValueError(f"{directory}: no {PREPROCESSOR_FILE} in it, and no {PROCESSOR_FILE} with an image_processor")
-    return path, _read_object(path)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: cannot be read (not a JSON object)")
-    return content
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a Qwen2.5, of a checkpoint's hf/ or of a LaVer export (whose code is not run for it)."""
-    from transformers import AutoTokenizer, Qwen2Config  # here, because importing it takes seconds
-
-    # Without a configuration transformers would read config.json, and ask to run the code that an export's names.
-    return AutoTokenizer.from_pretrained(directory, config=Qwen2Config(), local_files_only=True)
+    return path, read_object(path)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

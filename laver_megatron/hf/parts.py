@@ -1,7 +1,6 @@
 """What a directory of weights consists of: which parts, of which sizes, and how it was trained."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 import torch
 
+from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder
 from laver_megatron.config.fields import ATTENTIONS, CHANGEABLE, POSITIONS, ConfigError
-from laver_megatron.config.inputs import RUN_FILE, has_encoder, preprocessor_problems, tokenizer_problems
 from laver_megatron.encoders import ImagePreprocessor, encoder_tensor_sizes, open_preprocessor, read_encoder
 from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.hf.files import PROCESSOR_FILE
@@ -22,7 +21,9 @@ from laver_megatron.hf.shape import (
     read_config,
     read_model_shape,
 )
+from laver_megatron.hf.tokenizer import tokenizer_problems
 from laver_megatron.hf.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
+from laver_megatron.runtime.files import read_object
 from laver_megatron.runtime.ranks import on_rank_0
 
 _COMPARED_BYTES = 32 << 20
@@ -135,10 +136,7 @@ def _cap_of_export(directory: Path) -> int | None:
     """Visual tokens of an image at most; None if that is what its image processor says."""
     path, own = directory / PROCESSOR_FILE, open_preprocessor(directory)
     assert isinstance(own, NativePreprocessor)
-    try:
-        max_pixels = json.loads(path.read_text(encoding="utf-8")).get("max_pixels")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
+    max_pixels = read_object(path).get("max_pixels")
     if type(max_pixels) is not int or max_pixels < own.token_size**2:
         raise ValueError(
             f"{path}: max_pixels is {max_pixels!r}, but must be at least {own.token_size**2}, one visual token; "
@@ -157,12 +155,7 @@ def native_bounds(preprocessor: ImagePreprocessor) -> dict[str, int] | None:
 def training_of_checkpoint(directory: Path) -> Training:
     """How a Megatron checkpoint was trained, by its run.json."""
     path = directory / RUN_FILE
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; copy the checkpoint again")
+    content = read_object(path)
     training = _training(content, {}, path, directory / "encoder")
     return replace(training, max_image_tokens=content.get("max_image_tokens"))
 
@@ -199,7 +192,17 @@ def check_companions(text_dir: Path, encoder_dir: Path) -> None:
     """
     problems = [
         *tokenizer_problems(text_dir, read_model_shape(text_dir)),
-        *preprocessor_problems(encoder_dir),
+        *_preprocessor_problems(encoder_dir),
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _preprocessor_problems(directory: Path) -> Iterator[str]:
+    """What keeps a directory's image processor from serving its encoder."""
+    try:
+        open_preprocessor(directory)
+    except ConfigError as error:
+        yield from error.problems
+    except ValueError as error:
+        yield f"encoder {error}"

@@ -6,7 +6,7 @@ memory until they are copied.
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laver_megatron.hf.tensor_names import misnamed
 from laver_megatron.hf.weights import Size, Weight
+from laver_megatron.runtime.files import read_object
 
 MODEL = "model"
 TRAINING_STATE = "training_state"
@@ -95,6 +96,10 @@ class SafetensorsReader:
             self.num_bytes_read += part.nbytes
         return part
 
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor: a view of the mapped file."""
+        return self._opened(self._file_of[name]).get_tensor(name)
+
     def check_index(self) -> None:
         """Holds every file's tensors against the index: transformers reads whole files.
 
@@ -135,7 +140,7 @@ class SafetensorsReader:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name; files lie in the index's own directory."""
     try:
-        file_of = dict(json.loads(path.read_text())["weight_map"])
+        file_of = dict(read_object(path)["weight_map"])
         names = {Path(file).name: file for file in file_of.values()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an index of safetensors files ({error!r}); copy it again") from error
@@ -189,3 +194,54 @@ def num_not_finite(tensor: Tensor) -> int:
     if torch.isfinite(tensor.sum()):
         return 0
     return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+def weight_problems(name: str, directory: Path) -> Iterator[str]:
+    """Safetensors of a Hugging Face directory that are missing, those that its index names included, or cut
+    short, judged by their headers."""
+    if not directory.is_dir():
+        yield f"{name} {directory}: no such directory"
+        return
+    if not (directory / "config.json").is_file():
+        yield f"{name} {directory}: no config.json in it"
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted({str(file) for file in read_object(index)["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError):
+            yield f"{index}: cannot be read as an index of weights"
+            return
+        absent = [file for file in named if not (directory / file).is_file()]
+        if absent:
+            some = ", ".join(absent[:3])
+            yield f"{name} {directory}: {len(absent)} of {len(named)} weight files are missing ({some})"
+    elif (directory / "model.safetensors").is_file():
+        named = ["model.safetensors"]
+    elif any(directory.glob("*.bin")):
+        named = []
+        yield f"{name} {directory}: only pickled *.bin weights; save them again as safetensors"
+    else:
+        named = []
+        yield f"{name} {directory}: neither model.safetensors nor model.safetensors.index.json in it"
+    for file in named:
+        if (directory / file).is_file() and (fault := _safetensors_fault(directory / file)):
+            yield f"{name} {directory / file}: {fault}; download or copy it again"
+
+
+def _safetensors_fault(file: Path) -> str:
+    """What is wrong with the file's length, by its header (8 bytes of length, then JSON with each tensor's
+    place); nothing else is read."""
+    try:
+        num_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > num_bytes - 8:
+                return f"no safetensors file, or cut short within its header ({num_bytes} bytes)"
+            header = json.loads(stream.read(header_bytes))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        meant = 8 + header_bytes + max(ends, default=0)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return "no safetensors file: its header is not one"
+    return "" if num_bytes == meant else f"it has {num_bytes} bytes, but its header says {meant}"

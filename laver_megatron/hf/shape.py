@@ -6,12 +6,12 @@ state is an error, because checkpoints of one family differ in vocabulary, tying
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.runtime.files import read_object
 
 _DECODER_SIZES = {
     "num_layers": "num_hidden_layers",
@@ -104,12 +104,9 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError([f"{directory}: no config.json in it; is this a Hugging Face model directory?"])
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path}: not a JSON object"])
-    return path, content
+        return path, read_object(path)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def _decoder_faults(content: dict[str, Any]) -> list[str]:
@@ -119,7 +116,7 @@ def _decoder_faults(content: dict[str, Any]) -> list[str]:
         faults.append("head_dim")
     problems = []
     if faults:
-        problems.append(f"{', '.join(faults)} missing or no whole number from 1 on")
+        problems.append(f"{', '.join(faults)} missing or not a positive integer")
     elif content["num_hidden_layers"] > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {content['num_hidden_layers']}, above {_MOST_LAYERS}")
     numbers = {"rms_norm_eps": content.get("rms_norm_eps"), "rope_theta": _rope_theta(content)}
@@ -173,7 +170,7 @@ def _rope_theta(content: dict[str, Any]) -> Any:
 
 
 def is_size(value: Any) -> bool:
-    """A whole number from 1 on."""
+    """Whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -18,17 +18,20 @@ Every join only moves rows: a Megatron tensor is a permutation of the rows of it
 `laver_megatron.hf.rows` finds out by joining row numbers. So no inverse is written down anywhere.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from laver_megatron.hf.shape import ModelShape
 
-Join = Callable[[Sequence[Tensor]], Tensor]
+if TYPE_CHECKING:  # the planner, which counts the rows, needs no torch
+    from torch import Tensor
+
+Join: TypeAlias = "Callable[[Sequence[Tensor]], Tensor]"
 Size = tuple[int, ...]
 
 TEACHER = "teacher."
@@ -101,11 +104,15 @@ def join_qkv(tensors: Sequence[Tensor], num_query_groups: int) -> Tensor:
     Works on weights `[rows, H]` and biases `[rows]`. With 4 query heads and 2 groups the rows become
     q0 q1 k0 v0 q2 q3 k1 v1.
     """
+    import torch
+
     return torch.cat([t.unflatten(0, (num_query_groups, -1)) for t in tensors], dim=1).flatten(0, 1)
 
 
 def join_gate_up(tensors: Sequence[Tensor]) -> Tensor:
     """Gate and up projection one after the other."""
+    import torch
+
     return torch.cat(list(tensors))
 
 

@@ -14,12 +14,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from laver_megatron.config.fields import Config
+from laver_megatron.config.modules import MODULES
 from laver_megatron.encoders import build_encoder, read_encoder
-from laver_megatron.flops.encoder import image_cost
+from laver_megatron.flops.encoder import BY_TOKENS, ImageCost, image_cost
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.model.image_division import BY_TOKENS, ImageCost, sum_partial_gradients
+from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LaverStage
-from laver_megatron.model.modules import MODULES
 from laver_megatron.model.qwen import transformer_config
 
 

@@ -47,7 +47,7 @@ class VisionHead(nn.Module):
     without bias (the paper's 3-layer MLP V_psi). `[L, B, H] -> [L, B, K / TP]`: the middle width and the
     logits are split over the tensor-parallel ranks.
 
-    The input must be the whole sequence on every rank, and whoever made it sums its gradient over the ranks.
+    The input must be the whole sequence on every rank; the caller sums its gradient over the ranks.
     """
 
     def __init__(

@@ -32,15 +32,15 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from laver_megatron.config.fields import Config
-from laver_megatron.encoders import ImageEncoder
+from laver_megatron.data.batch.division import divide_images
+from laver_megatron.encoders.modules import ImageEncoder
+from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
-from laver_megatron.model.image_division import BY_TOKENS, ImageCost, divide_images, gather_visual_tokens, mark_partial
+from laver_megatron.model.image_division import gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.streams import MicroBatch
-
-# Beginnings of the names of what LaVer adds to a trained student; a model without LaVer has neither.
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StageOutput:
 
 class Teacher(nn.Module):
     """The teacher's share of a stage: decoder layers, and final norm and vision head on the last stage. It
-    never trains and never sees gradients; `laver_megatron.model.teacher` moves its weights after the student's."""
+    has no gradients; `laver_megatron.model.teacher` updates its weights from the student's."""
 
     def __init__(self, decoder: nn.Module, vision_head: nn.Module | None) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ if HAVE_TRANSFORMER_ENGINE:
 
 
 def _fill_with_nan(weight: Tensor) -> None:
-    """Initialises what a checkpoint must overwrite: a weight that nobody wrote shows at once."""
+    """Initialises with NaN what a checkpoint must overwrite, so that a weight that was not loaded is found at once."""
     torch.nn.init.constant_(weight, float("nan"))
 
 

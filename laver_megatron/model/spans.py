@@ -63,7 +63,7 @@ def _with_padding_alone(starts_BL: Tensor, ends_BL: Tensor, padding_BL: Tensor) 
 
 
 def concatenate_spans(*spans: Tensor) -> Tensor:
-    """Spans of several sequences laid one after the other; they keep not seeing each other."""
+    """Spans of several sequences laid one after the other; tokens of one never attend to those of another."""
     shifted, offset = [], 0
     for spans_B2L in spans:
         shifted.append(spans_B2L + offset)
@@ -80,5 +80,5 @@ def spans_to_mask(spans_B2L: Tensor) -> Tensor:
 
 def span_area(spans_B2L: Tensor, counted_BL: Tensor) -> int:
     """Number of (query, key) pairs that the queries where `counted_BL` holds attend to, summed over the packs.
-    Padding attends to itself, so whoever counts work leaves it out."""
+    Padding attends to itself and is not work: leave it out of `counted_BL`."""
     return int((spans_B2L[:, 1] - spans_B2L[:, 0])[counted_BL].sum(dtype=torch.int64))

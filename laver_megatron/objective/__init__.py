@@ -11,7 +11,12 @@ caller sums and divides by the counts of the *global* batch, so that numbers do 
 laid out.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the schedules beside it need no torch
+    from torch import Tensor
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""L_GA and L_CGA: Gram-Anchoring keeps the visual tokens of an image from becoming one another.
+"""L_GA and L_CGA: Gram-Anchoring keeps the visual tokens of an image from collapsing into one another.
 
 Letters: N visual tokens of one image, K width of the vision head's logits.
 
@@ -46,8 +46,8 @@ def gram_loss(student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "c
         "ga":   sum_ij (G_student - G_teacher)_ij^2
         "cga":  sum_ij max(0, G_student - G_teacher)_ij^2
 
-    `cga` is one-sided: only pairs that the student holds more alike than the teacher does are pushed apart;
-    where the student tells two tokens apart better there is exactly no gradient.
+    `cga` is one-sided: only pairs that are more similar for the student than for the teacher are pushed apart;
+    pairs that are less similar get exactly no gradient.
 
     `reduction="mean"` divides by N^2 (the diagonal is counted and contributes 0), so that images of all sizes
     weigh the same; `"sum"` is the squared Frobenius norm as the paper prints it. The official code takes the

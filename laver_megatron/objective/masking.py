@@ -1,10 +1,10 @@
-"""Which visual tokens are hidden from the student.
+"""Which visual tokens are masked for the student.
 
 Letters: B packs, S tokens per pack, N visual tokens of one image.
 
-Each image draws from a generator of its own, keyed by what the image is and not by where it lies, so a mask
-is the same in every pack, micro-batch, rank and after a resume, and the global random state is neither read
-nor moved.
+Each image has its own generator, keyed by (seed, step, sample, image number) and not by where the image lies. So a
+mask is the same in every pack, micro-batch and rank and after a resume, and the global random state is neither read
+nor changed.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 SAMPLINGS = ("bernoulli", "fixed")
 
 # r * N in floating point may fall just below the integer that is meant: 0.29 * 100 is 28.999999999999996. The
-# error is below 1e-11 for any image (N < 1e5); nobody means a product this close below one.
+# error is below 1e-11 for any image (N < 1e5); a product this close below an integer is meant to be that integer.
 _FLOOR_TOLERANCE = 1e-9
 
 

@@ -1,4 +1,4 @@
-"""L_MIM: at hidden tokens the student recovers what the teacher makes of them, who sees the image whole.
+"""L_MIM: the student predicts the teacher's output at masked tokens; the teacher sees the whole image.
 
 Letters: T tokens (the caller selects the masked ones), K width of the vision head's logits.
 """

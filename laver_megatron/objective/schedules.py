@@ -64,20 +64,20 @@ def ema_update_due(step: int, objective: ObjectiveConfig, train_iters: int) -> b
 
 
 def ema_interval_steps(objective: ObjectiveConfig, train_iters: int) -> int:
-    """`ema_interval` in steps: a whole number is taken as it is, a share of the run (0 < value < 1) as
+    """`ema_interval` in steps: an integer is taken as it is, a share of the run (0 < value < 1) as
     max(1, round(value T)).
 
     Example: 0.02 of T = 6250 is 125 steps.
 
     Raises:
-        ValueError: neither a share nor a whole number of steps.
+        ValueError: neither a share nor an integer number of steps.
     """
     interval = objective.ema_interval
     if 0 < interval < 1:
         return max(1, round(interval * train_iters))
     if interval < 1 or interval != int(interval):
         raise ValueError(
-            f"ema_interval is {interval}; give a whole number of steps (1, 2, ...), "
+            f"ema_interval is {interval}; give an integer number of steps (1, 2, ...), "
             "or a share of train_iters between 0 and 1"
         )
     return int(interval)

@@ -8,8 +8,8 @@ those of the run, for any number of processes, without weights and data.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.config.fields import Config
@@ -27,10 +28,58 @@ from laver_megatron.model.build import build_stages, wrap
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.teacher import TeacherAverage, pair_by_name
+from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32, StateBytes
+from laver_megatron.planning.plan_report import align
 from laver_megatron.planning.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
-from laver_megatron.planning.state_bytes import state_bytes
-from laver_megatron.runtime.backend import simulated_rank
+from laver_megatron.planning.simulated_rank import simulated_rank
+
+
+def state_bytes(
+    stages: Sequence[LaverStage],
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    average: TeacherAverage | None,
+) -> StateBytes:
+    """What the tensors of this rank take. Those that share memory count once."""
+    student, teacher = Storages(), Storages()
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            (teacher if name.startswith("teacher.") else student).add([parameter])
+    gradients = Storages()
+    for chunk in chunks:
+        gradients.add(buffer.grad_data for buffer in chunk.buffers)
+    # Under fp32 the optimizer's parameters are pieces of the weights themselves.
+    of_optimizer = Storages(besides=student)
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            for group in part.optimizer.param_groups:
+                of_optimizer.add(group["params"])
+            for state in part.optimizer.state.values():
+                of_optimizer.add(value for value in state.values() if isinstance(value, Tensor))
+    accumulators = Storages()
+    if average is not None:
+        accumulators.add(average.accumulators())
+    return StateBytes(
+        student.num_bytes, gradients.num_bytes, of_optimizer.num_bytes, teacher.num_bytes, accumulators.num_bytes
+    )
+
+
+class Storages:
+    """The memory behind tensors, each piece once. besides: what is counted elsewhere."""
+
+    def __init__(self, besides: Storages | None = None) -> None:
+        self._seen: set[int] = set(besides._seen) if besides else set()
+        self.num_bytes = 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            # Tensors without memory have no address: the storage's own identity serves for both.
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.num_bytes += storage.nbytes()
+
 
 _OPTIMIZER_STATE = "optimizer.state."
 _PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value
@@ -244,3 +293,56 @@ class _AtRank:
 
     def size(self) -> int:
         return self._num_ranks
+
+
+_KINDS = [item.name for item in fields(StateBytes)]
+
+
+def dry_run_report(run: DryRun) -> str:
+    """The model by part, the table by pipeline stage (equal ranks in one line), totals over all ranks."""
+    counted = {name: number for name, number in run.parameters.items() if number}
+    width = max(len(f"{number:,}") for number in counted.values())
+    lines = ["parameters"]
+    lines += [f"  {number:>{width},}  {name}" for name, number in counted.items()]
+    lines += ["", *rank_table(run.ranks), ""]
+    total = sum(rank.bytes.total for rank in run.ranks)
+    largest = max(run.ranks, key=lambda rank: rank.bytes.total)
+    lines += [
+        f"all {len(run.ranks)} ranks: {total / GIB:,.3f} GiB; the largest: {largest.bytes.total / GIB:,.3f} GiB, on "
+        f"stage {largest.stage}. Activations, the losses' logits and what the libraries take come on top.",
+        f"sharding: {run.num_tensors:,} tensors of student, teacher and optimizer, every value of each on one rank "
+        "and its copies",
+    ]
+    return "\n".join(lines)
+
+
+def rank_table(ranks: Sequence[RankReport]) -> list[str]:
+    """Lines of the table; ranks of a stage that hold the same share one."""
+    groups: dict[tuple, list[RankReport]] = {}
+    for rank in ranks:
+        groups.setdefault((rank.stage, rank.num_layers, rank.num_parameters, rank.bytes), []).append(rank)
+    rows = [["stage", "TP rank", "DP rank", "ranks", "layers", "parameters", *_KINDS, "GiB"]]
+    for (stage, num_layers, num_parameters, held), alike in groups.items():
+        rows.append(
+            [
+                str(stage),
+                spans(rank.tp_rank for rank in alike),
+                spans(rank.dp_rank for rank in alike),
+                str(len(alike)),
+                str(num_layers),
+                f"{num_parameters:,}",
+                *(f"{number / GIB:.3f}" for number in (*astuple(held), held.total)),
+            ]
+        )
+    return align(rows)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Whole numbers in short: 0-3,5."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found)

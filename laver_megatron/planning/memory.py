@@ -18,6 +18,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.encoders import EncoderShape, idle_parameters
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import ModelParts, Size, weight_table
+from laver_megatron.planning.pipeline import layers_of_stages
 
 FP32_BYTES = 4
 OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32 = 12, 8  # two moments, and under bf16 the master weight
@@ -70,23 +71,6 @@ class LocalTensor:
     trains: bool
     averaged: bool = False
     alone: bool = False
-
-
-def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
-    """Decoder layers of every chunk of every pipeline stage."""
-    parallel = config.parallel
-    pp = parallel.pipeline_model_parallel_size
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first is not None or last is not None:
-        others = pp - (first is not None) - (last is not None)
-        each = (num_layers - (first or 0) - (last or 0)) // max(others, 1)
-        return [
-            [first if stage == 0 and first is not None else last if stage == pp - 1 and last is not None else each]
-            for stage in range(pp)
-        ]
-    per_stage = num_layers // pp
-    per_chunk = parallel.num_layers_per_virtual_pipeline_stage or per_stage
-    return [[per_chunk] * (per_stage // per_chunk) for _ in range(pp)]
 
 
 def state_of_rank(
@@ -251,11 +235,7 @@ def _chunk(
     """The student's tensors of one (virtual) stage, in the order of its modules."""
     objective = config.objective
     sizes = _sizes(
-        objective.laver,
-        objective.vision_head_hidden_size,
-        objective.vision_head_output_size,
-        shape,
-        feature_size,
+        objective.laver, objective.vision_head_hidden_size, objective.vision_head_output_size, shape, feature_size
     )
     trains = {part: part not in config.model.freeze for part in ("connector", "decoder", "heads")}
     tp, laver = config.parallel.tensor_model_parallel_size, objective.laver

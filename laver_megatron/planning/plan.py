@@ -14,7 +14,6 @@ from laver_megatron.flops.step import ModelFlops, StepFlops, hardware_flops, run
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import Size
 from laver_megatron.planning.activations import ActivationBytes, activations_of_stage
-from laver_megatron.planning.communication import SentBytes, sent_bytes
 from laver_megatron.planning.hardware import Gpu
 from laver_megatron.planning.memory import StateBytes, fullest_state, value_bytes
 from laver_megatron.planning.pipeline import bubble
@@ -22,8 +21,10 @@ from laver_megatron.planning.throughput import (
     NO_OVERLAP,
     Overlap,
     Seconds,
+    SentBytes,
     micro_batch_flops,
     seconds_of_stage,
+    sent_bytes,
     stage_work,
 )
 from laver_megatron.planning.workload import Workload

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from laver_megatron.run_log.records import read_records
+from laver_megatron.runtime.files import replacing
 
 Records = list[dict[str, Any]]
 
@@ -60,9 +60,8 @@ def draw_curves(metrics_path: Path, png_path: Path) -> None:
             axes.set_title(title, loc="left")
             draw(axes, records, validation)
             _finish(axes, records, is_lowest=number + num_columns > len(panels))
-        temporary = png_path.with_name(png_path.name + ".tmp")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, png_path)
+        with replacing(png_path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _headline(metrics_path: Path, records: Records) -> str:

@@ -13,7 +13,6 @@ A number that is NaN or infinite (the gradient norm of a skipped step) is writte
 column stays numeric. A field that has no meaning in a run (the teacher's with LaVer off) should be None, also null.
 """
 
-import importlib.util
 import math
 import resource
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from laver_megatron.config.checks import missing_packages
 from laver_megatron.run_log.records import drop_after, json_line
 
 REQUIRED_FIELDS = (
@@ -218,16 +218,6 @@ class RunLog:
         run.define_metric("iteration")
         run.define_metric("*", step_metric="iteration")
         return run
-
-
-def missing_packages(tensorboard: bool, wandb_project: str | None) -> list[str]:
-    """One sentence for each logging package that is asked for and not installed; imports nothing."""
-    asked = [("tensorboard", tensorboard, "--tensorboard"), ("wandb", bool(wandb_project), "--wandb-project")]
-    return [
-        f"{flag} needs the package {name}: pip install 'laver_megatron[log]'"
-        for name, wanted, flag in asked
-        if wanted and importlib.util.find_spec(name) is None
-    ]
 
 
 def format_line(

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from laver_megatron.runtime.files import write_text
+
 
 def json_line(record: dict[str, Any]) -> str:
     """One line of strict JSON; a number that is not finite becomes null."""
@@ -45,9 +47,4 @@ def drop_after(path: Path, iteration: int) -> None:
         os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
         return
     kept = [record for record in read_records(path) if record["iteration"] <= iteration]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(json_line(record) for record in kept))

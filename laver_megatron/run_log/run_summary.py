@@ -39,12 +39,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.checkpoint.manifest import replace_text
 from laver_megatron.config.fields import Config, fields_of
 from laver_megatron.run_log.records import read_records
+from laver_megatron.runtime.files import write_text
 
 if TYPE_CHECKING:  # the registry reads summaries without loading torch
-    from laver_megatron.checkpoint.state import Progress
+    from laver_megatron.checkpoint.progress import Progress
 
 FILE_NAME = "run_summary.json"
 MANIFEST = "manifest.csv"  # of a sweep: the runs that it made, beside the folder with their directories
@@ -164,5 +164,5 @@ def read_run_records(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     """Puts the file into the run directory, whole or not at all."""
     path = run_dir / FILE_NAME
-    replace_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return path

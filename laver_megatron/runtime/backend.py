@@ -5,11 +5,10 @@ unconditionally (device queries, RNG states, `device="cuda"` arguments, type nam
 else in the package asks which of the two it runs on, except to choose a kernel.
 """
 
-import contextlib
 import datetime
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,7 @@ def _names_cuda(device: Any) -> bool:
     )
 
 
-class _CudaTo(TorchFunctionMode):
+class CudaTo(TorchFunctionMode):
     """Rewrites `device="cuda"` to another device, and answers `Tensor.cuda()` and `Tensor.type()` as Megatron expects.
     takes_all: every device that is named becomes that one."""
 
@@ -70,7 +69,7 @@ class _CudaTo(TorchFunctionMode):
         return _names_cuda(device) or (self.takes_all and isinstance(device, (str, torch.device)))
 
 
-def _cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
+def cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
     """(owner, name, replacement) of the CUDA functions that Megatron-Core calls without asking."""
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -88,12 +87,12 @@ def _cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
 def _redirect_cuda_calls_to_cpu() -> None:
     """Points the CUDA functions that Megatron-Core calls without asking at their CPU counterparts."""
     cpu = torch.device("cpu")
-    for owner, name, replacement in _cuda_calls(cpu):
+    for owner, name, replacement in cuda_calls(cpu):
         setattr(owner, name, replacement)
-    _CudaTo(cpu).__enter__()
+    CudaTo(cpu).__enter__()
 
 
-def _adam_that_resumes() -> list[tuple[Any, str, Any]]:
+def adam_that_resumes() -> list[tuple[Any, str, Any]]:
     """(owner, name, replacement) that hand Megatron's distributed optimizer our Adam in the place of a fused one."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
@@ -113,7 +112,7 @@ def _give_megatron_an_adam_that_resumes() -> None:
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        for owner, name, replacement in _adam_that_resumes():
+        for owner, name, replacement in adam_that_resumes():
             setattr(owner, name, replacement)
 
 
@@ -207,58 +206,3 @@ def hardware_of(backend: Backend) -> dict[str, Any]:
         "torch": torch.__version__,
         "megatron_core": core.__version__,
     }
-
-
-@contextlib.contextmanager
-def simulated_rank(
-    rank: int,
-    world_size: int,
-    *,
-    tensor_model_parallel_size: int,
-    pipeline_model_parallel_size: int,
-    virtual_pipeline_model_parallel_size: int | None,
-) -> Iterator[None]:
-    """Lets this process build what one rank of a world builds that does not exist.
-
-    Within it tensors have shapes but no memory, whatever device they are asked for on, collectives move nothing, and
-    the other ranks are taken to say what this one says. Layers and optimizer are those that need neither CUDA nor
-    TransformerEngine: the parameters and their checkpoint keys are the same. Leaves everything as it was.
-    """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from laver_megatron.model import qwen
-
-    devices = torch.distributed.Backend.backend_capability["fake"]
-    if "meta" not in devices:
-        devices.append("meta")
-    assert not torch.distributed.is_initialized(), "a rank can only be simulated outside of a process group"
-    meta = torch.device("meta")
-    changes = [
-        *_cuda_calls(meta),
-        *_adam_that_resumes(),
-        (qwen, "HAVE_TRANSFORMER_ENGINE", False),
-        (torch.distributed, "all_gather_object", _answer_for_all),
-    ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in changes:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.callback(shut_down_parallelism)
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(0)
-        stack.enter_context(meta)
-        stack.enter_context(_CudaTo(meta, takes_all=True))
-        yield
-
-
-def _answer_for_all(answers: list, own: Any, group: Any = None) -> None:
-    answers[:] = [own] * len(answers)

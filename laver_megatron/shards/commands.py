@@ -1,10 +1,5 @@
-"""The command lines of the shard tools: make, index, subset and show.
+"""The command lines of the shard tools: `laver shards make`, `index` and `subset`, and `laver show`."""
 
-Each takes its arguments (`sys.argv` without the program by default) and returns the exit code: 0 done, 1 failed while
-running, 2 wrong use, 130 interrupted.
-"""
-
-import argparse
 import logging
 import os
 import shutil
@@ -13,51 +8,46 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from laver_megatron.config.command_line import EXIT_BAD_INPUT, from_command_line
+from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.program import FAILED, program, program_parser
 from laver_megatron.shards.build import UsageError, usage_errors
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-
-_MAKE = """Makes WebDataset shards, with an index, of LLaVA JSON, FineVision or LLaVA-OneVision Parquet, or tars.
-
-    python tools/make_shards.py --source blip_laion_cc_sbu_558k.json --images images/ --output shards/llava-558k
-    python tools/make_shards.py --source FineVision/ai2d FineVision/chartqa --min-relevance 4 --output shards/finevision
-    python tools/make_shards.py --source LLaVA-OneVision-Data/ --output shards/onevision --num-workers 16
+_MAKE = """
+Makes WebDataset shards, with an index, of LLaVA JSON, FineVision or LLaVA-OneVision Parquet, or tars.
 
 JPEG, PNG and WebP are copied byte for byte, other pictures become PNG. Unusable samples are counted by reason, and end
 the work only when they exceed --max-bad-fraction. Interrupted work continues with --resume.
 """
-_INDEX = """Indexes WebDataset tars, once, so that training starts at once and knows what is wrong with its data.
-
-    python tools/index_shards.py --shards /data/shards                     # writes /data/shards/index.parquet
-    python tools/index_shards.py --shards '/data/a/train-*.tar' --output /data/train.parquet --num-workers 16
-    python tools/index_shards.py --shards 'https://host/train-{00000..00099}.tar' --output train.parquet
+_INDEX = """
+Indexes WebDataset tars, once, so that training starts at once and knows what is wrong with its data.
 
 Reads every shard once and reports what cannot be used; the index's column `fault` names the samples.
 """
-_SUBSET = """Selects a seeded subset of the samples of shards, as an index over the same tars; no tar is copied.
-
-    python tools/subset_shards.py --index shards/ --num-samples 800000 --seed 1 --output subset-800k.parquet
-    python tools/subset_shards.py --index shards/ --num-samples 2000000 --seed 1 --output subset-2m.parquet
+_SUBSET = """
+Selects a seeded subset of the samples of shards, as an index over the same tars; no tar is copied.
 
 With the same seed, a smaller subset is contained in every larger one. Train with the file as --data-path. The manifest
 hash, printed and stored in the file, identifies the selection.
 """
-_SHOW = """Draws packs of a run as the model will see them: tokens, sample bounds, labels, attention, masked patches.
-
-    python tools/show_sample.py --config examples/demo.yaml --packs 0 1 --output shown/
-    python tools/show_sample.py --config examples/demo.yaml --packs 7 --step 90 --mask-ratio 0.3 --output shown/
+_SHOW = """
+Draws packs of a run as the model will see them: tokens, sample bounds, labels, attention, masked patches.
 
 Takes every option of the trainer. Prints each pack's text (trained text in [[ ]]) and writes pack-N.png.
 """
 
 
-def make_main(argv: Sequence[str] | None = None) -> int:
+@program
+def make_main(argv: Sequence[str] | None = None) -> None:
     """Makes shards of published data."""
     from laver_megatron.shards import FORMATS, RATINGS, MakeSettings, make_shards
 
-    parser = _parser(_MAKE)
+    examples = [
+        "--source blip_laion_cc_sbu_558k.json --images images/ --output shards/llava-558k",
+        "--source FineVision/ai2d FineVision/chartqa --min-relevance 4 --output shards/finevision",
+        "--source LLaVA-OneVision-Data/ --output shards/onevision --num-workers 16",
+    ]
+    parser = program_parser("shards make", _MAKE, examples)
     add = parser.add_argument
     add("--source", dest="sources", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders")
     add("--format", dest="format_name", choices=FORMATS, help="default: recognised from the files")
@@ -84,17 +74,23 @@ def make_main(argv: Sequence[str] | None = None) -> int:
             settings = MakeSettings(**options, min_ratings=ratings)
         print(make_shards(settings).summary(has_tokenizer=settings.tokenizer is not None))
 
-    return _run("make_shards", make, "; go on with --resume")
+    _run(make, "; go on with --resume")
 
 
-def index_main(argv: Sequence[str] | None = None) -> int:
+@program
+def index_main(argv: Sequence[str] | None = None) -> None:
     """Indexes tars, local and remote ones."""
     from laver_megatron.data.index.index_file import INDEX_NAME, is_url, write_index
     from laver_megatron.data.index.opening import find_shards_and_urls, index_with_bar
     from laver_megatron.data.read.remote import ShardCache
     from laver_megatron.shards.index_summary import summary
 
-    parser = _parser(_INDEX)
+    examples = [
+        "--shards /data/shards",
+        "--shards '/data/a/train-*.tar' --output /data/train.parquet --num-workers 16",
+        "--shards 'https://host/train-{00000..00099}.tar' --output train.parquet",
+    ]
+    parser = program_parser("shards index", _INDEX, examples)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, help="folders, globs, tars or URLs")
     add("--output", type=Path, help="the index file (default: index.parquet in the shards' folder)")
@@ -123,16 +119,21 @@ def index_main(argv: Sequence[str] | None = None) -> int:
         write_index(found, output)
         print(f"{summary(found)}\nwritten to {output}")
 
-    return _run("index_shards", index, level=logging.WARNING)
+    _run(index, level=logging.WARNING)
 
 
-def subset_main(argv: Sequence[str] | None = None) -> int:
+@program
+def subset_main(argv: Sequence[str] | None = None) -> None:
     """Selects a seeded subset."""
     from laver_megatron.data.index.opening import open_indexes, path_problems
     from laver_megatron.data.index.shard_index import concatenate
     from laver_megatron.shards.subset import write_subset
 
-    parser = _parser(_SUBSET)
+    examples = [
+        "--index shards/ --num-samples 800000 --seed 1 --output subset-800k.parquet",
+        "--index shards/ --num-samples 2000000 --seed 1 --output subset-2m.parquet",
+    ]
+    parser = program_parser("shards subset", _SUBSET, examples)
     add = parser.add_argument
     add("--index", nargs="+", required=True, metavar="PATH", help="folders of shards, indexes, tars or globs of tars")
     add("--num-samples", type=int, required=True, metavar="N", help="usable samples to select")
@@ -151,18 +152,23 @@ def subset_main(argv: Sequence[str] | None = None) -> int:
         print(f"{manifest.num_samples:,} of {manifest.of_samples:,} samples, seed {manifest.seed}: {options.output}")
         print(f"manifest hash: {manifest.hash}")
 
-    return _run("subset_shards", subset)
+    _run(subset)
 
 
-def show_main(argv: Sequence[str] | None = None) -> int:
+@program
+def show_main(argv: Sequence[str] | None = None) -> None:
     """Prints and draws packs of a run."""
-    from laver_megatron.config.inputs import find_inputs
     from laver_megatron.data.batch.dataset import open_reader
     from laver_megatron.data.index.opening import path_problems
-    from laver_megatron.hf.files import load_tokenizer
+    from laver_megatron.hf.tokenizer import load_tokenizer
     from laver_megatron.shards.show import describe, draw, show_packs
+    from laver_megatron.start import find_start
 
-    parser = _parser(_SHOW, allow_abbrev=False)
+    examples = [
+        "--config examples/demo.yaml --packs 0 1 --output shown/",
+        "--config examples/demo.yaml --packs 7 --step 90 --mask-ratio 0.3 --output shown/",
+    ]
+    parser = program_parser("show", _SHOW, examples, allow_abbrev=False)
     add = parser.add_argument
     add("--packs", type=int, nargs="+", default=[0], metavar="N", help="numbers of packs (default: 0)")
     add("--step", type=int, help="mask as at this step (default: the step that trains on the pack)")
@@ -172,14 +178,14 @@ def show_main(argv: Sequence[str] | None = None) -> int:
     config = from_command_line(of_trainer).config
 
     def show() -> None:
-        inputs = find_inputs(config)
+        start = find_start(config)
         paths = config.data.valid_data_path if options.validation else config.data.data_path
-        if inputs.model_dir is None or inputs.encoder_dir is None or not paths or min(options.packs) < 0:
+        if start.model_dir is None or start.encoder_dir is None or not paths or min(options.packs) < 0:
             raise UsageError("model, encoder, data and packs from 0 on are needed: --load, --encoder, --data-path")
         if problems := path_problems(paths):
             raise UsageError(f"shards: {'; '.join(problems)}")
-        reader = open_reader(config, paths, inputs.model_dir, inputs.encoder_dir)
-        tokenizer = load_tokenizer(inputs.model_dir)
+        reader = open_reader(config, paths, start.model_dir, start.encoder_dir)
+        tokenizer = load_tokenizer(start.model_dir)
         options.output.mkdir(parents=True, exist_ok=True)
         for shown in show_packs(config, reader, options.packs, options.step):
             print(describe(shown, tokenizer))
@@ -188,12 +194,7 @@ def show_main(argv: Sequence[str] | None = None) -> int:
             print(path)
         reader.close()
 
-    return _run("show_sample", show)
-
-
-def _parser(description: str, allow_abbrev: bool = True) -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=allow_abbrev)
+    _run(show)
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -203,15 +204,15 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise UsageError(f"--output {path} is there already; replace it with --overwrite")
 
 
-def _run(name: str, work: Callable[[], None], when_interrupted: str = "", level: int = logging.INFO) -> int:
-    """Does the work, and turns what ends it into one line on stderr and an exit code."""
+def _run(work: Callable[[], None], when_interrupted: str = "", level: int = logging.INFO) -> None:
+    """Does the work. What is a ValueError once it has begun is a failure and not wrong use."""
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s" if level == logging.INFO else "%(message)s")
     try:
         work()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UsageError | ConfigError) else EXIT_FAILED
+    except (ConfigError, UsageError):
+        raise
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{when_interrupted}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+        raise KeyboardInterrupt(f"interrupted{when_interrupted}") from None

@@ -18,16 +18,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
+from laver_megatron.config.directories import shard_problems
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.config.inputs import HF_PREFIX, RUN_FILE, find_inputs, latest_checkpoint, shard_problems
-from laver_megatron.launch import num_processes
+from laver_megatron.launcher import LAUNCHER, count_processes
+from laver_megatron.runtime.files import read_object
+from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_laver.sh"
 BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
 EXIT_UNFINISHED = 3
@@ -200,13 +203,13 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
     problems: list[str] = []
     first = stages[0].config
     # Until a stage before has written a checkpoint, its model and encoder say what the later ones will find.
-    known = find_inputs(first)
+    known = find_start(first)
     model, encoder = (str(path) if path else None for path in (known.model_dir, known.encoder_dir))
     for stage in stages:
         if stage.is_finished:
             continue
         config = stage.config
-        if find_inputs(config).checkpoint is None:
+        if not isinstance(find_start(config), FromCheckpoint):
             config = config.replace(model=config.start.model or model, encoder=config.start.encoder or encoder)
         try:
             # Every stage sees for itself what it can start from, when it starts.
@@ -220,17 +223,17 @@ def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
 
 
 def _num_processes(stage: Stage) -> int | None:
-    """How many the launcher will start for a stage on all nodes; None where that is said in words, such as `gpu`."""
-    nodes, of_a_node = (os.environ.get(name) for name in ("NNODES", "NPROC_PER_NODE"))
-    nodes = nodes or os.environ.get("SLURM_NNODES", "1")
-    of_a_node = of_a_node or str(num_processes(stage.arguments))
-    return int(nodes) * int(of_a_node) if nodes.isdecimal() and of_a_node.isdecimal() else None
+    """How many the launcher will start for a stage on all nodes; None where this machine cannot know."""
+    try:
+        return prod(count_processes(stage.arguments))
+    except ValueError:  # such as `gpu`, on a machine without any
+        return None
 
 
 def differences(stage: Stage) -> list[str]:
     """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
     assert stage.checkpoint is not None
-    written: Mapping[str, object] = json.loads((stage.checkpoint / RUN_FILE).read_text())
+    written: Mapping[str, object] = read_object(stage.checkpoint / RUN_FILE)
     now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from laver_megatron.model.modules import MODULES
+from laver_megatron.config.modules import MODULES
 from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import Stage, is_first_node
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules

@@ -12,13 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laver_megatron.config.inputs import HF_PREFIX, latest_checkpoint
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.hf.parts import parts_of_hugging_face
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.weights import Weight, weight_table
-from laver_megatron.model.modules import MODULES
+from laver_megatron.start import HF_PREFIX
 
 _BLOCK_BYTES = 32 << 20
 _ENCODER = "encoder.model."

@@ -1,17 +1,19 @@
-"""What a law is to be fitted to, arm by arm, from the summaries of runs. `csv_points.py` reads plain points."""
+"""The arms of a study and their runs: from the summaries of runs, or from a CSV of plain points."""
 
+import csv
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from laver_megatron.studies.points import Array, Points
-from laver_megatron.studies.registry import SIZE_PARTS, Registry, is_number
-from laver_megatron.studies.registry_files import read_registry
+from laver_megatron.studies.law import SIX_N_D
+from laver_megatron.studies.observations import Array, Observations
+from laver_megatron.studies.registry import SIZE_PARTS, Registry, is_number, is_value, read_registry
 from laver_megatron.studies.study_settings import check_equal_settings, setting_notes
 
 ALL_RUNS = "all runs"
+SEED_COLUMN = "seed"
 CONTINUED_TRAINING = (
     "Qwen2.5 checkpoints are pretrained: a law of runs that start from them is one of continued training. D counts the "
     "tokens of these runs alone, and E, A and B hold for this start only."
@@ -19,30 +21,36 @@ CONTINUED_TRAINING = (
 
 
 @dataclass(frozen=True)
-class StudyArm:
-    """The runs of one arm. flops_R: None where nobody counted them. seeds: of the runs, as text; those of two arms that
-    share size, seed and data are a pair. notes: what a reader should know of the runs."""
+class ArmRuns:
+    """The runs of one arm.
 
-    points: Points
+    Attributes:
+        flops_R: None where they were not counted.
+        seeds: of the runs, as text; runs of two arms that share size, seed and data are a pair.
+        notes: what a reader should know of the runs.
+    """
+
+    observations: Observations
     flops_R: Array | None
     seeds: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
-    def without_highest(self, number: int) -> "StudyArm":
+    def without_highest(self, number: int) -> "ArmRuns":
         """Leaves out the runs with the highest values."""
         if number <= 0:
             return self
-        kept = np.sort(np.argsort(self.points.column_R, kind="stable")[: max(len(self.points) - number, 0)])
-        notes = (*self.notes, f"the {number} runs with the highest {self.points.column} are left out")
+        runs = self.observations
+        kept = np.sort(np.argsort(runs.column_R, kind="stable")[: max(len(runs) - number, 0)])
+        notes = (*self.notes, f"the {number} runs with the highest {runs.column} are left out")
         flops_R = None if self.flops_R is None else self.flops_R[kept]
-        return StudyArm(self.points.take(kept), flops_R, tuple(self.seeds[i] for i in kept), notes)
+        return ArmRuns(runs.take(kept), flops_R, tuple(self.seeds[i] for i in kept), notes)
 
 
 @dataclass(frozen=True)
 class Study:
     """The arms by name. notes: of all of them together. registry: the table of the runs; None of plain points."""
 
-    arms: dict[str, StudyArm]
+    arms: dict[str, ArmRuns]
     notes: tuple[str, ...] = ()
     registry: Registry | None = None
 
@@ -59,7 +67,7 @@ def study_of_registry(
     leave_out: Collection[str] = (),
     allow_differences: Collection[str] = (),
 ) -> Study:
-    """The arms of these runs.
+    """The arms of the runs in these places.
 
     where: columns and the values that runs must have there. allow_differences: settings of data and validation that
     may differ between two arms.
@@ -71,29 +79,120 @@ def study_of_registry(
     for name, value in where:
         registry = registry.where(name, value)
     column = registry.full_name(column)
-    parts = {ALL_RUNS: registry}
+    tables = registry.arms(arm_by) if arm_by else {ALL_RUNS: registry}
     notes: list[str] = []
     if arm_by:
-        parts = registry.arms(arm_by)
-        _check_column(parts, column)
-        if len(parts) == 2:
-            notes += check_equal_settings(parts, registry.full_name(arm_by), allow_differences)
-    arms = {}
-    for name, part in parts.items():
-        seeds = tuple(str(run.value("seed")) for run in part.runs)
-        arms[name] = StudyArm(
-            part.points(column, size_parts, tokens, ceiling), part.flops(), seeds, tuple(setting_notes(part))
+        _check_column(tables, column)
+        if len(tables) == 2:
+            notes += check_equal_settings(tables, registry.full_name(arm_by), allow_differences)
+    arms = {
+        name: ArmRuns(
+            table.observations(column, size_parts, tokens, ceiling),
+            table.flops(),
+            tuple(str(run.value("seed")) for run in table.runs),
+            tuple(setting_notes(table)),
         )
+        for name, table in tables.items()
+    }
     return Study(arms, tuple(notes), registry)
 
 
-def _check_column(parts: dict[str, Registry], column: str) -> None:
+def _check_column(tables: dict[str, Registry], column: str) -> None:
     """An arm of which no run has the column is no accident, such as LaVer's monitors in the baseline."""
-    without = [name for name, part in parts.items() if not any(is_number(run.value(column)) for run in part.runs)]
-    if len(without) == len(parts):
+    without = [name for name, table in tables.items() if not any(is_number(run.value(column)) for run in table.runs)]
+    if len(without) == len(tables):
         raise ValueError(f"no run has a number in {column}; choose another column")
     if without:
         raise ValueError(
             f"no run of {' or '.join(without)} has a number in {column}; fit the other runs alone, chosen with --where "
             "COLUMN=VALUE (such as --where laver=true) in place of --arm-by"
         )
+
+
+def study_of_csv(
+    path: Path,
+    column: str = "loss",
+    *,
+    arm_by: str | None = None,
+    where: Sequence[tuple[str, str]] = (),
+    size_column: str = "N",
+    tokens_column: str = "D",
+    flops_column: str = "FLOPs",
+    ceiling: float | None = None,
+) -> Study:
+    """The arms of plain points: a CSV with a header, a line for each run. Without tokens these follow from FLOPs at 6 N
+    a token.
+
+    where: columns and the values that points must have there.
+
+    Raises:
+        ValueError: a column is missing or there twice, a line has more cells than the header, is there twice, or has a
+            cell that is no number, with the lines.
+    """
+    header, rows = _read_csv(path)
+    needed = [size_column, column, *([arm_by] if arm_by else []), *(name for name, _ in where)]
+    missing = [name for name in needed if name not in header]
+    if tokens_column not in header and flops_column not in header:
+        missing.append(f"{tokens_column} or {flops_column}")
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(header)}")
+    if not rows:
+        raise ValueError(f"{path} has a header and no points")
+    for name, value in where:
+        rows = {line: row for line, row in rows.items() if is_value(_number_or_text(row[name]), value)}
+        if not rows:
+            raise ValueError(f"{path} has no point with {value!r} in {name}")
+    lines: dict[str, list[int]] = {}
+    for line, row in rows.items():
+        lines.setdefault(row[arm_by] if arm_by else ALL_RUNS, []).append(line)
+    arms = {}
+    for arm, chosen in lines.items():
+        values = {
+            name: np.array([_number(path, line, name, rows[line][name]) for line in chosen])
+            for name in (size_column, tokens_column, flops_column, column)
+            if name in header
+        }
+        flops = values.get(flops_column)
+        if tokens_column not in values:
+            with np.errstate(divide="ignore", invalid="ignore"):  # check_fittable names the lines
+                values[tokens_column] = SIX_N_D.tokens(values[size_column], values[flops_column])
+        names = tuple(f"line {line}" for line in chosen)
+        numbers = (values[size_column], values[tokens_column], values[column])
+        seeds = tuple(rows[line].get(SEED_COLUMN, "") for line in chosen)
+        arms[arm] = ArmRuns(Observations(names, *numbers, column, ceiling), flops, seeds)
+    return Study(arms)
+
+
+def _read_csv(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """The header, and the cells by column of each line that is not empty, by its number."""
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a byte order mark
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    rows = {line: row for line, row in cells if any(row)}
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise ValueError(f"{path} has the column {', '.join(twice)} twice")
+    first: dict[tuple[float | str, ...], int] = {}
+    for line, row in rows.items():
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: {len(row)} cells where the header has {len(header)}")
+        if (earlier := first.setdefault(tuple(map(_number_or_text, row)), line)) != line:
+            raise ValueError(
+                f"{path}, line {line}: the same as line {earlier}, and one run counts once; remove it, or add a column "
+                f"that tells them apart, such as {SEED_COLUMN}"
+            )
+    return header, {line: dict(zip(header, row, strict=True)) for line, row in rows.items()}
+
+
+def _number(path: Path, line: int, column: str, text: str) -> float:
+    number = _number_or_text(text)
+    if isinstance(number, str):
+        raise ValueError(f"{path}, line {line}: {column} is {text!r}, no number")
+    return number
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

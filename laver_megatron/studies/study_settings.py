@@ -8,8 +8,8 @@ import numpy as np
 
 from laver_megatron.config.fields import fields_of
 from laver_megatron.run_log.run_summary import MANIFEST, hashed_settings
-from laver_megatron.studies.points import groups
-from laver_megatron.studies.registry import SIZE_PARTS, Registry, Run, text_of
+from laver_megatron.studies.observations import cluster
+from laver_megatron.studies.registry import Registry, RunRecord, text_of
 
 # What a ladder is made of: the size's model, and the amount of data.
 _LADDER_SETTINGS = {"load", "model", "encoder", "train_iters"}
@@ -47,11 +47,11 @@ def setting_notes(runs: Registry) -> list[str]:
 def _follows_tokens(runs: Registry) -> bool:
     """Whether each amount of data is of one path, and each path of one amount."""
     tokens_R = np.array([run.value("tokens.total") for run in runs.runs], dtype=float)
-    both = {(run.value(_DATA_PATH), number) for run, number in zip(runs.runs, groups(tokens_R).tolist(), strict=True)}
+    both = {(run.value(_DATA_PATH), number) for run, number in zip(runs.runs, cluster(tokens_R).tolist(), strict=True)}
     return len(both) == len({path for path, _ in both}) == len({number for _, number in both})
 
 
-def _sees_its_amount(run: Run) -> bool:
+def _sees_its_amount(run: RunRecord) -> bool:
     """Whether the manifest of the run's sweep names its data as the amount."""
     path = run.path.resolve().parent.parent / MANIFEST
     if not path.is_file():
@@ -91,7 +91,7 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
 def _difference(arms: Mapping[str, Registry], column: str) -> str | None:
     """Both arms' values at the first place of the ladder where they differ; None where they don't. Places are size and
     tokens; size alone, or nothing, where the arms share none."""
-    for place in (lambda run: (_size(run), run.value("tokens.total")), _size, lambda run: None):
+    for place in (lambda run: (run.size(), run.value("tokens.total")), lambda run: run.size(), lambda run: None):
         ours, theirs = (_values(runs, column, place) for runs in arms.values())
         shared = [key for key in ours if key in theirs]
         if shared:
@@ -105,11 +105,7 @@ def _difference(arms: Mapping[str, Registry], column: str) -> str | None:
     return None
 
 
-def _size(run: Run) -> float:
-    return sum(run.value(f"parameters.{part}") for part in SIZE_PARTS)
-
-
-def _values(runs: Registry, column: str, place: Callable[[Run], Hashable]) -> dict[Hashable, set[str]]:
+def _values(runs: Registry, column: str, place: Callable[[RunRecord], Hashable]) -> dict[Hashable, set[str]]:
     values: dict[Hashable, set[str]] = {}
     for run in runs.runs:
         values.setdefault(place(run), set()).add(text_of(run.value(column)))

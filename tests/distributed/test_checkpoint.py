@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from laver_megatron import train
 from laver_megatron.checkpoint import state as checkpoint
-from laver_megatron.checkpoint.state import Progress
-from laver_megatron.config.inputs import latest_checkpoint
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.progress import Progress
 from tests.distributed.build import (
     PACKS_PER_STEP,
     SyntheticReader,

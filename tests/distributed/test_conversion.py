@@ -24,9 +24,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from laver_megatron import train
+from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
 from laver_megatron.checkpoint.state import load_weights, sharding_metadata
-from laver_megatron.config.inputs import latest_checkpoint
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf, open_checkpoint
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors

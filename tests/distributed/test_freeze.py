@@ -5,7 +5,7 @@ is frozen, in one process.
 import pytest
 import torch
 
-from laver_megatron.model.laver import MODULES
+from laver_megatron.config.modules import MODULES
 from laver_megatron.train import train_step
 from tests.distributed.build import (
     gradient_shards,

@@ -7,8 +7,9 @@ import torch
 from megatron.core import parallel_state
 
 from laver_megatron.data.batch.broadcast import image_num_tokens, is_reader, scatter_pixels
-from laver_megatron.encoders.hidden_states import HiddenStateEncoder
-from laver_megatron.model.image_division import divide_images, gather_visual_tokens
+from laver_megatron.data.batch.division import divide_images
+from laver_megatron.encoders.modules import HiddenStateEncoder
+from laver_megatron.model.image_division import gather_visual_tokens
 from laver_megatron.train import train_step
 from tests.distributed.build import IMAGES, PACKS_PER_STEP, make_config, make_trainer
 from tests.distributed.harness import Layout, join

@@ -12,13 +12,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from laver_megatron.checkpoint.state import Progress
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import latest_checkpoint
+from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
-from laver_megatron.model.laver import LAVER_PARTS, MODULES
 from laver_megatron.run_log.records import read_records
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
@@ -102,7 +102,7 @@ def chain(pool, demo_dir, tmp_path_factory):
 
 
 def is_of_laver(key):
-    return key.startswith(LAVER_PARTS)
+    return key.startswith(MODULES["heads"])
 
 
 def test_weights_are_taken_over_to_the_last_bit(chain):

@@ -22,11 +22,11 @@ from laver_megatron import train
 from laver_megatron.config.checks import validate
 from laver_megatron.config.command_line import load_config
 from laver_megatron.config.fields import PRESETS, Config, all_fields
+from laver_megatron.config.modules import MODULES
 from laver_megatron.data.batch import dataset
 from laver_megatron.data.plan.plan import PackPlan, Source
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
-from laver_megatron.model.modules import MODULES
 from laver_megatron.objective.masking import mask_visual_tokens
 from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.runtime.backend import shut_down_parallelism

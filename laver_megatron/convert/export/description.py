@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config.inputs import IMAGE_TOKENS
-
-FORMATS = ("laver", "llava")
+from laver_megatron.convert.export import FORMATS
+from laver_megatron.hf.tokenizer import IMAGE_TOKENS
 
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
 """The one file of code that goes into a laver export."""

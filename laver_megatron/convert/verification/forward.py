@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from laver_megatron.checkpoint.directory import has_encoder
 from laver_megatron.config.fields import Config
-from laver_megatron.config.inputs import has_encoder
 from laver_megatron.convert.verification.probes import PackedProbes, Probe
 from laver_megatron.convert.verification.workers import Worker
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER

@@ -4,19 +4,19 @@ Names and shapes of all tensors are held against the name table, both ways; so a
 do not show. Only headers and small files are read.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.config.inputs import has_encoder, latest_checkpoint
+from laver_megatron.checkpoint.directory import has_encoder, latest_checkpoint
+from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.verification.forward import TEACHER, MegatronModel, stored_key
 from laver_megatron.hf.parts import Training, parts_of_megatron, training_of_checkpoint
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.hf.weights import TIED_HEAD, Size, weight_table
-from laver_megatron.model.modules import MODULES
+from laver_megatron.runtime.files import read_object
 
 # Only training reads these; an export keeps them apart from the model.
 _TRAINING_ONLY = (*MODULES["heads"], f"{TEACHER}.", "optimizer.")
@@ -61,13 +61,7 @@ def open_pair(hugging_face: Path, megatron: Path, weights: str) -> Pair:
 def _read_json(path: Path, of: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {of} was expected in {path.parent}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; copy it again")
-    return content
+    return read_object(path)
 
 
 def key_problems(pair: Pair) -> tuple[str, ...]:

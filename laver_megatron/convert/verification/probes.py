@@ -16,7 +16,7 @@ from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
 from laver_megatron.data.read.images import decode_image
 from laver_megatron.data.read.samples import SampleEncoder
 from laver_megatron.encoders import open_preprocessor
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 
 TEXT_PROMPTS = (
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Portugal is",

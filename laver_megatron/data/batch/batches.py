@@ -20,7 +20,7 @@ from laver_megatron.data.batch.loader import PackReader
 from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
 from laver_megatron.data.index.faults import FAULTS, Fault
 from laver_megatron.data.plan.plan import PlanMark
-from laver_megatron.model.image_division import BY_TOKENS, ImageCost
+from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
 from laver_megatron.objective.masking import mask_visual_tokens
 
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from laver_megatron.data.batch.division import divide_images
 from laver_megatron.data.batch.packing import PackBatch
-from laver_megatron.model.image_division import BY_TOKENS, ImageCost, divide_images
+from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
 
 METADATA_FIELDS = tuple(f.name for f in fields(PackBatch) if f.name.endswith("_BS"))
 

@@ -14,7 +14,7 @@ from laver_megatron.data.batch.broadcast import is_reader
 from laver_megatron.data.batch.loader import PackReader, open_dataset
 from laver_megatron.data.read.remote import ShardCache
 from laver_megatron.encoders import open_preprocessor
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
 

@@ -22,8 +22,8 @@ from laver_megatron.data.index.counts import SampleCounts, count_samples
 from laver_megatron.data.index.faults import FAULTS, Fault, FaultLog
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.fill import propose_visual_budget
 from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from laver_megatron.data.read.reading import open_local
 from laver_megatron.data.read.remote import ShardCache
 from laver_megatron.data.read.samples import SampleEncoder

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.config.command_line import load_config
-from laver_megatron.planning.layouts import FIRST, LAST
+from laver_megatron.planning.search import FIRST, LAST
 from tools.benchmarks.planned_figures import (
     BIGGER,
     LADDER,

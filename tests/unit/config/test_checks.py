@@ -14,15 +14,15 @@ import torch
 from safetensors import torch as safetensors_torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from laver_megatron.config import inputs
+from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check, check_run, validate
 from laver_megatron.config.command_line import Invocation, read_command_line
-from laver_megatron.config.continuity import encoder_message, schedule_message, start_message
+from laver_megatron.config.directories import CheckedEncoder
 from laver_megatron.config.fields import Config, ConfigError
-from laver_megatron.config.inputs import EncoderInputs, find_inputs
 from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.run_log import metrics
+from laver_megatron.start import find_start
 
 # Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
 SHAPE = ModelShape(
@@ -38,7 +38,7 @@ SHAPE = ModelShape(
     tie_word_embeddings=True,
     max_position_embeddings=32768,
 )
-ENCODER = EncoderInputs(
+ENCODER = CheckedEncoder(
     EncoderShape(
         model_type="siglip_vision_model",
         feature_size=32,
@@ -93,7 +93,7 @@ def native_problems(most_image_tokens: int = 2048, **changes) -> list[str]:
     shape = dataclasses.replace(
         ENCODER.shape, image_size=None, num_layers=0, default_feature_layer=None, model_type="laver_patches"
     )
-    encoder = EncoderInputs(shape, most_image_tokens)
+    encoder = CheckedEncoder(shape, most_image_tokens)
     return validate(CONFIG.replace(**changes), SHAPE, 1, encoder=encoder)
 
 
@@ -417,7 +417,7 @@ def encoder_weights(num_hidden_layers: int) -> bytes:
 
 def write_run(path: Path, **changes) -> None:
     run = CONFIG.replace(**{"encoder_feature_layer": -2, **changes})  # a run writes down the layer it has taken
-    (path / inputs.RUN_FILE).write_text(json.dumps(run.flat()))
+    (path / RUN_FILE).write_text(json.dumps(run.flat()))
 
 
 def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
@@ -426,7 +426,7 @@ def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
     write_model(path / "hf")
     write_encoder(path / "encoder")
     write_run(path, **changes)
-    (path / inputs.MANIFEST_FILE).write_text("{}")
+    (path / MANIFEST_FILE).write_text("{}")
     (directory / "latest").write_text(f"{iteration}\n")
     return path
 
@@ -520,7 +520,7 @@ def test_nothing_to_load(run, tmp_path):
     problems = found(run.replace(load=None))
     assert problems == (
         "load is missing: weights come from --load hf:DIR or --load CHECKPOINTS (there is no checkpoint in "
-        f"{tmp_path}/run/checkpoints to go on from)",
+        f"{tmp_path}/run/checkpoints to resume from)",
     )
 
 
@@ -599,12 +599,12 @@ def test_lost_pointer_means_the_highest_whole_folder(run, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     for iteration in (5, 20, 10_000_000):
         write_checkpoint(folder, iteration)
-    (folder / "iter_10000000" / inputs.MANIFEST_FILE).unlink()
+    (folder / "iter_10000000" / MANIFEST_FILE).unlink()
     write_checkpoint(folder, 30).rename(folder / ".iter_0000030.incomplete")
     (folder / "latest").write_text("5")
-    assert inputs.latest_checkpoint(folder) == folder / "iter_0000005", "the pointer decides where there is one"
+    assert latest_checkpoint(folder) == folder / "iter_0000005", "the pointer decides where there is one"
     (folder / "latest").unlink()
-    assert inputs.latest_checkpoint(folder) == folder / "iter_0000020"
+    assert latest_checkpoint(folder) == folder / "iter_0000020"
     assert check_one(run.replace(load=None, encoder=None)).num_layers == 4
 
 
@@ -717,7 +717,7 @@ def text_only(run: Config, tmp_path: Path, start: str) -> Config:
         return run
     path = write_checkpoint(tmp_path / "converted")
     shutil.rmtree(path / "encoder")
-    (path / inputs.RUN_FILE).write_text(json.dumps({"weights_only": True}))
+    (path / RUN_FILE).write_text(json.dumps({"weights_only": True}))
     return run.replace(load=str(tmp_path / "converted"))
 
 
@@ -751,12 +751,12 @@ def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
     (same / "preprocessor_config.json").write_text(json.dumps(processor))
     (problem,) = found(config.replace(encoder=str(same)))
     assert "image_mean [0.4, 0.5, 0.5] against [0.5, 0.5, 0.5]" in problem and "resample " in problem
-    said = encoder_message(config.replace(encoder=str(same)), find_inputs(config))
+    said = find_start(config).encoder_note(config.replace(encoder=str(same)))
     assert said == (
         f"the image encoder is that of {path}/encoder, weights and all; --encoder {same} was only compared with it by "
         "its settings"
     )
-    assert encoder_message(config.replace(encoder=None), find_inputs(config)) == ""
+    assert find_start(config).encoder_note(config.replace(encoder=None)) == ""
     assert check_one(config.replace(encoder=None)) and check_one(config.replace(encoder="/gone"))
 
 
@@ -791,9 +791,15 @@ def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
 def test_what_a_stage_takes_over(run, tmp_path, then, changes, expected):
     config, _ = going_on(run, tmp_path, "finetune", **then)
     config = config.replace(**changes)
-    assert start_message(config, find_inputs(config)) == expected
+    assert find_start(config).taken_over(config) == expected
     without = config.replace(finetune=False)
-    assert start_message(without, find_inputs(without)) == ""
+    assert find_start(without).taken_over(without) == ""
+
+
+def schedule_note(config, iteration):
+    """The line about other schedules among those of a run's start; empty if there is none."""
+    lines = list(find_start(config).messages(config, iteration))
+    return next((line for line in lines if line.startswith("--train-iters")), "")
 
 
 def test_another_end_of_the_schedules(run, tmp_path):
@@ -801,33 +807,29 @@ def test_another_end_of_the_schedules(run, tmp_path):
     schedules = {"lr": 1e-3, "min_lr": 0.0, "lr_warmup_iters": 0, "mask_ratio": 0.4, "mask_ratio_schedule": "cosine"}
     config, start = going_on(run, tmp_path, "resume", train_iters=80, **schedules)
     config = config.replace(train_iters=80, **schedules)
-    assert schedule_message(config, find_inputs(config), 40) == ""
+    assert schedule_note(config, 40) == ""
     longer = config.replace(train_iters=120)
-    assert schedule_message(longer, find_inputs(longer), 40) == (
+    assert schedule_note(longer, 40) == (
         f"--train-iters is 120, but {start} was written with 80, and the schedules end there: iteration 41 has "
         "learning rate 0.00075 instead of 0.0005, mask ratio 0.1 instead of 0.2"
     )
     # The old schedule is over; the new one is at its half, and the teacher moves less often.
     over = longer.replace(train_iters=160, laver=False)
-    assert schedule_message(over, find_inputs(over), 80).endswith("iteration 81 has learning rate 0.0005 instead of 0")
+    assert schedule_note(over, 80).endswith("iteration 81 has learning rate 0.0005 instead of 0")
     rarely = longer.replace(ema_interval=0.1, mask_ratio_schedule="constant")
-    assert schedule_message(rarely, find_inputs(rarely), 40).endswith(
-        "learning rate 0.00075 instead of 0.0005, EMA interval 12 instead of 8"
-    )
+    assert schedule_note(rarely, 40).endswith("learning rate 0.00075 instead of 0.0005, EMA interval 12 instead of 8")
     warming = longer.replace(lr_warmup_iters=60, mask_ratio_schedule="constant")
-    assert schedule_message(warming, find_inputs(warming), 29).endswith(
-        "iteration 30 has for now the same learning rate 0.0005"
-    )
+    assert schedule_note(warming, 29).endswith("iteration 30 has for now the same learning rate 0.0005")
     # Nothing is left to do, and what takes weights alone has schedules of its own.
-    assert schedule_message(longer, find_inputs(longer), 120) == ""
+    assert schedule_note(longer, 120) == ""
     tuned = longer.replace(finetune=True, load=str(start), run_dir=str(tmp_path / "tuned"))
-    assert schedule_message(tuned, find_inputs(tuned), 0) == ""
+    assert schedule_note(tuned, 0) == ""
 
 
 def test_what_is_taken_over_from_text_only_weights(run, tmp_path):
     config = text_only(run, tmp_path, "converted").replace(laver=False)
     message = "taken over: decoder; new: connector, optimizer, place in the data"
-    assert start_message(config, find_inputs(config)) == message
+    assert find_start(config).taken_over(config) == message
 
 
 def test_finetune_says_nothing_on_resuming(run, tmp_path):
@@ -839,11 +841,11 @@ def test_finetune_says_nothing_on_resuming(run, tmp_path):
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
     config, path = going_on(run, tmp_path, how)
-    file = path / inputs.RUN_FILE
+    file = path / RUN_FILE
     before = file.read_text()
     for content, expected in (
         ("{", f"{file} cannot be read"),
-        ("[]", f"{file} does not say attention, positions"),
+        ("[]", f"{file} is not a JSON object; copy it again"),
         (before.replace('"seed"', '"seat"'), f"{file} does not say seed;"),
     ):
         file.write_text(content)
@@ -851,7 +853,7 @@ def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
     file.unlink()
     assert f"{file} does not exist" in found(config, dry_run=dry_run)[0]
     file.write_text(before)
-    (path / inputs.MANIFEST_FILE).unlink()
+    (path / MANIFEST_FILE).unlink()
     assert f"{path}/manifest.json does not exist" in found(config, dry_run=dry_run)[0]
 
 
@@ -878,7 +880,7 @@ def test_chat_template(run, tmp_path):
         ({"size": 128}, "no fixed height and width ({'shortest_edge': 128})"),
         ({"do_resize": False}, "do_resize is false"),
         ({"image_processor_type": "NoImageProcessor"}, "cannot be read"),
-        ([], "cannot be read"),
+        ([], "is not a JSON object"),
     ],
 )
 def test_preprocessor(run, tmp_path, content, expected):
@@ -926,12 +928,12 @@ def test_tokenizer(run, tmp_path):
         ({"rope_parameters": None, "rope_theta": 0}, "rope_theta missing or no number above 0"),
         ({"rms_norm_eps": None}, "rms_norm_eps missing or no number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps missing or no number above 0"),
-        ({"vocab_size": "many", "hidden_size": 64.0}, "hidden_size, vocab_size missing or no whole number from 1 on"),
-        ({"num_hidden_layers": True}, "num_hidden_layers missing or no whole number from 1 on"),
+        ({"vocab_size": "many", "hidden_size": 64.0}, "hidden_size, vocab_size missing or not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers missing or not a positive integer"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000, above 10000"),
         ({"num_attention_heads": 0, "num_key_value_heads": 0}, "heads, num_key_value_heads missing or no"),
-        ({"head_dim": "32"}, "head_dim missing or no whole number"),
-        ({"head_dim": 0}, "head_dim missing or no whole number"),
+        ({"head_dim": "32"}, "head_dim missing or not a positive integer"),
+        ({"head_dim": 0}, "head_dim missing or not a positive integer"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
         ({"hidden_size": 66}, "hidden_size 66 is not a multiple of 4 attention heads"),

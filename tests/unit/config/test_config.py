@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -201,7 +203,7 @@ def test_all_problems_together(config_file):
         f"{path}: unknown key typo_key",
         f"{path}: lr: expected a number, not 'fast'",
         f"{path}: laver: expected true or false, not 'yes please'",
-        f"{path}: seed: expected a whole number, not 1.5",
+        f"{path}: seed: expected an integer, not 1.5",
         f"{path}: mask_sampling: 'sometimes' is not one of bernoulli, fixed",
         "--positions: '3d' is not one of 2d, 1d, mrope; did you mean 2d?",
         "--dry-run: 'none' is not a number of processes",
@@ -393,3 +395,32 @@ def test_invocation_flags_are_not_settings(config_file):
     assert invocation.dry_run
     assert invocation.print_config
     assert not {"dry_run", "print_config", "config"} & set(all_fields())
+
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def test_schema_says_what_the_fields_say(capsys):
+    """The committed file is what --print-schema prints, without any other setting."""
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(["--print-schema"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert printed == (EXAMPLES / "config.schema.json").read_text(), "write it anew with --print-schema"
+    keys = json.loads(printed)["properties"]
+    assert keys.keys() == all_fields().keys()
+    assert keys["seq_length"] == {
+        "description": "tokens of a pack in the language-model stream, visual tokens included",
+        "type": "integer",
+        "minimum": 1,
+    }
+    assert keys["centre_momentum"]["anyOf"] == [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]
+    assert keys["attention"]["enum"] == ["mixed", "causal"] and keys["attention"]["default"] == "mixed"
+    assert [form["type"] for form in keys["data_path"]["anyOf"]] == ["string", "array"]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: file.name)
+def test_examples_name_the_schema(file):
+    first = file.read_text().splitlines()[0]
+    name = first.removeprefix("# yaml-language-server: $schema=")
+    assert (file.parent / name).resolve() == EXAMPLES / "config.schema.json"

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from laver_megatron.checkpoint.directory import is_converted
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.config.inputs import is_converted
 from laver_megatron.convert import hf_to_megatron as to_megatron_module
 from laver_megatron.convert import megatron_to_hf as to_hf_module
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron, open_source

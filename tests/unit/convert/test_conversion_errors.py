@@ -27,7 +27,7 @@ from laver_megatron.convert.command import run_conversion
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.torch_dist import TorchDistReader
-from laver_megatron.hf.files import load_tokenizer
+from laver_megatron.hf.tokenizer import load_tokenizer
 from tests.conversions import (
     ROOT,
     assert_same_files,

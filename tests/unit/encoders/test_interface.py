@@ -118,7 +118,11 @@ def test_what_a_file_does_not_say_is_as_transformers_assumes(tmp_path, name):
         ("aimv2", {"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
         ("clip", {"patch_size": 65}, "patch_size 65 is above image_size 64"),
         ("siglip", {"image_size": None, "patch_size": 225}, "patch_size 225 is above image_size 224"),
-        ("siglip", {"hidden_size": "64"}, "hidden_size missing from the vision model's settings, or no whole number"),
+        (
+            "siglip",
+            {"hidden_size": "64"},
+            "hidden_size missing from the vision model's settings, or not a positive integer",
+        ),
         ("dinov2", {"num_hidden_layers": 0}, "num_hidden_layers missing"),
         ("clip", {"vision_config": 3}, "vision_config is 3, no settings of a vision model"),
     ],

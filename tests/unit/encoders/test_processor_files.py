@@ -8,8 +8,9 @@ from transformers import AutoImageProcessor, LlavaProcessor
 
 from laver_megatron.demo.encoders import KINDS
 from laver_megatron.encoders import encoder_facts, open_preprocessor
-from laver_megatron.hf.files import copy_model_files, load_tokenizer, read_image_processor
+from laver_megatron.hf.files import copy_model_files, read_image_processor
 from laver_megatron.hf.shape import VISION_PART
+from laver_megatron.hf.tokenizer import load_tokenizer
 from tests.encoders import altered, pictures
 
 OLD, NEW = "preprocessor_config.json", "processor_config.json"
@@ -65,8 +66,8 @@ def test_the_file_that_transformers_prefers(encoders, saved):
     [
         ('{"patch_size": 8}', f"no {OLD} in it, and no {NEW} with an image_processor"),
         ('{"image_processor": null}', f"{NEW}: image_processor is None, no settings"),
-        ("{", f"{NEW}: cannot be read"),
-        ("[]", f"{NEW}: cannot be read"),
+        ("{", f"{NEW} cannot be read"),
+        ("[]", f"{NEW} is not a JSON object"),
     ],
 )
 def test_a_file_without_settings(saved, content, expected):

@@ -51,7 +51,7 @@ def test_native_resolution_has_no_fixed_size(encoders, tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
-        ("aimv2", {"max_pixels": "many"}, "max_pixels is 'many', no whole number from 1 on"),
+        ("aimv2", {"max_pixels": "many"}, "max_pixels is 'many', but must be a positive integer"),
         ("patches", {"max_pixels": [1]}, r"max_pixels is \[1\], no whole number"),
         ("aimv2", {"max_pixels": 0}, "max_pixels is 0, no whole number"),
         ("qwen2_5_vl", {"min_pixels": "few"}, "min_pixels is 'few', no whole number"),

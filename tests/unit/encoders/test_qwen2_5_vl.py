@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForCond
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from laver_megatron.encoders import build_encoder, open_preprocessor, read_encoder
-from laver_megatron.encoders.qwen2_5_vl import image_patches
+from laver_megatron.encoders.modules import image_patches
 from tests.encoders import altered, assert_same_encoder, assert_same_features, features, picture, pictures, random_sizes
 
 TOKEN = 16  # pixels on the side of a visual token

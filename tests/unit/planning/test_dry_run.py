@@ -16,10 +16,9 @@ from laver_megatron.config.fields import Config
 from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.planning import dry_run as module
-from laver_megatron.planning.dry_run import dry_run
-from laver_megatron.planning.dry_run_report import dry_run_report, spans
+from laver_megatron.planning.dry_run import dry_run, dry_run_report, spans
 from laver_megatron.planning.memory import state_of_rank
-from laver_megatron.runtime.backend import simulated_rank
+from laver_megatron.planning.simulated_rank import simulated_rank
 
 DECODER = {
     "model_type": "qwen2",

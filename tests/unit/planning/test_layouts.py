@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from laver_megatron.planning.layouts import FIRST, LAST, divisors, layout_problems, layouts
-from laver_megatron.planning.memory import layers_of_stages
+from laver_megatron.planning.pipeline import layers_of_stages
 from laver_megatron.planning.plan import plan_layout
+from laver_megatron.planning.search import FIRST, LAST, divisors, layout_problems, layouts
 from tests.unit.planning.plans import job_of
 
 SEVEN = ("--model", "7b", "--gpu", "h100-80gb", "--seq-length", "2048", "--global-batch-size", "128")

@@ -3,9 +3,8 @@
 import pytest
 
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.planning.nearest import check_possible, nearest_that_fits
 from laver_megatron.planning.plan import layout_name
-from laver_megatron.planning.planner import search
+from laver_megatron.planning.search import check_possible, nearest_that_fits, search
 from tests.unit.planning.plans import job_of
 
 SEVEN = ("--model", "7b", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")

@@ -90,7 +90,7 @@ def test_a_file_is_replaced_if_it_is_asked_for(tmp_path, capsys):
     file = tmp_path / "there.yaml"
     file.write_text("mine")
     main([*SEVEN, "--write", str(file), "--overwrite"])
-    assert "# Made by: python tools/plan.py" in file.read_text()
+    assert "# Made by: laver plan" in file.read_text()
 
 
 def test_what_the_weights_lack_is_said(tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_the_written_configuration_passes_a_dry_run(demo_dir, tmp_path, capsys, 
              *layout, "--write", str(file)]  # fmt: skip
     main(flags)
     text = file.read_text()
-    assert text.startswith(name) and "# Made by: python tools/plan.py --model" in text
+    assert text.startswith(name) and "# Made by: laver plan --model" in text
     capsys.readouterr()
     assert check_run(read_command_line(["--config", str(file), "--dry-run", "8"])) is None
     assert "dry run, nothing wrong" in capsys.readouterr().out

@@ -13,9 +13,9 @@ import pytest
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.config.inputs import find_inputs
 from laver_megatron.stages import chain
 from laver_megatron.stages.chain import check_stages, differences, read_stages, run_stages
+from laver_megatron.start import find_start
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
@@ -60,8 +60,8 @@ def leave_checkpoint(config, iteration):
     """What a run leaves behind, but for its tensors."""
     directory = Path(config.run.run_dir) / "checkpoints"
     path = directory / f"iter_{iteration:07d}"
-    inputs = find_inputs(config)
-    for part, source in (("hf", inputs.model_dir), ("encoder", inputs.encoder_dir)):
+    start = find_start(config)
+    for part, source in (("hf", start.model_dir), ("encoder", start.encoder_dir)):
         shutil.copytree(source, path / part)
     write(path / "run.json", {**config.flat(), "encoder_feature_layer": -2})  # a run names it
     write(path / "manifest.json", {})

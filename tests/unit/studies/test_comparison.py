@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from laver_megatron.studies.comparison import (
+from laver_megatron.studies.fitted_study import (
     BEST_AT_FLOPS,
-    EQUAL_DATA,
-    EQUAL_FLOPS,
-    Arm,
-    compare,
+    FittedArm,
+    compare_laws,
     leave_largest_out,
 )
-from laver_megatron.studies.compute import SIX_N_D, Cost, fit_cost, optimum
-from laver_megatron.studies.law import Law, fit_law
+from laver_megatron.studies.law import SIX_N_D, Cost, Law, fit_cost, fit_law, optimum
+from laver_megatron.studies.pairs import EQUAL_DATA, EQUAL_FLOPS
 from tests.unit.studies.synthetic import TRUE_5, make_points
 
 BUDGETS = np.array([1e20, 1e22, 1e24])
@@ -102,7 +100,7 @@ TREATED_COST = Cost(constant=4e9 * 1.4, per_parameter=6.2 * 1.4)
 
 def make_arm(name, parameters_5, cost, *, noise, seed, num_resamples=60, **options):
     points = make_points(parameters_5, noise=noise, seed=seed, num_sizes=4, num_amounts=4, **options)
-    return Arm(name, fit_law(points, num_resamples=num_resamples, seed=seed), cost)
+    return FittedArm(name, fit_law(points, num_resamples=num_resamples, seed=seed), cost)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +113,7 @@ def arms():
 
 
 def test_differences_of_two_arms(arms):
-    rows = compare(*arms, budgets_X=BUDGETS)
+    rows = compare_laws(*arms, budgets_X=BUDGETS)
     baseline, treated = Law(TRUE_5), Law(TREATED_5)
     assert [sum(row.kind == kind for row in rows) for kind in (EQUAL_DATA, EQUAL_FLOPS, BEST_AT_FLOPS)] == [16, 16, 3]
     for row in rows:
@@ -140,7 +138,7 @@ def test_equal_arms_differ_by_nothing_within_the_interval():
     """Of 16 points with 95% intervals, which share their noise, most hold 0."""
     baseline = make_arm("baseline", TRUE_5, WITH_ENCODER, noise=0.004, seed=5)
     treated = make_arm("treated", TRUE_5, WITH_ENCODER, noise=0.004, seed=6)
-    rows = compare(baseline, treated, BUDGETS[:1])
+    rows = compare_laws(baseline, treated, BUDGETS[:1])
     assert sum(row.low < 0 < row.high for row in rows if row.kind == EQUAL_DATA) >= 12
     for row in rows:
         if row.kind == EQUAL_FLOPS:  # what costs the same buys the same
@@ -149,12 +147,14 @@ def test_equal_arms_differ_by_nothing_within_the_interval():
 
 def test_arms_that_cannot_be_compared(arms):
     baseline, treated = arms
-    few = Arm("few", dataclasses.replace(baseline.fit, resampled=Law(baseline.fit.resampled.parameters_5[:7])), SIX_N_D)
+    few = FittedArm(
+        "few", dataclasses.replace(baseline.fit, resampled=Law(baseline.fit.resampled.parameters_5[:7])), SIX_N_D
+    )
     with pytest.raises(ValueError, match=r"same number of resamples of both arms, above 0, not \[7, 60\]"):
-        compare(few, treated, BUDGETS)
-    none = Arm("none", dataclasses.replace(baseline.fit, resampled=None), SIX_N_D)
+        compare_laws(few, treated, BUDGETS)
+    none = FittedArm("none", dataclasses.replace(baseline.fit, resampled=None), SIX_N_D)
     with pytest.raises(ValueError, match=r"not \[0, 0\]"):
-        compare(none, none, BUDGETS)
+        compare_laws(none, none, BUDGETS)
     other = make_arm("other", (0.2, 5.0, 40.0, 0.2, 0.2), SIX_N_D, noise=0, seed=0, ceiling=1.0, column="similarity")
     with pytest.raises(ValueError, match=r"baseline was fitted to loss \(ceiling None\), other to similarity"):
-        compare(baseline, other, BUDGETS)
+        compare_laws(baseline, other, BUDGETS)

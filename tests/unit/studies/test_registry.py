@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from laver_megatron.studies.registry import FAULTS
-from laver_megatron.studies.registry_files import read_registry
+from laver_megatron.studies.registry import FAULTS, read_registry
 from laver_megatron.studies.study_settings import varying_settings
 from tests.summaries import change, write_run
 
@@ -52,22 +51,22 @@ def test_every_number_is_a_column_also_one_that_was_added(study):
     assert rows[1]["parameters.decoder"] == "2000" and rows[1]["flops.model"] == str(10**20 + 1)
     assert rows[0]["analysis.effective_rank"] == "12.5" and rows[1]["analysis.effective_rank"] == ""
     with pytest.raises(ValueError, match=r"2 of 3 runs have no number in analysis\.effective_rank: .*/b, .*/c"):
-        registry.points("effective_rank")
+        registry.observations("effective_rank")
 
 
 def test_points_of_parts_and_kinds(study):
     registry = read_registry([study])
-    points = registry.points("validation.last.lm_loss")
+    points = registry.observations("validation.last.lm_loss")
     assert points.size_R.tolist() == [1010, 2010, 3010] and points.tokens_R.tolist() == [10_000, 20_000, 10_000]
     assert points.column_R.tolist() == [2.0, 3.0, 4.0] and points.column == "validation.last.lm_loss"
-    assert registry.points("last.lm_loss", ["decoder"]).size_R.tolist() == [1000, 2000, 3000]
-    assert registry.points("last.lm_loss", tokens="label").tokens_R.tolist() == [900] * 3
-    assert registry.points("last.lm_loss", ceiling=9.0).loss_R.tolist() == [7.0, 6.0, 5.0]
+    assert registry.observations("last.lm_loss", ["decoder"]).size_R.tolist() == [1000, 2000, 3000]
+    assert registry.observations("last.lm_loss", tokens="label").tokens_R.tolist() == [900] * 3
+    assert registry.observations("last.lm_loss", ceiling=9.0).loss_R.tolist() == [7.0, 6.0, 5.0]
     assert registry.flops().tolist() == [1e20] * 3
     with pytest.raises(
         ValueError, match=r"no column|no run has a column 'parameters\.head'; there are parameters\.encoder"
     ):
-        registry.points("last.lm_loss", ["head"])
+        registry.observations("last.lm_loss", ["head"])
 
 
 def test_arms_by_a_column(study):

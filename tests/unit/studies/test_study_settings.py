@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from laver_megatron.studies.registry_files import read_registry
+from laver_megatron.studies.registry import read_registry
 from laver_megatron.studies.study import study_of_registry
 from laver_megatron.studies.study_settings import check_equal_settings, setting_notes, varying_settings
 from tests.summaries import change, write_run
@@ -129,7 +129,7 @@ def test_subsets_of_a_sweep_are_its_amounts(tmp_path):
     assert varying_settings(registry.arms("laver")["laver"]) == []
     study = study_of_registry([tmp_path / "runs"], "last.lm_loss", arm_by="laver")
     assert study.notes == () and [arm.notes for arm in study.arms.values()] == [(), ()]
-    assert np.unique(study.arms["laver"].points.tokens_R).tolist() == [10_000, 20_000]
+    assert np.unique(study.arms["laver"].observations.tokens_R).tolist() == [10_000, 20_000]
 
 
 def test_other_data_of_one_amount_are_noise(tmp_path):

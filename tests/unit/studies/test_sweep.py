@@ -129,7 +129,7 @@ def test_all_sizes_get_one_visual_budget(sweep, tmp_path):
 
 def refused(sweep, *arguments):
     """What the tool says; nothing has been written."""
-    assert sweep(*arguments) == 1
+    assert sweep(*arguments) == 2
     assert not sweep.output.exists() and not list(sweep.output.parent.glob(".sweep*"))
     return sweep.err
 
@@ -188,7 +188,7 @@ def test_what_the_runs_would_refuse(sweep):
 def test_what_is_there_is_not_touched(sweep):
     sweep.output.mkdir()
     (sweep.output / "notes.txt").write_text("mine")
-    assert sweep("--iterations", "2") == 1 and "is there already" in sweep.err
+    assert sweep("--iterations", "2") == 2 and "is there already" in sweep.err
     assert [path.name for path in sweep.output.iterdir()] == ["notes.txt"]
 
 

@@ -11,15 +11,15 @@ from unittest import mock
 import pytest
 import torch
 
-from laver_megatron.checkpoint.state import Progress
+from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.batch import batches
 from laver_megatron.data.batch.batches import BatchSource, GlobalCounts, count, num_bad_samples
 from laver_megatron.data.batch.dataset import open_reader
 from laver_megatron.data.index.faults import Fault
-from laver_megatron.model.image_division import BY_TOKENS
+from laver_megatron.flops.encoder import BY_TOKENS
 from laver_megatron.objective.masking import mask_visual_tokens
-from laver_megatron.train import advance
+from laver_megatron.run_log.step_record import advance
 from tests.content import picture_bytes
 from tests.packs import pack, padding
 

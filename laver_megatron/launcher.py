@@ -1,0 +1,227 @@
+"""`laver train`, and examples/pretrain_laver.sh: checks a run once, then starts its processes by torchrun.
+
+Under torchrun the same program is one rank of the run. Without --config it is the demo's, whose model and data are made
+if need be. How many processes on how many nodes there are is said by NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR
+and MASTER_PORT, or else by SLURM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from laver_megatron.config.checks import check, check_run
+from laver_megatron.config.command_line import (
+    Invocation,
+    exit_on_config_error,
+    from_command_line,
+    is_rank_zero,
+    load_config,
+    read_command_line,
+)
+from laver_megatron.config.fields import Config
+from laver_megatron.program import EXAMPLES, FAILED, program
+from laver_megatron.run_log.interruption import LAUNCHED, interruption_message
+
+LAUNCHER = EXAMPLES / "pretrain_laver.sh"
+DEMO_CONFIG = EXAMPLES / "demo.yaml"
+DEMO_DIR = Path("runs/demo")  # as in demo.yaml: below the current directory
+DEMO_PARTS = ("model", "encoder", "shards")
+DEMO_TIMEOUT_SECONDS = 600
+_ASKS_FOR_HELP = ("--help", "-h", "--print-schema")
+_ASKS_ONLY = (*_ASKS_FOR_HELP, "--print-config", "--dry-run")
+_LAYOUT_FLAGS = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, as one rank or by starting all of this node's; or answers what --help and the like ask for."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_demo = not _names(arguments, "--config", *_ASKS_FOR_HELP)
+    if _names(arguments, *_ASKS_ONLY):
+        _answer(demo_arguments(arguments) if is_demo else arguments)
+    elif "RANK" not in os.environ:
+        _start(arguments, is_demo)
+    else:
+        if is_demo:
+            arguments = demo_arguments(arguments)
+            make_or_await_demo(DEMO_DIR)
+        _train(check_run(from_command_line(arguments)))
+
+
+@program
+def dry_run_main(argv: Sequence[str] | None = None) -> None:
+    """`laver dry-run [PROCESSES] --config FILE ...` is `laver train --dry-run [PROCESSES] --config FILE ...`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    num_flags = 1 if words and not words[0].startswith("-") else 0
+    main([*words[num_flags:], "--dry-run", *words[:num_flags]])
+
+
+def _answer(arguments: Sequence[str]) -> None:
+    """--help, --print-schema and --print-config end the process while they are read."""
+    invocation = from_command_line(arguments)
+    from laver_megatron.planning.dry_run_command import show_dry_run
+
+    show_dry_run(invocation)
+
+
+def _train(config: Config) -> None:
+    from laver_megatron import train  # only now: help and mistakes need not wait for Megatron-Core
+
+    train.run(config)
+
+
+# --- starting the processes of a node --------------------------------------------------------------------
+
+
+def _start(arguments: list[str], is_demo: bool) -> None:
+    """Checks the run and starts this node's processes, or trains here if there is only one in all."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; the ranks inherit it
+    import torch
+
+    per_node, num_nodes = count_processes(arguments)
+    world_size = per_node * num_nodes
+    if is_demo:
+        arguments = demo_arguments(arguments, {"WORLD_SIZE": str(world_size)})
+    config = from_command_line(arguments).config
+    if is_demo:
+        make_or_await_demo(DEMO_DIR)
+    with exit_on_config_error():
+        check(Invocation(config, dry_run_world_size=world_size), on_cuda=torch.cuda.is_available())
+    if world_size == 1:
+        _train(config)
+    else:
+        words = [*meeting(num_nodes), "--nproc-per-node", str(per_node), str(LAUNCHER), *arguments]
+        _run_torchrun(words, config.run.run_dir)
+
+
+def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
+    """Runs the ranks; ends the process with the exit status of the one that failed first, or after a signal with one
+    line in place of torchrun's traceback."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in ("agent.server.api", "multiprocessing.api"):  # which warn of every signal they pass on
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    # Ctrl-C in the terminal reaches this process alone, which has the ranks end; rank 0 must not say it as well.
+    os.environ[LAUNCHED] = "1"
+    try:
+        torchrun.main(words)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
+    except SignalException as error:
+        _end(interruption_message(run_dir), 128 + error.sigval)
+
+
+def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(processes on each node, nodes), by what torchrun's variables or SLURM's say; else one process for each GPU or,
+    on machines without any, as many as the smallest layout needs, TP x PP. A configuration with mistakes ends the
+    process with exit code 2."""
+    import torch
+    from torch.distributed.run import determine_local_world_size
+
+    num_nodes = int(environ.get("NNODES") or environ.get("SLURM_NNODES") or 1)
+    if given := environ.get("NPROC_PER_NODE"):
+        return determine_local_world_size(given), num_nodes  # a number, `gpu`, `cpu` or `auto`
+    if torch.cuda.device_count() > 0:
+        return torch.cuda.device_count(), num_nodes
+    if not _names(arguments, "--config"):
+        arguments = ["--config", str(DEMO_CONFIG), *arguments]
+    with exit_on_config_error():
+        parallel = load_config(arguments).parallel
+    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return max(1, smallest // num_nodes), num_nodes
+
+
+def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """torchrun's flags by which the nodes find each other."""
+    if num_nodes == 1 and not (environ.get("MASTER_ADDR") or environ.get("MASTER_PORT")):
+        return ("--standalone",)
+    node_rank = environ.get("NODE_RANK") or environ.get("SLURM_NODEID") or "0"
+    address = environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_JOB_NODELIST")) or "localhost"
+    port = environ.get("MASTER_PORT") or "29500"
+    return "--nnodes", str(num_nodes), "--node-rank", node_rank, "--master-addr", address, "--master-port", port
+
+
+def _first_host(nodes: str | None) -> str | None:
+    """Of SLURM's list, such as node[07-09]."""
+    if not nodes:
+        return None
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return hosts.stdout.split()[0]
+
+
+def _ending(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"with exit status {exit_code}"
+    return f"by {signal.Signals(-exit_code).name}" + (" (out of memory?)" if -exit_code == signal.SIGKILL else "")
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+# --- the demo --------------------------------------------------------------------------------------------
+
+
+def demo_arguments(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The arguments with the demo's configuration in front, and with a layout of one process where the number
+    of processes does not fit the demo's."""
+    with_demo = ["--config", str(DEMO_CONFIG), *arguments]
+    _say(f"no --config: running the demo, {DEMO_CONFIG}, in {DEMO_DIR} of the current directory")
+    if _names(arguments, "--print-config", *_LAYOUT_FLAGS):
+        return with_demo
+    with exit_on_config_error():
+        invocation = read_command_line(with_demo)
+    parallel = invocation.config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    world_size = invocation.world_size(environ)
+    if world_size % (tp * pp):
+        _say(f"{world_size} process(es) do not make the demo's TP {tp} x PP {pp}: using TP 1 x PP 1")
+        with_demo += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+        with_demo += ["--no-sequence-parallel"]
+    return with_demo
+
+
+def make_or_await_demo(directory: Path) -> None:
+    """Makes the demo's model, encoder and shards on the first process of the machine; the others wait."""
+    if _demo_is_there(directory):
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        from laver_megatron.demo.make import make_demo
+
+        make_demo(directory)
+        return
+    deadline = time.monotonic() + DEMO_TIMEOUT_SECONDS
+    while not _demo_is_there(directory):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{directory}: the demo's files were not made in {DEMO_TIMEOUT_SECONDS} seconds")
+        time.sleep(0.2)
+
+
+def _demo_is_there(directory: Path) -> bool:
+    # Each part is renamed into place when it is complete.
+    return all((directory / part).is_dir() for part in DEMO_PARTS)
+
+
+def _names(arguments: Sequence[str], *flags: str) -> bool:
+    return any(argument.split("=", 1)[0] in flags for argument in arguments)
+
+
+def _say(message: str) -> None:
+    if is_rank_zero():
+        print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

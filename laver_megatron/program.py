@@ -1,0 +1,102 @@
+"""What the programs of this package have in common: the help page, the exit status, and where the examples are.
+
+Exit status: 0 done; 1 failed while running (a disk, a worker process, a check that did not hold); 2 wrong use (a flag,
+a file or a number that the user gave); 130 ended by Ctrl-C or by another signal that asks a program to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import wraps
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
+from typing import NoReturn, Protocol
+
+from laver_megatron.config.fields import ConfigError
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel brings the examples inside the package; in a clone they lie beside it.
+EXAMPLES = _PACKAGE / "examples" if (_PACKAGE / "examples").is_dir() else _PACKAGE.parent / "examples"
+
+
+class Main(Protocol):
+    """A program: takes the words behind its name, or those of the process."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one, unless its help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        says_it = "default" in text or "%(default)" in text or action.required
+        if says_it or action.default in (None, argparse.SUPPRESS, False) or action.default == []:
+            return action.help
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
+        return f"{text} (default: {shown})"
+
+
+def program_parser(
+    command: str, description: str, examples: Sequence[str], *, usage: str | None = None, allow_abbrev: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of `laver COMMAND`. examples: what is written behind that name, one command line each."""
+    return argparse.ArgumentParser(
+        prog=f"laver {command}",
+        usage=usage,
+        description=description.strip(),
+        epilog="examples:\n" + "".join(f"  laver {command} {example}\n" for example in examples),
+        formatter_class=_Help,
+        allow_abbrev=allow_abbrev,
+    )
+
+
+def program(main: Main) -> Main:
+    """Ends the process by the rule above when `main` raises: one line on stderr in place of a traceback.
+
+    ValueError is the user's mistake and OSError the machine's. What else is raised is ours, and keeps its traceback.
+    """
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> None:
+        _interrupt_on_sigterm()
+        try:
+            main(argv)
+        except ConfigError as error:
+            _end(str(error), WRONG_USE)
+        except ValueError as error:
+            _end(f"error: {error}", WRONG_USE)
+        except BrokenPipeError:  # whoever read what we print, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(FAILED) from None
+        except OSError as error:
+            _end(f"error: {error}", FAILED)
+        except KeyboardInterrupt as interruption:
+            _end(str(interruption) or "interrupted", INTERRUPTED)
+
+    return run
+
+
+def _interrupt_on_sigterm() -> None:
+    """SIGTERM does what Ctrl-C does. Processes forked from this one end at once, or answer it in a way of their own."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    if current_thread() is main_thread():  # no other may set handlers
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)
