@@ -271,11 +271,11 @@ def _small_files(
     training = checkpoint.training
     tokenizer = load_tokenizer(hf)
     dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
-    config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
     vision_config = encoder_settings(encoder)
     preprocessor = open_preprocessor(encoder, training.max_image_tokens)
     native = native_bounds(preprocessor)
-    config = config_of(
+    config = description.export_config(
+        format,
         read_part(hf, TEXT_PART)[1],
         vision_config,
         attention=training.attention,

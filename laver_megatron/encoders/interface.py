@@ -174,15 +174,19 @@ class ImagePreprocessor(ABC):
 
 
 class Family(ABC):
-    """Encoders of one architecture. model_types: of config.json, whether of the vision model alone or of a larger model
-    that has it as vision_config. processors: the image processors that may come with one, without their backend."""
+    """Encoders of one architecture.
+
+    Attributes:
+        model_types: in config.json, of the vision model alone or of a larger model that has it as vision_config.
+        processors: the image processors that may come with one, without their backend.
+    """
 
     model_types: tuple[str, ...]
     processors: tuple[str, ...]
 
     @abstractmethod
-    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
-        """transformers' class of the vision model's settings; None if the family has no weights."""
+    def classes(self, vision: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
+        """transformers' classes of the vision model's settings and of the model; None if the family has no weights."""
 
     def complete(self, vision: dict[str, Any], path: Path) -> dict[str, Any]:
         """Settings of the vision model as they stand in config.json at `path`, with what transformers assumes where
@@ -191,9 +195,10 @@ class Family(ABC):
         Raises:
             ConfigError: a file of another format.
         """
-        config_class = self.config_class(vision)
-        if config_class is None:
+        classes = self.classes(vision)
+        if classes is None:
             return vision
+        config_class, _ = classes
         assumed = config_class().to_dict()
         return {**{name: assumed[name] for name in config_class.__annotations__ if name in assumed}, **vision}
 
@@ -215,9 +220,14 @@ class Family(ABC):
             ValueError: a processor that does not fit the encoder, or more tokens than max_image_tokens.
         """
 
-    @abstractmethod
     def model(self, vision: dict[str, Any]) -> PreTrainedModel | None:
         """transformers' own model with random weights; None if the family has no weights."""
+        classes = self.classes(vision)
+        if classes is None:
+            return None
+        config_class, model_class = classes
+        # The vision model's settings may have been written with the whole model's type.
+        return model_class(config_class.from_dict({**vision, "model_type": config_class.model_type}))
 
     def is_idle(self, name: str, num_layers: int | None) -> bool:
         """Whether features that are taken behind so many layers (None: there is no choice) do not depend on the

@@ -31,10 +31,11 @@ class Qwen25VL(Family):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_vision")
     processors = ("Qwen2VLImageProcessor",)
 
-    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+    def classes(self, vision: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
         from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-        return Qwen2_5_VLVisionConfig
+        return Qwen2_5_VLVisionConfig, Qwen2_5_VisionTransformerPretrainedModel
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         sizes = read_sizes({**vision, "num_channels": vision["in_channels"]}, _SIZES, path)
@@ -77,14 +78,6 @@ class Qwen25VL(Family):
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )
-
-    def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-        # The vision model's settings have been written with the whole model's type.
-        config_class = self.config_class(vision)
-        config = config_class.from_dict({**vision, "model_type": config_class.model_type})
-        return Qwen2_5_VisionTransformerPretrainedModel(config)
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> Qwen25VLEncoder:
         from laver_megatron.encoders.modules import Qwen25VLEncoder

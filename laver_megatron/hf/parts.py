@@ -59,21 +59,18 @@ def parts_of_hugging_face(directory: Path) -> ModelParts:
                 raise ValueError(f"the training state of {directory} lacks {_HEAD}; copy its files again")
             if len(tensors.size(_HEAD)) != 2:
                 raise ValueError(f"{tensors.where(_HEAD)} is of shape {tensors.size(_HEAD)}, not a matrix")
-            sizes = {name: tensors.size(name) for name in tensors.names() if name in (_HEAD, f"{TEACHER}centre")}
-            teacher = any(name.startswith(f"{TEACHER}model.") for name in tensors.names())
-            return _with_images(directory, directory, sizes, teacher)
-    return _with_images(directory, directory, sizes, False)
+            sizes = {name: tensors.size(name) for name in tensors.names()}
+    return _with_images(directory, directory, sizes)
 
 
 def parts_of_megatron(directory: Path, sizes: Mapping[str, Size]) -> ModelParts:
     """Of a checkpoint directory; sizes: of its tensors, by key."""
     if not has_encoder(directory):
         return ModelParts(read_model_shape(directory / "hf"))
-    teacher = any(key.startswith(f"{TEACHER}decoder.") for key in sizes)
-    return _with_images(directory / "hf", directory / "encoder", sizes, teacher)
+    return _with_images(directory / "hf", directory / "encoder", sizes)
 
 
-def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], teacher: bool) -> ModelParts:
+def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size]) -> ModelParts:
     head, encoder = sizes.get(_HEAD), read_encoder(encoder_dir)
     return ModelParts(
         text=read_model_shape(text_dir),
@@ -81,7 +78,7 @@ def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], t
         encoder_type=encoder.model_type,
         feature_size=encoder.feature_size,
         vision_head=(head[1], head[0]) if head else None,
-        teacher=teacher,
+        teacher=any(name.startswith((f"{TEACHER}decoder.", f"{TEACHER}model.")) for name in sizes),
         centre=f"{TEACHER}centre" in sizes,
     )
 

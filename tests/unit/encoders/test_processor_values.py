@@ -52,10 +52,10 @@ def test_native_resolution_has_no_fixed_size(encoders, tmp_path, kind):
     ("kind", "changes", "expected"),
     [
         ("aimv2", {"max_pixels": "many"}, "max_pixels is 'many', but must be a positive integer"),
-        ("patches", {"max_pixels": [1]}, r"max_pixels is \[1\], no whole number"),
-        ("aimv2", {"max_pixels": 0}, "max_pixels is 0, no whole number"),
-        ("qwen2_5_vl", {"min_pixels": "few"}, "min_pixels is 'few', no whole number"),
-        ("qwen2_5_vl", {"max_pixels": [1]}, r"max_pixels is \[1\], no whole number"),
+        ("patches", {"max_pixels": [1]}, r"max_pixels is \[1\], but must be a positive integer"),
+        ("aimv2", {"max_pixels": 0}, "max_pixels is 0, but must be a positive integer"),
+        ("qwen2_5_vl", {"min_pixels": "few"}, "min_pixels is 'few', but must be a positive integer"),
+        ("qwen2_5_vl", {"max_pixels": [1]}, r"max_pixels is \[1\], but must be a positive integer"),
         ("siglip", {"image_std": [0.5, 0, 0.5]}, r"image_std is \[0.5, 0, 0.5\], but must be three .* above 0"),
         ("clip", {"image_std": [0.5, float("nan"), 0.5]}, "image_std is .*nan"),
         ("aimv2", {"image_std": [0.5, 0.5]}, r"image_std is \[0.5, 0.5\], but must be three numbers"),
@@ -64,7 +64,7 @@ def test_native_resolution_has_no_fixed_size(encoders, tmp_path, kind):
         ("clip", {"rescale_factor": 0}, "rescale_factor is 0, no number above 0"),
         ("clip", {"resample": 9}, r"resample is 9, but Pillow's are 0 \(nearest\), .*3 \(bicubic\)"),
         ("qwen2_5_vl", {"resample": -1}, "resample is -1"),
-        ("dinov2", {"crop_size": {"height": "64", "width": 64}}, "height '64' and width 64 are no whole numbers"),
+        ("dinov2", {"crop_size": {"height": "64", "width": 64}}, "height '64' and width 64 must be positive integers"),
     ],
 )
 def test_values_that_cannot_be(encoders, tmp_path, kind, changes, expected):
