@@ -12,11 +12,11 @@ from torch import Tensor
 
 from laver_megatron.checkpoint.directory import RUN_FILE
 from laver_megatron.checkpoint.manifest import Entry, describe, files_of, write_manifest
-from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.output import Target, check_target, groups_of_bytes, output_directory, run_tasks
 from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
 from laver_megatron.hf.files import copy_model_files
-from laver_megatron.hf.parts import check_companions, training_of_export
+from laver_megatron.hf.parts import check_companions, settings_of_export
 from laver_megatron.hf.rows import row_blocks, runs_of_megatron_rows
 from laver_megatron.hf.safetensors_reader import num_not_finite
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART, is_laver_export
@@ -33,10 +33,10 @@ def open_source(directory: Path) -> WeightSource:
     """Opens a text-only Qwen2.5 or a LaVer export, with all that a checkpoint of it needs.
 
     Raises:
-        ValueError: see `WeightSource`, `training_of_export` and `check_companions`.
+        ValueError: see `WeightSource`, `settings_of_export` and `check_companions`.
     """
     if is_laver_export(directory):
-        training_of_export(directory)
+        settings_of_export(directory)
         check_companions(directory, directory)
     return WeightSource(directory)
 
@@ -52,7 +52,11 @@ def hf_to_megatron(
 ) -> None:
     """Converts; under torchrun every rank writes its share of the files.
 
-    strict: a value that is NaN or infinite is an error, not a warning. dry_run: print what would be done.
+    Args:
+        overwrite: replace a directory that holds converted weights.
+        strict: a value that is NaN or infinite is an error, not a warning.
+        dry_run: print what would be done.
+        num_threads: None for the cores, at most 4.
 
     Raises:
         ValueError: a source that cannot be converted, a target that may not be written, too little space.
@@ -65,13 +69,13 @@ def hf_to_megatron(
     )
     target = Target(target_dir, overwrite, conversion.num_bytes, [source_dir])
     if dry_run:
-        conversion.describe(num_threads, BLOCK_BYTES)
+        conversion.print_plan(num_threads, BLOCK_BYTES)
         check_target(target)
         return
-    groups = _files(source)
-    mine = dict(list(groups.items())[rank() :: num_ranks()])
+    groups = groups_of_bytes(source.weights.values(), source.num_bytes, FILE_BYTES)
+    mine = {f"__{number}_0.distcp": groups[number] for number in range(rank(), len(groups), num_ranks())}
     with (
-        new_directory(target) as directory,
+        output_directory(target) as directory,
         ByteBar("to Megatron", sum(source.num_bytes(w) for group in mine.values() for w in group)) as progress,
     ):
         writer = _Writer(source, directory, progress, strict)
@@ -80,20 +84,7 @@ def hf_to_megatron(
         boxes = [box for of_rank in gathered(writer.boxes) for box in of_rank]
         entries = {name: entry for of_rank in gathered(writer.entries) for name, entry in of_rank.items()}
         on_rank_0("finish the checkpoint", lambda: _finish(source, directory, boxes, entries))
-    conversion.finished(progress)
-
-
-def _files(source: WeightSource) -> dict[str, list[Weight]]:
-    """The weights of each file, in order; files stay below FILE_BYTES unless one tensor is larger."""
-    groups: list[list[Weight]] = [[]]
-    size = 0
-    for weight in source.weights.values():
-        if groups[-1] and size + source.num_bytes(weight) > FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(weight)
-        size += source.num_bytes(weight)
-    return {f"__{number}_0.distcp": group for number, group in enumerate(groups)}
+    conversion.print_summary()
 
 
 class _Writer:
@@ -109,8 +100,7 @@ class _Writer:
         boxes = []
         with named_errors(self.directory / file), (self.directory / file).open("wb") as stream:
             for weight in weights:
-                row_bytes = self.source.num_bytes(weight) // weight.size[0]
-                for start, stop in row_blocks(weight.size[0], row_bytes, BLOCK_BYTES):
+                for start, stop in row_blocks(weight.size, self.source.dtype(weight), BLOCK_BYTES):
                     values = self._read(weight, start, stop)
                     offsets: Size = (start, *[0] * (len(weight.size) - 1))
                     boxes.append(write_box(stream, file, weight.megatron, offsets, values))
@@ -142,7 +132,7 @@ def _finish(source: WeightSource, directory: Path, boxes: list[Box], entries: di
     run: dict = {"weights_only": True}
     if source.parts.encoder is not None:
         copy_model_files(source.directory, directory / "encoder", VISION_PART)
-        run |= asdict(training_of_export(source.directory))
+        run |= asdict(settings_of_export(source.directory))
     if source.parts.vision_head is not None:
         run["vision_head_hidden_size"], run["vision_head_output_size"] = source.parts.vision_head
     (directory / RUN_FILE).write_text(json.dumps(run, indent=1))

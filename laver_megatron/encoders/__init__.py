@@ -185,5 +185,5 @@ def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
         raise ConfigError([f"{path}: model_type is {model_type!r}, but the encoder must be one of {known}"])
     vision = content.get("vision_config", content)
     if not isinstance(vision, dict):
-        raise ConfigError([f"{path}: vision_config is {vision!r}, no settings of a vision model"])
+        raise ConfigError([f"{path}: vision_config is {vision!r}, but must be the settings of a vision model"])
     return path, family, family.complete(vision, path)

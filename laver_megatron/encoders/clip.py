@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.encoders.fixed import TRANSFORMER_SIZES, FixedFamily, transformer_shape
 from laver_megatron.encoders.interface import EncoderShape, read_sizes
+from laver_megatron.encoders.transformer import TRANSFORMER_SIZES, TransformerFamily, transformer_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class Clip(FixedFamily):
+class Clip(TransformerFamily):
     """Pictures are cropped in their middle. A class token stands before the patches. `hidden_states` begin behind the
     norm before the first layer; the final norm is the class token's alone."""
 
@@ -35,7 +35,7 @@ class Clip(FixedFamily):
         return transformer_shape("clip_vision_model", sizes, num_prefix_tokens=1, default_feature_layer=-2)
 
 
-class Siglip(FixedFamily):
+class Siglip(TransformerFamily):
     """SigLIP, and SigLIP2 of fixed resolution, which has the same architecture and `model_type`. (SigLIP2 "naflex",
     `siglip2`, is another architecture.) There is no class token: all tokens are patches."""
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.encoders.fixed import FixedFamily, transformer_shape
 from laver_megatron.encoders.interface import EncoderShape, read_sizes
+from laver_megatron.encoders.transformer import TransformerFamily, transformer_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +21,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio"
 _WITH_REGISTERS = "dinov2_with_registers"
 
 
-class Dinov2(FixedFamily):
+class Dinov2(TransformerFamily):
     model_types = ("dinov2", _WITH_REGISTERS)
     processors = ("BitImageProcessor",)
     behind_layers = ("layernorm.", "embeddings.mask_token")

@@ -44,7 +44,7 @@ def native_size(width: int, height: int, token_size: int, *, min_pixels: int, ma
 
 class NativePreprocessor(ImagePreprocessor):
     """Resizes a picture to whole visual tokens (`native_size`), then rescales and normalises it as the image processor
-    does. min_pixels, max_pixels: of an image after resizing."""
+    does. min_pixels and max_pixels limit an image after resizing."""
 
     def __init__(self, processor: BaseImageProcessor, *, token_size: int, min_pixels: int, max_pixels: int) -> None:
         super().__init__(processor, token_size)
@@ -80,7 +80,7 @@ def native_preprocessor(
 
     Raises:
         ValueError: a processor that makes images of one size, patches of other sizes than the encoder's, or a limit
-            that is no number or holds no token.
+            that is not a number or does not hold one token.
     """
     said = read_image_processor(file.parent)[1]
     _check_sizes_are_free(processor, file)

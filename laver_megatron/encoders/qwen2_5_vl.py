@@ -41,7 +41,7 @@ class Qwen25VL(Family):
         sizes = read_sizes({**vision, "num_channels": vision["in_channels"]}, _SIZES, path)
         whole = vision.get("fullatt_block_indexes")
         if not isinstance(whole, list) or not all(type(number) is int for number in whole):
-            raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, no list of layers' numbers"])
+            raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, but must be a list of layer numbers"])
         token_size = sizes["patch_size"] * sizes["spatial_merge_size"]
         if sizes["window_size"] < token_size:
             raise ConfigError(
@@ -70,7 +70,7 @@ class Qwen25VL(Family):
             min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
-                f"{file}: {type(processor).__name__} says no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
+                f"{file}: {type(processor).__name__} has no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
             ) from None
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if not is_size(value):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
@@ -24,10 +25,7 @@ from laver_megatron.model.teacher import Centre, TeacherAverage
 def sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
     """Every tensor of a sharded state dict as Megatron-Core shards it, with views of its data."""
     apply_factories(state)
-    for value in state.values():
-        for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-            if isinstance(tensor, ShardedTensor):
-                yield tensor
+    return (tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor))
 
 
 @torch.no_grad()

@@ -27,9 +27,13 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class SafetensorsReader:
     """The tensors of `directory` in `stem`.safetensors, or in the files that `stem`.safetensors.index.json names.
 
-    num_bytes_read: bytes of all slices asked for so far. Several threads may read.
+    Several threads may read.
 
-    Raises ValueError, naming the file and, where there is one, the tensor, for whatever cannot be read.
+    Attributes:
+        num_bytes_read: bytes of all slices asked for so far.
+
+    Raises:
+        ValueError: whatever cannot be read, with the file and, where there is one, the tensor.
     """
 
     def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
@@ -109,7 +113,7 @@ class SafetensorsReader:
                 yield str(error)
 
     def check_index(self) -> None:
-        """Holds every file's tensors against the index: transformers reads whole files.
+        """Compares every file's tensors with the index: transformers reads whole files.
 
         Raises:
             ValueError: a tensor that the index does not place in the file that holds it.
@@ -157,20 +161,19 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} names {elsewhere[0]!r}, which is not in the directory of the index")
     if missing := [file for file in files if not (path.parent / file).is_file()]:
         raise ValueError(
-            f"{path.parent}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing[:3])}); "
+            f"{path}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing[:3])}); "
             "download or copy them"
         )
     return file_of
 
 
 def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may_hold: set[str] | None = None) -> None:
-    """Holds the files' headers against the name table; nothing is read.
-
-    may_hold: names without a place in the model that are no mistake all the same.
+    """Checks the files' headers by the name table; no values are read. may_hold: names that the files may have in
+    addition.
 
     Raises:
         ValueError: see `SafetensorsReader.check_index`; a tensor that is missing, one that the model has no place for,
-            a wrong shape, a type that is no weight's, or parts of one Megatron tensor that differ in type.
+            a wrong shape, a type that weights do not have, or parts of one Megatron tensor that differ in type.
     """
     tensors.check_index()
     expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}

@@ -274,29 +274,6 @@ def readme(
     ):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}")
-    model_class, option, trust = _LOADING[format]
-    parts = [
-        f"# {name}\n",
-        "A multimodal language model trained with LaVer: an image encoder, a connector of two layers and a Qwen2.5 "
-        "decoder.\nWritten by `laver_megatron`.\n",
-        _facts(format, encoder, attention, positions, weights, dtype, max_image_tokens),
-        "## Use\n",
-        f"```python\n{_example(model_class, option)}```\n",
-        f"{trust}\n",
-    ]
-    if format == "llava" and attention == "mixed":
-        parts.append(_CAUSAL_IN_TRANSFORMERS)
-    if training_state:
-        parts.append(
-            "`training_state.safetensors` holds what only training uses ([MASK], vision head, teacher); loading the "
-            "model does\nnot read it.\n"
-        )
-    return "\n".join(parts)
-
-
-def _facts(
-    format: str, encoder: str, attention: str, positions: str, weights: str, dtype: str, max_image_tokens: int | None
-) -> str:
     images = "all of one size"
     if max_image_tokens is not None:
         images = (
@@ -311,7 +288,24 @@ def _facts(
         "weights": _WEIGHTS[weights],
         "dtype": dtype,
     }
-    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+    model_class, option, trust = _LOADING[format]
+    parts = [
+        f"# {name}\n",
+        "A multimodal language model trained with LaVer: an image encoder, a connector of two layers and a Qwen2.5 "
+        "decoder.\nWritten by `laver_megatron`.\n",
+        "".join(f"- {name}: {fact}\n" for name, fact in facts.items()),
+        "## Use\n",
+        f"```python\n{_example(model_class, option)}```\n",
+        f"{trust}\n",
+    ]
+    if format == "llava" and attention == "mixed":
+        parts.append(_CAUSAL_IN_TRANSFORMERS)
+    if training_state:
+        parts.append(
+            "`training_state.safetensors` holds what only training uses ([MASK], vision head, teacher); loading the "
+            "model does\nnot read it.\n"
+        )
+    return "\n".join(parts)
 
 
 def _example(model_class: str, option: str) -> str:

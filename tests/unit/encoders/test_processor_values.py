@@ -61,7 +61,7 @@ def test_native_resolution_has_no_fixed_size(encoders, tmp_path, kind):
         ("aimv2", {"image_std": [0.5, 0.5]}, r"image_std is \[0.5, 0.5\], but must be three numbers"),
         ("dinov2", {"image_mean": [0.5] * 4}, "image_mean is .*, but must be three numbers, .* all finite"),
         ("dinov2", {"image_mean": "grey"}, "image_mean is 'grey'"),
-        ("clip", {"rescale_factor": 0}, "rescale_factor is 0, no number above 0"),
+        ("clip", {"rescale_factor": 0}, "rescale_factor is 0, but must be a number above 0"),
         ("clip", {"resample": 9}, r"resample is 9, but Pillow's are 0 \(nearest\), .*3 \(bicubic\)"),
         ("qwen2_5_vl", {"resample": -1}, "resample is -1"),
         ("dinov2", {"crop_size": {"height": "64", "width": 64}}, "height '64' and width 64 must be positive integers"),

@@ -29,14 +29,13 @@ from laver_megatron.convert.verification.forward import (
     run_transformers,
     transformers_outputs,
 )
-from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems
+from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems, value_problems
 from laver_megatron.convert.verification.probes import PICTURE_PROMPTS, TEXT_PROMPTS, make_probes, pack_probes
-from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import compare_outputs, grid, layout_problem, verify
 from laver_megatron.convert.verification.workers import WorkerFailed
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
-from laver_megatron.hf.parts import Training, parts_of_megatron
+from laver_megatron.hf.parts import ModelSettings, parts_of_megatron
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
@@ -206,7 +205,7 @@ def test_llava_exports_of_causal_models_are_compared(images, tmp_path):
     (export / "processor_config.json").write_text(json.dumps(processor_config("llava", SIGLIP, patch_size=8)))
     pair = open_pair(export, images.megatron, "student")
     assert len(setting_problems(pair)) == 2  # the checkpoint was trained with mixed attention and 2d positions
-    pair = replace(pair, megatron=replace(pair.megatron, training=Training("causal", "1d", -2)))
+    pair = replace(pair, megatron=replace(pair.megatron, settings=ModelSettings("causal", "1d", -2)))
     assert setting_problems(pair) == ()
     assert compare(pair, probes_of(pair)).problems == ()
     assert input_problems(export, probes_of(pair)) == []
@@ -468,7 +467,7 @@ def test_own_prompts_stand_in_for_those_of_their_kind(images, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hugging_face": Path("nowhere")}, "nowhere/config.json does not exist"),
+        ({"hugging_face": Path("nowhere")}, "nowhere: no such directory"),
         ({"megatron": Path("nowhere")}, "nowhere is not a checkpoint"),
         ({"tolerance": 0.0}, "must be above 0"),
         ({"tolerance": float("nan")}, "must be above 0"),

@@ -1,4 +1,4 @@
-"""Vision transformers of fixed resolution, whose features are a hidden state: every picture becomes as many pixels and
+"""Vision transformers whose features are a hidden state. At fixed resolution every picture becomes as many pixels and
 as many visual tokens."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor
+from laver_megatron.encoders.native import native_preprocessor
 from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
@@ -24,8 +25,12 @@ _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")  # in the name of a parameter, 
 
 
 class FixedPreprocessor(ImagePreprocessor):
-    """What the image processor of an encoder of fixed resolution does. height, width: pixels the encoder sees;
-    patch_size: side of a patch, which is a visual token."""
+    """What the image processor of an encoder of fixed resolution does.
+
+    Args:
+        height, width: pixels that the encoder sees.
+        patch_size: side of a patch, which is a visual token.
+    """
 
     def __init__(self, processor: BaseImageProcessor, *, height: int, width: int, patch_size: int) -> None:
         super().__init__(processor, patch_size)
@@ -87,8 +92,8 @@ def transformer_shape(model_type: str, sizes: Mapping[str, int], **others: Any) 
     )
 
 
-class FixedFamily(Family):
-    """Vision transformers of fixed resolution.
+class TransformerFamily(Family):
+    """Vision transformers, of fixed resolution unless their shape says otherwise.
 
     Attributes:
         behind_layers: beginnings of the names of parameters that no hidden state depends on, such as those of the final
@@ -115,6 +120,8 @@ class FixedFamily(Family):
     def preprocessor(
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
+        if shape.is_native:
+            return native_preprocessor(processor, shape, file, max_image_tokens)
         crops = getattr(processor, "do_center_crop", False)
         size = processor.crop_size if crops else processor.size
         if not (crops or processor.do_resize) or not (size.get("height") and size.get("width")):
