@@ -63,7 +63,7 @@ def pinned_fields(arguments: argparse.Namespace) -> Pinned:
     """Fields of Config that the command line gives.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number out of range.
     """
     given = {field: getattr(arguments, flag) for flag, field in _PINNED.items()}
     pinned = {field: value for field, value in given.items() if value is not None}
@@ -89,7 +89,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     """What is to be planned.
 
     Raises:
-        ConfigError: a model, GPU or number that cannot be.
+        ConfigError: an unknown model or GPU, or a number out of range.
     """
     counts = ("gpus", "seq_length", "global_batch_size", "train_iters", "image_tokens", "documents", "layouts")
     given = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in counts}
@@ -222,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the plan; ends with 2 for what cannot be planned, with 1 if nothing fits."""
+    """Prints the plan. Exits with 2 for what cannot be planned, with 1 if nothing fits."""
     arguments = build_parser().parse_args(argv)
     with exit_on_config_error():
         if arguments.write:

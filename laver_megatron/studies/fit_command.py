@@ -90,11 +90,7 @@ def _column_and_value(text: str) -> tuple[str, str]:
 
 
 def fit_and_write(options: argparse.Namespace) -> None:
-    """Nothing is written unless everything could be fitted, or compared.
-
-    Raises:
-        ValueError: as reading and fitting do, or options that fit nothing.
-    """
+    """Writes nothing unless everything could be fitted, or compared. Raises ValueError for the reasons why not."""
     if problems := [*_problems(options)]:
         raise ValueError("; ".join(problems))
     column = options.column or ("validation.last.lm_loss" if options.registry else "loss")

@@ -67,13 +67,11 @@ def study_of_registry(
     leave_out: Collection[str] = (),
     allow_differences: Collection[str] = (),
 ) -> Study:
-    """The arms of the runs in these places.
+    """The arms of the runs in these places. Raises as `read_registry`, `Registry` and `check_equal_settings`.
 
-    where: columns and the values that runs must have there. allow_differences: settings of data and validation that
-    may differ between two arms.
-
-    Raises:
-        ValueError: as `read_registry`, the methods of `Registry` and `check_equal_settings`.
+    Args:
+        where: columns and the values that runs must have there.
+        allow_differences: settings of data and validation that may differ between two arms.
     """
     registry = read_registry(paths, leave_out)
     for name, value in where:
@@ -98,7 +96,7 @@ def study_of_registry(
 
 
 def _check_column(tables: dict[str, Registry], column: str) -> None:
-    """An arm of which no run has the column is no accident, such as LaVer's monitors in the baseline."""
+    """Refuses a column that an arm lacks altogether, such as LaVer's monitors in the baseline."""
     without = [name for name, table in tables.items() if not any(is_number(run.value(column)) for run in table.runs)]
     if len(without) == len(tables):
         raise ValueError(f"no run has a number in {column}; choose another column")
@@ -120,14 +118,14 @@ def study_of_csv(
     flops_column: str = "FLOPs",
     ceiling: float | None = None,
 ) -> Study:
-    """The arms of plain points: a CSV with a header, a line for each run. Without tokens these follow from FLOPs at 6 N
-    a token.
+    """The arms of plain points: a CSV with a header and a line for each run. A missing column of tokens follows from
+    FLOPs at 6 N a token.
 
     where: columns and the values that points must have there.
 
     Raises:
-        ValueError: a column is missing or there twice, a line has more cells than the header, is there twice, or has a
-            cell that is no number, with the lines.
+        ValueError: missing or duplicate columns; lines, by number, that are duplicates, have more or fewer cells than
+            the header, or a cell that is not a number.
     """
     header, rows = _read_csv(path)
     needed = [size_column, column, *([arm_by] if arm_by else []), *(name for name, _ in where)]

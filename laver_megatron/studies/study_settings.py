@@ -68,7 +68,7 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
     """Notes on the settings that differ between two arms beside the one that makes them.
 
     Args:
-        arm_by: the column that makes the arms; to `laver` belong LaVer's own settings, too.
+        arm_by: the column that makes the arms; `laver` covers LaVer's own settings.
         allowed: settings that may differ although the arms' losses are then of other data.
 
     Raises:
@@ -81,7 +81,7 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
         lines = "".join(f"\n  - {name}: {found[name]}" for name in refused)
         raise ValueError(
             f"{' and '.join(arms)} cannot be compared: their runs differ in data or validation:{lines}\n  make them "
-            f"alike, or compare them all the same with --allow-differences {' '.join(refused)}"
+            f"alike, or compare them anyway with --allow-differences {' '.join(refused)}"
         )
     return [
         f"{' and '.join(arms)} also differ in {name} ({values}): what differs between them may come from that"
