@@ -1,7 +1,10 @@
-"""Remote shards: copies in a folder of bounded size, fetched by webdataset's openers, shared by all processes.
+"""Copies of remote shards in a folder of bounded size, which all processes share.
 
-What is used least recently goes first. A copy that goes while someone reads it stays readable to them: the system
-keeps a removed file until it is closed.
+The least recently used copy is removed first. A process that has it open can go on reading: the system keeps a removed
+file until it is closed.
+
+Files of one URL: HASH.copy, the whole shard; HASH.part, what has arrived of it; HASH.room, an empty file as long as
+the shard, which reserves its room; HASH.copy.lock.
 """
 
 import logging
@@ -10,14 +13,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlparse
 
 import xxhash
+from braceexpand import braceexpand
 from filelock import BaseFileLock, FileLock, Timeout
 
 from laver_megatron.data.index.index_file import is_url
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
-from laver_megatron.data.read.fetching import MissingProgramError, RefusedError, fetch_into
+from laver_megatron.data.read.fetching import PIPE, SCHEMES, MissingPackageError, RefusedError, fetch_into, scheme_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +110,16 @@ class ShardCache:
             return path
         with self._lock(path.name):
             if not self._is_whole(path, num_bytes):
-                part = self._part(path.name)
-                part.unlink(missing_ok=True)  # from a process that was killed
+                part, room = path.with_suffix(".part"), path.with_suffix(".room")
+                room.unlink(missing_ok=True)  # from a process that was killed
+                part.unlink(missing_ok=True)
                 try:
-                    self._make_room(part, num_bytes or 0)
+                    self._make_room(room, num_bytes or 0)
                     self._download(url, part, num_bytes)
                     os.replace(part, path)
                 finally:
-                    part.unlink(missing_ok=True)
+                    for file in (part, room):
+                        file.unlink(missing_ok=True)
         return path
 
     def _drop(self, shard: Shard, wrong: int) -> None:
@@ -135,11 +140,10 @@ class ShardCache:
     def _download(self, url: str, part: Path, num_bytes: int | None) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                with open(part, "r+b") as target:
-                    found = fetch_into(url, target, num_bytes)
+                found = fetch_into(url, part, num_bytes)
             except RefusedError as error:
                 raise ValueError(f"{url} cannot be fetched: {error}; {_REMEDY_REFUSED}") from error
-            except MissingProgramError as error:
+            except MissingPackageError as error:
                 raise ValueError(f"{url} cannot be fetched: {error}") from error
             except (OSError, ValueError) as error:
                 problem, remedy = str(error), _REMEDY
@@ -156,43 +160,41 @@ class ShardCache:
                 time.sleep(pause)
         raise ValueError(f"{url} cannot be fetched: {problem} (tried {_ATTEMPTS} times); {remedy}")
 
-    def _make_room(self, part: Path, num_bytes: int) -> None:
-        """Reserves room: `part` has its final size from the start, so that others count it."""
+    def _make_room(self, room: Path, num_bytes: int) -> None:
+        """Reserves `num_bytes` with the file `room`, and removes old copies for them."""
         while True:
             with self._lock("room"):
                 free = self.max_bytes - num_bytes
-                files = self._files()
-                total = sum(status.st_size for status, _ in files)
-                for status, entry in sorted(files, key=lambda file: file[0].st_mtime):
-                    if total > free and (entry.suffix == ".copy" or self._is_abandoned(entry)):
-                        try:
-                            entry.unlink()
-                        except FileNotFoundError:
-                            if entry.suffix == ".part":  # it may have become a copy: the next turn will see
-                                continue
-                        total -= status.st_size
+                entries = self._entries()
+                sizes = {stem: max(status.st_size for status, _ in files) for stem, files in entries.items()}
+                total = sum(sizes.values())
+                for stem, files in sorted(entries.items(), key=lambda entry: entry[1][-1][0].st_mtime):
+                    is_copy = all(path.suffix == ".copy" for _, path in files)
+                    if total > free and (is_copy or self._is_abandoned(stem)) and _removed([p for _, p in files]):
+                        total -= sizes[stem]
                 if total <= free:
-                    with open(part, "wb") as file:
+                    with open(room, "wb") as file:
                         file.truncate(num_bytes)
                     return
             time.sleep(_WAIT_SECONDS)  # for what others are fetching: then it can go
 
-    def _files(self) -> list[tuple[os.stat_result, Path]]:
-        """Copies and what is being fetched, each once. Others rename and remove them meanwhile, in no lock of ours."""
-        files = {}
-        for suffix in (".part", ".copy"):  # in this order: a part that is a copy by now is found among those
-            for entry in self._copies(suffix):
+    def _entries(self) -> dict[str, list[tuple[os.stat_result, Path]]]:
+        """The files of each URL. Others rename and remove them meanwhile, without taking our lock."""
+        entries: dict[str, list[tuple[os.stat_result, Path]]] = {}
+        for suffix in (".room", ".part", ".copy"):  # in this order: a part that has become a copy is found there
+            for path in self._files(suffix):
                 with suppress(FileNotFoundError):
-                    files[entry.stem] = entry.stat(), entry
-        return list(files.values())
+                    status = path.stat()
+                    entries.setdefault(path.stem, []).append((status, path))
+        return entries
 
-    def _copies(self, suffix: str) -> list[Path]:
+    def _files(self, suffix: str) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.suffix == suffix]
 
-    def _is_abandoned(self, part: Path) -> bool:
-        """Whether whoever was fetching this is gone."""
+    def _is_abandoned(self, stem: str) -> bool:
+        """Whether the process that was fetching this is gone."""
         try:
-            with self._lock(part.with_suffix(".copy").name, timeout=0):
+            with self._lock(f"{stem}.copy", timeout=0):
                 return True
         except Timeout:
             return False
@@ -200,19 +202,14 @@ class ShardCache:
     def _lock(self, name: str, timeout: float = -1) -> BaseFileLock:
         return FileLock(self.folder / f"{name}.lock", timeout=timeout)
 
-    def _part(self, name: str) -> Path:
-        return (self.folder / name).with_suffix(".part")
-
     def _name(self, url: str) -> str:
         return f"{xxhash.xxh3_128_hexdigest(url.encode())}.copy"
 
     def _check_url(self, url: str) -> None:
-        from webdataset.gopen import gopen_schemes, rewrite_url
-
-        scheme = urlparse(rewrite_url(url)).scheme  # GOPEN_REWRITE could make a command of it
-        if scheme == "pipe" and not (self.allow_pipe and url.startswith("pipe:")):
+        scheme = scheme_of(url)
+        if scheme == PIPE and not self.allow_pipe:
             raise ValueError(f"{url} would run a command in a shell; allow it with --allow-pipe if you trust the list")
-        known = sorted({"file", "s3", *gopen_schemes} - {"__default__"})
+        known = sorted({PIPE, *SCHEMES})
         if scheme not in known:
             raise ValueError(f"{url}: {scheme}: is not known; known are {', '.join(f'{name}:' for name in known)}")
 
@@ -224,8 +221,17 @@ class ShardCache:
             )
 
 
-def expand_urls(names: Sequence[str]) -> list[str]:
-    """Names with `{00000..00099}` written out, as webdataset does it."""
-    from braceexpand import braceexpand
+def _removed(paths: Sequence[Path]) -> bool:
+    """Removes files; whether their room is free then. A part that is gone may have become a copy."""
+    for path in paths:
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            if path.suffix != ".copy":
+                return False
+    return True
 
+
+def expand_urls(names: Sequence[str]) -> list[str]:
+    """Names with `{00000..00099}` written out."""
     return [name for pattern in names for name in braceexpand(pattern)]
