@@ -121,8 +121,8 @@ def test_picture(config, reader, tmp_path):
     "options, code, words",
     [
         (["--packs", "1", "2"], 0, ["pack 1: ", "pack 2: ", "[[", "pack-2.png"]),
-        (["--packs", "-1"], 2, ["show_sample: ", "packs from 0 on"]),
-        (["--data-path", "nowhere"], 2, ["show_sample: ", "nowhere does not exist"]),
+        (["--packs", "-1"], 2, ["error: ", "packs from 0 on"]),
+        (["--data-path", "nowhere"], 2, ["error: ", "nowhere does not exist"]),
     ],
 )
 def test_the_tool(demo_dir, tmp_path, options, code, words):
