@@ -25,12 +25,11 @@ from laver_megatron.config.fields import (
     SECTIONS,
     Config,
     ConfigError,
-    FieldType,
     all_fields,
     field_types,
     fields_of,
-    is_required,
 )
+from laver_megatron.config.options import FieldType, is_required
 from laver_megatron.config.schema import json_schema
 
 EXIT_BAD_INPUT = 2

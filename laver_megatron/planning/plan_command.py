@@ -1,4 +1,4 @@
-"""`laver plan`: flags to a job, whose model, encoder, packs and GPUs are checked; its search; its plan."""
+"""`laver plan`: from flags to a job, its parts checked, and from the job to its plan."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def pinned_fields(arguments: argparse.Namespace) -> Pinned:
 
 
 def _check_counts(numbers: dict[str, int]) -> None:
-    wrong = []
-    for name, number in numbers.items():
-        most = _MOST_ITERATIONS if name == "--train-iters" else _MOST
-        if number < 1:
-            wrong.append(f"{name} is {number}, but must be at least 1")
-        elif number > most:
-            wrong.append(f"{name} is {number}, but must be at most {most:,}")
+    most = {name: _MOST_ITERATIONS if name == "--train-iters" else _MOST for name in numbers}
+    wrong = [f"{name} is {number}, but must be at least 1" for name, number in numbers.items() if number < 1]
+    wrong += [
+        f"{name} is {number}, but must be at most {most[name]:,}"
+        for name, number in numbers.items()
+        if number > most[name]
+    ]
     if wrong:
         raise ConfigError(wrong)
 

@@ -42,7 +42,7 @@ def test_heads_of_the_ladder(size):
 
 
 def test_the_papers_set_up():
-    assert f"python tools/plan.py {PAPER_FLAGS}\n" in DOCUMENT
+    assert f"laver plan {PAPER_FLAGS}\n" in DOCUMENT
     for line in paper_tables():
         assert line in DOCUMENT.splitlines(), line
 
