@@ -1,8 +1,8 @@
 """The runs of a study as one table, read from the `run_summary.json` that each of them left.
 
 A column is the path to a value in that file, with dots (`validation.last.lm_loss`), or its end where that is
-unambiguous (`laver` for `config.laver`). What cannot be part of a fit is named with its reason, and refused unless it
-is to be left out:
+unambiguous (`laver` for `config.laver`). Runs that cannot be part of a fit are refused by name and reason, unless they
+are to be left out:
 
     unfinished   state is not finished, or there is a run directory without a summary
     nan          a number is NaN, infinite, or null, which is how a run writes these
@@ -173,7 +173,7 @@ class Registry:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number that 64 bits can hold."""
+    """Whether it is a finite number within the range of a float."""
     is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
     return is_numeric and abs(value) <= sys.float_info.max  # of NaN false
 

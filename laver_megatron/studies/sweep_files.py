@@ -1,4 +1,4 @@
-"""What a sweep leaves for its runs: a configuration each, a manifest, and the scripts that run them."""
+"""The files of a sweep: a configuration for each run, a manifest, and the scripts that run them."""
 
 from __future__ import annotations
 

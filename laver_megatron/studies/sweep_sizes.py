@@ -1,6 +1,6 @@
 """The sizes of a sweep: what is asked for, and a configuration with its model, encoder and GPUs for each size.
 
-A size is a configuration: a file of its own, or the base file with a model's directory. All sizes read the same packs.
+A size is a configuration: a separate file, or the base file with a model's directory. All sizes read the same packs.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def read_sizes(options: SweepOptions) -> list[Size]:
     """The sizes in the order of their parameters.
 
     Raises:
-        ConfigError: files and flags that cannot be read; models that are named twice or of which a run would not know
-            what to see; data that differ between them.
+        ConfigError: files and flags that cannot be read; models that are named twice; runs without validation; data
+            that differ between the sizes.
     """
     if problems := [*_option_problems(options)]:
         raise ConfigError(problems)
@@ -245,8 +245,8 @@ def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
     for name in sorted(names):
         values = {str(size.config.flat()[name]): size.name for size in sizes}
         if len(values) > 1:
-            shown = ", ".join(f"{value} ({size})" for value, size in values.items())
-            yield f"the models' files must read the same data, but {name} is {shown}"
+            found = ", ".join(f"{value} ({size})" for value, size in values.items())
+            yield f"the models' files must read the same data, but {name} is {found}"
 
 
 def varying_settings(sizes: Sequence[Size]) -> list[str]:

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import yaml
 
-from laver_megatron.config.checks import check_run
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import ConfigError
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.planning import plan_command
+from laver_megatron.planning.dry_run_command import show_dry_run
 from laver_megatron.planning.hardware import find_gpu
 from laver_megatron.planning.models import MODELS, SIGLIP2, encoder_sizes
 from laver_megatron.planning.plan import plan_layout
@@ -153,7 +153,7 @@ def test_the_written_configuration_passes_a_dry_run(demo_dir, tmp_path, capsys, 
     text = file.read_text()
     assert text.startswith(name) and "# Made by: laver plan --model" in text
     capsys.readouterr()
-    assert check_run(read_command_line(["--config", str(file), "--dry-run", "8"])) is None
+    show_dry_run(read_command_line(["--config", str(file), "--dry-run", "8"]))
     assert "dry run, nothing wrong" in capsys.readouterr().out
 
 

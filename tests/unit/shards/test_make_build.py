@@ -343,7 +343,7 @@ def test_options_of_the_command_line(tmp_path):
     [index] = open_indexes(tmp_path / "out")
     sample = index.sample(0)
     assert b'"R"' in read_member(sample, sample.text) and sample.text.size < 130
-    for options, code in ((["--min-relevance", "5"], 2), (["--format", "llava"], 1)):
+    for wrong, status in ((["--min-relevance", "5"], 2), (["--format", "llava"], 1)):
         with pytest.raises(SystemExit) as ended:
-            make_main(["--source", str(path), *options, *common])
-        assert ended.value.code == code
+            make_main(["--source", str(path), *wrong, *common])
+        assert ended.value.code == status

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from laver_megatron.studies.registry import FAULTS, read_registry
-from laver_megatron.studies.study_settings import varying_settings
+from laver_megatron.studies.study import varying_settings
 from tests.summaries import change, write_run
 
 
