@@ -114,7 +114,7 @@ def setup(config: Config) -> Trainer:
     )
     start.fill(trainer.state, config)
     progress = trainer.progress
-    training_data.go_on_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
+    training_data.resume_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     verb = "resuming" if start.is_own else "starting"
     say(f"{verb} from {start.directory} at iteration {progress.iteration}")
     for message in start.messages(config, progress.iteration):

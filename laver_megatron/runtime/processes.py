@@ -1,7 +1,7 @@
 """Worker processes: a function over many tasks with progress, and a pool that serves one object for long.
 
-Workers are forked, so that indexes and tokenizers are shared and not copied. If one is killed there is an error, never
-a hang.
+Workers are mostly forked, so that indexes and tokenizers are shared and not copied. If one is killed, there is an error
+and never a hang.
 """
 
 import ctypes
@@ -96,7 +96,7 @@ def each_in_processes(
 
 
 def end_with_parent(parent: int) -> None:
-    """Has this process end when its parent is gone, by whatever signal; called in a worker."""
+    """Ends this process when its parent is gone, by whatever signal; called in a worker."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -127,9 +127,8 @@ class WorkerPool:
     """Worker processes for one object's method: `submit(*arguments)` calls `work(*arguments)` in one of them.
 
     The workers are forked at once, so `work` may be bound to anything without being pickled. They live until `close`,
-    or until this process is gone. A signal to end that does not come from this process (Ctrl-C, a cluster's SIGTERM
-    to everything) is this process's to answer: it may want to read once more and save.
-    """
+    or until this process is gone. A termination signal from elsewhere (Ctrl-C, a cluster's SIGTERM to all processes) is
+    for this process to handle: it may want to read once more and save."""
 
     def __init__(self, work: Callable[..., Any], num_workers: int) -> None:
         before = set(active_children())
@@ -184,8 +183,8 @@ def _start_reader(work: Callable[..., Any], parent: int) -> None:
 
 
 def _keep_memory() -> None:
-    """Has glibc keep what is freed instead of handing it back to the system: a picture's arrays are of megabytes, and
-    getting their pages anew for each costs a fifth of the time of decoding and resizing it."""
+    """Makes glibc keep freed memory instead of returning it to the system: a picture's arrays take megabytes, and
+    getting fresh pages for each costs a fifth of the time of decoding and resizing it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

@@ -27,7 +27,7 @@ _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A file for a shard. extension: `jpg`, `png` or `webp`; width, height: in pixels, as it is to be seen."""
+    """A file for a shard. extension: `jpg`, `png` or `webp`; width, height: in pixels, upright."""
 
     extension: str
     content: bytes
@@ -52,10 +52,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleMaker:
-    """Makes samples for shards of found ones, and counts them.
+    """Makes samples for shards, and counts them.
 
-    decode: whether every picture is decoded to its end. tokenizer: counts the text's tokens, if there is one.
-    images_in_answers: whether `<image>` in an answer stands for a picture, in every record.
+    Args:
+        decode: whether every picture is decoded to its end.
+        tokenizer: counts the text's tokens, if there is one.
+        images_in_answers: whether `<image>` in an answer stands for a picture, in every record.
     """
 
     decode: bool = False
@@ -66,7 +68,7 @@ class SampleMaker:
         """The sample under its new key.
 
         Raises:
-            SampleFault: what makes the sample unusable; the report then stays as it was.
+            SampleFault: why the sample is unusable; the report is then unchanged.
         """
         conversation = read_conversation(
             found.conversation, len(found.pictures), found.name, images_in_answers=self.images_in_answers
@@ -128,10 +130,11 @@ def _turn(message: Message) -> dict[str, str | bool]:
 
 
 def prepare_picture(content: bytes, name: str, decode: bool) -> Picture:
-    """A picture for a shard, with the bytes that it came with wherever training can read them.
+    """A picture for a shard, with its original bytes wherever training can read them.
 
-    decode: whether to decode it to its end. Otherwise its header is read, and only a file that does not end as its
-    format does is decoded, which finds truncated files but not garbled ones.
+    Args:
+        decode: whether to decode it to its end. Otherwise its header is read, and only a file that does not end as its
+            format requires is decoded, which finds truncated files but not garbled ones.
 
     Raises:
         SampleFault: unreadable_image, image_too_large or image_shape.

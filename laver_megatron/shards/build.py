@@ -1,7 +1,6 @@
-"""From sources to a folder of shards: cuts the samples into slices, and has worker processes make each slice's shards.
+"""From sources to a folder of shards: cuts the samples into slices, and makes each slice's shards in worker processes.
 
-What a slice's shards hold depends on nothing but the slice, so that any number of workers, in any order, writes the
-same bytes.
+A slice's shards depend on nothing but the slice, so any number of workers, in any order, writes the same bytes.
 """
 
 import hashlib
@@ -38,12 +37,12 @@ _EARLY_SAMPLES = 10_000  # before so many, only faults that are too many for so 
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be begun: something must be asked for in another way."""
+    """What the user asked for cannot be started; nothing has been written."""
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Makes what goes wrong within, before the work begins, a UsageError."""
+    """Turns errors raised within, before the work begins, into UsageError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -54,12 +53,18 @@ def usage_errors() -> Iterator[None]:
 class MakeSettings:
     """What to make of what.
 
-    sources: files, or folders of them. output: the folder of the shards. format_name, images, min_ratings: see
-    open_source. samples_per_shard, max_shard_bytes: a shard ends at whichever comes first; records that pack several
-    samples count as one. num_workers: processes; 0 works in the caller. max_bad_fraction: of the samples may be
-    unusable. decode_images: decode every picture to its end. images_in_answers: `<image>` in an answer stands for a
-    picture. tokenizer: a directory, to count text tokens with.
-    mode: `new`, `overwrite` or `resume`.
+    Attributes:
+        sources: files, or folders of them.
+        output: the folder of the shards.
+        format_name, images, min_ratings: see `open_source`.
+        samples_per_shard, max_shard_bytes: a shard ends at whichever comes first; a record that packs several samples
+            counts as one.
+        num_workers: processes; 0: the caller does the work.
+        max_bad_fraction: share of the samples that may be unusable.
+        decode_images: decode every picture to its end.
+        images_in_answers: `<image>` in an answer stands for a picture.
+        tokenizer: a directory, to count text tokens with.
+        mode: `new`, `overwrite` or `resume`.
     """
 
     sources: Sequence[Path]
@@ -84,12 +89,12 @@ class MakeSettings:
 
 
 def make_shards(settings: MakeSettings) -> MakeReport:
-    """Makes the shards, and says what became of the samples.
+    """Makes the shards, and reports what became of the samples.
 
     Raises:
-        UsageError: sources or settings with which nothing can be begun.
-        ValueError: unreadable sources, or more unusable samples than are allowed; finished shards stay for another
-            try with mode `resume`.
+        UsageError: sources or settings with which nothing can be started.
+        ValueError: unreadable sources, or more unusable samples than allowed; finished shards stay for another try with
+            mode `resume`.
     """
     output = settings.output.absolute()
     with usage_errors():
@@ -168,7 +173,7 @@ class SliceMaker:
 
 
 class _Work:
-    """The work under way: what has been reported, and what workers are busy with."""
+    """Work in progress: its counts so far and its progress bar."""
 
     bar: tqdm
 
@@ -189,7 +194,7 @@ class _Work:
             self._take(report)
 
     def _missing_slices(self) -> Iterator[Slice]:
-        """Slices of the source, less those that were finished earlier, which are added to the report."""
+        """Slices of the source that are not finished; those that are, are added to the report."""
         source = self.maker.source
         for piece in _slices(self.settings, source):
             self.num_slices += 1
@@ -227,7 +232,7 @@ def _stamps(settings: MakeSettings, source: RecordSource) -> Iterator[str]:
 
 
 def _fingerprint(settings: MakeSettings, source: RecordSource) -> str:
-    """Hash of what decides the shards' bytes: the sources' files, the format's settings, and how shards are cut."""
+    """Hash of what determines the shards' bytes: the sources' files, the format's settings, and how shards are cut."""
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.paths]
     decisive = {
         "version": _VERSION,

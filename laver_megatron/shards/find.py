@@ -1,4 +1,4 @@
-"""Which files the user means, and of which format they are."""
+"""Which files the user means, and which format they have."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +17,12 @@ _SUFFIXES = {".json": "llava", ".jsonl": "llava", ".parquet": "parquet", ".tar":
 def open_source(
     entries: Sequence[Path], format_name: str | None, images: Path | None, min_ratings: Mapping[str, float]
 ) -> RecordSource:
-    """The source that files, or folders with all that lies in them, make up.
+    """The source that files, or folders with everything in them, form.
 
-    format_name: one of FORMATS; None finds it out. images: the folder of LLaVA's pictures. min_ratings: see
-    ParquetSource.
+    Args:
+        format_name: one of FORMATS; None: recognised from the files.
+        images: the folder of LLaVA's pictures.
+        min_ratings: see ParquetSource.
 
     Raises:
         ValueError: nothing is found, files of several formats, or options that the format does not have.

@@ -1,7 +1,7 @@
-"""What has been done in an output folder, so that work that was interrupted goes on where it was.
+"""What has been done in an output folder, so that interrupted work can be resumed.
 
-While work is under way, FOLDER/.progress holds the settings' fingerprint and, of every finished slice, its report and
-the index of its shards. When all is done, the folder gets `made.json` and, last of all, `index.parquet`.
+During the work, FOLDER/.progress holds the settings' fingerprint and, of every finished slice, its report and the index
+of its shards. At the end, the folder gets `made.json` and, last of all, `index.parquet`.
 """
 
 import fcntl
@@ -24,7 +24,9 @@ _MADE, _SETTINGS = "made.json", "settings.json"
 class Ledger:
     """The output folder of one set of settings.
 
-    fingerprint: of everything that decides the shards' bytes. mode: `new`, `overwrite` or `resume`.
+    Args:
+        fingerprint: of everything that determines the shards' bytes.
+        mode: `new`, `overwrite` or `resume`.
 
     Raises:
         ValueError: the folder holds shards and mode is `new`, `resume` finds those of other settings, or another
@@ -75,7 +77,7 @@ class Ledger:
         """The report of the whole work, if it was finished before. stamps: of all slices, see `RecordSource.stamp`.
 
         Raises:
-            ValueError: it had, but a shard, or one of the files apart, has been removed or changed since.
+            ValueError: it was, but a shard or one of the files apart has been removed or changed since.
         """
         if not self._is_made():
             return None
@@ -97,8 +99,8 @@ class Ledger:
         return (self.folder / _MADE).exists() and (self.folder / INDEX_NAME).exists()
 
     def finished(self, number: int, stamp: Callable[[], str]) -> MakeReport | None:
-        """The report of a slice whose shards are there, whole, and whose files apart are still those of then (see
-        `RecordSource.stamp`). What there is of another one is removed."""
+        """The report of a slice whose shards are whole and whose files apart are unchanged (see `RecordSource.stamp`).
+        Remains of any other slice are removed."""
         path = self._progress / f"{number:06d}.json"
         if not path.exists():
             return None
@@ -112,7 +114,7 @@ class Ledger:
         return None
 
     def finish(self, report: MakeReport, num_slices: int) -> ShardIndex:
-        """Writes the index of all shards, and tidies up.
+        """Writes the index of all shards, and removes the progress folder.
 
         Raises:
             ValueError: there is no sample at all.
@@ -149,7 +151,7 @@ class Ledger:
 
 
 def record_slice(folder: Path, number: int, indexes: Sequence[ShardIndex], report: MakeReport, stamp: str) -> None:
-    """Notes in an output folder that a slice and its shards are finished, of files with this stamp; called by the
+    """Records in an output folder that a slice and its shards are finished, from files with this stamp; called by the
     worker that made them."""
     progress = folder / PROGRESS_NAME
     if indexes:

@@ -72,7 +72,7 @@ class LlavaSource(RecordSource):
 
 
 def picture_names(document: object, name: str) -> list[str]:
-    """The pictures that a record names: in `image` or `images`, a text or a list; or else in the messages' own parts.
+    """The pictures that a record names: in `image` or `images`, a text or a list; or else in the parts of its messages.
 
     Raises:
         SampleFault: unreadable_image, for what is not a file's name; image_count, if both name different pictures.
@@ -94,8 +94,8 @@ def _name_in(part: dict) -> object:
 
 
 def read_picture(folder: Path | None, file: str, name: str) -> bytes:
-    """The bytes of a file of the folder, which its name may not leave: neither by an absolute path or `..`, nor by
-    a symbolic link.
+    """The bytes of a file of the folder, which its name may not leave by an absolute path, by `..` or by a symbolic
+    link.
 
     Raises:
         SampleFault: unsafe_key (it would leave the folder), unreadable_image (no such file) or image_too_large.

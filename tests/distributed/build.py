@@ -119,7 +119,7 @@ class SyntheticPlan:
     def mark(self, number: int) -> PlanMark:
         return PlanMark(number // 2, number, "synthetic")
 
-    def go_on_from(self, mark: PlanMark) -> None:
+    def resume_from(self, mark: PlanMark) -> None:
         self.went_on_from = mark
 
 

@@ -1,8 +1,8 @@
-"""One reader per data-parallel replica: its packs' metadata to the whole model-parallel group, its pixels to those
-ranks of the first stage that encode them.
+"""One reader per data-parallel replica: sends packs' metadata to the model-parallel group, and pixels to the ranks of
+the first stage that encode them.
 
-Both happen once a step, before the pipeline schedule starts: a broadcast inside a forward step would wait
-for ranks that wait for that step's output.
+Both happen once a step, before the pipeline schedule starts: a broadcast inside a forward step would wait for ranks
+that wait for that step's output.
 """
 
 import math
@@ -52,8 +52,8 @@ def share_metadata(
 def scatter_pixels(
     packs: list[PackBatch], dtype: torch.dtype, device: torch.device, cost: ImageCost = BY_TOKENS
 ) -> list[list[Tensor]]:
-    """For each micro-batch those images that this tensor-parallel rank of the first stage encodes, in order; sizes may
-    differ. cost: by which they are divided, the stage's. Call on the first stage only."""
+    """For each micro-batch the images that this tensor-parallel rank of the first stage encodes, in order; sizes may
+    differ. Call on the first stage only. cost: of the stage's encoder, by which images are divided."""
     group = parallel_state.get_tensor_model_parallel_group()
     num_tokens = [image_num_tokens(pack) for pack in packs]
     if not any(num_tokens):

@@ -1,4 +1,4 @@
-"""From a pack's sample ids to its tensors: reads, checks, decodes and lays out; what runs in the reader processes.
+"""From a pack's sample ids to its tensors: reads, checks, decodes and places samples. Runs in the reader processes.
 
 Letters: F tensors of a pack, S tokens of a pack, 3 colours, height, width of an image's pixels.
 """
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that turned out bad when it was read."""
+    """A sample that proved bad when it was read."""
 
     sample_id: int
     fault: Fault
@@ -47,8 +47,13 @@ class BadSample:
 
 @dataclass(frozen=True)
 class PackContent:
-    """What is in a `PackBuffer`, and what is not. image_sizes: (height, width) of each; keys: of its documents; bad:
-    what is missing in it."""
+    """What a `PackBuffer` holds.
+
+    Attributes:
+        image_sizes: (height, width) of each image.
+        keys: of its documents.
+        bad: samples that are missing.
+    """
 
     image_sizes: list[tuple[int, int]]
     keys: list[str]
@@ -56,9 +61,11 @@ class PackContent:
 
 
 class PackBuffer:
-    """A pack's tensors as views of a block of memory, which may be shared between processes.
+    """A pack's tensors as views of a block of memory, which processes may share.
 
-    table_FS: the tensors of PackBatch in their order, int64; pixels: float32, flat, of all images one after the other.
+    Attributes:
+        table_FS: PACK_TENSORS in their order, int64.
+        pixels: float32, flat, of all images one after the other.
     """
 
     def __init__(self, memory: Tensor, seq_length: int) -> None:
@@ -69,7 +76,7 @@ class PackBuffer:
 
     @staticmethod
     def num_bytes(seq_length: int, num_pixels: int) -> int:
-        """What a pack of so many tokens and so many pixels, of three colours each, takes."""
+        """The size of a pack of so many tokens and so many pixels of three colours."""
         return 8 * len(PACK_TENSORS) * seq_length + 4 * 3 * num_pixels
 
     def images(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -108,19 +115,19 @@ class PackMaker:
 
     @property
     def num_samples(self) -> int:
-        """All samples, those included that cannot be used and that are no row of an index."""
+        """All samples, including those that cannot be used and those that have no row in an index."""
         return sum(len(index) + index.left_out.total() for index in self.indexes)
 
     def locate_sample(self, sample_id: int) -> tuple[ShardIndex, int]:
-        """The index of a sample and its row there."""
+        """The index of a sample, and its row there."""
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         return self.indexes[number], sample_id - int(self._starts[number])
 
     def make(self, sample_ids: Sequence[int], num_tokens: Sequence[int], buffer: PackBuffer) -> PackContent:
-        """Makes a pack in `buffer`. num_tokens: what each sample was planned with. A bad sample's slots stay padding.
+        """Makes a pack in `buffer`. num_tokens: planned for each sample. A bad sample's slots stay padding.
 
         Raises:
-            ValueError: a sample's tokens or features are not as many as planned.
+            ValueError: a sample has other numbers of tokens or features than planned.
             OSError: a shard cannot be opened or read.
         """
         bad: list[BadSample] = []

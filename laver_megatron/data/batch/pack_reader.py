@@ -1,5 +1,4 @@
-"""Packs by number: opens the indexes, counts, plans, makes packs in worker processes, and has the next calls' packs
-under way.
+"""Packs by number: made in worker processes, ahead of the calls that ask for them.
 
 Letters: I sample ids.
 """
@@ -34,13 +33,16 @@ _PACKS_A_WORKER = 2  # that are under way or wait to be read, at least
 
 
 class PackReader:
-    """Reads packs of a plan, the same ones for any number of workers and in any order.
+    """Reads packs of a plan, the same for any number of workers and in any order.
 
-    num_workers: processes that make packs; with 0 everything happens in the caller and nothing in advance. faults: what
-    is known to be bad; samples that turn out bad when they are read join it, each once: their slots stay padding,
-    and the rest of their pack stays where it was planned. max_bad_fraction: share of all samples that may be bad,
-    judged by `check_bad`.
-    num_bad_samples: how often a sample was left as padding.
+    Args:
+        num_workers: processes that make packs; with 0 the caller makes them, and none in advance.
+        faults: known so far. Samples that prove bad when they are read are added, each once; their slots stay padding,
+            and the rest of their pack stays as planned.
+        max_bad_fraction: share of all samples that may be bad, see `check_bad`.
+
+    Attributes:
+        num_bad_samples: how often a sample was left as padding.
     """
 
     def __init__(
@@ -65,14 +67,14 @@ class PackReader:
 
     def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
         """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order. Their pixels
-        are valid until the next call, which uses their memory again.
+        are valid until the next call, which reuses their memory.
 
-        Meanwhile the packs of the likely next calls are made: as far on from this call as this call is from
-        the one before, which is the global batch for any number of data-parallel ranks.
+        Meanwhile the packs of the likely next calls are made: as far ahead of this call as this call is of the previous
+        one, which is the global batch for any number of data-parallel ranks.
 
         Raises:
-            ValueError: an image's features do not match its tokens, or a sample is not as long
-                as planned; a worker was killed.
+            ValueError: an image's features do not match its tokens, a sample is not as long as planned, or a worker was
+                killed.
             OSError: a shard cannot be opened or read.
         """
         assert num_packs % micro_batch_size == 0, (num_packs, micro_batch_size)
@@ -93,22 +95,22 @@ class PackReader:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever any pack could: a position counts packs and means nothing on other data. Data that were
-        moved, or named in another way, are the same data."""
+        """Changes whenever any pack could: a position counts packs and means nothing on other data. It does not depend
+        on where the data lies or how it was named."""
         parts = [self.plan.fingerprint(), *(index.fingerprint for index in self.maker.indexes)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
     def check_bad(self, num_bad: int, num_read: int, found: Mapping[Fault, int]) -> None:
-        """Whether `num_bad` bad samples among the `num_read` that all readers of a run have read are within bounds: a
-        share of an epoch, or of all that was read if that is more. (Those known beforehand are not planned.)
+        """Checks the `num_bad` bad samples among the `num_read` that all readers of a run have read: as a share of an
+        epoch, or of all that was read if that is more. (Samples known to be bad beforehand are not planned.)
 
         Raises:
-            ValueError: they are not; with the table of what the readers have `found`.
+            ValueError: too many, with the table of the faults that the readers have `found`.
         """
         self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad, found)
 
     def close(self) -> None:
-        """Ends the workers; what is under way is dropped."""
+        """Ends the workers and drops what they are making."""
         if self._workers is not None:
             self._workers.close()
         self._buffers.close()
@@ -192,7 +194,7 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
 
 
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
-    """Adds what indexing found, logged with shard and key."""
+    """Adds the faults that indexing found, logged with shard and key."""
     for index in indexes:
         for row in np.flatnonzero(index.fault_I).tolist():
             log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
@@ -201,7 +203,7 @@ def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
 
 
 def _log_contents(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:
-    """Says what there is to train on.
+    """Logs what there is to train on.
 
     Raises:
         ValueError: nothing to learn from.

@@ -24,8 +24,11 @@ _LONGEST_OPENING = timedelta(days=2)
 def open_data(
     config: Config, model_dir: Path, encoder_dir: Path
 ) -> tuple[Config, PackReader | None, PackReader | None]:
-    """The readers of the training and the validation data (on ranks that do not read, and without validation data,
-    None), and the configuration with the visual_seq_length that the training data propose, if it is 0. Collective.
+    """Opens the training and the validation data of a run. Collective.
+
+    Returns:
+        The configuration, with the visual_seq_length that the training data propose if it was 0; the reader of the
+        training data and that of the validation data, each None on ranks that do not read or without such data.
 
     Raises:
         ValueError: see `open_reader`.
@@ -48,8 +51,8 @@ def open_data(
 
 
 def _after_rank_0(work: Callable[[], Result]) -> Result | None:
-    """Runs `work` on the ranks that read, on rank 0 first: the others find there what it has worked out. If it fails
-    there, it fails everywhere for the same reason."""
+    """Runs `work` on the ranks that read, on rank 0 first, whose indexes and counts the others then find on the disk.
+    If it fails on rank 0, it fails on all ranks with the same message."""
     group = dist.new_group(backend="gloo", timeout=_LONGEST_OPENING)
     is_first = dist.get_rank() == 0
     result, problem = None, [""]

@@ -1,7 +1,7 @@
 """Builds the index of tars: walks the headers, reads every file of a sample once, and judges every sample.
 
-Nothing is unpacked, unpickled or decoded: of pictures only the headers are looked at, and of all files that are neither
-`.json` nor pictures nothing but their names.
+Nothing is unpacked, unpickled or decoded: of pictures only the headers are parsed, and of files that are neither
+`.json` nor pictures only the names.
 """
 
 import logging
@@ -56,9 +56,11 @@ def index_tars(
 ) -> ShardIndex:
     """The index of tars, in their order; the same for any number of worker processes.
 
-    on_progress: called with the number of bytes that were gone through since it was called last. open_tar: gives a file
-    descriptor of what a path names; `ShardCache.open_once` fetches remote tars. What is wrong with samples stands in
-    the index, and is logged with shard and key, a few of each kind.
+    Faults of samples are stored in the index, and a few of each kind are logged with shard and key.
+
+    Args:
+        on_progress: called with the number of bytes read since its last call.
+        open_tar: gives a file descriptor for a path; `ShardCache.open_once` fetches remote tars.
 
     Raises:
         ValueError: a tar that cannot be read; no sample in any of them; a worker process that was killed.
@@ -142,8 +144,8 @@ class _IndexBuilder:
         return replace(index, left_out=+self._left_out, ignored=self._ignored, other_keys=self._other_keys)
 
     def _num_lost(self, num_bytes: int) -> int:
-        """Samples that damages have swallowed besides those that were found lost, judged by the bytes of those that are
-        whole; what is missing behind the end of a tar that was cut off nobody knows."""
+        """Samples that damages have destroyed, besides those found lost, estimated from the mean size of whole samples.
+        What is missing after the end of a truncated tar is unknown."""
         if not self._row_of:
             return self._num_damages
         bytes_a_sample = (num_bytes - self._num_damaged_bytes) / len(self._rows.keys)
@@ -194,7 +196,7 @@ class _IndexBuilder:
         self._rows.add(group.key, text, digest.intdigest(), fault)
 
     def _judge_groups_without_text(self) -> None:
-        """Media whose .json lies elsewhere in the tar make that sample scattered; without one they are left out."""
+        """Media whose .json lies elsewhere in the tar make that sample scattered; media without one are left out."""
         scattered = {key for key, _ in self._without_text if key in self._row_of}
         self.examples = [example for example in self.examples if example[1] not in scattered]
         for key, beside_damage in self._without_text:

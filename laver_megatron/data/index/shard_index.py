@@ -32,7 +32,7 @@ _MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar. path: absolute or as it was named, or a URL; num_samples: rows that the index has of it."""
+    """A tar. path: absolute, as it was named, or a URL; num_samples: its rows in the index."""
 
     path: str
     num_bytes: int
@@ -40,7 +40,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The last part of the path: what stays the same when a folder of shards is moved."""
+        """The last part of the path, which stays the same when a folder of shards is moved."""
         return self.path.rstrip("/").rpartition("/")[2]
 
 
@@ -70,10 +70,15 @@ class ShardSample:
 class ShardIndex:
     """Samples of shards, in order, as columns. Compared by `fingerprint`.
 
-    shard_I: number into `shards`; image_start_I `[I + 1]`: where each sample's pictures start in the columns `_P`;
-    image_extension_P: number into `extensions`; fault_I: `Fault.code`, 0 where usable; left_out: what the shards hold
-    that is no row, by fault; ignored: files that belong to no sample, by extension; other_keys: of the records, those
-    that are not used; path: of the index's file.
+    Attributes:
+        shard_I: number in `shards`.
+        image_start_I: `[I + 1]`, where each sample's pictures start in the columns `_P`.
+        image_extension_P: number in `extensions`.
+        fault_I: `Fault.code`, 0 where usable.
+        left_out: samples that have no row, by fault.
+        ignored: files that belong to no sample, by extension.
+        other_keys: unused keys of the records.
+        path: of the index's file.
     """
 
     shards: tuple[Shard, ...]
@@ -104,7 +109,7 @@ class ShardIndex:
         return np.diff(self.image_start_I)
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) in pixels of each picture of a sample, as it is to be seen."""
+        """(width, height) in pixels of each picture of a sample, upright."""
         part = self._pictures(row)
         return list(zip(self.image_width_P[part].tolist(), self.image_height_P[part].tolist(), strict=True))
 
@@ -137,7 +142,7 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the order and the content of the samples, but not of where they lie."""
+        """Hash of everything that determines the order and content of the samples, but not of where they lie."""
         digest = xxhash.xxh3_128()
         for shard in self.shards:
             digest.update(f"{len(shard.name)}:{shard.name}".encode())
@@ -224,7 +229,7 @@ class IndexRows:
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
-    """One index after the other; shards that stand in several stay apart."""
+    """One index after the other; a shard that is in several stays in each."""
     assert indexes
     extensions = tuple(dict.fromkeys(extension for index in indexes for extension in index.extensions))
     first_shards = np.cumsum([0] + [len(index.shards) for index in indexes])
@@ -265,8 +270,8 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
 
 
 def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
-    """The samples of these rows, in this order, over the shards that they lie in. What was left out of the shards when
-    they were indexed is no part of a selection."""
+    """The samples of these rows, in this order, over the shards that hold them. Samples that were left out of the index
+    are no part of a selection."""
     rows_I = np.asarray(rows_I, np.int64)
     used, shard_I = np.unique(index.shard_I[rows_I], return_inverse=True)
     num_samples = np.bincount(shard_I, minlength=len(used)).tolist()

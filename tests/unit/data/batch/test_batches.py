@@ -41,7 +41,7 @@ def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     source.image_cost = BY_TOKENS
     source.dtype, source.device = torch.float32, torch.device("cpu")
     source.num_samples = source.num_bad_samples = 0
-    source.faults, source._told_faults = Counter(), Counter(reader.faults.counts)
+    source.faults, source._reported_faults = Counter(), Counter(reader.faults.counts)
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
     return source
 
@@ -147,7 +147,7 @@ def test_a_restart_goes_on_counting_bad_samples(write_shard, reader_of, config):
     for known in ((0, 0), (7, 1), (90, 60)):
         reader = reader_of(config, [str(shard)])
         sources.append(source_on(config, reader, 0, 1))
-        sources[-1].go_on_from({}, *known)
+        sources[-1].resume_from({}, *known)
         assert (sources[-1].num_samples, sources[-1].num_bad_samples) == (sum(known), known[1])
     keys_at(sources[0], 0, 1, 0), keys_at(sources[1], 0, 1, 0)
     assert sources[1].num_samples == sources[0].num_samples + 8
@@ -220,14 +220,14 @@ def test_marks_pass_from_rank_to_rank(config, reader_of):
         mark = source.mark(position)
     assert mark["window"] == first.plan.num_windows > 1 and mark == json.loads(json.dumps(mark))
     resumed = built(config, second, lambda values: None)
-    resumed.go_on_from({})  # of a checkpoint without one
+    resumed.resume_from({})  # of a checkpoint without one
     with mock.patch.object(second.plan, "_pack_window", wraps=second.plan._pack_window) as packed:
-        resumed.go_on_from(mark)
+        resumed.resume_from(mark)
         assert keys_at(resumed, 0, 1, position) == keys_at(source, 0, 1, position)
     assert min(call.args[0] for call in packed.call_args_list) == mark["window"]
     with pytest.raises(ValueError, match="other data or to another version"):
-        resumed.go_on_from({**mark, "first_pack": position + 1})
-    built(config, None, lambda values: values.__setitem__(0, "rank 0's")).go_on_from(mark)  # reads nothing
+        resumed.resume_from({**mark, "first_pack": position + 1})
+    built(config, None, lambda values: values.__setitem__(0, "rank 0's")).resume_from(mark)  # reads nothing
     with pytest.raises(ValueError, match="those of rank 0 other: the indexes or shards .* not the same on all nodes"):
         built(config, second, lambda values: values.__setitem__(0, "other"))
 

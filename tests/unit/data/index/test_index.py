@@ -447,6 +447,11 @@ def test_find_takes_files_directories_and_globs_once(tmp_path, write_shard):
     assert find_shards([second, tmp_path, str(tmp_path / "*.tar")]) == [second, first]
 
 
+def test_lists_of_urls_are_written_out():
+    numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
+    assert find_shards_and_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
+
+
 # --- the tool ------------------------------------------------------------------------------------------
 
 

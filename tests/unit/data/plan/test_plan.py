@@ -236,7 +236,7 @@ def test_from_a_mark_on_nothing_before_it_is_packed(packed, epoch, share):
     mark = whole.mark(position)
     resumed = plan(source(2000, longest=90))
     packed.clear()
-    resumed.go_on_from(mark)
+    resumed.resume_from(mark)
     assert [resumed.pack(position + i) for i in range(60)] == expected
     assert min(packed) == mark.window == whole._find(position) and len(packed) <= 4
     assert resumed.mark(position) == mark
@@ -266,7 +266,7 @@ def test_a_mark_of_anything_else_is_noticed():
     ]  # fmt: skip
     for one in wrong:
         with pytest.raises(ValueError, match="other data or to another version"):
-            plan(source(2000, longest=90)).go_on_from(one)
+            plan(source(2000, longest=90)).resume_from(one)
 
 
 def test_other_packs_than_those_of_a_mark_are_noticed(monkeypatch):
@@ -275,12 +275,12 @@ def test_other_packs_than_those_of_a_mark_are_noticed(monkeypatch):
     mark = p.mark(100)
     monkeypatch.setattr("laver_megatron.data.plan.plan.pack_window", lambda tokens_I, *_: np.arange(len(tokens_I)))
     with pytest.raises(ValueError, match="another version of laver_megatron"):
-        plan(source(2000, longest=90)).go_on_from(mark)
+        plan(source(2000, longest=90)).resume_from(mark)
 
 
 def test_what_lies_before_a_mark_is_held_against_it():
     p = plan(source(2000, longest=90))
-    p.go_on_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
+    p.resume_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
     p.pack(100)
     for _ in range(2):  # it stays wrong however often it is asked
         with pytest.raises(ValueError, match=r"window 5 begins at pack \d+, but 77 was noted"):

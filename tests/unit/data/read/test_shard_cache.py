@@ -25,7 +25,7 @@ from laver_megatron.data.index.shard_index import Shard
 from laver_megatron.data.read import shard_cache
 from laver_megatron.data.read.fetching import SCHEMES
 from laver_megatron.data.read.sample_files import SampleFiles
-from laver_megatron.data.read.shard_cache import ShardCache, expand_urls
+from laver_megatron.data.read.shard_cache import ShardCache
 from tests.content import picture_bytes, question
 from tests.unit.data.batch.test_pack_reader import same
 
@@ -247,11 +247,6 @@ def index_of(path, num_bytes):
     from types import SimpleNamespace
 
     return SimpleNamespace(shards=[Shard(path, num_bytes, 1)])
-
-
-def test_braces():
-    numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
-    assert expand_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
 
 
 def changed(text):
