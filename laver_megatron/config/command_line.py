@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; the values stay strings, `coerce` gives them their types."""
     parser = _Parser(
         prog="laver train",
-        usage="%(prog)s --config FILE [--name value ...]",
+        usage="laver train --config FILE [--name value ...]",
         description="Train a multimodal language model with LaVer on Megatron-Core, or go on with a run. Without "
         "--config: the demo.",
         epilog=_EPILOG,

@@ -14,13 +14,13 @@ from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.members import MAX_PICTURE_BYTES
 from laver_megatron.data.read.conversations import image_parts, parse_json, turns_of
 from laver_megatron.data.read.record_keys import named_pictures
-from laver_megatron.shards.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.shards.json_records import read_records
+from laver_megatron.shards.record_source import Found, FoundSample, RecordSource, identity, origin
 
 _PART_NAMES = ("image", "path", "url", "image_url")  # keys under which a part of a message names its picture
 
 
-class LlavaSource(Source):
+class LlavaSource(RecordSource):
     """JSON files whose records name pictures below a folder.
 
     images: that folder; None if all samples are text only.

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.members import MAX_PICTURE_BYTES
 from laver_megatron.data.read.record_keys import REFUSED_KEYS, USED_KEYS, is_nothing, named_pictures
-from laver_megatron.shards.found import Found, FoundSample, Source, Unwanted, identity, origin
+from laver_megatron.shards.record_source import Found, FoundSample, RecordSource, Unwanted, identity, origin
 
 # What may be asked for, and the column that answers it.
 RATINGS = {
@@ -30,7 +30,7 @@ _BATCH_ROWS = 32  # rows held at once: a picture can have megabytes
 Reference = tuple[int, int, int]  # number of the file, of the row group, of the row in it
 
 
-class ParquetSource(Source):
+class ParquetSource(RecordSource):
     """Parquet files in FineVision's or LLaVA-OneVision-Data's columns.
 
     min_ratings: {a key of RATINGS: least rating}; a turn that has less, or has no rating, is dropped.

@@ -11,7 +11,7 @@ NUM_EXAMPLES = 5  # of each fault that a worker keeps for the log
 
 
 @dataclass
-class Report:
+class MakeReport:
     """Counts of a part of the work or of all of it.
 
     num_placed: samples whose pictures were put in front of the first question, as no text said where they belong;
@@ -49,7 +49,7 @@ class Report:
         if len(kept) < NUM_EXAMPLES:
             kept.append((key, str(fault)))
 
-    def add(self, other: "Report") -> None:
+    def add(self, other: "MakeReport") -> None:
         """Adds another part's counts; examples are not carried on."""
         for name in (entry.name for entry in fields(self) if entry.name.startswith("num_")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -63,7 +63,7 @@ class Report:
         return {**document, **{name: dict(getattr(self, name)) for name in ("faults", "other_keys", "ignored")}}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Report":
+    def from_json(cls, document: dict[str, Any]) -> "MakeReport":
         """Back from `to_json`."""
         faults = Counter({Fault(name): count for name, count in document["faults"].items()})
         others = {name: Counter(document[name]) for name in ("other_keys", "ignored")}

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import mask_pack
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.batch.pack_reader import PackReader
+from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.model.spans import language_spans, spans_to_mask
 from laver_megatron.objective import schedules
+from laver_megatron.objective.language import IGNORE_LABEL
 
 # Kinds of tokens in the strip, with their colours; images alternate between two, so that neighbours differ.
 PADDING, TEXT, ANSWER, IMAGE, OTHER_IMAGE, MASKED = range(6)

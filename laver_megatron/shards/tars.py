@@ -29,7 +29,7 @@ from laver_megatron.data.index.members import (
 )
 from laver_megatron.data.read.conversations import parse_json, read_conversation
 from laver_megatron.data.read.record_keys import first_present, shown
-from laver_megatron.shards.found import Found, FoundSample, NoSample, Source, identity, origin
+from laver_megatron.shards.record_source import Found, FoundSample, NoSample, RecordSource, identity, origin
 
 # Also names that are no numbers (KEY.left.jpg), which training would not take for pictures.
 _PICTURE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)", re.DOTALL)
@@ -50,7 +50,7 @@ class Record:
     is_scattered: bool = False
 
 
-class TarSource(Source):
+class TarSource(RecordSource):
     """WebDataset tars.
 
     packed: whether a record may have one of the forms of LLaVA-OneVision-1.5.

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.config.fields import Config
-from laver_megatron.data.batch.loader import PackReader
+from laver_megatron.data.batch.pack_reader import PackReader
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.plan import Source
+from laver_megatron.data.plan.plan import SampleSizes
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
@@ -79,7 +79,7 @@ class IterationCounts:
 
 
 def _sample_counts(
-    index: ShardIndex, source: Source, preprocessor: ImagePreprocessor, attention: str, window_tokens: int | None
+    index: ShardIndex, source: SampleSizes, preprocessor: ImagePreprocessor, attention: str, window_tokens: int | None
 ) -> NDArray[np.int64]:
     """COUNTS of every sample as a separate document, int64 `[I, C]`; meaningless for unusable samples."""
     sizes, size_K = np.unique(

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.data.batch.dataset import open_reader
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.encoders import read_encoder
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import PackReader, open_reader
+from laver_megatron.encoders import open_preprocessor, read_encoder
 from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
 from laver_megatron.start import HF_PREFIX, find_start
@@ -270,6 +271,8 @@ def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
 def open_training_data(size: Size, config: Config) -> PackReader:
     """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
     try:
-        return open_reader(config, config.data.data_path, size.model_dir, size.encoder_dir, training=True)
+        preprocessor = open_preprocessor(size.encoder_dir, config.data.max_image_tokens)
+        spec = DataSpec.of(config, config.data.data_path, training=True)
+        return open_reader(spec, load_tokenizer(size.model_dir), preprocessor)
     except (ValueError, OSError) as error:
         raise ConfigError([f"{size.name}: {error}"]) from None

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.broadcast import scatter_pixels, share_metadata
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.batch.pack_reader import PackReader
+from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.data.index.faults import FAULTS, Fault
 from laver_megatron.data.plan.plan import PlanMark
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
+from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.objective.masking import mask_visual_tokens
 
 

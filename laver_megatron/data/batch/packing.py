@@ -4,12 +4,12 @@ Letters: B packs, S tokens of a pack, T tokens of one sample, 3 colours, height,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-IGNORE_LABEL = -100
+from laver_megatron.objective.language import IGNORE_LABEL
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class PackBatch:
     image_number_BS: Tensor
     pixels: list[list[Tensor]]
     keys: list[list[str]]
+
+
+PACK_TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
 
 
 def image_grids(packs: PackBatch) -> list[tuple[int, int]]:

@@ -17,15 +17,15 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL
-from laver_megatron.data.batch.processes import map_in_processes
 from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
 from laver_megatron.data.index.index_file import codes, is_url, read_table, write_table
 from laver_megatron.data.index.shard_index import ShardIndex
 from laver_megatron.data.read.conversations import parse_conversation
-from laver_megatron.data.read.reading import OpenShard, SampleFiles, open_local
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_local
 from laver_megatron.encoders import ImagePreprocessor
+from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.runtime.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
 

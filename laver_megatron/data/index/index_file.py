@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from laver_megatron.data.index.faults import FAULT_NAMES
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
+from laver_megatron.runtime.files import replacing
 
 INDEX_NAME = "index.parquet"
 PROGRESS_NAME = ".progress"  # in a folder of shards that is still being made
@@ -65,15 +66,8 @@ def write_index(index: ShardIndex, path: str | Path) -> None:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Writes a Parquet file under a temporary name, and gives it its own when it is safe on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_A_GROUP, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS_A_GROUP, write_page_checksum=True)
 
 
 def read_table(path: Path) -> pa.Table:

@@ -11,11 +11,12 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from laver_megatron.data.index.build import index_tars, open_path
+from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
 from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select
 from laver_megatron.data.read.record_keys import keys_line
-from laver_megatron.data.read.remote import ShardCache, expand_urls
+from laver_megatron.data.read.shard_cache import ShardCache, expand_urls
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def open_indexes(
 
 
 def index_with_bar(
-    shards: Sequence[str | Path], num_workers: int, open_tar: Callable[[str], int] = open_path
+    shards: Sequence[str | Path], num_workers: int, open_tar: Callable[[str], int] = open_file
 ) -> ShardIndex:
     """`index_tars` with a progress bar over bytes, where there is a terminal."""
     are_local = not any(is_url(str(shard)) for shard in shards)

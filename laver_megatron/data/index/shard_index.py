@@ -27,6 +27,8 @@ from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault
 from laver_megatron.data.index.members import Member
 from laver_megatron.data.read.record_keys import add_keys
 
+_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -165,6 +167,60 @@ class ShardIndex:
 
     def _pictures(self, row: int) -> slice:
         return slice(int(self.image_start_I[row]), int(self.image_start_I[row + 1]))
+
+
+class IndexRows:
+    """The index of one shard as it grows: of each sample its pictures, then its row.
+
+    Attributes:
+        keys, faults: of the rows so far; faults as `Fault.code`.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.faults: list[int] = []
+        self._texts: list[tuple[int, int, int]] = []  # offset, size, checksum
+        self._starts = [0]  # of each sample's pictures, and the end of the last one's
+        self._pictures: list[tuple[int, int, int, int, int]] = []  # offset, size, extension, width, height
+        self._extensions: dict[str, int] = {}
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures since the last row."""
+        return len(self._pictures) - self._starts[-1]
+
+    def add_picture(self, member: Member, size: tuple[int, int]) -> None:
+        """A picture of the next row. size: (width, height) in pixels."""
+        number = self._extensions.setdefault(member.extension, len(self._extensions))
+        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
+
+    def add(self, key: str, text: Member, checksum: int, fault: Fault | None = None) -> None:
+        """A sample, whose pictures have been added."""
+        self.keys.append(key)
+        self.faults.append(0 if fault is None else fault.code)
+        self._texts.append((text.offset, text.size, checksum))
+        self._starts.append(len(self._pictures))
+
+    def finish(self, path: str, num_bytes: int) -> ShardIndex:
+        """The index of the shard, which has nothing else in it."""
+        pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
+        offsets, sizes, checksums = zip(*self._texts, strict=True) if self._texts else ((), (), ())
+        return ShardIndex(
+            shards=(Shard(path, num_bytes, len(self.keys)),),
+            extensions=tuple(self._extensions),
+            shard_I=np.zeros(len(self.keys), np.int32),
+            keys=pa.array(self.keys, pa.large_string()),
+            text_offset_I=np.array(offsets, np.int64),
+            text_size_I=np.array(sizes, np.int64),
+            image_start_I=np.array(self._starts, np.int64),
+            image_offset_P=pictures[:, 0].copy(),
+            image_size_P=pictures[:, 1].astype(np.int32),
+            image_extension_P=pictures[:, 2].astype(np.int16),
+            image_width_P=pictures[:, 3].astype(np.int32),
+            image_height_P=pictures[:, 4].astype(np.int32),
+            checksum_I=np.array(checksums, np.uint64),
+            fault_I=np.array(self.faults, np.int8),
+        )
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:

@@ -18,7 +18,7 @@ _ORDER, _CHOICE = 0, 1  # streams of random bits; the plan has further ones
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class SampleSizes:
     """The sizes of one data set's samples, in the order of its index.
 
     tokens_I, visual_I: tokens and visual tokens, 0 tokens for a sample that cannot be used; shard_I: number of
@@ -51,7 +51,7 @@ class Mixture:
     usable: for each source which rows take part, bool `[I]`. Global sample ids count through the sources.
     """
 
-    def __init__(self, sources: Sequence[Source], usable: Sequence[NDArray[np.bool_]], seed: int) -> None:
+    def __init__(self, sources: Sequence[SampleSizes], usable: Sequence[NDArray[np.bool_]], seed: int) -> None:
         self.seed = seed
         self.weights = [source.weight for source in sources]
         offsets = np.cumsum([0, *(len(source) for source in sources)])

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import ALGORITHM, Style, pack_window, rank_styles
-from laver_megatron.data.plan.mixture import Mixture, Source, shuffle
+from laver_megatron.data.plan.mixture import Mixture, SampleSizes, shuffle
 
-__all__ = ["PackPlan", "Source", "WindowPacks"]
+__all__ = ["PackPlan", "SampleSizes", "WindowPacks"]
 
 _WINDOW, _PACKS = 2, 3  # streams of random bits, after the mixture's
 _WINDOWS_KEPT = 4  # batches run across the end of a window, and what is read ahead does too
@@ -65,7 +65,7 @@ class PackPlan:
     """
 
     def __init__(
-        self, sources: Sequence[Source], seq_length: int, visual_seq_length: int, seed: int, window: int = 10_000
+        self, sources: Sequence[SampleSizes], seq_length: int, visual_seq_length: int, seed: int, window: int = 10_000
     ) -> None:
         if window < 1:
             raise ValueError(f"a window of {window} samples holds none")

@@ -23,7 +23,7 @@ from laver_megatron.data.index.faults import FAULTS, Fault
 from laver_megatron.data.index.index_file import check_index, read_index, write_index
 from laver_megatron.data.index.opening import find_shards, find_shards_and_urls, open_indexes, path_problems
 from laver_megatron.data.index.shard_index import concatenate, select
-from laver_megatron.shards.index_summary import summary
+from laver_megatron.shards.commands import index_summary
 from tests.content import picture_bytes, question, read_member
 
 TOOL = Path(__file__).parents[4] / "tools" / "index_shards.py"
@@ -212,7 +212,7 @@ def test_unused_keys_of_records_stand_in_the_index(write_shard, tmp_path):
     write_index(index, tmp_path / "index.parquet")
     assert read_index(tmp_path / "index.parquet").other_keys == {"score": 2}
     assert concatenate([index, index]).other_keys == {"score": 4}
-    assert "1  unused keys of records: score (2)" in summary(index)
+    assert "1  unused keys of records: score (2)" in index_summary(index)
 
 
 def test_a_truncated_tar_gives_what_is_before_the_cut(write_shard, caplog):

@@ -11,6 +11,7 @@ from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.index_file import is_url
 from laver_megatron.data.index.members import Member
 from laver_megatron.data.index.shard_index import Shard, ShardSample
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class OpenShard(Protocol):
 
 def open_local(shard: Shard, wrong: int | None = None) -> int:
     """A file descriptor of a local shard, of which there are no copies. Raises OSError."""
-    return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    return open_file(shard.path)
 
 
 class SampleFiles:

@@ -1,6 +1,5 @@
-"""From a configuration to readers of packs, on the ranks that read."""
+"""The training and validation data of a run: readers of packs, on the ranks that read."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch.distributed as dist
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.broadcast import is_reader
-from laver_megatron.data.batch.loader import PackReader, open_dataset
-from laver_megatron.data.read.remote import ShardCache
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import PackReader, open_reader
 from laver_megatron.encoders import open_preprocessor
 from laver_megatron.hf.tokenizer import load_tokenizer
 
@@ -29,49 +28,23 @@ def open_data(
     None), and the configuration with the visual_seq_length that the training data propose, if it is 0. Collective.
 
     Raises:
-        ValueError: see `open_dataset`.
+        ValueError: see `open_reader`.
     """
-    reader = _after_rank_0(lambda: open_reader(config, config.data.data_path, model_dir, encoder_dir, training=True))
-    if config.data.visual_seq_length == 0:
+    data = config.data
+
+    def reader_of(paths: Sequence[str], *, training: bool = False) -> PackReader | None:
+        spec = DataSpec.of(config, paths, training=training)
+        return _after_rank_0(
+            lambda: open_reader(spec, load_tokenizer(model_dir), open_preprocessor(encoder_dir, data.max_image_tokens))
+        )
+
+    reader = reader_of(data.data_path, training=True)
+    if data.visual_seq_length == 0:
         proposed = [reader.visual_seq_length if reader else 0]
         dist.broadcast_object_list(proposed, src=0)
         config = config.replace(visual_seq_length=proposed[0])
-    validation = None
-    if config.data.valid_data_path:
-        paths = config.data.valid_data_path
-        validation = _after_rank_0(lambda: open_reader(config, paths, model_dir, encoder_dir))
+    validation = reader_of(data.valid_data_path) if data.valid_data_path else None
     return config, reader, validation
-
-
-def open_reader(
-    config: Config, paths: Sequence[str], model_dir: Path, encoder_dir: Path, *, training: bool = False
-) -> PackReader:
-    """The reader of some data of a run. training: they are its training data, which have weights, and images with
-    LaVer. Raises as `open_dataset` does."""
-    data = config.data
-    return open_dataset(
-        paths,
-        load_tokenizer(model_dir),
-        open_preprocessor(encoder_dir, data.max_image_tokens),
-        seq_length=data.seq_length,
-        visual_seq_length=data.visual_seq_length,
-        seed=config.training.seed,
-        num_workers=data.num_workers,
-        needs_images=training and config.objective.laver,
-        weights=data.data_weights if training else None,
-        window=data.shuffle_window,
-        long_samples=data.long_samples,
-        max_bad_fraction=data.max_bad_fraction,
-        # Sequence parallelism splits the visual slots between the ranks.
-        visual_multiple_of=config.parallel.tensor_model_parallel_size,
-        cache=_shard_cache(config),
-    )
-
-
-def _shard_cache(config: Config) -> ShardCache:
-    data = config.data
-    folder = Path(data.shard_cache) if data.shard_cache else Path(tempfile.gettempdir()) / "laver_shards"
-    return ShardCache(folder, int(data.shard_cache_gb * 1e9), data.allow_pipe)
 
 
 def _after_rank_0(work: Callable[[], Result]) -> Result | None:

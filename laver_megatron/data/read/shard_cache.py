@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from laver_megatron.data.index.index_file import is_url
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
 from laver_megatron.data.read.fetching import PIPE, SCHEMES, MissingPackageError, RefusedError, fetch_into, scheme_of
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,13 @@ class ShardCache:
             OSError: a local shard, or the folder, cannot be used.
         """
         if not is_url(shard.path):
-            return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_file(shard.path)
         if wrong is not None:
             self._drop(shard, wrong)
         while True:
             path = self.fetch(shard.path, shard.num_bytes)
             try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                return open_file(path)
             except FileNotFoundError:  # another process made room in between
                 continue
 
@@ -86,11 +87,11 @@ class ShardCache:
         Raises: as `open` does.
         """
         if not is_url(path):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_file(path)
         while True:
             copy = self.fetch(path)
             try:
-                file = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+                file = open_file(copy)
             except FileNotFoundError:  # another process made room in between
                 continue
             copy.unlink(missing_ok=True)

@@ -45,7 +45,7 @@ class Unwanted:
 Found = FoundSample | SampleFault | Unwanted | NoSample
 
 
-class Source(ABC):
+class RecordSource(ABC):
     """Files of one format. Holds paths and settings only, so that it can be sent to worker processes.
 
     A reference stands for one record, which is one sample, or several where a format packs them together.

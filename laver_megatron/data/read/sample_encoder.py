@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample
+from laver_megatron.data.batch.packing import EncodedSample
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
+from laver_megatron.objective.language import IGNORE_LABEL
 
 _VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
