@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "transformers>=5",
         "webdataset",
+        "fsspec[http]",
         "pillow",
         "safetensors",
         "psutil",  # Megatron-Core's checkpoint writer needs it and does not say so
@@ -41,6 +42,9 @@ setup(
         # Megatron-Core uses these where it finds them. apex is not here: what pip finds under that name is
         # another project; NVIDIA's comes with the image of the Dockerfile, or from source.
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        # Remote shards of these stores.
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
         "test": [
             "pytest",
             "pytest-xdist",

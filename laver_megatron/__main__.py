@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from laver_megatron import __version__
-from laver_megatron.program import WRONG_USE
+from laver_megatron.program import FAILED, WRONG_USE
 
 
 class Command(NamedTuple):
@@ -74,8 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: Command, arguments: Sequence[str]) -> None:
-    """Imports the program and runs its main."""
-    getattr(import_module(f"laver_megatron.{command.module}"), command.function)(arguments)
+    """Imports the program and runs its main, which may need packages that the planner does without."""
+    try:
+        getattr(import_module(f"laver_megatron.{command.module}"), command.function)(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("laver_megatron"):
+            raise
+        print(f"error: this needs {error.name}, which is not installed: pip install laver_megatron", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def usage(commands: dict[str, Command]) -> str:

@@ -117,7 +117,7 @@ def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
         torchrun.main(words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _end(f"rank {rank} ended first, {_ending(failure.exitcode)}; the run is over", max(failure.exitcode, FAILED))
+        _end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
     except SignalException as error:
         _end(interruption_message(run_dir), 128 + error.sigval)
 

@@ -7,14 +7,17 @@ a file or a number that the user gave); 130 ended by Ctrl-C or by another signal
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import NoReturn, Protocol
 
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.runtime.signals import interrupt_on_sigterm
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -63,19 +66,35 @@ def program(main: Main) -> Main:
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
-        interrupt_on_sigterm()
+        _interrupt_on_sigterm()
         try:
             main(argv)
         except ConfigError as error:
             _end(str(error), WRONG_USE)
         except ValueError as error:
             _end(f"error: {error}", WRONG_USE)
+        except BrokenPipeError:  # whoever read what we print, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(FAILED) from None
         except OSError as error:
             _end(f"error: {error}", FAILED)
         except KeyboardInterrupt as interruption:
             _end(str(interruption) or "interrupted", INTERRUPTED)
 
     return run
+
+
+def _interrupt_on_sigterm() -> None:
+    """SIGTERM does what Ctrl-C does. Processes forked from this one end at once, or answer it in a way of their own."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    if current_thread() is main_thread():  # no other may set handlers
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _end(message: str, status: int) -> NoReturn:

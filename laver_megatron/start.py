@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, is_converted, latest_checkpoint
 from laver_megatron.config.fields import Config
-from laver_megatron.hf.safetensors_reader import weight_problems
 from laver_megatron.hf.shape import is_laver_export
 from laver_megatron.objective.schedules import ema_interval_steps, ema_momentum, learning_rate, mask_ratio
 from laver_megatron.runtime.files import read_object
@@ -220,6 +219,8 @@ class HuggingFace(Start):
         if config.start.finetune and not self.is_export and (self.hf_dir / "config.json").is_file():
             yield text_only_problem(config.start.load)
         if not dry_run:
+            from laver_megatron.hf.safetensors_reader import weight_problems  # torch: the planner needs none
+
             yield from weight_problems("load", self.hf_dir)
 
     def trained_with(self) -> tuple[dict[str, Any] | None, str]:

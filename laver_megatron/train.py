@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
-    heed_signals()
+    heed_signals(config.run.run_dir)
     try:
         trainer = setup(config)
         train(trainer)

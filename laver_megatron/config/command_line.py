@@ -25,12 +25,11 @@ from laver_megatron.config.fields import (
     SECTIONS,
     Config,
     ConfigError,
-    FieldType,
     all_fields,
     field_types,
     fields_of,
-    is_required,
 )
+from laver_megatron.config.options import FieldType, is_required
 from laver_megatron.config.schema import json_schema
 
 EXIT_BAD_INPUT = 2
@@ -167,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; the values stay strings, `coerce` gives them their types."""
     parser = _Parser(
         prog="laver train",
-        usage="%(prog)s --config FILE [--name value ...]",
+        usage="laver train --config FILE [--name value ...]",
         description="Train a multimodal language model with LaVer on Megatron-Core, or go on with a run. Without "
         "--config: the demo.",
         epilog=_EPILOG,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders import EncoderShape, check_encoder, open_preprocessor, read_encoder
-from laver_megatron.hf.safetensors_reader import weight_problems
 from laver_megatron.hf.shape import ModelShape, is_size, read_model_shape
 from laver_megatron.hf.tokenizer import tokenizer_problems
 from laver_megatron.start import HF_PREFIX, Start
@@ -80,6 +79,8 @@ def encoder_problems(config: Config, start: Start, *, dry_run: bool) -> tuple[Ch
     except ValueError as error:
         problems.append(f"encoder {error}")
     if not start.brings_encoder and not dry_run and shape.has_weights:
+        from laver_megatron.hf.safetensors_reader import weight_problems  # torch: the planner needs none
+
         of_files = list(weight_problems("encoder", start.encoder_dir))
         problems += of_files
         reads_weights = not of_files

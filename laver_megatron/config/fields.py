@@ -9,16 +9,25 @@ belongs to one section, and its section is not written.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import yaml
-
 from laver_megatron.config.modules import MODULES
+from laver_megatron.config.options import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    FieldType,
+    field_type,
+    option,
+    yaml_line,
+)
 
 ATTENTIONS = ("mixed", "causal")
 POSITIONS = ("2d", "1d", "mrope")
@@ -63,65 +72,32 @@ class ConfigError(ValueError):
         super().__init__(f"{len(self.problems)} {noun} in the configuration:{lines}")
 
 
-@dataclass(frozen=True)
-class Range:
-    """The values that a number may have. schema: the bounds, under JSON schema's names; rule: the same in words."""
-
-    rule: str
-    schema: Mapping[str, float]
-
-    def holds(self, value: float) -> bool:
-        """Whether a value lies within all bounds."""
-        bounds = self.schema
-        return (
-            value >= bounds.get("minimum", value)
-            and value <= bounds.get("maximum", value)
-            and not value <= bounds.get("exclusiveMinimum", float("-inf"))
-            and not value >= bounds.get("exclusiveMaximum", float("inf"))
-        )
-
-
-POSITIVE = Range("must be at least 1", {"minimum": 1})
-NOT_NEGATIVE = Range("must not be negative", {"minimum": 0})
-ABOVE_ZERO = Range("must be above 0", {"exclusiveMinimum": 0})
-SHARE = Range("must be from 0 to 1", {"minimum": 0, "maximum": 1})
-BELOW_ONE = Range("must be at least 0 and below 1", {"minimum": 0, "exclusiveMaximum": 1})
-SEED = Range("must be at least 0 and below 2**63", {"minimum": 0, "exclusiveMaximum": 2**63})
-
-
-def _option(
-    help_text: str, *, choices: tuple[str, ...] | None = None, valid: Range | None = None, **default: Any
-) -> Any:
-    """A dataclass field with what the help page and the checks need; `default=...` or required."""
-    return field(metadata={"help": help_text, "choices": choices, "range": valid}, **default)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
     """Where a run begins: weights, and the directories that say what they belong to."""
 
-    model: str | None = _option(
+    model: str | None = option(
         "Hugging Face directory with config.json and tokenizer; without it, that "
         "of --load (hf:DIR, or hf/ in the checkpoint)",
         default=None,
     )
-    load: str | None = _option(
+    load: str | None = option(
         "where weights come from: hf:DIR (safetensors) or a checkpoint of this "
         "program (its checkpoints/ folder, or one iter_* folder in it)",
         default=None,
     )
-    finetune: bool = _option(
+    finetune: bool = option(
         "begin the next stage: take only the weights of --load, connector included, and start at iteration 0 with a "
         "new optimizer and, with LaVer, the student's weights for a teacher; a run directory with a checkpoint of its "
         "own is resumed from it",
         default=False,
     )
-    encoder: str | None = _option(
+    encoder: str | None = option(
         "Hugging Face directory of the image encoder (docs/encoders.md lists the kinds); without it, encoder/ in the "
         "checkpoint of --load",
         default=None,
     )
-    allow_change: tuple[str, ...] = _option(
+    allow_change: tuple[str, ...] = option(
         "settings that may differ from those the checkpoint was trained with; otherwise that is an error",
         choices=CHANGEABLE,
         default=(),
@@ -132,55 +108,55 @@ class StartConfig:
 class ModelConfig:
     """What of the model is a choice, and which parts of it train."""
 
-    encoder_feature_layer: int | None = _option(
+    encoder_feature_layer: int | None = option(
         "which of the encoder's hidden states become visual features: 0 is its embedding, -1 its last layer (default: "
         "as is usual for its kind)",
         default=None,
     )
-    attention: str = _option(
+    attention: str = option(
         "of the language stream; mixed: visual tokens also see the rest of their own image; causal: every token sees "
         "only what precedes it. Reconstruction is bidirectional within each image either way",
         choices=ATTENTIONS,
         default="mixed",
     )
-    positions: str = _option(
+    positions: str = option(
         "rotary positions of visual tokens: row and column interleaved over the "
         "frequencies (2d), the token's index (1d), or contiguous sections (mrope)",
         choices=POSITIONS,
         default="2d",
     )
-    attention_kernel: str = _option(
+    attention_kernel: str = option(
         "dense: the reference, runs anywhere; flex: FlexAttention, CUDA only; auto: flex on CUDA and dense on CPU",
         choices=("auto", "dense", "flex"),
         default="auto",
     )
-    freeze: tuple[str, ...] = _option("modules that are not trained", choices=tuple(MODULES), default=("encoder",))
+    freeze: tuple[str, ...] = option("modules that are not trained", choices=tuple(MODULES), default=("encoder",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the processes divide the model. Names are Megatron-Core's."""
 
-    tensor_model_parallel_size: int = _option("ranks that share each layer", valid=POSITIVE, default=1)
-    pipeline_model_parallel_size: int = _option("stages the layers are divided into", valid=POSITIVE, default=1)
-    num_layers_per_virtual_pipeline_stage: int | None = _option(
+    tensor_model_parallel_size: int = option("ranks that share each layer", valid=POSITIVE, default=1)
+    pipeline_model_parallel_size: int = option("stages the layers are divided into", valid=POSITIVE, default=1)
+    num_layers_per_virtual_pipeline_stage: int | None = option(
         "layers of one chunk of the interleaved schedule; none: not interleaved", valid=POSITIVE, default=None
     )
-    sequence_parallel: bool = _option(
+    sequence_parallel: bool = option(
         "split activations along the sequence between the tensor-parallel ranks", default=False
     )
-    decoder_first_pipeline_num_layers: int | None = _option(
+    decoder_first_pipeline_num_layers: int | None = option(
         "layers of the first stage of an uneven split", valid=POSITIVE, default=None
     )
-    decoder_last_pipeline_num_layers: int | None = _option(
+    decoder_last_pipeline_num_layers: int | None = option(
         "layers of the last stage of an uneven split", valid=POSITIVE, default=None
     )
-    recompute_granularity: str | None = _option(
+    recompute_granularity: str | None = option(
         "what the backward pass computes again to save memory: whole layers (full) or the core attention (selective)",
         choices=("full", "selective"),
         default=None,
     )
-    distributed_timeout_minutes: int = _option(
+    distributed_timeout_minutes: int = option(
         "minutes a collective may take before the run ends", valid=POSITIVE, default=10
     )
 
@@ -189,96 +165,96 @@ class ParallelConfig:
 class DataConfig:
     """What a run reads, and how samples become packs and batches."""
 
-    data_path: tuple[str, ...] = _option(
+    data_path: tuple[str, ...] = option(
         "training data: folders of shards, .parquet indexes (a subset, remote shards), tar files or globs of them"
     )
-    data_weights: tuple[float, ...] | None = _option(
+    data_weights: tuple[float, ...] | None = option(
         "how often each entry of --data-path is repeated in an epoch, such as 1 0.5 2 (default: each once)",
         default=None,
     )
-    valid_data_path: tuple[str, ...] | None = _option("held-out data, in the same forms", default=None)
-    seq_length: int = _option("tokens of a pack in the language-model stream, visual tokens included", valid=POSITIVE)
-    visual_seq_length: int = _option(
+    valid_data_path: tuple[str, ...] | None = option("held-out data, in the same forms", default=None)
+    seq_length: int = option("tokens of a pack in the language-model stream, visual tokens included", valid=POSITIVE)
+    visual_seq_length: int = option(
         "visual tokens a pack can hold; 0: as many as fill the packs best, proposed from the data",
         valid=NOT_NEGATIVE,
         default=0,
     )
-    max_image_tokens: int | None = _option(
+    max_image_tokens: int | None = option(
         "visual tokens of one image at most: larger pictures are shrunk to it for an encoder of native resolution, and "
         "are an error with one of fixed resolution (default: as the encoder's image processor says)",
         valid=POSITIVE,
         default=None,
     )
-    shuffle_window: int = _option(
+    shuffle_window: int = option(
         "samples that are shuffled and packed together; more fill packs better and read from more shards at once",
         valid=POSITIVE,
         default=10_000,
     )
-    long_samples: str = _option(
+    long_samples: str = option(
         "samples longer than a pack: left out and counted (skip), or without their last turns (drop_turns)",
         choices=("skip", "drop_turns"),
         default="skip",
     )
-    max_bad_fraction: float = _option(
+    max_bad_fraction: float = option(
         "share of the samples that may be bad, held twice: against those known to be unusable before training, and "
         "against those that turn out bad while they are read, restarts included; above it the run ends with an error",
         valid=SHARE,
         default=0.01,
     )
-    shard_cache: str | None = _option(
+    shard_cache: str | None = option(
         "folder for copies of remote shards (default: below the system's folder for temporary files)", default=None
     )
-    shard_cache_gb: float = _option("GB that this folder may take", valid=ABOVE_ZERO, default=50.0)
-    allow_pipe: bool = _option("shards named `pipe:COMMAND` may run that command in a shell", default=False)
-    micro_batch_size: int = _option("packs in one forward pass of one data-parallel replica", valid=POSITIVE, default=1)
-    global_batch_size: int = _option("packs in one iteration, all replicas together", valid=POSITIVE, default=1)
-    num_workers: int = _option("background readers of each replica; 0 reads in line", valid=NOT_NEGATIVE, default=2)
+    shard_cache_gb: float = option("GB that this folder may take", valid=ABOVE_ZERO, default=50.0)
+    allow_pipe: bool = option("shards named `pipe:COMMAND` may run that command in a shell", default=False)
+    micro_batch_size: int = option("packs in one forward pass of one data-parallel replica", valid=POSITIVE, default=1)
+    global_batch_size: int = option("packs in one iteration, all replicas together", valid=POSITIVE, default=1)
+    num_workers: int = option("background readers of each replica; 0 reads in line", valid=NOT_NEGATIVE, default=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The visual objective: masks, teacher, losses, vision head."""
 
-    laver: bool = _option("the visual objective; without it, plain next-token training and no teacher", default=True)
-    preset: str | None = _option(
+    laver: bool = option("the visual objective; without it, plain next-token training and no teacher", default=True)
+    preset: str | None = option(
         "a named set of values: in the file, the file's other values beat it; as a flag, it replaces the "
         "file's preset and beats the file, and other flags beat it",
         choices=tuple(PRESETS),
         default=None,
     )
-    mask_ratio: float = _option("share of visual tokens replaced by [MASK]", valid=SHARE, default=0.05)
-    mask_ratio_schedule: str = _option(
+    mask_ratio: float = option("share of visual tokens replaced by [MASK]", valid=SHARE, default=0.05)
+    mask_ratio_schedule: str = option(
         "constant, or rising from 0 to --mask-ratio along a cosine", choices=("constant", "cosine"), default="constant"
     )
-    mask_sampling: str = _option(
+    mask_sampling: str = option(
         "bernoulli: every token by its own coin; fixed: floor(ratio * tokens) of every image",
         choices=("bernoulli", "fixed"),
         default="bernoulli",
     )
-    ema_momentum: float = _option("share of the old teacher kept by one update", valid=SHARE, default=0.95)
-    ema_momentum_schedule: str = _option(
+    ema_momentum: float = option("share of the old teacher kept by one update", valid=SHARE, default=0.95)
+    ema_momentum_schedule: str = option(
         "constant, or rising from --ema-momentum to 1 along a cosine",
         choices=("constant", "cosine"),
         default="constant",
     )
-    ema_interval: int | float = _option(
+    ema_interval: int | float = option(
         "iterations between two updates of the teacher, or a share of --train-iters such as 0.02", default=1
     )
-    mim_weight: float = _option("weight of the reconstruction loss", valid=NOT_NEGATIVE, default=1.0)
-    gram_weight: float = _option("weight of the Gram loss", valid=NOT_NEGATIVE, default=1.0)
-    gram_loss: str = _option(
+    mim_weight: float = option("weight of the reconstruction loss", valid=NOT_NEGATIVE, default=1.0)
+    gram_weight: float = option("weight of the Gram loss", valid=NOT_NEGATIVE, default=1.0)
+    gram_loss: str = option(
         "cga: only similarities above the teacher's count; ga: all count; none",
         choices=("cga", "ga", "none"),
         default="cga",
     )
-    gram_reduction: str = _option("over the pairs of tokens of one image", choices=("mean", "sum"), default="mean")
-    student_temperature: float = _option("temperature of the student's distribution", valid=ABOVE_ZERO, default=0.1)
-    teacher_temperature: float = _option("temperature of the teacher's distribution", valid=ABOVE_ZERO, default=0.04)
-    centre_momentum: float | None = _option(
+    gram_reduction: str = option("over the pairs of tokens of one image", choices=("mean", "sum"), default="mean")
+    student_temperature: float = option("temperature of the student's distribution", valid=ABOVE_ZERO, default=0.1)
+    teacher_temperature: float = option("temperature of the teacher's distribution", valid=ABOVE_ZERO, default=0.04)
+    centre_momentum: float | None = option(
         "momentum of the mean taken off the teacher's logits; none: nothing is taken off", valid=SHARE, default=None
     )
-    vision_head_hidden_size: int = _option("width of the vision head's hidden layers", valid=POSITIVE, default=2048)
-    vision_head_output_size: int | None = _option(
+    vision_head_hidden_size: int = option("width of the vision head's hidden layers", valid=POSITIVE, default=2048)
+    vision_head_output_size: int | None = option(
         "number of the vision head's logits; none: the model's hidden size", valid=POSITIVE, default=None
     )
 
@@ -287,26 +263,26 @@ class ObjectiveConfig:
 class TrainingConfig:
     """Length, rates and precision of the training."""
 
-    train_iters: int = _option("iterations of the whole run; the schedules end there", valid=POSITIVE)
-    exit_interval: int | None = _option(
+    train_iters: int = option("iterations of the whole run; the schedules end there", valid=POSITIVE)
+    exit_interval: int | None = option(
         "save and stop at the first iteration divisible by this", valid=POSITIVE, default=None
     )
-    lr: float = _option("highest learning rate", valid=NOT_NEGATIVE, default=2e-5)
-    min_lr: float = _option("learning rate at the end of the cosine decay", valid=NOT_NEGATIVE, default=0.0)
-    lr_warmup_iters: int = _option("iterations of linear warm-up", valid=NOT_NEGATIVE, default=0)
-    weight_decay: float = _option(
+    lr: float = option("highest learning rate", valid=NOT_NEGATIVE, default=2e-5)
+    min_lr: float = option("learning rate at the end of the cosine decay", valid=NOT_NEGATIVE, default=0.0)
+    lr_warmup_iters: int = option("iterations of linear warm-up", valid=NOT_NEGATIVE, default=0)
+    weight_decay: float = option(
         "decoupled weight decay of matrices; tensors of one dimension (biases, norms, [MASK]) do not decay, nor do "
         "parts of a trained encoder that its features do not depend on",
         valid=NOT_NEGATIVE,
         default=0.0,
     )
-    adam_beta1: float = _option("decay of Adam's first moment", valid=BELOW_ONE, default=0.9)
-    adam_beta2: float = _option("decay of Adam's second moment", valid=BELOW_ONE, default=0.999)
-    adam_eps: float = _option("added to the denominator of Adam's update", valid=ABOVE_ZERO, default=1e-8)
-    clip_grad: float = _option("largest norm of the gradient; 0 does not clip", valid=NOT_NEGATIVE, default=1.0)
-    bf16: bool = _option("compute in bfloat16, with fp32 master weights; otherwise fp32", default=False)
-    seed: int = _option("of initial weights, data order and masks", valid=SEED, default=1234)
-    max_skipped_iterations: int = _option(
+    adam_beta1: float = option("decay of Adam's first moment", valid=BELOW_ONE, default=0.9)
+    adam_beta2: float = option("decay of Adam's second moment", valid=BELOW_ONE, default=0.999)
+    adam_eps: float = option("added to the denominator of Adam's update", valid=ABOVE_ZERO, default=1e-8)
+    clip_grad: float = option("largest norm of the gradient; 0 does not clip", valid=NOT_NEGATIVE, default=1.0)
+    bf16: bool = option("compute in bfloat16, with fp32 master weights; otherwise fp32", default=False)
+    seed: int = option("of initial weights, data order and masks", valid=SEED, default=1234)
+    max_skipped_iterations: int = option(
         "iterations with a NaN or infinite gradient, in a row, after which the run ends with an error",
         valid=POSITIVE,
         default=5,
@@ -317,21 +293,21 @@ class TrainingConfig:
 class RunConfig:
     """What a run writes, and how often."""
 
-    run_dir: str = _option("folder of checkpoints/, metrics.jsonl, curves and the resolved config.yaml")
-    save_interval: int | None = _option(
+    run_dir: str = option("folder of checkpoints/, metrics.jsonl, curves and the resolved config.yaml")
+    save_interval: int | None = option(
         "iterations between two checkpoints; the last is always saved", valid=POSITIVE, default=None
     )
-    eval_interval: int | None = _option(
+    eval_interval: int | None = option(
         "iterations between two evaluations on --valid-data-path; with it, the last iteration is evaluated, too",
         valid=POSITIVE,
         default=None,
     )
-    eval_iters: int = _option("global batches of one evaluation", valid=POSITIVE, default=4)
-    log_interval: int = _option(
+    eval_iters: int = option("global batches of one evaluation", valid=POSITIVE, default=4)
+    log_interval: int = option(
         "iterations between two printed lines; metrics.jsonl has every one", valid=POSITIVE, default=1
     )
-    tensorboard: bool = _option("also write TensorBoard events to run_dir/tensorboard", default=False)
-    wandb_project: str | None = _option("also log to this Weights & Biases project", default=None)
+    tensorboard: bool = option("also write TensorBoard events to run_dir/tensorboard", default=False)
+    wandb_project: str | None = option("also log to this Weights & Biases project", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +346,7 @@ class Config:
         values, lines = self.flat(), []
         for section in SECTIONS:
             lines.append(f"# {section}")
-            lines += [_yaml_line(item.name, values[item.name]) for item in fields_of(section)]
+            lines += [yaml_line(item.name, values[item.name]) for item in fields_of(section)]
             lines.append("")
         return "\n".join(lines)
 
@@ -402,41 +378,7 @@ def all_fields() -> dict[str, dataclasses.Field[Any]]:
     return {item.name: item for section in SECTIONS for item in fields_of(section)}
 
 
-def is_required(item: dataclasses.Field[Any]) -> bool:
-    """Whether the field has no default."""
-    return item.default is dataclasses.MISSING
-
-
-@dataclass(frozen=True)
-class FieldType:
-    """What a field may hold: `scalars`, several of them if `is_list`, None as well if `is_optional`."""
-
-    scalars: tuple[type, ...]
-    is_list: bool
-    is_optional: bool
-
-
 def field_types() -> dict[str, FieldType]:
     """The type of every field, read from the annotations of the sections."""
     hints = {name: hint for kind in SECTIONS.values() for name, hint in typing.get_type_hints(kind).items()}
-    return {name: _field_type(hint) for name, hint in hints.items()}
-
-
-def _field_type(hint: Any) -> FieldType:
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(member for member in members if member is not type(None))
-    is_list = typing.get_origin(plain[0]) is tuple
-    scalars = (typing.get_args(plain[0])[0],) if is_list else plain
-    return FieldType(scalars, is_list, is_optional=type(None) in members)
-
-
-def _yaml_line(name: str, value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"{name}: [{', '.join(_yaml_scalar(item) for item in value)}]"
-    return f"{name}: {_yaml_scalar(value)}"
-
-
-def _yaml_scalar(value: Any) -> str:
-    # A flow list of one element gets the quotes that the element also needs inside longer lists.
-    text = yaml.safe_dump([value], default_flow_style=True, width=1_000_000, allow_unicode=True)
-    return text.rstrip("\n")[1:-1]
+    return {name: field_type(hint) for name, hint in hints.items()}

@@ -6,7 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
-from laver_megatron.config.fields import FieldType, all_fields, field_types, is_required
+from laver_megatron.config.fields import all_fields, field_types
+from laver_megatron.config.options import FieldType, is_required
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 

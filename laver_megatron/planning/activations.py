@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.planning.memory import FP32_BYTES, layers_of_stages, value_bytes
-from laver_megatron.planning.pipeline import chunks_in_flight
+from laver_megatron.planning.memory import FP32_BYTES, value_bytes
+from laver_megatron.planning.pipeline import chunks_in_flight, layers_of_stages
 from laver_megatron.planning.workload import Workload
 
 _INT64_BYTES, _INT32_BYTES = 8, 4
@@ -29,9 +29,16 @@ _GRAM_BYTES_PER_PAIR = 4 * FP32_BYTES + 1
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Of one rank, all its micro-batches in flight. layers: the decoder's; inputs: embedding, encoder, connector and
-    what came from the previous stage; heads: final norm and vision head; logits: the language model's, their softmax
-    and gradient; losses: the visual ones; workspace: one layer while it is recomputed or runs backward."""
+    """Of one rank, all its micro-batches in flight.
+
+    Attributes:
+        layers: the decoder's.
+        inputs: embedding, encoder, connector and what came from the previous stage.
+        heads: final norm and vision head.
+        logits: the language model's, their softmax and gradient.
+        losses: the visual ones.
+        workspace: one layer while it is recomputed or runs backward.
+    """
 
     layers: int = 0
     inputs: int = 0
@@ -59,17 +66,33 @@ class Saved:
         return value_bytes(self.config)
 
     @property
+    def tp(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that divide a sequence between the tensor-parallel parts."""
+        return self.tp if self.config.parallel.sequence_parallel else 1
+
+    @property
+    def num_text_slots(self) -> int:
+        """B S."""
+        return self.config.data.micro_batch_size * self.config.data.seq_length
+
+    @property
+    def num_visual_slots(self) -> int:
+        """B V."""
+        return self.config.data.micro_batch_size * self.config.data.visual_seq_length
+
+    @property
     def num_tokens(self) -> int:
         """The student's, of the whole sequence, padding included: B L."""
-        visual = self.config.data.visual_seq_length if self.config.objective.laver else 0
-        return self.config.data.micro_batch_size * (self.config.data.seq_length + visual)
+        return self.num_text_slots + (self.num_visual_slots if self.config.objective.laver else 0)
 
     @property
     def num_local_tokens(self) -> int:
         """Those that lie on this rank between the tensor-parallel parts."""
-        return self.num_tokens // (
-            self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
-        )
+        return self.num_tokens // self.sequence_ranks
 
     def norm(self) -> int:
         """A norm over H: its input, in fp32 where it is not fused, the scale, and the normalised values."""
@@ -79,15 +102,15 @@ class Saved:
 
     def layer(self) -> int:
         """One decoder layer, nothing recomputed."""
-        tp, width = self.config.parallel.tensor_model_parallel_size, self.value_bytes
+        width = self.value_bytes
         hidden = self.num_local_tokens * self.shape.hidden_size * width
-        ffn = self.num_tokens * self.shape.ffn_hidden_size // tp * width
+        ffn = self.num_tokens * self.shape.ffn_hidden_size // self.tp * width
         mlp = (3 if self.fused else 5) * ffn  # gate and up, SwiGLU's output; plain also SiLU(gate) and up once more
         return 2 * (self.norm() + hidden) + self.attention(selective=False) + mlp
 
     def attention(self, *, selective: bool) -> int:
         """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
-        shape, tp, width = self.shape, self.config.parallel.tensor_model_parallel_size, self.value_bytes
+        shape, tp, width = self.shape, self.tp, self.value_bytes
         tokens = self.num_tokens
         query = tokens * shape.num_attention_heads * shape.kv_channels // tp * width
         key = tokens * max(shape.num_query_groups // tp, 1) * shape.kv_channels * width
@@ -101,10 +124,9 @@ class Saved:
         statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
         mask = 0
         if not self.fused:
-            segments = [self.config.data.seq_length] + [
-                self.config.data.visual_seq_length
-            ] * self.config.objective.laver
-            mask = self.config.data.micro_batch_size * sum(length**2 for length in segments) * width
+            data = self.config.data
+            segments = [data.seq_length] + [data.visual_seq_length] * self.config.objective.laver
+            mask = data.micro_batch_size * sum(length**2 for length in segments) * width
         return kept + query + statistics + mask
 
     def layers(self, num_layers: int) -> int:
@@ -123,11 +145,11 @@ class Saved:
         if work.encoder is None:
             return 0
         # Whole images are divided over the ranks.
-        most = -(-config.data.micro_batch_size * work.num_images // config.parallel.tensor_model_parallel_size)
+        most = -(-config.data.micro_batch_size * work.num_images // self.tp)
         own = most * work.image_tokens
         connector = own * (work.encoder.feature_size + 2 * self.shape.hidden_size) * width
-        slots = config.data.micro_batch_size * config.data.visual_seq_length * self.shape.hidden_size * width
-        indices = _INT64_BYTES * (2 * config.data.micro_batch_size * config.data.seq_length + own)
+        slots = self.num_visual_slots * self.shape.hidden_size * width
+        indices = _INT64_BYTES * (2 * self.num_text_slots + own)
         encoder = 0
         if "encoder" not in config.model.freeze:
             patches = own * work.encoder.merge_size**2
@@ -137,38 +159,27 @@ class Saved:
 
     def received(self) -> int:
         """What a later stage got from the one before it: the student's part and the teacher's."""
-        teacher = (
-            self.config.data.micro_batch_size * self.config.data.visual_seq_length if self.config.objective.laver else 0
-        )
-        ranks = self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
-        return (self.num_tokens + teacher) // ranks * self.shape.hidden_size * self.value_bytes
+        teacher = self.num_visual_slots if self.config.objective.laver else 0
+        return (self.num_tokens + teacher) // self.sequence_ranks * self.shape.hidden_size * self.value_bytes
 
     def heads(self) -> int:
         """Final norm, the heads' shared input, and the vision head."""
         hidden = self.num_tokens * self.shape.hidden_size * self.value_bytes
         if not self.config.objective.laver:
             return self.norm() + hidden
-        middle = (
-            self.config.data.micro_batch_size
-            * self.config.data.visual_seq_length
-            * self.config.objective.vision_head_hidden_size
-        )
-        tp = self.config.parallel.tensor_model_parallel_size
-        return self.norm() + hidden + 2 * (middle // tp + middle) * self.value_bytes
+        middle = self.num_visual_slots * self.config.objective.vision_head_hidden_size
+        return self.norm() + hidden + 2 * (middle // self.tp + middle) * self.value_bytes
 
     def logits(self) -> int:
         """The softmax over this rank's words, fp32."""
-        tokens = self.config.data.micro_batch_size * self.config.data.seq_length
-        return FP32_BYTES * tokens * self.shape.vocab_size // self.config.parallel.tensor_model_parallel_size
+        return FP32_BYTES * self.num_text_slots * self.shape.vocab_size // self.tp
 
     def losses(self) -> int:
         """Of the visual objective: masked tokens' logits, and what the Gram loss keeps of every image."""
         config, work = self.config, self.workload
         if not config.objective.laver:
             return 0
-        output = (
-            config.objective.vision_head_output_size or self.shape.hidden_size
-        ) // config.parallel.tensor_model_parallel_size
+        output = (config.objective.vision_head_output_size or self.shape.hidden_size) // self.tp
         tokens = config.data.micro_batch_size * work.num_visual_tokens
         masked = int(config.objective.mask_ratio * tokens) * 2 * FP32_BYTES * output
         in_fp32 = tokens * output * FP32_BYTES  # for the inner products, which are monitored without the loss, too

@@ -5,7 +5,6 @@ from __future__ import annotations
 from laver_megatron.config.checks import check, describe_run
 from laver_megatron.config.command_line import Invocation, exit_on_config_error, is_rank_zero
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.planning.dry_run_report import dry_run_report
 from laver_megatron.start import find_start
 
 
@@ -17,7 +16,10 @@ def show_dry_run(invocation: Invocation) -> None:
         shape = check(invocation)  # on another machine, perhaps, than the one that will train
         if not is_rank_zero():
             return
-        from laver_megatron.planning.dry_run import dry_run  # Megatron-Core: mistakes need not wait for it
+        from laver_megatron.planning.dry_run import (  # Megatron-Core: mistakes need not wait for it
+            dry_run,
+            dry_run_report,
+        )
 
         encoder_dir = find_start(config).encoder_dir
         assert encoder_dir is not None, "a run without an encoder has been refused"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from laver_megatron.config.fields import ConfigError
 
@@ -19,7 +20,6 @@ class Gpu:
     """One GPU and its connections. Rates are per GPU and second, in one direction.
 
     Attributes:
-        memory_bytes: of its own.
         peak_flops: dense bf16.
         memory_bandwidth: bytes to and from its memory.
         node_bandwidth: bytes to the other GPUs of its machine; network_bandwidth: bytes to other machines.
@@ -63,7 +63,13 @@ GPUS = {
         Gpu("l40s-48gb", 48 * GIB, 362e12, 0.864e12, 32e9, 25e9),
     )
 }
-_CUSTOM = "custom"
+# The field and the unit of what a flag gives.
+_FIELDS = {
+    "--gpu-tflops": ("peak_flops", TERA),
+    "--bandwidth": ("network_bandwidth", GIGA),
+    "--node-bandwidth": ("node_bandwidth", GIGA),
+    "--gpus-per-node": ("node_size", 1),
+}
 
 
 def find_gpu(
@@ -79,34 +85,27 @@ def find_gpu(
     machines; node_bandwidth_gb: within one, where a GPU that is not known has the former unless it is said.
 
     Raises:
-        ConfigError: a GPU that is not known and not described, or figures that cannot be.
+        ConfigError: an unknown GPU that is not described, or figures out of range.
     """
-    given = {
+    flags = {
         "--gpu-memory": memory_gib,
         "--gpu-tflops": tflops,
         "--bandwidth": bandwidth_gb,
         "--node-bandwidth": node_bandwidth_gb,
         "--gpus-per-node": node_size,
     }
+    given = {flag: value for flag, value in flags.items() if value is not None}
     wrong = [
         f"{flag} is {value}, but must be a number from {_LEAST:g} to {_MOST:,.0f}"
         for flag, value in given.items()
-        if value is not None and not _LEAST <= value <= _MOST
+        if not _LEAST <= value <= _MOST
     ]
     if wrong:
         raise ConfigError(wrong)
     known = GPUS.get(name or "") or _described(name, given)
-    changes: dict = {}
+    changes: dict[str, Any] = {field: given[flag] * unit for flag, (field, unit) in _FIELDS.items() if flag in given}
     if memory_gib is not None:
         changes["memory_bytes"] = int(memory_gib * GIB)
-    if tflops is not None:
-        changes["peak_flops"] = tflops * TERA
-    if bandwidth_gb is not None:
-        changes["network_bandwidth"] = bandwidth_gb * GIGA
-    if node_bandwidth_gb is not None:
-        changes["node_bandwidth"] = node_bandwidth_gb * GIGA
-    if node_size is not None:
-        changes["node_size"] = node_size
     gpu = replace(known, **changes)
     if gpu.usable_bytes <= 0:
         raise ConfigError(
@@ -118,11 +117,9 @@ def find_gpu(
     return gpu
 
 
-def _described(name: str | None, given: Mapping[str, float | None]) -> Gpu:
-    """A GPU that nobody knows, from the flags that were given."""
-    tflops, bandwidth = given["--gpu-tflops"], given["--bandwidth"]
-    missing = [flag for flag in ("--gpu-memory", "--gpu-tflops", "--bandwidth") if given[flag] is None]
-    if missing:
+def _described(name: str | None, given: Mapping[str, float]) -> Gpu:
+    """A GPU that is not in the list, from the flags that were given."""
+    if missing := [flag for flag in ("--gpu-memory", "--gpu-tflops", "--bandwidth") if flag not in given]:
         unknown = "no GPU is named" if name is None else f"GPU {name!r} is not known"
         raise ConfigError(
             [
@@ -130,13 +127,6 @@ def _described(name: str | None, given: Mapping[str, float | None]) -> Gpu:
                 "(GiB, dense bf16 TFLOPS, GB/s of the network)"
             ]
         )
-    assert tflops is not None and bandwidth is not None
-    return Gpu(
-        name or _CUSTOM,
-        0,
-        tflops * TERA,
-        # Memory keeps pace with arithmetic on most accelerators, about as on an H100.
-        memory_bandwidth=tflops * TERA * 3.35e12 / 989.4e12,
-        node_bandwidth=bandwidth * GIGA,
-        network_bandwidth=bandwidth * GIGA,
-    )
+    flops, bandwidth = given["--gpu-tflops"] * TERA, given["--bandwidth"] * GIGA
+    # Memory keeps pace with arithmetic on most accelerators, about as on an H100.
+    return Gpu(name or "custom", 0, flops, flops * 3.35e12 / 989.4e12, bandwidth, bandwidth)

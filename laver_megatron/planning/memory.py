@@ -18,6 +18,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.encoders import EncoderShape, idle_parameters
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import ModelParts, Size, weight_table
+from laver_megatron.planning.pipeline import layers_of_stages
 
 FP32_BYTES = 4
 OPTIMIZER_BYTES_BF16, OPTIMIZER_BYTES_FP32 = 12, 8  # two moments, and under bf16 the master weight
@@ -44,9 +45,15 @@ def value_bytes(config: Config) -> int:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one rank. weights: the student's, in the run's dtype, alignment of Megatron's buffers included; gradients:
-    fp32; optimizer: this rank's share of moments and, under bf16, of master weights; teacher: its weights in the run's
-    dtype; accumulators: this rank's share of the EMA, fp32."""
+    """What one rank keeps from step to step.
+
+    Attributes:
+        weights: the student's, in the run's dtype, alignment of Megatron's buffers included.
+        gradients: fp32.
+        optimizer: this rank's share of moments and, under bf16, of master weights.
+        teacher: its weights in the run's dtype.
+        accumulators: this rank's share of the EMA, fp32.
+    """
 
     weights: int = 0
     gradients: int = 0
@@ -64,29 +71,12 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A student's tensor on one rank. averaged: the teacher has it, too; alone: it has a bucket of its own."""
+    """A student's tensor on one rank. averaged: the teacher has it as well; alone: it has a separate bucket."""
 
     num_values: int
     trains: bool
     averaged: bool = False
     alone: bool = False
-
-
-def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
-    """Decoder layers of every chunk of every pipeline stage."""
-    parallel = config.parallel
-    pp = parallel.pipeline_model_parallel_size
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if first is not None or last is not None:
-        others = pp - (first is not None) - (last is not None)
-        each = (num_layers - (first or 0) - (last or 0)) // max(others, 1)
-        return [
-            [first if stage == 0 and first is not None else last if stage == pp - 1 and last is not None else each]
-            for stage in range(pp)
-        ]
-    per_stage = num_layers // pp
-    per_chunk = parallel.num_layers_per_virtual_pipeline_stage or per_stage
-    return [[per_chunk] * (per_stage // per_chunk) for _ in range(pp)]
 
 
 def state_of_rank(
@@ -102,7 +92,7 @@ def state_of_rank(
     the same. encoder: the image encoder, None for a text-only model; encoder_sizes: of its tensors in their order."""
     of_encoder = _of_encoder(config, encoder, encoder_sizes)
     whole, trained, averaged = _values_of_stage(config, shape, *of_encoder, data_parallel_size, stage)
-    return _with_own(whole, trained[dp_rank], averaged[dp_rank], config)
+    return with_shares(whole, trained[dp_rank], averaged[dp_rank], config)
 
 
 def fullest_state(
@@ -113,8 +103,8 @@ def fullest_state(
     data_parallel_size: int,
     stage: int,
 ) -> StateBytes:
-    """What the data-parallel rank of this pipeline stage holds that holds most: a bucket's padding is the last ranks',
-    and the teacher's accumulators lie wherever the averaged tensors do. Arguments as of `state_of_rank`."""
+    """What the fullest data-parallel rank of this pipeline stage holds: a bucket's padding falls to the last ranks, and
+    the teacher's accumulators lie wherever the averaged tensors do. Arguments as of `state_of_rank`."""
     of_encoder = _of_encoder(config, encoder, encoder_sizes)
     # What changes nothing here, and most layouts of a search differ in.
     config = config.replace(micro_batch_size=1, recompute_granularity=None, sequence_parallel=False)
@@ -130,9 +120,8 @@ def _of_encoder(config: Config, encoder: EncoderShape | None, sizes: Mapping[str
         assert not sizes
         return (), 1
     trains = "encoder" not in config.model.freeze
-    return _encoder_tensors(
-        encoder, tuple(sizes.items()), trains, config.model.encoder_feature_layer
-    ), encoder.feature_size
+    tensors = _encoder_tensors(encoder, tuple(sizes.items()), trains, config.model.encoder_feature_layer)
+    return tensors, encoder.feature_size
 
 
 @lru_cache(maxsize=64)
@@ -147,11 +136,12 @@ def _encoder_tensors(
 def _fullest_state(config: Config, shape: ModelShape, *rest: Any) -> StateBytes:
     whole, trained, averaged = _values_of_stage(config, shape, *rest)
     differing = set(zip(trained, averaged, strict=True))
-    return max((_with_own(whole, *own, config) for own in differing), key=lambda state: state.total)
+    return max((with_shares(whole, *own, config) for own in differing), key=lambda state: state.total)
 
 
-def _with_own(whole: StateBytes, trained: int, averaged: int, config: Config) -> StateBytes:
-    """whole: what every rank holds; trained, averaged: values that this one keeps for all."""
+def with_shares(whole: StateBytes, trained: int, averaged: int, config: Config) -> StateBytes:
+    """What one data-parallel rank holds. whole: what every rank holds; trained, averaged: values of which this rank
+    keeps the optimizer's state and the teacher's average."""
     optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.training.bf16 else OPTIMIZER_BYTES_FP32
     return replace(whole, optimizer=trained * optimizer_bytes, accumulators=averaged * FP32_BYTES)
 
@@ -251,11 +241,7 @@ def _chunk(
     """The student's tensors of one (virtual) stage, in the order of its modules."""
     objective = config.objective
     sizes = _sizes(
-        objective.laver,
-        objective.vision_head_hidden_size,
-        objective.vision_head_output_size,
-        shape,
-        feature_size,
+        objective.laver, objective.vision_head_hidden_size, objective.vision_head_output_size, shape, feature_size
     )
     trains = {part: part not in config.model.freeze for part in ("connector", "decoder", "heads")}
     tp, laver = config.parallel.tensor_model_parallel_size, objective.laver

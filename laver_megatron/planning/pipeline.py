@@ -1,9 +1,25 @@
-"""Pipeline schedules by arithmetic: what is in flight on a stage, and how long stages wait."""
+"""Pipeline stages by arithmetic: their layers, what is in flight, and how long they wait."""
 
 from __future__ import annotations
 
 from laver_megatron.config.fields import Config
-from laver_megatron.planning.memory import layers_of_stages
+
+
+def layers_of_stages(config: Config, num_layers: int) -> list[list[int]]:
+    """Decoder layers of every chunk of every pipeline stage."""
+    parallel = config.parallel
+    pp = parallel.pipeline_model_parallel_size
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first is not None or last is not None:
+        others = pp - (first is not None) - (last is not None)
+        each = (num_layers - (first or 0) - (last or 0)) // max(others, 1)
+        return [
+            [first if stage == 0 and first is not None else last if stage == pp - 1 and last is not None else each]
+            for stage in range(pp)
+        ]
+    per_stage = num_layers // pp
+    per_chunk = parallel.num_layers_per_virtual_pipeline_stage or per_stage
+    return [[per_chunk] * (per_stage // per_chunk) for _ in range(pp)]
 
 
 def chunks_in_flight(config: Config, num_layers: int, num_micro_batches: int, stage: int) -> int:

@@ -14,7 +14,6 @@ from laver_megatron.flops.step import ModelFlops, StepFlops, hardware_flops, run
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import Size
 from laver_megatron.planning.activations import ActivationBytes, activations_of_stage
-from laver_megatron.planning.communication import SentBytes, sent_bytes
 from laver_megatron.planning.hardware import Gpu
 from laver_megatron.planning.memory import StateBytes, fullest_state, value_bytes
 from laver_megatron.planning.pipeline import bubble
@@ -22,8 +21,10 @@ from laver_megatron.planning.throughput import (
     NO_OVERLAP,
     Overlap,
     Seconds,
+    SentBytes,
     micro_batch_flops,
     seconds_of_stage,
+    sent_bytes,
     stage_work,
 )
 from laver_megatron.planning.workload import Workload
@@ -33,8 +34,13 @@ RECOMPUTATIONS = (None, "selective", "full")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned, but for the layout. base: the run's configuration; encoder_sizes: of the encoder's
-    tensors; overlap: what of the communication hides behind arithmetic."""
+    """What is to be planned, except for the layout.
+
+    Attributes:
+        base: the run's configuration.
+        encoder_sizes: of the encoder's tensors.
+        overlap: how much of the communication hides behind arithmetic.
+    """
 
     base: Config
     shape: ModelShape
@@ -67,8 +73,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout with its costs. stages: the first, the second, which has most in flight of those between, and the
-    last. flops: the model's, of one iteration; hardware_flops: with what is computed again."""
+    """One layout with its costs.
+
+    Attributes:
+        stages: the first, the second (which has most in flight of those between) and the last.
+        flops: the model's, of one iteration.
+        hardware_flops: the same with recomputation.
+    """
 
     config: Config
     job: Job
@@ -137,7 +148,8 @@ def plan_layout(job: Job, config: Config) -> Plan:
                 seconds_of_stage(config, job.shape, work, sent, state, job.gpu, dp, num_micro_batches, job.overlap),
             )
         )
-    step = _times(micro_batch_flops(config, model, job.workload), num_micro_batches * dp)
+    one, number = micro_batch_flops(config, model, job.workload), num_micro_batches * dp
+    step = replace(one, **{name: value * number for name, value in vars(one).items()})
     return Plan(
         config=config,
         job=job,
@@ -148,10 +160,6 @@ def plan_layout(job: Job, config: Config) -> Plan:
         hardware_flops=hardware_flops(step, parallel.recompute_granularity),  # type: ignore[arg-type]
         bubble=bubble(config, job.shape.num_layers, num_micro_batches),
     )
-
-
-def _times(step: StepFlops, number: int) -> StepFlops:
-    return replace(step, **{name: getattr(step, name) * number for name in vars(step)})
 
 
 def layout_name(config: Config, num_gpus: int) -> str:
@@ -183,9 +191,14 @@ def split_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class LaverCosts:
-    """What the visual objective adds to a layout, beside the same layout without it: bytes on the rank where each is
-    largest, and seconds of an iteration, divided as the FLOPs are. teacher: weights and accumulators; head: weights,
-    gradients and optimizer of vision head and [MASK]; stream: the second stream's activations."""
+    """What the visual objective adds to a layout: bytes on the rank where each is largest, and seconds of an iteration,
+    divided as the FLOPs are.
+
+    Attributes:
+        teacher_bytes: weights and accumulators.
+        head_bytes: weights, gradients and optimizer of vision head and [MASK].
+        stream_bytes: the second stream's activations.
+    """
 
     teacher_bytes: int
     head_bytes: int
@@ -228,17 +241,10 @@ def _student_bytes(state: StateBytes) -> int:
 
 def activations_by_recomputation(plan: Plan) -> dict[str, int]:
     """Bytes of activations on the rank with most of them, in this layout, for each kind of recomputation."""
-    return {
-        kind or "none": max(
-            activations_of_stage(
-                plan.config.replace(recompute_granularity=kind),
-                plan.job.shape,
-                plan.job.workload,
-                plan.num_micro_batches,
-                stage.stage,
-                fused=True,
-            ).total
-            for stage in plan.stages
-        )
-        for kind in RECOMPUTATIONS
-    }
+
+    def most(kind: str | None) -> int:
+        rest = plan.config.replace(recompute_granularity=kind), plan.job.shape, plan.job.workload
+        stages = [stage.stage for stage in plan.stages]
+        return max(activations_of_stage(*rest, plan.num_micro_batches, stage, fused=True).total for stage in stages)
+
+    return {kind or "none": most(kind) for kind in RECOMPUTATIONS}

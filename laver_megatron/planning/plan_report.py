@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from laver_megatron.config.fields import Config
 from laver_megatron.planning.hardware import GIB
-from laver_megatron.planning.layouts import FIRST, LAST
 from laver_megatron.planning.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
-from laver_megatron.planning.planner import Search
-from laver_megatron.runtime.table import align
+from laver_megatron.planning.search import FIRST, LAST, Search
 
 _SHOWN_REASONS = 6
+_LAYOUT = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size",
+    "num_layers_per_virtual_pipeline_stage", FIRST, LAST, "sequence_parallel", "micro_batch_size",
+    "recompute_granularity",
+)  # fmt: skip
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """All figures of a layout, in bytes, seconds and FLOPs."""
     costs = laver_costs(plan)
-    config = plan.config
+    settings = {**plan.config.flat(), "data_parallel_size": plan.data_parallel_size}
     return {
-        "layout": {
-            "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-            "data_parallel_size": plan.data_parallel_size,
-            "num_layers_per_virtual_pipeline_stage": config.parallel.num_layers_per_virtual_pipeline_stage,
-            FIRST: config.parallel.decoder_first_pipeline_num_layers,
-            LAST: config.parallel.decoder_last_pipeline_num_layers,
-            "sequence_parallel": config.parallel.sequence_parallel,
-            "micro_batch_size": config.data.micro_batch_size,
-            "recompute_granularity": config.parallel.recompute_granularity,
-        },
+        "layout": {name: settings[name] for name in _LAYOUT},
         "fits": plan.fits,
         "usable_bytes": plan.job.gpu.usable_bytes,
         "encoder_bytes": plan.encoder_bytes,
@@ -60,7 +53,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def search_json(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> dict[str, Any]:
-    """The best layouts, those that do not fit, and why others cannot be. instead: what fits where none of them does."""
+    """The best layouts, those that do not fit, and why others are impossible. instead: an offer where none fits."""
     return {
         "num_gpus": job.num_gpus,
         "gpu": asdict(job.gpu),
@@ -76,16 +69,13 @@ def best_of_each(plans: Iterable[Plan]) -> list[Plan]:
     """The first layout of each TP x PP."""
     first: dict[tuple[int, int], Plan] = {}
     for plan in plans:
-        config = plan.config
-        first.setdefault(
-            (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size), plan
-        )
+        first.setdefault(_sizes(plan), plan)
     return list(first.values())
 
 
 def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> str:
-    """Everything for people: the job, the best layouts, the costs of the best, and why the others are not it. instead:
-    what fits where none of them does."""
+    """The job, the best layouts, the costs of the best, and why the others are not chosen. instead: an offer where none
+    fits."""
     work = job.workload
     lines = [
         f"{job.num_gpus} x {job.gpu.name}; packs of {work.seq_length} tokens, {work.num_visual_tokens} of them visual "
@@ -106,7 +96,7 @@ def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | Non
     if others:
         lines += [
             "",
-            f"do not fit {job.gpu.usable_bytes / GIB:.1f} GiB (of {job.gpu.memory_bytes / GIB:.0f}) at their smallest",
+            f"do not fit {_gib(job.gpu.usable_bytes)} GiB (of {_gib(job.gpu.memory_bytes, 0)}) at their smallest",
         ]
         lines += [f"  {_why_too_large(plan)}" for plan in others[:num_layouts]]
     if found.impossible:
@@ -120,8 +110,8 @@ def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | Non
 def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
     least = found.too_large[0]
     yield (
-        f"no layout fits {least.job.gpu.usable_bytes / GIB:.1f} GiB; the smallest takes "
-        f"{least.fullest.memory_bytes / GIB:.1f}: {layout_name(least.config, least.job.num_gpus)}"
+        f"no layout fits {_gib(least.job.gpu.usable_bytes)} GiB; the smallest takes "
+        f"{_gib(least.fullest.memory_bytes)}: {layout_name(least.config, least.job.num_gpus)}"
     )
     if instead is None:
         yield "nor is there a larger number of GPUs on which one fits"
@@ -138,49 +128,40 @@ def _sizes(plan: Plan) -> tuple[int, int]:
 def _why_too_large(plan: Plan) -> str:
     fullest = plan.fullest
     return (
-        f"{layout_name(plan.config, plan.job.num_gpus)}: stage {fullest.stage} takes {fullest.memory_bytes / GIB:.1f} "
-        f"GiB, {fullest.state.total / GIB:.1f} of it state"
+        f"{layout_name(plan.config, plan.job.num_gpus)}: stage {fullest.stage} takes {_gib(fullest.memory_bytes)} "
+        f"GiB, {_gib(fullest.state.total)} of it state"
     )
 
 
 def _table(plans: Sequence[Plan]) -> list[str]:
-    rows = [
-        [
-            "TP",
-            "PP",
-            "DP",
-            "chunk",
-            "micro",
-            "recompute",
-            "GiB",
-            "s/iteration",
-            "tokens/s/GPU",
-            "MFU",
-            "bubble",
-            "GPU hours",
-        ]
-    ]
-    for plan in plans:
-        config = plan.config
-        rows.append(
-            [
-                str(config.parallel.tensor_model_parallel_size),
-                str(config.parallel.pipeline_model_parallel_size),
-                str(plan.data_parallel_size),
-                split_cell(config),
-                str(config.data.micro_batch_size),
-                config.parallel.recompute_granularity or "none",
-                f"{plan.fullest.memory_bytes / GIB:.1f}",
-                f"{plan.seconds:.2f}",
-                f"{plan.tokens_per_second_per_gpu:,.0f}",
-                f"{plan.model_flops_utilisation:.1%}",
-                f"{plan.bubble:.1%}",
-                f"{plan.gpu_hours:,.0f}",
-            ]
-        )
+    columns: dict[str, Callable[[Plan], str]] = {
+        "TP": lambda plan: str(plan.config.parallel.tensor_model_parallel_size),
+        "PP": lambda plan: str(plan.config.parallel.pipeline_model_parallel_size),
+        "DP": lambda plan: str(plan.data_parallel_size),
+        "chunk": lambda plan: split_cell(plan.config),
+        "micro": lambda plan: str(plan.config.data.micro_batch_size),
+        "recompute": lambda plan: plan.config.parallel.recompute_granularity or "none",
+        "GiB": lambda plan: _gib(plan.fullest.memory_bytes),
+        "s/iteration": lambda plan: f"{plan.seconds:.2f}",
+        "tokens/s/GPU": lambda plan: f"{plan.tokens_per_second_per_gpu:,.0f}",
+        "MFU": lambda plan: f"{plan.model_flops_utilisation:.1%}",
+        "bubble": lambda plan: f"{plan.bubble:.1%}",
+        "GPU hours": lambda plan: f"{plan.gpu_hours:,.0f}",
+    }
     is_uneven = any("/" in split_cell(plan.config) for plan in plans)
     legend = "chunk a/b: a layers on the first stage and b on the last, -: as many as on the others"
+    rows = [[*columns], *([cell(plan) for cell in columns.values()] for plan in plans)]
     return [*align(rows), *([legend] if is_uneven else [])]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells of equal width, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _gib(num_bytes: int, digits: int = 1) -> str:
+    return f"{num_bytes / GIB:.{digits}f}"
 
 
 def split_cell(config: Config) -> str:
@@ -196,19 +177,14 @@ def _best(plan: Plan) -> Iterator[str]:
     yield f"the fastest: {layout_name(plan.config, plan.job.num_gpus)}"
     yield from align(_memory_rows(plan))
     by_kind = activations_by_recomputation(plan).items()
-    recomputed = ", ".join(f"{kind} {number / GIB:.2f} GiB" for kind, number in by_kind)
+    recomputed = ", ".join(f"{kind} {_gib(number, 2)} GiB" for kind, number in by_kind)
     yield f"activations by what is recomputed: {recomputed}"
-    yield f"the encoder's weights, on every rank of stage 0: {plan.encoder_bytes / GIB:.2f} GiB"
-    step, peak = plan.slowest, plan.slowest.seconds
-    shares = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in asdict(peak).items() if value)
-    yield f"time, on stage {step.stage}: {shares}"
-    sent = ", ".join(
-        f"{name.replace('_', ' ')} {number / 1e9:.2f} GB" for name, number in asdict(step.sent).items() if number
-    )
+    yield f"the encoder's weights, on every rank of stage 0: {_gib(plan.encoder_bytes, 2)} GiB"
+    step, peak = plan.slowest, asdict(plan.slowest.seconds)
+    yield f"time, on stage {step.stage}: {_named(peak, lambda seconds: f'{seconds:.3g} s')}"
+    sent = _named(asdict(step.sent), lambda number: f"{number / 1e9:.2f} GB")
     yield f"sent by each of its GPUs: {sent or 'nothing'}"
-    parts = ", ".join(
-        f"{name.replace('_', ' ')} {number / plan.flops.total:.1%}" for name, number in plan.flops.parts.items()
-    )
+    parts = _named(plan.flops.parts, lambda number: f"{number / plan.flops.total:.1%}", zeros=True)
     yield (
         f"model FLOPs of an iteration: {plan.flops.total:.4g} ({parts}); with what is computed again "
         f"{plan.hardware_flops:.4g}"
@@ -216,11 +192,15 @@ def _best(plan: Plan) -> Iterator[str]:
     costs = laver_costs(plan)
     if costs is not None:
         yield (
-            f"LaVer costs, where most of it lies: teacher {costs.teacher_bytes / GIB:.2f} GiB, vision head "
-            f"{costs.head_bytes / GIB:.2f} GiB, second stream {costs.stream_bytes / GIB:.2f} GiB of activations; time: "
+            f"LaVer costs, where most of it lies: teacher {_gib(costs.teacher_bytes, 2)} GiB, vision head "
+            f"{_gib(costs.head_bytes, 2)} GiB, second stream {_gib(costs.stream_bytes, 2)} GiB of activations; time: "
             f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
             f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
         )
+
+
+def _named(values: Mapping[str, float], text: Callable[[float], str], *, zeros: bool = False) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in values.items() if value or zeros)
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
@@ -229,7 +209,5 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
     rows = [["stage", *kinds, "GiB"]]
     for stage in plan.stages:
         held = {**asdict(stage.state), **asdict(stage.activations)}
-        rows.append(
-            [str(stage.stage), *(f"{held[kind] / GIB:.2f}" for kind in kinds), f"{stage.memory_bytes / GIB:.2f}"]
-        )
+        rows.append([str(stage.stage), *(_gib(held[kind], 2) for kind in kinds), _gib(stage.memory_bytes, 2)])
     return rows

@@ -3,6 +3,9 @@
 A model of few parts, each with a reason, and three numbers that were fitted to published runs (docs/planning.md says to
 which, and how far it is off elsewhere): the share of the peak that matrix products reach, that of attention, and how
 much of the tensor-parallel communication hides behind arithmetic where it is overlapped.
+
+Collectives are counted as rings: of a tensor of n bytes over r ranks a GPU sends (r - 1) / r n in an all-gather or a
+reduce-scatter, twice that in an all-reduce, and n in a broadcast.
 """
 
 from __future__ import annotations
@@ -13,11 +16,111 @@ from laver_megatron.config.fields import Config
 from laver_megatron.config.modules import MODULES
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.planning.communication import SentBytes, optimizer_traffic
+from laver_megatron.planning.activations import Saved
 from laver_megatron.planning.hardware import Gpu
-from laver_megatron.planning.memory import StateBytes, layers_of_stages, value_bytes
-from laver_megatron.planning.pipeline import bubble
+from laver_megatron.planning.memory import FP32_BYTES, OPTIMIZER_BYTES_BF16, StateBytes, value_bytes
+from laver_megatron.planning.pipeline import bubble, layers_of_stages
 from laver_megatron.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class SentBytes:
+    """Bytes that one GPU sends in one iteration.
+
+    Attributes:
+        tensor_parallel: between the parts of each layer, forward, backward and recomputed.
+        pipeline: activations and their gradients to the neighbouring stages.
+        tied_embeddings: the embedding's gradient, summed over first and last stage, which have a copy each.
+        gradients: summed over the data-parallel ranks.
+        weights: gathered from them after the optimizer's step.
+        teacher: broadcast after the EMA's.
+    """
+
+    tensor_parallel: int = 0
+    pipeline: int = 0
+    tied_embeddings: int = 0
+    gradients: int = 0
+    weights: int = 0
+    teacher: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def sent_bytes(
+    config: Config,
+    shape: ModelShape,
+    workload: Workload,
+    state: StateBytes,
+    data_parallel_size: int,
+    num_micro_batches: int,
+    stage: int,
+    *,
+    context_ranks: int = 1,
+) -> SentBytes:
+    """Of one GPU of a pipeline stage. state: what it holds; context_ranks: that share a sequence, in published runs."""
+    dp = data_parallel_size
+    # Weights and gradients of what trains, as Megatron's buffers hold them.
+    trained = state.gradients // FP32_BYTES * value_bytes(config)
+    return SentBytes(
+        tensor_parallel=num_micro_batches * tensor_parallel_bytes(config, shape, workload, stage) // context_ranks,
+        pipeline=num_micro_batches * pipeline_bytes(config, shape, workload, stage) // context_ranks,
+        tied_embeddings=tied_embedding_bytes(config, shape, stage),
+        gradients=state.gradients * (dp - 1) // dp,
+        weights=trained * (dp - 1) // dp,
+        teacher=state.teacher // dp if dp > 1 else 0,
+    )
+
+
+def tensor_parallel_bytes(config: Config, shape: ModelShape, workload: Workload, stage: int) -> int:
+    """In one micro-batch. Each layer gathers its input and scatters its output twice, around attention and MLP, and so
+    do their gradients; under sequence parallelism the inputs are gathered once more for the weights' gradients."""
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if tp == 1:
+        return 0
+    saved = Saved(config, shape, workload, fused=True)
+    hidden = shape.hidden_size * saved.value_bytes * (tp - 1) // tp
+    student = saved.num_tokens * hidden
+    num_layers = sum(layers_of_stages(config, shape.num_layers)[stage])
+    backward = 6 if parallel.sequence_parallel else 4
+    again = 4 if parallel.recompute_granularity == "full" else 0
+    total = num_layers * (4 + backward + again) * student
+    if config.objective.laver:
+        total += num_layers * 4 * config.data.micro_batch_size * config.data.visual_seq_length * hidden
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        total += 2 * student  # the heads' input and its gradient
+    return total
+
+
+def pipeline_bytes(config: Config, shape: ModelShape, workload: Workload, stage: int) -> int:
+    """In one micro-batch: what `[student | teacher]` holds to the next stage, for every chunk, and gradients back."""
+    pp = config.parallel.pipeline_model_parallel_size
+    if pp == 1:
+        return 0
+    received = Saved(config, shape, workload, fused=True).received()
+    num_chunks = len(layers_of_stages(config, shape.num_layers)[stage])
+    # Of all boundaries between chunks in a row, those behind and before this stage's chunks.
+    after = num_chunks - (stage == pp - 1)
+    before = num_chunks - (stage == 0)
+    return received * (after + before)
+
+
+def tied_embedding_bytes(config: Config, shape: ModelShape, stage: int) -> int:
+    """In one iteration: an all-reduce over two ranks of this rank's whole part of the table, in fp32 like all
+    gradients."""
+    pp = config.parallel.pipeline_model_parallel_size
+    if pp == 1 or not shape.tie_word_embeddings or "decoder" in config.model.freeze or stage not in (0, pp - 1):
+        return 0
+    return shape.vocab_size * shape.hidden_size // config.parallel.tensor_model_parallel_size * FP32_BYTES
+
+
+def optimizer_traffic(state: StateBytes) -> int:
+    """Bytes to and from memory in the optimizer's step and the EMA's: state read and written, gradients read."""
+    values = state.optimizer // OPTIMIZER_BYTES_BF16
+    return 2 * state.optimizer + values * (FP32_BYTES + 2) + state.gradients + 3 * state.accumulators
+
 
 MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.80, 0.80  # of the data sheets' rates, for long transfers
 _INTERLEAVED_EXPOSED = 0.2  # share of the interleaved schedule's messages that arithmetic does not hide
@@ -69,13 +172,19 @@ class StageWork:
 
 def micro_batch_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
     """Model FLOPs of one micro-batch of one replica, all stages."""
+    return _flops(config, model, workload, config.data.micro_batch_size * workload.num_visual_tokens, 0)
+
+
+def _flops(
+    config: Config, model: ModelFlops, workload: Workload, num_visual_tokens: int, num_empty_slots: int
+) -> StepFlops:
     packs = config.data.micro_batch_size
     return step_flops(
         model,
         num_tokens=packs * workload.seq_length,
         lm_span_area=packs * workload.lm_area,
-        num_visual_tokens=packs * workload.num_visual_tokens,
-        reconstruction_span_area=packs * workload.image_area,
+        num_visual_tokens=num_visual_tokens,
+        reconstruction_span_area=packs * workload.image_area + num_empty_slots,
         num_images=packs * workload.num_images,
         image_window_area=packs * workload.image_window_area,
         laver=config.objective.laver,
@@ -90,18 +199,9 @@ def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> Ste
     real = micro_batch_flops(config, model, workload)
     if not config.objective.laver:
         return real
-    packs = config.data.micro_batch_size
-    num_slots = packs * config.data.visual_seq_length
-    num_empty = num_slots - packs * workload.num_visual_tokens
-    in_slots = step_flops(
-        model,
-        num_tokens=packs * workload.seq_length,
-        lm_span_area=packs * workload.lm_area,
-        num_visual_tokens=num_slots,
-        reconstruction_span_area=packs * workload.image_area + num_empty,
-        num_images=packs * workload.num_images,
-        frozen=config.model.freeze,
-    )
+    num_slots = config.data.micro_batch_size * config.data.visual_seq_length
+    num_empty = num_slots - config.data.micro_batch_size * workload.num_visual_tokens
+    in_slots = _flops(config, model, workload, num_slots, num_empty)
     return replace(in_slots, gram=real.gram, connector=real.connector, encoder=real.encoder)
 
 
@@ -109,14 +209,13 @@ def stage_work(
     config: Config, shape: ModelShape, model: ModelFlops, workload: Workload, stage: int, *, context_ranks: int = 1
 ) -> StageWork:
     """Of the ranks of a pipeline stage, what the one with most computes in one micro-batch. context_ranks: ranks that
-    share a sequence, which this program has none of; published runs do."""
+    share a sequence, as in published runs; this program has none."""
     parallel, objective = config.parallel, config.objective
     tp, packs = parallel.tensor_model_parallel_size, config.data.micro_batch_size
     layers = sum(layers_of_stages(config, shape.num_layers)[stage])
-    share = layers / shape.num_layers
     step = computed_flops(config, model, workload)
     slots = packs * config.data.visual_seq_length if objective.laver else 0
-    num_empty = slots - packs * workload.num_visual_tokens if objective.laver else 0
+    num_empty = slots - packs * workload.num_visual_tokens
     head = slots * model.vision_head_per_token
     in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if objective.laver else 0
     student_attention = step.student_attention_forward
@@ -129,14 +228,14 @@ def stage_work(
     if parallel.recompute_granularity is not None:
         attention += student_attention
     ranks = tp * context_ranks
+    share = layers / shape.num_layers
     on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
     if stage == 0:
         # Whole images are divided, not their tokens.
         on_stage += (step.connector + step.encoder) * workload.largest_share_of_images(packs, tp)
-    if stage == parallel.pipeline_model_parallel_size - 1:
-        on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
     traffic = layers * (packs * workload.seq_length + slots * 4 / 3) * _traffic_per_token(config, shape)
     if stage == parallel.pipeline_model_parallel_size - 1:
+        on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
         # Logits as bf16 and fp32, their softmax, and the gradients of both.
         traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
     return StageWork(on_stage, attention_on_stage, traffic / context_ranks)

@@ -4,24 +4,34 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Timer
+from types import FrameType
 from typing import NoReturn
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.runtime.signals import interrupt_on_sigterm
 
 LAUNCHED = "LAVER_LAUNCHED"  # environment: the launcher, which outlives the ranks, says the line
 EXIT_INTERRUPTED = 130
+_CLOSING_SECONDS = 15.0  # torchrun waits for 30
 
 
-def heed_signals() -> None:
+def heed_signals(run_dir: str) -> None:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt on rank 0, which closes its log. The other ranks end at once and
     silently: rank 0 may wait for one of them, and sees that it is gone."""
-    if os.environ.get("RANK", "0") == "0":
-        interrupt_on_sigterm()
-        return
+    owner, is_rank_zero = os.getpid(), os.environ.get("RANK", "0") == "0"
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # forked from it
+            os._exit(128 + number)
+        # A KeyboardInterrupt can get lost, in a destructor or while the process forks.
+        timer = Timer(_CLOSING_SECONDS, end_interrupted, (run_dir,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, interrupt if is_rank_zero else signal.SIG_DFL)
 
 
 def end_interrupted(run_dir: str) -> NoReturn:

@@ -92,6 +92,11 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def open_file(path: str | Path) -> int:
+    """A descriptor to read a file from, which programs that this one starts do not inherit."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def sync_file(path: Path) -> None:
     """Flushes a file's content to the disk."""
     with path.open("rb") as file:

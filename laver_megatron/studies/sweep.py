@@ -1,4 +1,4 @@
-"""The runs of a scaling study, planned: sizes x amounts x arms x seeds, with their iterations, tokens, exact FLOPs.
+"""The runs of a sweep: sizes x amounts x arms x seeds, with their iterations, tokens and exact FLOPs.
 
 An amount is a number of iterations or tokens, a compute budget, or a nested subset of the data. Both arms read the same
 packs; a compute budget gives each of them as many iterations as it pays for, LaVer's overhead charged.
@@ -6,6 +6,7 @@ packs; a compute budget gives each of them as many iterations as it pays for, La
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,25 +15,28 @@ from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders import read_encoder
 from laver_megatron.run_log.run_summary import config_hash
-from laver_megatron.studies.planned_data import PlannedData
-from laver_megatron.studies.points import listed
+from laver_megatron.studies.iteration_counts import IterationCounts
+from laver_megatron.studies.observations import first_few
 from laver_megatron.studies.sweep_sizes import (
     ARMS,
     Size,
-    SweepSettings,
+    SweepOptions,
     amount_label,
-    opened,
+    open_training_data,
     read_sizes,
     with_visual_budget,
 )
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class SweepRun:
     """One run: its configuration, and what it will have seen and cost when it is finished.
 
-    amount: what was asked for, a number or a subset's path. tokens, visual_tokens, flops and laver_overhead: as its
-    summary will say, unless samples turn out bad. epochs: how often it goes through its data."""
+    Attributes:
+        amount: what was asked for, a number or a subset's path.
+        tokens, visual_tokens, flops, laver_overhead: as its summary will say, unless samples turn out bad.
+        epochs: how often it goes through its data.
+    """
 
     name: str
     config: Config
@@ -46,59 +50,57 @@ class PlannedRun:
     epochs: float
 
 
-def plan_sweep(settings: SweepSettings) -> list[PlannedRun]:
-    """All runs, the cheapest first. Nothing is written, but for the counts that are kept beside an index.
+def sweep_runs(options: SweepOptions) -> list[SweepRun]:
+    """All runs, the cheapest first. Writes nothing except the counts that are kept beside an index.
 
     Raises:
-        ConfigError: all that keeps runs from being made or from starting; data that cannot be opened; amounts that the
-            data do not hold or that buy no iteration; runs that would be the same.
+        ConfigError: everything that keeps runs from being made or from starting; data that cannot be opened; amounts
+            beyond the data or below one iteration; runs that would be the same.
     """
-    sizes = with_visual_budget(read_sizes(settings))
-    planner = _Planner(settings, sizes)
+    sizes = with_visual_budget(read_sizes(options))
+    maker = _RunMaker(options, sizes)
     runs = [
         run
         for size in sizes
-        for amount in settings.amounts
-        for arm in settings.arms
-        for seed in settings.seeds or (size.config.training.seed,)
-        if (run := planner.plan(size, amount, arm, seed))
+        for amount in options.amounts
+        for arm in options.arms
+        for seed in options.seeds or (size.config.training.seed,)
+        if (run := maker.make(size, amount, arm, seed))
     ]
-    problems = [*planner.problems, *_duplicates(runs)]
+    problems = [*maker.problems, *_duplicates(runs)]
     problems = problems or [*_start_problems(runs)]
     if problems:
         raise ConfigError(problems)
     return sorted(runs, key=lambda run: run.flops)
 
 
-class _Planner:
-    """Plans runs one by one. problems: of those that cannot be planned."""
+class _RunMaker:
+    """Makes runs one by one. problems: of those that cannot be made."""
 
-    def __init__(self, settings: SweepSettings, sizes: Sequence[Size]) -> None:
-        self.settings, self.smallest = settings, sizes[0]
+    def __init__(self, options: SweepOptions, sizes: Sequence[Size]) -> None:
+        self.options, self.smallest = options, sizes[0]
         self._problems: dict[str, list[str]] = {}
-        self._data: dict[tuple[object, ...], PlannedData] = {}
+        self._data: dict[tuple[object, ...], IterationCounts] = {}
 
     @property
     def problems(self) -> Iterator[str]:
         return _grouped(self._problems)
 
-    def plan(self, size: Size, amount: str, arm: str, seed: int) -> PlannedRun | None:
-        """None where the amount cannot be had, which is a problem more."""
-        settings = self.settings
+    def make(self, size: Size, amount: str, arm: str, seed: int) -> SweepRun | None:
+        """None, and a problem, where the data do not hold the amount or it is below one iteration."""
+        options = self.options
         config = size.config.replace(laver=ARMS[arm], seed=seed)
-        if settings.amount_kind == "subsets":
+        if options.amount_kind == "subsets":
             config = config.replace(data_path=(amount,), data_weights=None)
-        name = f"{size.name}-{amount_label(settings.amount_kind, amount)}-{arm}-seed{seed}"
-        data = self._planned_data(size, config)
-
+        name = f"{size.name}-{amount_label(options.amount_kind, amount)}-{arm}-seed{seed}"
+        data = self._counts_of(size, config)
         try:
             num_iterations = self._num_iterations(size, config, data, amount)
         except ValueError as error:
             self._problems.setdefault(str(error), []).append(name)
             return None
-        cost = data.flops(size.flops, config, num_iterations)
-        counts = data.counts(num_iterations)
-        return PlannedRun(
+        cost, counts = data.flops(size.flops, config, num_iterations), data.counts(num_iterations)
+        return SweepRun(
             name=name,
             config=self._configured(size, config, name, num_iterations),
             size=size,
@@ -111,16 +113,15 @@ class _Planner:
             epochs=data.epochs(num_iterations),
         )
 
-    def _num_iterations(self, size: Size, config: Config, data: PlannedData, amount: str) -> int:
+    def _num_iterations(self, size: Size, config: Config, data: IterationCounts, amount: str) -> int:
         """How many iterations an amount is. Raises ValueError if there are none, or too little data."""
-        kind, epochs = self.settings.amount_kind, self.settings.max_epochs
+        kind, epochs = self.options.amount_kind, self.options.max_epochs
         most = data.iterations_in(epochs)
         if kind == "subsets":
-            if data.iterations_in(1) == 0:
-                raise ValueError(
-                    f"its packs are fewer than one iteration's {config.data.global_batch_size}; choose more samples"
-                )
-            return data.iterations_in(1)
+            if number := data.iterations_in(1):
+                return number
+            batch = config.data.global_batch_size
+            raise ValueError(f"its packs are fewer than one iteration's {batch}; choose more samples")
         counts: dict[str, Callable[[int], int]] = {
             "iterations": lambda number: number,
             "tokens": lambda number: data.counts(number)["num_tokens"],
@@ -139,24 +140,23 @@ class _Planner:
         return number
 
     def _configured(self, size: Size, config: Config, name: str, num_iterations: int) -> Config:
-        settings = self.settings
-        config = config.replace(train_iters=num_iterations, run_dir=str(settings.output / "runs" / name))
-        if settings.lr_warmup_share is not None:
-            config = config.replace(lr_warmup_iters=round(settings.lr_warmup_share * num_iterations))
-        if settings.lr_exponent is not None:
-            ratio = (size.num_parameters / self.smallest.num_parameters) ** -settings.lr_exponent
-            # Four digits, which people can read, are nearer than any rate is known.
-            config = config.replace(
-                lr=float(f"{config.training.lr * ratio:.4g}"), min_lr=float(f"{config.training.min_lr * ratio:.4g}")
-            )
+        options = self.options
+        config = config.replace(train_iters=num_iterations, run_dir=str(options.output / "runs" / name))
+        if options.lr_warmup_share is not None:
+            config = config.replace(lr_warmup_iters=round(options.lr_warmup_share * num_iterations))
+        if options.lr_exponent is not None:
+            ratio = (size.num_parameters / self.smallest.num_parameters) ** -options.lr_exponent
+            # Four digits are readable, and more precise than any rate needs to be.
+            rates = {"lr": config.training.lr * ratio, "min_lr": config.training.min_lr * ratio}
+            config = config.replace(**{name: float(f"{rate:.4g}") for name, rate in rates.items()})
         return config
 
-    def _planned_data(self, size: Size, config: Config) -> PlannedData:
+    def _counts_of(self, size: Size, config: Config) -> IterationCounts:
         # The rest of what packs and areas depend on is the same for all sizes.
         key = (size.model_dir, size.encoder_dir, config.model.attention, config.data.data_path, config.training.seed)
         if key not in self._data:
-            reader = opened(size, config)
-            self._data[key] = PlannedData(reader, config, read_encoder(size.encoder_dir).window_tokens)
+            reader = open_training_data(size, config)
+            self._data[key] = IterationCounts(reader, config, read_encoder(size.encoder_dir).window_tokens)
             reader.close()
         return self._data[key]
 
@@ -173,32 +173,30 @@ def nearest(count: Callable[[int], int], amount: float, unit: str, most: int) ->
             "or a smaller global_batch_size"
         )
     above = 1
-    while above < most and count(above) < amount:
+    while above < most and count(above) < amount:  # doubling, because counting far into the data takes long
         above = min(2 * above, most)
-    below = above // 2
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if count(middle) < amount else (below, middle)
+    above = bisect_left(range(above), amount, lo=above // 2, key=count)
+    below = above - 1
     return below if below and amount - count(below) <= count(above) - amount else above
 
 
-def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[str]:
+def _duplicates(runs: Sequence[SweepRun]) -> Iterator[str]:
     """Runs with one configuration and seed, which the registry would refuse."""
-    same: dict[tuple[str, int], list[PlannedRun]] = {}
+    same: dict[tuple[str, int], list[SweepRun]] = {}
     for run in runs:
         same.setdefault((config_hash(run.config), run.config.training.seed), []).append(run)
-    # Every size, arm and seed has the amounts that are too near each other; one of them is told.
-    told: dict[tuple[str, ...], list[str]] = {}
+    # Every size, arm and seed has the amounts that are too close; one of them is named.
+    by_amounts: dict[tuple[str, ...], list[str]] = {}
     for runs_alike in same.values():
         if len(runs_alike) > 1:
             amounts = tuple(run.amount for run in runs_alike)
-            told.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
-    for cases in told.values():
+            by_amounts.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
+    for cases in by_amounts.values():
         more = f" (as {len(cases) - 1} more)" if len(cases) > 1 else ""
         yield f"{cases[0]} would be the same run{more}; leave out all but one of their amounts or models"
 
 
-def _start_problems(runs: Sequence[PlannedRun]) -> Iterator[str]:
+def _start_problems(runs: Sequence[SweepRun]) -> Iterator[str]:
     """What --dry-run would say, each problem once."""
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -213,4 +211,4 @@ def _start_problems(runs: Sequence[PlannedRun]) -> Iterator[str]:
 def _grouped(problems: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Each problem once, with the first of the runs that have it."""
     for problem, names in problems.items():
-        yield f"{listed(names, 1)}: {problem}"
+        yield f"{first_few(names, 1)}: {problem}"

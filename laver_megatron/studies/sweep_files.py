@@ -1,4 +1,4 @@
-"""What a sweep leaves for its runs: a configuration each, a manifest, and the scripts that run them."""
+"""The files of a sweep: a configuration for each run, a manifest, and the scripts that run them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import os
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from laver_megatron.launcher import LAUNCHER
 from laver_megatron.run_log.run_summary import FILE_NAME, MANIFEST, config_hash
-from laver_megatron.studies.sweep import PlannedRun
+from laver_megatron.runtime.files import new_directory
+from laver_megatron.studies.sweep import SweepRun
 
 _NO_WORD = re.compile(r"[^A-Za-z0-9._-]+")  # what SLURM would read as the end of a name, or as an option
 # The scripts read the first three columns.
@@ -90,95 +89,83 @@ export NPROC_PER_NODE=$((num_gpus / num_nodes))
 srun --ntasks-per-node=1 bash {launcher} --config {output}/configs/"$name".yaml
 """
 
+_SUBMIT_SH = """\
+#!/usr/bin/env bash
+# Submits the sweep as SLURM arrays, one for each number of nodes; further arguments go to sbatch:
+#   bash {output}/submit.sh --partition=gpu --account=mine --time=2-0
+# Finished runs end at once, so the same command again does what is left (cancel what still waits first).
+set -euo pipefail
+cd {directory}
+{arrays}
+"""
 
-def write_sweep(runs: Sequence[PlannedRun], output: Path, gpus_per_node: int) -> None:
+
+def write_sweep(runs: Sequence[SweepRun], output: Path, gpus_per_node: int) -> None:
     """Writes configs/NAME.yaml, manifest.csv, run.sh, array.sh and submit.sh; all of it or nothing.
 
     Raises:
-        ValueError: runs whose GPUs are no whole nodes.
+        ValueError: runs whose GPUs do not fill whole nodes.
         OSError: the directory cannot be written.
     """
-    nodes = {run.name: num_nodes(run, gpus_per_node) for run in runs}
+    nodes = [num_nodes(run, gpus_per_node) for run in runs]
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
-    try:
+    names = {
+        "output": shlex.quote(str(output)),
+        "directory": shlex.quote(os.getcwd()),
+        "launcher": shlex.quote(str(LAUNCHER)),
+        "manifest": MANIFEST,
+        "summary": FILE_NAME,
+        "job": _NO_WORD.sub("-", output.absolute().name),
+        "arrays": "\n".join(_array_commands(runs, nodes, shlex.quote(str(output)))),
+    }
+    with new_directory(output) as place:
         (place / "configs").mkdir()
         for run in runs:
             (place / "configs" / f"{run.name}.yaml").write_text(_config_text(run, output))
-        (place / MANIFEST).write_text(_manifest(runs, nodes))
-        names = {
-            "output": shlex.quote(str(output)),
-            "directory": shlex.quote(os.getcwd()),
-            "launcher": shlex.quote(str(LAUNCHER)),
-            "manifest": MANIFEST,
-            "summary": FILE_NAME,
-            "job": _NO_WORD.sub("-", output.absolute().name),
-        }
-        for name, text in (("run.sh", _RUN_SH), ("array.sh", _ARRAY_SH)):
+        (place / MANIFEST).write_text(_manifest_text(runs, nodes))
+        for name, text in (("run.sh", _RUN_SH), ("array.sh", _ARRAY_SH), ("submit.sh", _SUBMIT_SH)):
             (place / name).write_text(text.format(**names))
-        (place / "submit.sh").write_text(_submit_script(list(nodes.values()), list(runs), gpus_per_node, names))
-        place.chmod(0o755)
-        place.rename(output)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
-def num_nodes(run: PlannedRun, gpus_per_node: int) -> int:
-    """Nodes that a run's GPUs make. Raises ValueError if the last would not be full."""
+def num_nodes(run: SweepRun, gpus_per_node: int) -> int:
+    """How many nodes a run's GPUs fill. Raises ValueError if the last would not be full."""
     num_gpus = run.size.num_gpus
     if gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node {gpus_per_node}: a node has at least one")
     if num_gpus > gpus_per_node and num_gpus % gpus_per_node:
         raise ValueError(
-            f"{run.size.name}: {num_gpus} GPUs are no whole nodes of {gpus_per_node}; use --num-gpus "
+            f"{run.size.name}: {num_gpus} GPUs do not fill whole nodes of {gpus_per_node}; use --num-gpus "
             f"{-(-num_gpus // gpus_per_node) * gpus_per_node}, or say what a node has with --gpus-per-node"
         )
     return max(1, num_gpus // gpus_per_node)
 
 
-def _config_text(run: PlannedRun, output: Path) -> str:
-    lines = [
-        f"# {run.name}: N {run.size.num_parameters:,}, {run.tokens:,} tokens, {run.flops:.4e} FLOPs at its end.",
-        f"# Made with {output / MANIFEST}, for {run.size.num_gpus} processes.",
-        "",
-        run.config.to_yaml(),
-    ]
-    return "\n".join(lines)
+def _config_text(run: SweepRun, output: Path) -> str:
+    return (
+        f"# {run.name}: N {run.size.num_parameters:,}, {run.tokens:,} tokens, {run.flops:.4e} FLOPs at its end.\n"
+        f"# Made with {output / MANIFEST}, for {run.size.num_gpus} processes.\n\n{run.config.to_yaml()}"
+    )
 
 
-def _manifest(runs: Sequence[PlannedRun], nodes: dict[str, int]) -> str:
+def _manifest_text(runs: Sequence[SweepRun], nodes: Sequence[int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for run in runs:
+    for run, number in zip(runs, nodes, strict=True):
         training, size = run.config.training, run.size
         writer.writerow([
-            run.name, size.num_gpus, nodes[run.name], size.name, run.arm, training.seed, run.amount,
-            size.num_parameters,
+            run.name, size.num_gpus, number, size.name, run.arm, training.seed, run.amount, size.num_parameters,
             training.train_iters, run.tokens, run.visual_tokens, run.flops, run.laver_overhead, f"{run.epochs:.4f}",
             training.lr, config_hash(run.config),
         ])  # fmt: skip
     return text.getvalue()
 
 
-def _submit_script(nodes: list[int], runs: list[PlannedRun], gpus_per_node: int, names: dict[str, str]) -> str:
-    """One array for each kind of allocation."""
-
-    def arrays() -> Iterator[str]:
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for line, (number, run) in enumerate(zip(nodes, runs, strict=True), start=1):
-            kinds.setdefault((number, run.size.num_gpus // number), []).append(line)
-        for (number, per_node), lines in sorted(kinds.items()):
-            listed = ",".join(map(str, lines))
-            yield f'sbatch --nodes={number} --gpus-per-node={per_node} --array={listed} "$@" {names["output"]}/array.sh'
-
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Submits the sweep as SLURM arrays, one for each number of nodes; further arguments go to sbatch:",
-        f"#   bash {names['output']}/submit.sh --partition=gpu --account=mine --time=2-0",
-        "# Finished runs end at once, so the same command again does what is left (cancel what still waits first).",
-        "set -euo pipefail",
-        f"cd {names['directory']}",
-        *arrays(),
-    ]
-    return "\n".join(lines) + "\n"
+def _array_commands(runs: Sequence[SweepRun], nodes: Sequence[int], output: str) -> Iterator[str]:
+    """One array for each kind of allocation. output: as the shell reads it."""
+    lines: dict[tuple[int, int], list[str]] = {}
+    for line, (number, run) in enumerate(zip(nodes, runs, strict=True), start=1):
+        lines.setdefault((number, run.size.num_gpus // number), []).append(str(line))
+    for (number, per_node), tasks in sorted(lines.items()):
+        array = ",".join(tasks)
+        yield f'sbatch --nodes={number} --gpus-per-node={per_node} --array={array} "$@" {output}/array.sh'

@@ -1,6 +1,6 @@
-"""The sizes of a sweep: what is asked for, and a configuration with its model, encoder and GPUs for each rung.
+"""The sizes of a sweep: what is asked for, and a configuration with its model, encoder and GPUs for each size.
 
-A size is a configuration: a file of its own, or the base file with a model's directory. All sizes read the same packs.
+A size is a configuration: a separate file, or the base file with a model's directory. All sizes read the same packs.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.data.batch.dataset import open_reader
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.encoders import read_encoder
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import PackReader, open_reader
+from laver_megatron.encoders import open_preprocessor, read_encoder
 from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
 from laver_megatron.start import HF_PREFIX, find_start
@@ -26,37 +27,56 @@ from laver_megatron.start import HF_PREFIX, find_start
 ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
 AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
-_YAML = (".yaml", ".yml")
-_OF_THE_SWEEP = (
+_SET_BY_THE_SWEEP = (
     "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver",
     "--print-config", "--dry-run",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SweepSettings:
-    """What a sweep is made of. models: files, or directories that take the place of the base's model; amounts: of one
-    of AMOUNT_KINDS, subsets as paths; seeds: none is the configuration's own; num_gpus: for each model or one for all,
-    none is the smallest that its layout fits; lr_exponent: the rate falls as N to the minus this; lr_warmup_share: of
-    the iterations, None keeps the configuration's number; flags: of the trainer, for all runs."""
+@dataclass
+class SweepOptions:
+    """The options of a sweep and their defaults, which the command line's parser fills in.
 
-    models: tuple[str, ...]
-    amount_kind: str
-    amounts: tuple[str, ...]
-    output: Path
+    Attributes:
+        models: configuration files, or model directories to be trained by the configuration `base`.
+        iterations, tokens, flops, subsets: the amounts; one of these is given, subsets as paths.
+        seeds: empty for the configuration's own.
+        num_gpus: for each model or one for all; empty for the smallest number that its layout fits.
+        lr_exponent: the rate falls as N to the power of minus this.
+        lr_warmup_share: of the iterations; None keeps the configuration's number.
+        flags: of the trainer, for all runs.
+    """
+
+    models: list[str] = field(default_factory=list)
     base: str | None = None
-    arms: tuple[str, ...] = tuple(ARMS)
-    seeds: tuple[int, ...] = ()
-    num_gpus: tuple[int, ...] = ()
+    iterations: list[str] | None = None
+    tokens: list[str] | None = None
+    flops: list[str] | None = None
+    subsets: list[str] | None = None
+    output: Path = Path()
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    seeds: list[int] = field(default_factory=list)
     max_epochs: float = 1.0
+    num_gpus: list[int] = field(default_factory=list)
+    gpus_per_node: int = 8
     lr_exponent: float | None = None
     lr_warmup_share: float | None = None
-    flags: tuple[str, ...] = ()
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def amount_kind(self) -> str:
+        (kind,) = (kind for kind in AMOUNT_KINDS if getattr(self, kind))
+        return kind
+
+    @property
+    def amounts(self) -> list[str]:
+        amounts: list[str] = getattr(self, self.amount_kind)
+        return amounts
 
 
 @dataclass(frozen=True)
 class Size:
-    """One rung: a name and what all its runs have in common."""
+    """A name and what all runs of this size have in common."""
 
     name: str
     config: Config
@@ -87,25 +107,23 @@ def language_model_parameters(shape: ModelShape) -> int:
     return shape.num_layers * layer + hidden + words * (1 if shape.tie_word_embeddings else 2)
 
 
-def read_sizes(settings: SweepSettings) -> list[Size]:
-    """The rungs in the order of their parameters.
+def read_sizes(options: SweepOptions) -> list[Size]:
+    """The sizes in the order of their parameters.
 
     Raises:
-        ConfigError: files and flags that cannot be read; models that are named twice or of which a run would not know
-            what to see; data that differ between them.
+        ConfigError: files and flags that cannot be read; models that are named twice; runs without validation; data
+            that differ between the sizes.
     """
-    problems = [*_setting_problems(settings)]
-    if problems:
+    if problems := [*_option_problems(options)]:
         raise ConfigError(problems)
-    gpus = settings.num_gpus * (len(settings.models) if len(settings.num_gpus) == 1 else 1)
+    gpus = options.num_gpus * (len(options.models) if len(options.num_gpus) == 1 else 1)
     sizes: list[Size] = []
-    for i, model in enumerate(settings.models):
+    for i, model in enumerate(options.models):
         try:
-            sizes.append(_read_size(model, settings, gpus[i] if gpus else None))
+            sizes.append(_read_size(model, options, gpus[i] if gpus else None))
         except ConfigError as error:
             problems += [f"{model}: {problem}" for problem in error.problems]
-    names = [size.name for size in sizes]
-    problems += [f"two models have the name {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"two models have the name {name}" for name in _repeated([size.name for size in sizes])]
     problems += _differing_data(sizes)
     problems += [
         f"{size.name}: without eval_interval and valid_data_path its runs leave no validation loss to fit; set both "
@@ -113,60 +131,63 @@ def read_sizes(settings: SweepSettings) -> list[Size]:
         for size in sizes
         if size.config.run.eval_interval is None or not size.config.data.valid_data_path
     ]
-    if settings.lr_exponent is not None and len(rates := {size.config.training.lr for size in sizes}) > 1:
+    if options.lr_exponent is not None and len(rates := {size.config.training.lr for size in sizes}) > 1:
         problems.append(f"--lr-exponent starts from one learning rate, but the models' files have {sorted(rates)}")
     if problems:
         raise ConfigError(problems)
     return sorted(sizes, key=lambda size: size.num_parameters)
 
 
-def _setting_problems(settings: SweepSettings) -> Iterator[str]:
-    for flag in (word.split("=", 1)[0] for word in settings.flags):
-        if flag in _OF_THE_SWEEP:
+def _option_problems(options: SweepOptions) -> Iterator[str]:
+    for flag in (word.split("=", 1)[0] for word in options.flags):
+        if flag in _SET_BY_THE_SWEEP:
             yield f"{flag} is the sweep's to set, by --models, --arms, --seeds, --output and the amounts"
-    if min(settings.num_gpus, default=1) < 1:
-        yield f"--num-gpus {min(settings.num_gpus)}: a run needs at least one"
-    if len(settings.num_gpus) not in (0, 1, len(settings.models)):
-        yield f"--num-gpus has {len(settings.num_gpus)} numbers for {len(settings.models)} models; give one, or all"
-    for name, values in (("--models", settings.models), ("--arms", settings.arms), ("--seeds", settings.seeds)):
-        if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+    if min(options.num_gpus, default=1) < 1:
+        yield f"--num-gpus {min(options.num_gpus)}: a run needs at least one"
+    if len(options.num_gpus) not in (0, 1, len(options.models)):
+        yield f"--num-gpus has {len(options.num_gpus)} numbers for {len(options.models)} models; give one, or all"
+    for name, values in (("--models", options.models), ("--arms", options.arms), ("--seeds", options.seeds)):
+        if twice := _repeated([str(value) for value in values]):
             yield f"{name} names {', '.join(twice)} twice: its runs would be the same"
-    if settings.lr_warmup_share is not None and not 0 <= settings.lr_warmup_share < 1:
-        yield f"--lr-warmup-share is {settings.lr_warmup_share}, but must be at least 0 and below 1"
-    if not 0 < settings.max_epochs < math.inf:
-        yield f"--max-epochs is {settings.max_epochs}, but must be finite and above 0"
-    if settings.lr_exponent is not None and not math.isfinite(settings.lr_exponent):
-        yield f"--lr-exponent is {settings.lr_exponent}, but must be finite"
-    if settings.amount_kind == "subsets":
-        yield from _subset_problems(settings.amounts)
-    else:
-        yield from (
-            f"--{settings.amount_kind} {amount}: give numbers above 0"
-            + (", whole ones" if settings.amount_kind == "iterations" else "")
-            for amount in settings.amounts
-            if not _is_amount(amount, whole=settings.amount_kind == "iterations")
-        )
-    labels = [amount_label(settings.amount_kind, amount) for amount in settings.amounts]
-    for label in sorted({label for label in labels if labels.count(label) > 1}):
-        named = ", ".join(a for a, other in zip(settings.amounts, labels, strict=True) if other == label)
-        yield f"--{settings.amount_kind} {named}: all would be {label} in the names of the runs; leave out all but one"
-    if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
+    if options.lr_warmup_share is not None and not 0 <= options.lr_warmup_share < 1:
+        yield f"--lr-warmup-share is {options.lr_warmup_share}, but must be at least 0 and below 1"
+    if not 0 < options.max_epochs < math.inf:
+        yield f"--max-epochs is {options.max_epochs}, but must be finite and above 0"
+    if options.lr_exponent is not None and not math.isfinite(options.lr_exponent):
+        yield f"--lr-exponent is {options.lr_exponent}, but must be finite"
+    yield from _amount_problems(options.amount_kind, options.amounts)
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         yield (
-            f"--output {settings.output} is there already; name another (the registry takes the runs of several "
+            f"--output {options.output} exists already; name another (the registry takes the runs of several "
             "sweeps together), or remove it with the runs in it"
         )
+
+
+def _amount_problems(kind: str, amounts: Sequence[str]) -> Iterator[str]:
+    if kind == "subsets":
+        yield from _subset_problems(amounts)
+    else:
+        kind_of_number = "integer" if kind == "iterations" else "number"
+        bad = [amount for amount in amounts if not _is_amount(amount, whole=kind == "iterations")]
+        yield from (f"--{kind} {amount}: must be a positive {kind_of_number}" for amount in bad)
+        if bad:
+            return
+    labels = [amount_label(kind, amount) for amount in amounts]
+    for label in _repeated(labels):
+        named = ", ".join(amount for amount, other in zip(amounts, labels, strict=True) if other == label)
+        yield f"--{kind} {named}: all would be {label} in the names of the runs; leave out all but one"
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def amount_label(kind: str, amount: str) -> str:
     """An amount as part of a run's name: a subset's file name, a number with as many digits as it has."""
     if kind == "subsets":
         return Path(amount).stem
-    try:
-        number = float(amount)
-    except ValueError:  # told as no amount
-        return f"{kind}{amount}"
-    short = f"{number:g}"
-    digits = short if float(short) == number else repr(number).removesuffix(".0")
+    number = float(amount)
+    digits = f"{number:g}" if float(f"{number:g}") == number else repr(number).removesuffix(".0")
     return f"{kind}{digits}".replace("+", "")
 
 
@@ -195,29 +216,23 @@ def _subset_problems(paths: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _read_size(model: str, settings: SweepSettings, num_gpus: int | None) -> Size:
+def _read_size(model: str, options: SweepOptions, num_gpus: int | None) -> Size:
     path = Path(model)
-    is_file = path.suffix in _YAML
+    is_file = path.suffix in (".yaml", ".yml")
     name = path.stem if is_file else Path(model.rstrip("/")).name
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            [f"the name {name!r} would be part of file names; use letters, digits, dot, dash, underscore"]
-        )
-    if not is_file and settings.base is None:
+        problem = f"the name {name!r} would be part of file names; use letters, digits, dot, dash, underscore"
+        raise ConfigError([problem])
+    if not is_file and options.base is None:
         raise ConfigError(["a model's directory needs --base FILE.yaml, which says how to train it"])
-    arguments = ["--config", model] if is_file else ["--config", str(settings.base), "--load", f"{HF_PREFIX}{model}"]
-    placeholders = ["--run-dir", str(settings.output / "runs" / name), "--train-iters", "1"]
-    config = read_command_line([*arguments, *settings.flags, *placeholders]).config
+    arguments = ["--config", model] if is_file else ["--config", str(options.base), "--load", f"{HF_PREFIX}{model}"]
+    placeholders = ["--run-dir", str(options.output / "runs" / name), "--train-iters", "1"]
+    config = read_command_line([*arguments, *options.flags, *placeholders]).config
     layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     start = find_start(config)
     if start.model_dir is None or start.encoder_dir is None:
-        raise ConfigError(
-            [
-                f"{part} is missing"
-                for part, directory in (("model (or load hf:DIR)", start.model_dir), ("encoder", start.encoder_dir))
-                if directory is None
-            ]
-        )
+        parts = {"model (or load hf:DIR)": start.model_dir, "encoder": start.encoder_dir}
+        raise ConfigError([f"{part} is missing" for part, directory in parts.items() if directory is None])
     read_model_shape(start.model_dir)
     encoder = read_encoder(start.encoder_dir)
     config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
@@ -230,8 +245,8 @@ def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
     for name in sorted(names):
         values = {str(size.config.flat()[name]): size.name for size in sizes}
         if len(values) > 1:
-            shown = ", ".join(f"{value} ({size})" for value, size in values.items())
-            yield f"the models' files must read the same data, but {name} is {shown}"
+            found = ", ".join(f"{value} ({size})" for value, size in values.items())
+            yield f"the models' files must read the same data, but {name} is {found}"
 
 
 def varying_settings(sizes: Sequence[Size]) -> list[str]:
@@ -243,19 +258,21 @@ def varying_settings(sizes: Sequence[Size]) -> list[str]:
 
 def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
     """All sizes with one visual_seq_length: where it is 0, what the data propose, divisible by every size's ranks."""
-    if sizes[0].config.data.visual_seq_length:
+    first = sizes[0]
+    if first.config.data.visual_seq_length:
         return list(sizes)
     ranks = math.lcm(*(size.config.parallel.tensor_model_parallel_size for size in sizes))
-    first = sizes[0]
-    reader = opened(first, first.config.replace(tensor_model_parallel_size=ranks))
+    reader = open_training_data(first, first.config.replace(tensor_model_parallel_size=ranks))
     budget = reader.visual_seq_length
     reader.close()
     return [replace(size, config=size.config.replace(visual_seq_length=budget)) for size in sizes]
 
 
-def opened(size: Size, config: Config) -> PackReader:
+def open_training_data(size: Size, config: Config) -> PackReader:
     """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
     try:
-        return open_reader(config, config.data.data_path, size.model_dir, size.encoder_dir, training=True)
+        preprocessor = open_preprocessor(size.encoder_dir, config.data.max_image_tokens)
+        spec = DataSpec.of(config, config.data.data_path, training=True)
+        return open_reader(spec, load_tokenizer(size.model_dir), preprocessor)
     except (ValueError, OSError) as error:
         raise ConfigError([f"{size.name}: {error}"]) from None

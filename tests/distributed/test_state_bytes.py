@@ -4,9 +4,8 @@ import pytest
 
 from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.hf.shape import read_model_shape
-from laver_megatron.planning.dry_run import dry_run
+from laver_megatron.planning.dry_run import dry_run, state_bytes
 from laver_megatron.planning.memory import state_of_rank
-from laver_megatron.planning.state_bytes import state_bytes
 from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from laver_megatron.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -52,6 +54,13 @@ def test_files_and_functions_of_the_package(page):
             found = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part]
             assert found, f"{name} defines no {defined}"
             body = found[0].body
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page):
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for first, second in re.findall(r"(?:^| )laver ([a-z][\w-]*)(?: ([a-z]\w*))?", "\n".join(blocks), re.MULTILINE):
+        assert first in COMMANDS or f"{first} {second}" in COMMANDS, f"{page.name}: laver {first} {second}"
 
 
 def test_hooks_run_the_pinned_ruff():

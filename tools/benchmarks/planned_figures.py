@@ -1,19 +1,18 @@
-"""The planner's figures that are written down, in the heads of examples/scaling/*.yaml and the tables of
-docs/planning.md, as they must stand there. To print them all:
+"""Prints the planner's figures in the heads of examples/scaling/*.yaml and in the tables of docs/planning.md.
 
-    python -m tools.benchmarks.planned_figures
+python tools/benchmarks/planned_figures.py
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.plan import Plan, laver_costs, layout_name, split_name
-from laver_megatron.planning.plan_command import build_parser
+from laver_megatron.planning.plan_command import build_parser, make_job, pinned_fields
 from laver_megatron.planning.plan_report import best_of_each, split_cell
-from laver_megatron.planning.planned_job import make_job, pinned_fields
-from laver_megatron.planning.planner import search
+from laver_megatron.planning.search import search
 
 # The ladder's sizes, and the number of GPUs that each file's own layout is for.
 LADDER = {"0.5b": 8, "1.5b": 8, "3b": 8, "7b": 8, "14b": 16, "32b": 32, "72b": 64, "110b": 128}
@@ -150,7 +149,14 @@ def _bigger_row(size: str) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # --help
     for size in LADDER:
         print(f"examples/scaling/{size}.yaml", *ladder_head(size), sep="\n", end="\n\n")
     print("docs/planning.md", *paper_tables(), *bigger_models_table(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,31 @@
-"""Published training runs on H100 and A100, language models alone, to hold the planner's times against.
+"""Prints published training runs on H100 and A100, language models alone, beside the times that the planner predicts.
 
-The tables say seconds per iteration, and with which layout: NVIDIA/dgxc-benchmarking, release 25.02.01 to 25.04.01
+    python tools/benchmarks/published.py
+
+The sources give seconds per iteration, and the layout: NVIDIA/dgxc-benchmarking, release 25.02.01 to 25.04.01
 (llama3.1, nemotron, nemo_megatron: README.md of each), bf16 on DGX H100, NeMo; and table 5 of Korthikanti et al.,
 "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), A100-80GB, Megatron-LM.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
 from laver_megatron.config.fields import Config
 from laver_megatron.flops.step import model_flops
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.planning.communication import sent_bytes
 from laver_megatron.planning.hardware import GPUS
 from laver_megatron.planning.memory import fullest_state
-from laver_megatron.planning.throughput import FULL_OVERLAP, NO_OVERLAP, Overlap, seconds_of_stage, stage_work
+from laver_megatron.planning.throughput import (
+    FULL_OVERLAP,
+    NO_OVERLAP,
+    Overlap,
+    seconds_of_stage,
+    sent_bytes,
+    stage_work,
+)
 from laver_megatron.planning.workload import Workload
 
 
@@ -177,3 +186,14 @@ def comparison() -> list[str]:
             f"{published:,.0f} | {predicted:,.0f} | {predicted / published:.2f} | {run.source} |"
         )
     return lines
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # --help
+    print("\n".join(comparison()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,14 @@
-"""How fast shards are made, against `tar` of the same files."""
+"""Measures tools/make_shards.py against `tar` of the same files: LLaVA's JSON and a directory of JPEGs.
 
+python tools/benchmarks/shards.py --dir /data/scratch --num-samples 10000 --num-workers 1 2
+"""
+
+import argparse
 import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -93,3 +98,20 @@ def write_llava(folder: Path, num_samples: int) -> None:
         turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": _ANSWER * 3}]
         records.append({"id": f"{number:09d}", "image": name, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dir", type=Path, required=True, help="scratch directory, cleaned up afterwards")
+    add("--num-samples", type=int, default=10_000, metavar="N", help="of about 110 kB (default: 10000)")
+    add("--num-workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="processes (default: 0 1 2)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds; the median counts (default: 3)")
+    options = parser.parse_args()
+    options.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
+        print(benchmark(Path(directory), options.num_samples, options.num_workers, options.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
+from laver_megatron.data.batch.packing import EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
 from laver_megatron.data.read.images import decode_image
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.encoders import open_preprocessor
 from laver_megatron.hf.tokenizer import load_tokenizer
+from laver_megatron.objective.language import IGNORE_LABEL
 
 TEXT_PROMPTS = (
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Portugal is",

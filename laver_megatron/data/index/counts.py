@@ -1,4 +1,4 @@
-"""How many tokens each sample becomes: counted once for a tokenizer and an encoder, and kept beside the index.
+"""How many tokens each sample becomes: counted once for a tokenizer and an encoder, and stored beside the index.
 
 Letters: I samples of one index.
 """
@@ -17,15 +17,15 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL
-from laver_megatron.data.batch.processes import map_in_processes
 from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
 from laver_megatron.data.index.index_file import codes, is_url, read_table, write_table
 from laver_megatron.data.index.shard_index import ShardIndex
 from laver_megatron.data.read.conversations import parse_conversation
-from laver_megatron.data.read.reading import OpenShard, SampleFiles, open_local
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_local
 from laver_megatron.encoders import ImagePreprocessor
+from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.runtime.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,16 @@ _VERSION = 3  # of what is counted, and how
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """What each sample becomes, int32 `[I]`: tokens (0 if it cannot be used), visual tokens among them, images, tokens
-    with a label, and turns left off because it was too long. fault_I: `Fault.code` int8, 0 where usable; those of the
-    index are among them."""
+    """What each sample becomes; int32 `[I]`.
+
+    Attributes:
+        tokens_I: tokens; 0 if the sample cannot be used.
+        visual_I: visual tokens among them.
+        images_I: images.
+        labels_I: tokens with a label.
+        dropped_I: turns removed because the sample was too long.
+        fault_I: `Fault.code` as int8, 0 where usable; includes the faults of the index.
+    """
 
     tokens_I: np.ndarray
     visual_I: np.ndarray
@@ -64,9 +71,11 @@ def count_samples(
 ) -> SampleCounts:
     """The counts of an index, from the file beside it if they have been counted before.
 
-    limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples. Without an index file,
-    or in a folder that cannot be written to, everything is counted anew each time. log: gets the faults that the index
-    does not have, with what exactly is wrong if they are counted now.
+    Without an index file, or in a folder that cannot be written to, everything is counted again each time.
+
+    Args:
+        limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples.
+        log: receives the faults that the index does not have, with details if they are counted now.
 
     Raises:
         ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
@@ -94,7 +103,7 @@ def count_samples(
 
 
 def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts | None:
-    """What was counted before; None if nothing was, or the file is damaged."""
+    """The stored counts; None if there are none or the file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -182,7 +191,7 @@ class _Counter:
 def _settings_hash(
     index: ShardIndex, tokenizer: PreTrainedTokenizerBase, preprocessor: ImagePreprocessor, limits: Limits
 ) -> str:
-    """Names all that the counts depend on."""
+    """Identifies everything that the counts depend on."""
     digest = xxhash.xxh3_128()
     template = str(tokenizer.chat_template)
     tokens = tokenizer.backend_tokenizer.to_str()
@@ -192,7 +201,7 @@ def _settings_hash(
 
 
 def write_counts(counts: SampleCounts, path: Path) -> None:
-    """Writes counts; the file is there whole or not at all."""
+    """Writes counts, atomically."""
     columns = {field.name: pa.array(getattr(counts, field.name)) for field in fields(counts)}
     columns["fault_I"] = pa.DictionaryArray.from_arrays(columns["fault_I"], pa.array(FAULT_NAMES, pa.string()))
     table = pa.table({name.removesuffix("_I"): column for name, column in columns.items()})

@@ -1,160 +1,196 @@
-"""Fetches what URLs name, by webdataset's openers, and watches them: whoever stalls, trickles or answers with an error
-is given up, with the reason, and never waited for without end.
+"""Copies what a URL names into a local file: by fsspec, or for `pipe:` by a shell command.
+
+Every transfer is watched. One that stalls, trickles or fails ends with the reason; none is waited for indefinitely.
 """
 
+import asyncio
 import os
-import re
 import select
-import shutil
+import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from typing import BinaryIO
-from urllib.parse import urlparse
+from pathlib import Path
+from typing import Any
 
-import psutil
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.callbacks import Callback
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
+PIPE = "pipe"
 _CHUNK_BYTES = 1 << 20
+_POLL_SECONDS = 0.2
 _CONNECT_SECONDS = 30
-# Less than so much in so long is no transfer: 10 kB/s.
-_PATIENCE_SECONDS, _LEAST_BYTES = 60, 600_000
-_STATUS = re.compile(r"returned error: (\d{3})")
-_MAY_PASS = (408, 425, 429)  # of the answers 4xx
+# A transfer of less than this in this time has stalled: 10 kB/s.
+_PATIENCE_SECONDS, _MIN_BYTES = 60, 600_000
+_TRANSIENT = (408, 425, 429)  # of the 4xx answers
 
 
 class RefusedError(ValueError):
-    """The server answers that it will not give this: asking again is of no use."""
+    """The server will not serve this URL: asking again is of no use."""
 
 
-class MissingProgramError(ValueError):
-    """The program that fetches such URLs is not installed: trying again is of no use."""
+class MissingPackageError(ValueError):
+    """The package that reads such URLs is not installed: trying again is of no use."""
 
 
-def fetch_into(url: str, target: BinaryIO, num_bytes: int | None) -> int:
-    """Writes what a URL names to a file, to its end or to the first byte above `num_bytes`; the number of bytes.
-
-    Raises:
-        RefusedError: the server says no.
-        MissingProgramError: curl, aws, gsutil or the like is missing.
-        OSError: it cannot be reached, sends less than 10 kB/s over a minute, breaks off, or says that it failed.
-    """
-    with tempfile.TemporaryFile() as messages:
-        try:
-            source = open_url(url, messages)
-        except FileNotFoundError as error:
-            program = str(error.filename)
-            if os.sep in program or shutil.which(program):
-                raise
-            raise MissingProgramError(
-                f"there is no {program} here; install it, and see that it is on the PATH"
-            ) from error
-        try:
-            found = _copy(source, target, num_bytes)
-            if num_bytes is None or found <= num_bytes:
-                _finish(source)
-        except OSError as error:
-            messages.seek(0)
-            said = messages.read(10_000).decode(errors="replace").strip()
-            status = _STATUS.search(said)
-            if status and status[1].startswith("4") and int(status[1]) not in _MAY_PASS:
-                raise RefusedError(f"the server answers {status[1]}") from error
-            raise OSError(said or str(error)) from error
-        finally:
-            _end(source)
-    return found
+class _TooLong(Exception):
+    """More bytes arrived than were expected."""
 
 
-def open_url(url: str, messages: BinaryIO) -> BinaryIO:
-    """A stream of what a URL names, by webdataset's openers, and by `aws s3 cp` for s3:, which it leaves to others.
-    messages: a file for what curl and aws have to say."""
-    from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_schemes, rewrite_url  # takes torch along: seconds
-
-    url = rewrite_url(url)
-    scheme = urlparse(url).scheme
-    if gopen_schemes.get(scheme) is gopen_curl:
-        # webdataset's own command asks again for a minute without a word, and never gives up a transfer that stalls.
-        command = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff"]
-        command += ["--connect-timeout", str(_CONNECT_SECONDS), "--speed-time", str(_PATIENCE_SECONDS)]
-        command += ["--speed-limit", str(_LEAST_BYTES // _PATIENCE_SECONDS), url]
-    elif scheme == "s3" and "s3" not in gopen_schemes:
-        command = ["aws", "s3", "cp", "--only-show-errors", url, "-"]
-    else:
-        return gopen(url, "rb")
-    return Pipe(command, mode="rb", bufsize=0, stderr=messages)
+class _Stalled(OSError):
+    """Too few bytes arrived in the last minute."""
 
 
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int | None) -> int:
-    found = 0
-    for chunk in _chunks(source):
-        if num_bytes is not None:
-            chunk = chunk[: num_bytes + 1 - found]
-        target.write(chunk)
-        found += len(chunk)
-        if num_bytes is not None and found > num_bytes:
-            break
-    target.truncate()
-    return found
+def _http_options() -> dict[str, Any]:
+    from aiohttp import ClientTimeout
+
+    # No limit on the whole transfer: it is watched here. Proxies come from the environment, as for curl.
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS), "trust_env": True}}
 
 
-def _chunks(source: BinaryIO) -> Iterator[bytes]:
-    """What a stream brings. Only what a process sends is watched; files and fsspec's streams have their own limits."""
-    if not _is_process(source):
-        while chunk := source.read(_CHUNK_BYTES):
-            yield chunk
-        return
-    descriptor = source.stream.fileno()  # type: ignore[attr-defined]
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    began, found = time.monotonic(), 0
-    while True:
-        seconds_left = began + _PATIENCE_SECONDS - time.monotonic()
-        if seconds_left <= 0:
-            if found < _LEAST_BYTES:
-                raise OSError(f"it stalls: {found} bytes in {_PATIENCE_SECONDS} s")
-            began, found = time.monotonic(), 0
-        elif poll.poll(seconds_left * 1000):
-            chunk = os.read(descriptor, _CHUNK_BYTES)
-            if not chunk:
-                return
-            found += len(chunk)
-            yield chunk
+# By scheme, the options of fsspec's file systems. Others can be read with `pipe:`.
+SCHEMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "gs": dict, "hf": dict, "http": _http_options, "https": _http_options, "s3": dict,
+}  # fmt: skip
 
 
-def _finish(source: BinaryIO) -> None:
-    """Has a process that sent everything end.
+def scheme_of(url: str) -> str:
+    """`https` of `https://...`, `pipe` of `pipe:...`."""
+    return url.partition(":")[0].lower()
+
+
+def fetch_into(url: str, path: Path, num_bytes: int | None) -> int:
+    """Copies what a URL names into a file, which is replaced.
+
+    Args:
+        url: `pipe:COMMAND`, or of one of SCHEMES.
+        num_bytes: the expected size; a longer transfer is cut short.
+
+    Returns:
+        The number of bytes that arrived; more than `num_bytes` if there are more.
 
     Raises:
-        OSError: it failed, or does not end.
+        RefusedError: the server will not serve it.
+        MissingPackageError: s3fs, gcsfs or the like is not installed.
+        OSError: it cannot be reached, sends less than 10 kB/s for a minute, breaks off, or reports a failure.
     """
-    if not _is_process(source):
-        return
+    transfer = _Transfer(num_bytes)
+    path.unlink(missing_ok=True)  # an earlier attempt that is still ending must not write into this one
     try:
-        status = source.proc.wait(_PATIENCE_SECONDS)  # type: ignore[attr-defined]
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"its command does not end within {_PATIENCE_SECONDS} s") from error
-    if status not in source.ignore_status:  # type: ignore[attr-defined]
+        if scheme_of(url) == PIPE:
+            _run(url.partition(":")[2], path, transfer)
+        else:
+            _download(url, path, transfer)
+    except _TooLong:
+        return transfer.value
+    return path.stat().st_size
+
+
+class _Transfer(Callback):
+    """Counts the bytes of a transfer, and tells when it has stalled. fsspec calls it from a thread of its own."""
+
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self._limit = limit
+        self._began, self._before = time.monotonic(), 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Counts bytes. Raises _TooLong when there are more than expected."""
+        self.value += inc
+        if self._limit is not None and self.value > self._limit:
+            raise _TooLong
+
+    def check(self) -> None:
+        """Raises _Stalled if the transfer has."""
+        if time.monotonic() - self._began < _PATIENCE_SECONDS:
+            return
+        arrived = self.value - self._before
+        if arrived < _MIN_BYTES:
+            raise _Stalled(f"it stalls: {arrived} bytes in {_PATIENCE_SECONDS} s")
+        self._began, self._before = time.monotonic(), self.value
+
+
+def _download(url: str, path: Path, transfer: _Transfer) -> None:
+    files = _file_system(url)
+    try:
+        sync(files.loop, _watched, files, files._strip_protocol(url), path, transfer)
+    except (_TooLong, _Stalled):
+        raise
+    except Exception as error:  # each library has exceptions of its own
+        status = _status(error)
+        if status and (status >= 500 or status in _TRANSIENT):
+            raise OSError(f"the server answers {status}") from error
+        if status and status >= 400:
+            raise RefusedError(f"the server answers {status}") from error
+        if transfer.size and transfer.value < transfer.size:
+            missing = transfer.size - transfer.value
+            raise OSError(f"transfer closed with {missing} bytes remaining to read") from error
+        raise OSError(str(error) or str(error.__cause__ or type(error).__name__)) from error
+
+
+def _file_system(url: str) -> AsyncFileSystem:
+    scheme = scheme_of(url)
+    try:
+        files = fsspec.filesystem(scheme, skip_instance_cache=True, **SCHEMES[scheme]())
+    except ImportError as error:
+        extra = f"; pip install 'laver_megatron[{scheme}]'" if scheme in ("s3", "gs") else ""
+        raise MissingPackageError(f"{error}{extra}") from error
+    files = files if files.async_impl else AsyncFileSystemWrapper(files, asynchronous=False)
+    if hasattr(files, "encoded"):
+        files.encoded = "%" in url  # a signed URL must reach the server as it was signed
+    return files
+
+
+async def _watched(files: AsyncFileSystem, source: str, path: Path, transfer: _Transfer) -> None:
+    task = asyncio.ensure_future(files._get_file(source, str(path), callback=transfer))
+    while not task.done():
+        await asyncio.wait({task}, timeout=_POLL_SECONDS)
+        try:
+            transfer.check()
+        except _Stalled:
+            task.cancel()
+            await asyncio.wait({task}, timeout=_POLL_SECONDS)  # closes its file
+            raise
+    await task
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status behind an exception, 0 if there is none."""
+    for name in ("status", "code"):  # of aiohttp, of gcsfs
+        if isinstance(status := getattr(error, name, None), int):
+            return status
+    if isinstance(error, FileNotFoundError | PermissionError) and error.filename is None:  # not of our own file
+        return 404 if isinstance(error, FileNotFoundError) else 403
+    return 0
+
+
+def _run(command: str, path: Path, transfer: _Transfer) -> None:
+    """Writes what a shell command prints."""
+    with (
+        open(path, "wb") as target,
+        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            descriptor = process.stdout.fileno()
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            while True:
+                transfer.check()
+                if poll.poll(_POLL_SECONDS * 1000):
+                    chunk = os.read(descriptor, _CHUNK_BYTES)
+                    if not chunk:
+                        break
+                    target.write(chunk)
+                    transfer.relative_update(len(chunk))
+            status = process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"its command does not end within {_PATIENCE_SECONDS} s") from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+    if status:
         raise OSError(f"its command failed with exit code {status}")
-
-
-def _end(source: BinaryIO) -> None:
-    """Closes a stream; a process behind it is killed, with all that it started, if it has not ended."""
-    if not _is_process(source):
-        source.close()
-        return
-    process: subprocess.Popen = source.proc  # type: ignore[attr-defined]
-    if process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-        process.kill()
-    with suppress(OSError):  # how it ended has been judged
-        source.close()
-
-
-def _is_process(source: BinaryIO) -> bool:
-    from webdataset.gopen import Pipe
-
-    return isinstance(source, Pipe)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.config.command_line import load_config
-from laver_megatron.planning.layouts import FIRST, LAST
+from laver_megatron.planning.search import FIRST, LAST
 from tools.benchmarks.planned_figures import (
     BIGGER,
     LADDER,
@@ -42,7 +42,7 @@ def test_heads_of_the_ladder(size):
 
 
 def test_the_papers_set_up():
-    assert f"python tools/plan.py {PAPER_FLAGS}\n" in DOCUMENT
+    assert f"laver plan {PAPER_FLAGS}\n" in DOCUMENT
     for line in paper_tables():
         assert line in DOCUMENT.splitlines(), line
 

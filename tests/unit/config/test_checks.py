@@ -21,7 +21,7 @@ from laver_megatron.config.directories import CheckedEncoder
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.hf.shape import ModelShape, read_model_shape
-from laver_megatron.run_log import metrics
+from laver_megatron.planning.dry_run_command import show_dry_run
 from laver_megatron.start import find_start
 
 # Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
@@ -492,12 +492,19 @@ def test_check_run_exits_with_2(run, capsys):
     assert "mask_ratio is 7.0" in capsys.readouterr().err
 
 
+def test_training_itself_makes_no_dry_run(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        check_run(Invocation(run, dry_run=True, dry_run_world_size=1))
+    assert caught.value.code == 2
+    assert "--dry-run is the launcher's" in capsys.readouterr().err
+
+
 def test_dry_run_needs_neither_weights_nor_shards(run, tmp_path, capsys):
     for path in ("model/model.safetensors", "encoder/model.safetensors", "shards/train-0.tar"):
         (tmp_path / path).unlink()
     config = run.replace(tensor_model_parallel_size=2, global_batch_size=4)
     before = files_below(tmp_path)
-    assert check_run(Invocation(config, dry_run=True, dry_run_world_size=4)) is None
+    show_dry_run(Invocation(config, dry_run=True, dry_run_world_size=4))
     assert "4 processes as TP 2 x PP 1 x DP 2; 2 micro-batches" in capsys.readouterr().out
     assert files_below(tmp_path) == before
     assert "24 layers" not in found(config, dry_run=True)[0]
@@ -506,7 +513,7 @@ def test_dry_run_needs_neither_weights_nor_shards(run, tmp_path, capsys):
 def test_dry_run_refuses_an_encoder_that_cannot_be_built(run, tmp_path, capsys):
     (tmp_path / "encoder/config.json").write_text(json.dumps({**ENCODER_JSON, "num_attention_heads": 5}))
     with pytest.raises(SystemExit) as caught:
-        check_run(Invocation(run, dry_run=True, dry_run_world_size=1))
+        show_dry_run(Invocation(run, dry_run=True, dry_run_world_size=1))
     assert caught.value.code == 2
     assert "hidden_size 32 is not a multiple of num_attention_heads 5" in capsys.readouterr().err
 
@@ -1082,7 +1089,7 @@ def test_run_directory_where_the_kernel_lives(run):
 
 
 def test_logging_packages(run, monkeypatch):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problems = found(run.replace(tensorboard=True, wandb_project="p"))
     assert [problem.split(":")[0] for problem in problems] == [
         "--tensorboard needs the package tensorboard", "--wandb-project needs the package wandb"

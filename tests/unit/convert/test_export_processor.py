@@ -34,7 +34,7 @@ from laver_megatron.data.index.faults import SampleFault
 from laver_megatron.data.read import images as data_images
 from laver_megatron.data.read.conversations import parse_conversation
 from laver_megatron.data.read.images import decode_image, upright_rgb
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor

@@ -1,8 +1,7 @@
 """Jobs of the planner by its own flags."""
 
 from laver_megatron.planning.plan import Job
-from laver_megatron.planning.plan_command import build_parser
-from laver_megatron.planning.planned_job import make_job
+from laver_megatron.planning.plan_command import build_parser, make_job
 
 
 def job_of(*flags: str) -> Job:

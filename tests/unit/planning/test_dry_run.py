@@ -16,8 +16,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.planning import dry_run as module
-from laver_megatron.planning.dry_run import dry_run
-from laver_megatron.planning.dry_run_report import dry_run_report, spans
+from laver_megatron.planning.dry_run import dry_run, dry_run_report, spans
 from laver_megatron.planning.memory import state_of_rank
 from laver_megatron.planning.simulated_rank import simulated_rank
 
@@ -123,11 +122,9 @@ def test_every_value_once(build, layout, variant):
 def test_a_tensor_on_no_rank_is_found(build, monkeypatch):
     original = module._build
 
-    def without_last_stage(config, shape, encoder_dir, rank, world_size):
-        position = original(config, shape, encoder_dir, rank, world_size)
-        if rank == 1:
-            position.tiles = [tile for tile in position.tiles if "layers.3.mlp.linear_fc2" not in tile.key]
-        return position
+    def without_last_stage(config, shape, encoder_dir, rank, world_size, found):
+        original(config, shape, encoder_dir, rank, world_size, found)
+        found.tiles[:] = [tile for tile in found.tiles if "layers.3.mlp.linear_fc2" not in tile.key]
 
     monkeypatch.setattr(module, "_build", without_last_stage)
     problems = build(2, pipeline_model_parallel_size=2).problems
@@ -192,14 +189,16 @@ def test_72b_on_128_ranks_in_a_minute_and_a_gigabyte(demo_dir, tmp_path):
     write(model, {**DECODER, **SHAPE_72B})
     encoder = tmp_path / "encoder"
     shutil.copytree(demo_dir / "encoder", encoder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "run.yaml").write_text("bf16: true\n")
     command = (
-        f"--load hf:{model} --encoder {encoder} --data-path nowhere --run-dir {tmp_path}/run --train-iters 10 --bf16 "
+        f"--config {tmp_path}/run.yaml --load hf:{model} --encoder {encoder} --data-path nowhere "
+        f"--run-dir {tmp_path}/run --train-iters 10 "
         "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 --sequence-parallel --seq-length 4096 "
         "--visual-seq-length 2048 --global-batch-size 128 --dry-run 128"
     )
     program = (
-        "import resource, sys; from laver_megatron import train\n"
-        f"train.main({command.split()!r})\n"
+        "import resource, sys; from laver_megatron import launcher\n"
+        f"launcher.main({command.split()!r})\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         # Not ru_maxrss, which begins with what the process that started this one held.
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"

@@ -6,10 +6,10 @@ import pytest
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-from laver_megatron.planning.communication import pipeline_bytes, sent_bytes, tensor_parallel_bytes
-from laver_megatron.planning.memory import StateBytes, layers_of_stages
-from laver_megatron.planning.pipeline import bubble, chunks_in_flight
+from laver_megatron.planning.memory import StateBytes
+from laver_megatron.planning.pipeline import bubble, chunks_in_flight, layers_of_stages
 from laver_megatron.planning.simulated_rank import simulated_rank
+from laver_megatron.planning.throughput import pipeline_bytes, sent_bytes, tensor_parallel_bytes
 from laver_megatron.planning.workload import Workload
 from tests.small_run import SHAPE, settings
 

@@ -6,12 +6,11 @@ from math import prod
 import pytest
 
 from laver_megatron.planning.hardware import GIB
-from laver_megatron.planning.layouts import layout_problems
 from laver_megatron.planning.memory import state_of_rank
 from laver_megatron.planning.models import SIGLIP2, encoder_sizes
 from laver_megatron.planning.plan import activations_by_recomputation, laver_costs, plan_layout
 from laver_megatron.planning.plan_command import main
-from laver_megatron.planning.planner import search
+from laver_megatron.planning.search import layout_problems, search
 from tests.unit.planning.plans import job_of
 
 SEVEN = ("--model", "7b", "--gpus", "16", "--gpu", "a100-80gb", "--seq-length", "2048", "--global-batch-size", "128")

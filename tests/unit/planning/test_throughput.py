@@ -12,12 +12,12 @@ from laver_megatron.encoders import read_encoder
 from laver_megatron.flops.encoder import EncoderFlops
 from laver_megatron.flops.step import hardware_flops, model_flops
 from laver_megatron.planning.activations import Saved
-from laver_megatron.planning.communication import SentBytes
 from laver_megatron.planning.hardware import GPUS
 from laver_megatron.planning.memory import StateBytes
 from laver_megatron.planning.throughput import (
     FULL_OVERLAP,
     NO_OVERLAP,
+    SentBytes,
     StageWork,
     computed_flops,
     micro_batch_flops,

@@ -1,8 +1,6 @@
 """Fixtures of the tests of sweeps: a ladder of small models with their data, and the tool run on them."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,8 +9,8 @@ from laver_megatron.config.command_line import load_config
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.demo.make import make_demo
 from laver_megatron.shards.subset import write_subset
+from laver_megatron.studies import sweep_command
 
-TOOL = Path(__file__).parents[3] / "tools" / "make_sweep.py"
 SIZES = ["16x1", "32x2"]
 BASE = {
     "seq_length": 256, "visual_seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "num_workers": 0,
@@ -65,7 +63,8 @@ def sweep(ladder, tmp_path, capsys):
 
 
 def run_tool(*arguments):
-    spec = importlib.util.spec_from_file_location("make_sweep", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main([str(argument) for argument in arguments])
+    try:
+        sweep_command.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0

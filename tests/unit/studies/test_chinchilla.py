@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from laver_megatron.studies.csv_points import study_of_points
 from laver_megatron.studies.law import fit_law
-from laver_megatron.studies.study import ALL_RUNS
+from laver_megatron.studies.study import ALL_RUNS, study_of_csv
 
 SHA256 = "193478df4e90f040016431996c45682659306840ecdadf83cfb9cd5ca0aa1b30"
 # As Besiroglu et al. (2024) and their notebook print them: the parameters, and 95% intervals of 4000 resamples.
@@ -34,8 +33,8 @@ def points():
     if path is None:
         pytest.skip("CHINCHILLA_POINTS does not name the points; the head of this file says where they are")
     assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == SHA256, "other points than the published fit's"
-    study = study_of_points(Path(path), size_column="Model Size", flops_column="Training FLOP")
-    return study.arms[ALL_RUNS].without_highest(5).points
+    study = study_of_csv(Path(path), size_column="Model Size", flops_column="Training FLOP")
+    return study.arms[ALL_RUNS].without_highest(5).observations
 
 
 def test_the_corrected_fit(points):

@@ -1,31 +1,31 @@
 """The command as a whole: from a study's summaries, or plain points, to tables and pictures; bad input."""
 
 import csv
-import importlib.util
 import json
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from laver_megatron.studies import fit_command
 from laver_megatron.studies.law import Law
 from tests.summaries import change, write_run, write_study
 from tests.unit.studies.synthetic import TRUE_5, make_points
 
-TOOL = Path(__file__).parents[3] / "tools" / "fit_scaling_law.py"
 BETTER_5 = TRUE_5 * (1, 1, 0.9, 1, 1)  # with LaVer: a tenth less of the term of tokens
 NAN, INF = float("nan"), float("inf")
 PICTURES = ["fit.png", "frontier.png", "iso_flop.png", "residuals.png"]
 
 
 def run_tool(*arguments):
-    spec = importlib.util.spec_from_file_location("fit_scaling_law", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main([str(argument) for argument in arguments])
+    """The exit code."""
+    try:
+        fit_command.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def study(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes seconds: one test does."""
-    monkeypatch.setattr("laver_megatron.studies.law_plots.draw_report", lambda report, directory: [])
+    monkeypatch.setattr("laver_megatron.studies.fit_plots.draw_study", lambda study, directory: [])
 
 
 def rows(path):
@@ -152,16 +152,15 @@ def test_size_parts_decide_what_n_is(study, tmp_path):
 
 
 def examples():
-    """The commands of the tool's own help, as lists of words."""
-    text = TOOL.read_text().split('"""')[1].replace("\\\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if line.strip().startswith("python tools/")]
+    """The arguments in the help's own examples, as lists of words."""
+    return [shlex.split(line) for line in fit_command.EXAMPLES]
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_examples_of_the_help_are_true(study, tmp_path, number):
     """Of one sweep, with LaVer on and off."""
-    words = examples()[number][2:]
+    words = examples()[number]
     words[words.index("--registry") + 1] = str(study)
     words[words.index("--output") + 1] = str(tmp_path)
     if "last.student_visual_similarity" in words:  # in this study all end at the same one
@@ -191,9 +190,9 @@ def places(directory):
 
 
 def refused(capsys, *arguments):
-    assert run_tool(*arguments) == 1
+    assert run_tool(*arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("fit_scaling_law: ")
+    assert captured.out == "" and captured.err.startswith("error: ")
     return captured.err
 
 
@@ -311,7 +310,7 @@ def test_what_an_earlier_study_left_is_removed(study, tmp_path, no_pictures, cap
     ],
 )
 def test_differences_that_cannot_be_allowed(study, tmp_path, capsys, flags, message):
-    assert run_tool("--registry", study, "--output", tmp_path / "out", *flags) == 1
+    assert run_tool("--registry", study, "--output", tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -342,7 +341,7 @@ def test_too_few_runs_for_a_law_are_compared_without_one(tmp_path, capsys):
     (output / "law.json").write_text("{}")
     (output / "fit.png").write_bytes(b"")
     options = ("--registry", tmp_path / "runs", "--arm-by", "laver", "--output", output)
-    assert run_tool(*options) == 1
+    assert run_tool(*options) == 2
     assert "--no-law compares the two arms by their pairs of runs alone" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == ["fit.png", "law.json"]
     assert run_tool(*options, "--no-law") == 0
@@ -364,5 +363,5 @@ def test_what_has_no_pairs(tmp_path, capsys, flags, message):
     two_runs_of_each_arm(tmp_path / "runs")
     if "load" in flags:
         flags = (*flags, "--baseline", "hf:7e+09")
-    assert run_tool("--registry", tmp_path / "runs", "--output", tmp_path / "out", "--no-law", *flags) == 1
+    assert run_tool("--registry", tmp_path / "runs", "--output", tmp_path / "out", "--no-law", *flags) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from scipy.optimize import approx_fprime
 
 from laver_megatron.studies import law as law_module
 from laver_megatron.studies.law import Law, fit_law, resample
-from laver_megatron.studies.points import PARAMETERS, Points, check_points, num_distinct
+from laver_megatron.studies.observations import PARAMETERS, Observations, check_fittable, num_distinct
 from tests.unit.studies.synthetic import TRUE_5, make_points
 
 
@@ -28,7 +28,7 @@ def test_without_noise_the_parameters_come_back(parameters_5):
 
 
 def test_the_gradient_is_the_objectives():
-    problem = law_module._Problem.of(make_points(noise=0.003), delta=1e-3)
+    problem = law_module._Problem(make_points(noise=0.003), delta=1e-3)
     weights_R = np.random.default_rng(1).integers(0, 3, 42).astype(float)
     theta_5 = np.array([0.5, -1.5, -1.6, 0.3, 0.4])  # away from the minimum: residuals on both sides of delta
     value, gradient_5 = problem.objective(theta_5, weights_R)
@@ -62,7 +62,7 @@ def test_an_outlier_moves_little_and_delta_says_how_much():
 def test_no_start_of_a_wide_grid_finds_a_lower_minimum():
     points = make_points(noise=0.01, seed=3, num_sizes=4, num_amounts=3)
     fit = fit_law(points, num_resamples=0)
-    problem, once_R = law_module._Problem.of(points, fit.delta), np.ones(len(points))
+    problem, once_R = law_module._Problem(points, fit.delta), np.ones(len(points))
     generator = np.random.default_rng(0)
     starts = generator.uniform((-2, -5, -5, 0.02, 0.02), (1, 1, 1, 2, 2), (60, 5))
     others = [problem.minimise(start_5, once_R)[0] * fit.delta**2 for start_5 in starts]
@@ -110,7 +110,7 @@ def test_the_seed_decides_the_resamples():
 def test_a_warm_start_finds_what_many_starts_find():
     points = make_points(noise=0.01)
     fit = fit_law(points, num_resamples=3)
-    problem = law_module._Problem.of(points, fit.delta)
+    problem = law_module._Problem(points, fit.delta)
     weights_KR = resample(points, 3, np.random.default_rng(0))
     for weights_R, parameters_5 in zip(weights_KR, fit.resampled.parameters_5, strict=True):
         _, theta_5 = min((problem.minimise(start_5, weights_R) for start_5 in problem.starts()), key=lambda end: end[0])
@@ -199,7 +199,7 @@ TOKENS_FOLLOW = replaced(POINTS.take(np.arange(7)), tokens_R=20 * POINTS.size_R[
 )  # fmt: skip
 def test_what_determines_no_law_is_refused_with_its_numbers(points, message):
     with pytest.raises(ValueError, match=message):
-        check_points(points)
+        check_fittable(points)
     with pytest.raises(ValueError, match=message):
         fit_law(points, num_resamples=0)
 
@@ -233,4 +233,4 @@ def test_few_runs_are_said_to_give_rough_intervals():
 def test_points_are_taken_by_mask_and_by_index():
     mask = POINTS.size_R > 1e10
     assert POINTS.take(mask).names == POINTS.take(np.flatnonzero(mask)).names
-    assert isinstance(POINTS.take(mask), Points) and (POINTS.take(mask).size_R > 1e10).all()
+    assert isinstance(POINTS.take(mask), Observations) and (POINTS.take(mask).size_R > 1e10).all()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.studies import sweep_files
-from laver_megatron.studies.registry_files import read_registry
+from laver_megatron.studies.registry import read_registry
 
 LAUNCHER = """\
 #!/usr/bin/env bash
