@@ -15,7 +15,7 @@ from pathlib import Path
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.convert.export import MAX_FILE_BYTES, description
+from laver_megatron.convert.export import FORMATS, MAX_FILE_BYTES, description
 from laver_megatron.convert.output import Target, check_target, output_directory, run_tasks
 from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.safetensors_writer import (
@@ -176,6 +176,8 @@ def _check_asked(checkpoint: Checkpoint, weights: str, format: str | None, train
         raise ValueError(
             f"{checkpoint.directory} is text only and becomes a Qwen2ForCausalLM; leave --format {format} out"
         )
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
     if weights not in ("student", "teacher"):
         raise ValueError(f"weights is {weights!r}; choose from student, teacher")
     if weights == "teacher" and not checkpoint.parts.teacher:

@@ -1,4 +1,4 @@
-"""What a conversion says: the mapping, sizes and memory beforehand, a progress bar, a line at the end."""
+"""What a conversion prints: the mapping, sizes and memory beforehand, a progress bar, a line at the end."""
 
 import re
 import sys

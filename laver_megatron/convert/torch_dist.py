@@ -83,7 +83,11 @@ class TorchDistReader:
             if not isinstance(tensor, TensorStorageMetadata):
                 continue
             self.sizes[key], self.dtypes[key] = tuple(tensor.size), tensor.properties.dtype
-            self._boxes[key] = [_box(metadata, key, chunk) for chunk in tensor.chunks]
+            stored = [(chunk, metadata.storage_data[MetadataIndex(key, chunk.offsets)]) for chunk in tensor.chunks]
+            self._boxes[key] = [
+                Box(key, tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length)
+                for chunk, place in stored
+            ]
         self._files: dict[str, mmap.mmap] = {}
         self._opened: dict[Box, Tensor] = {}
         self._lock = threading.Lock()
@@ -159,11 +163,6 @@ class TorchDistReader:
                 except (OSError, ValueError) as error:
                     raise ValueError(f"{path} cannot be read ({error}), though .metadata names it") from error
             return self._files[file]
-
-
-def _box(metadata: Metadata, key: str, chunk: ChunkStorageMetadata) -> Box:
-    stored = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-    return Box(key, tuple(chunk.offsets), tuple(chunk.sizes), stored.relative_path, stored.offset, stored.length)
 
 
 def _matches_checksum(archive: memoryview) -> bool:

@@ -1,7 +1,7 @@
-"""Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones go on.
+"""Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones resume.
 
-A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. What is known of all stages is held
-together before the first begins, so that a slip in the last file does not wait for days to show.
+A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. All stages are checked together before
+the first begins, so that a mistake in the last file does not take days to show.
 
 The baseline arm is the same stages without LaVer: the same files and flags, thus the same data in the same order, the
 same seeds, attention and positions, in run directories of their own. Stages that have LaVer off in any case are the
@@ -27,8 +27,9 @@ from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
-from laver_megatron.config.fields import Config, ConfigError, fields_of
+from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.launcher import LAUNCHER, count_processes
+from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
 from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
@@ -39,23 +40,6 @@ EXIT_UNFINISHED = 3
 _STAGE_FLAGS = (
     "--config", "--run-dir", "--finetune", "--no-finetune", "--laver", "--no-laver", "--print-config",
 )  # fmt: skip
-# They change where and how fast a stage runs, not what comes out.
-_FIELDS_WITHOUT_EFFECT = {item.name for group in ("parallel", "run") for item in fields_of(group)} | {
-    "attention_kernel", "allow_change", "preset", "num_workers", "shard_cache", "shard_cache_gb", "exit_interval",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _StageFile:
-    """A configuration file, the flags for it, and what the two say."""
-
-    file: str
-    flags: tuple[str, ...]
-    config: Config
-
-    @property
-    def name(self) -> str:
-        return Path(self.file).stem
 
 
 @dataclass(frozen=True)
@@ -63,16 +47,20 @@ class Stage:
     """One stage of a chain.
 
     Attributes:
-        name: the stem of its file.
+        file: its configuration file.
         config: what its arguments describe.
-        arguments: of the launcher.
+        arguments: of the launcher, the file and flags.
         is_shared: whether it is the other arm's.
     """
 
-    name: str
+    file: str
     config: Config
     arguments: tuple[str, ...]
     is_shared: bool = False
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
 
     @property
     def checkpoint(self) -> Path | None:
@@ -114,7 +102,7 @@ def read_stages(
     return stages
 
 
-def _read_files(files: Sequence[str], flags: Sequence[str]) -> list[_StageFile]:
+def _read_files(files: Sequence[str], flags: Sequence[str]) -> list[Stage]:
     """Each file with its flags; ConfigError for what is wrong with one of them, or with two that follow each other."""
     problems = [
         f"{flag} belongs to each stage and cannot be given to all of them; write it in the files"
@@ -125,11 +113,11 @@ def _read_files(files: Sequence[str], flags: Sequence[str]) -> list[_StageFile]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", nargs="?")
     later_flags = parser.parse_known_args(flags)[1]
-    given: list[_StageFile] = []
+    given: list[Stage] = []
     for number, file in enumerate(files):
-        own = later_flags if number else flags
+        arguments = ["--config", file, *(later_flags if number else flags)]
         try:
-            given.append(_StageFile(file, tuple(own), read_command_line(["--config", file, *own]).config))
+            given.append(Stage(file, read_command_line(arguments).config, tuple(arguments)))
         except ConfigError as error:
             problems += error.problems
     if not problems:
@@ -139,7 +127,7 @@ def _read_files(files: Sequence[str], flags: Sequence[str]) -> list[_StageFile]:
     return given
 
 
-def _link_problems(before: _StageFile, stage: _StageFile) -> list[str]:
+def _link_problems(before: Stage, stage: Stage) -> list[str]:
     """What keeps a stage from starting from the one before it."""
     config, earlier, file = stage.config, before.config, stage.file
     problems = []
@@ -179,14 +167,12 @@ def _is_shared(stage: Stage, beside: str) -> bool:
     return not stage.config.objective.laver and not begun and stage.is_finished and not differences(stage)
 
 
-def _place_stages(
-    given: Sequence[_StageFile], run_dirs: Sequence[str], *, baseline_from: int | None = None
-) -> list[Stage]:
+def _place_stages(given: Sequence[Stage], run_dirs: Sequence[str], *, baseline_from: int | None = None) -> list[Stage]:
     """The stages in their run directories, each one's --load in that of the one before. baseline_from: the first stage
     that is the baseline's own, those before being shared; None: none is."""
     stages = []
     for i, stage in enumerate(given):
-        arguments = ["--config", stage.file, *stage.flags]
+        arguments = [*stage.arguments]
         if run_dirs[i] != stage.config.run.run_dir:
             arguments += ["--run-dir", run_dirs[i]]
         if i > 0 and run_dirs[i - 1] != (own_dir := given[i - 1].config.run.run_dir):
@@ -196,7 +182,7 @@ def _place_stages(
         if baseline_from is not None and stage.config.objective.laver:
             arguments.append("--no-laver")
         is_shared = baseline_from is not None and i < baseline_from
-        stages.append(Stage(stage.name, read_command_line(arguments).config, tuple(arguments), is_shared))
+        stages.append(Stage(stage.file, read_command_line(arguments).config, tuple(arguments), is_shared))
     return stages
 
 
@@ -245,7 +231,8 @@ def differences(stage: Stage) -> list[str]:
         del now["visual_seq_length"]
     if now["encoder_feature_layer"] is None:  # the encoder's own
         del now["encoder_feature_layer"]
-    return [name for name in now if name not in _FIELDS_WITHOUT_EFFECT and now[name] != written.get(name)]
+    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
+    return [name for name in now if name in compared and now[name] != written.get(name)]
 
 
 def run_stages(stages: Sequence[Stage]) -> int:
@@ -260,7 +247,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
             if changed := differences(stage):
                 say(f"{title}: {', '.join(changed)} differ now from what it was run with; remove it to run it again")
             continue
-        verb = f"going on at iteration {stage.iteration}" if stage.iteration else "starting"
+        verb = f"resuming at iteration {stage.iteration}" if stage.iteration else "starting"
         say(f"{title}: {verb} in {config.run.run_dir}")
         if status := _launch(stage.arguments):
             say(f"{title}: ended with exit status {status}; fix what it reported; the same command then resumes")
@@ -268,7 +255,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
         if not stage.is_finished:
             say(
                 f"{title}: stopped at iteration {stage.iteration} of {config.training.train_iters}; "
-                "the same command goes on"
+                "the same command resumes"
             )
             return EXIT_UNFINISHED
     return 0

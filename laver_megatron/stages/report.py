@@ -1,4 +1,4 @@
-"""What a chain of stages has done, a line for each: its language loss, what was frozen, and what has changed."""
+"""What each stage of a chain has done, in a line: its language loss, what was frozen, and what has changed."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.convert.export import FORMATS
 from laver_megatron.hf.tokenizer import IMAGE_TOKENS
 
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
@@ -132,7 +131,7 @@ def processor_config(
         native: for an encoder of native resolution, min_pixels and max_pixels of a picture.
 
     Raises:
-        ValueError: an unknown format, or an encoder that Llava does not have.
+        ValueError: an encoder that Llava does not have.
     """
     if format == "laver":
         return {
@@ -141,16 +140,14 @@ def processor_config(
             "patch_size": patch_size,
             **(native or {}),
         }
-    if format == "llava":
-        num_prefix_tokens = _llava_prefix_tokens(vision_config)
-        return {
-            "processor_class": "LlavaProcessor",
-            "patch_size": patch_size,
-            "image_token": _IMAGE_TOKEN,
-            "num_additional_image_tokens": num_prefix_tokens,
-            "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
-        }
-    raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
+    num_prefix_tokens = _llava_prefix_tokens(vision_config)
+    return {
+        "processor_class": "LlavaProcessor",
+        "patch_size": patch_size,
+        "image_token": _IMAGE_TOKEN,
+        "num_additional_image_tokens": num_prefix_tokens,
+        "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
+    }
 
 
 # Turns contents that are lists of pictures and texts into one text each, under the name that the tokenizer's own
@@ -261,19 +258,7 @@ def readme(
         weights: `student` or `teacher`.
         max_image_tokens: of a picture, if pictures differ in their numbers of visual tokens.
         training_state: whether training_state.safetensors lies beside the model.
-
-    Raises:
-        ValueError: an unknown format, encoder, attention, positions or weights.
     """
-    for value, known in (
-        (format, FORMATS),
-        (encoder, _ENCODER_NAMES),
-        (attention, _ATTENTION),
-        (positions, _POSITIONS),
-        (weights, _WEIGHTS),
-    ):
-        if value not in known:
-            raise ValueError(f"{value!r} is not one of {', '.join(known)}")
     images = "all of one size"
     if max_image_tokens is not None:
         images = (

@@ -225,7 +225,8 @@ def megatron_outputs(
 
     shape = read_model_shape(model.checkpoint / "hf")
     (stage,) = build_stages(model.config(packed, *layout), shape, model.encoder_dir)
-    _fill_with_nan(stage)
+    for parameter in stage.parameters():  # encoder and connector are built with numbers, which would hide missing ones
+        parameter.data.fill_(float("nan"))
     unread = _load(stage, model)
     outputs = _run_schedule(stage.eval(), packed)
     if outputs is None:
@@ -237,13 +238,6 @@ def megatron_outputs(
         [logits_BSW[pack][slots].float().cpu() for pack, slots in places],
         unread,
     )
-
-
-@torch.no_grad()
-def _fill_with_nan(stage: torch.nn.Module) -> None:
-    """Encoder and connector, unlike the decoder, are built with numbers, which would hide a tensor not loaded."""
-    for parameter in stage.parameters():
-        parameter.fill_(float("nan"))
 
 
 def _load(stage: Any, model: MegatronModel) -> list[str]:

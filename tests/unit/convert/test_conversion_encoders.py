@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from laver_megatron.convert.verification.values import value_problems
 from megatron.core import dist_checkpointing
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,7 +27,7 @@ from laver_megatron.convert.verification.forward import (
     megatron_outputs,
     transformers_outputs,
 )
-from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems
+from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems, value_problems
 from laver_megatron.convert.verification.probes import make_probes, pack_probes
 from laver_megatron.convert.verification.verify import difference_of
 from laver_megatron.demo.models import save_language_model
