@@ -245,12 +245,12 @@ def check_output(file: Path, *, overwrite: bool) -> None:
     """Whether a configuration can be written there.
 
     Raises:
-        ConfigError: something is there already, or there is no such folder.
+        ConfigError: the file exists, or its directory does not.
     """
     if file.is_dir():
         raise ConfigError([f"--write {file} is a directory; name a file"])
     if file.exists() and not overwrite:
-        raise ConfigError([f"--write {file} is there already; replace it with --overwrite"])
+        raise ConfigError([f"--write {file} exists already; replace it with --overwrite"])
     if not file.parent.is_dir():
         raise ConfigError([f"--write {file}: there is no directory {file.parent}; make it first"])
     if not os.access(file if file.exists() else file.parent, os.W_OK):

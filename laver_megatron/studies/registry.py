@@ -228,7 +228,7 @@ def _run_directories(paths: Sequence[str | Path]) -> list[Path]:
             raise ValueError(f"{path} does not exist")
         if path.is_file():
             if path.name != FILE_NAME:
-                raise ValueError(f"{path} is no {FILE_NAME}")
+                raise ValueError(f"{path} is not a {FILE_NAME}")
             found.append(path.parent)
             continue
         found += [file.parent for file in path.rglob(FILE_NAME)]
@@ -269,13 +269,13 @@ def _damage(columns: Mapping[str, Any]) -> Iterator[str]:
         yield f"lacks {', '.join(missing)}"
     for name, value in columns.items():
         if name in _NUMBERS and not (is_number(value) and value >= 0):
-            yield f"says {name} is {_short(value)}, no number from 0 on"
+            yield f"has {name} {_short(value)}, which must be a number of at least 0"
         elif name in _INTEGERS and value != int(value):
-            yield f"says {name} is {_short(value)}, no whole number"
+            yield f"has {name} {_short(value)}, which must be an integer"
         elif name in _TEXTS and not isinstance(value, str):
-            yield f"says {name} is {_short(value)}, no text"
+            yield f"has {name} {_short(value)}, which must be a string"
     if isinstance(state := columns.get("state"), str) and state not in (FINISHED, UNFINISHED):
-        yield f"says state is {state!r}, neither {FINISHED} nor {UNFINISHED}"
+        yield f"has state {state!r}, which must be {FINISHED} or {UNFINISHED}"
     if not any(name.startswith("config.") for name in columns):
         yield "lacks config"
 

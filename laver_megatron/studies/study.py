@@ -194,7 +194,7 @@ def _read_csv(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
 def _number(path: Path, line: int, column: str, text: str) -> float:
     number = _number_or_text(text)
     if isinstance(number, str):
-        raise ValueError(f"{path}, line {line}: {column} is {text!r}, no number")
+        raise ValueError(f"{path}, line {line}: {column} is {text!r}, not a number")
     return number
 
 

@@ -158,7 +158,7 @@ def _option_problems(options: SweepOptions) -> Iterator[str]:
     yield from _amount_problems(options.amount_kind, options.amounts)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         yield (
-            f"--output {options.output} is there already; name another (the registry takes the runs of several "
+            f"--output {options.output} exists already; name another (the registry takes the runs of several "
             "sweeps together), or remove it with the runs in it"
         )
 
@@ -167,9 +167,9 @@ def _amount_problems(kind: str, amounts: Sequence[str]) -> Iterator[str]:
     if kind == "subsets":
         yield from _subset_problems(amounts)
     else:
-        whole = ", whole ones" if kind == "iterations" else ""
-        bad = [amount for amount in amounts if not _is_amount(amount, whole=bool(whole))]
-        yield from (f"--{kind} {amount}: give numbers above 0{whole}" for amount in bad)
+        kind_of_number = "integer" if kind == "iterations" else "number"
+        bad = [amount for amount in amounts if not _is_amount(amount, whole=kind == "iterations")]
+        yield from (f"--{kind} {amount}: must be a positive {kind_of_number}" for amount in bad)
         if bad:
             return
     labels = [amount_label(kind, amount) for amount in amounts]

@@ -57,7 +57,7 @@ def test_points_chosen_by_a_value(tmp_path):
         ("", "has no column N, loss, D or FLOPs"),
         ("N,D,D,loss\n1,2,3,4\n", "has the column D twice"),
         ("N,D,loss\n", "has a header and no points"),
-        ("N,D,loss\n1e9,1e9,2\n1e9,many,2\n", "line 3: D is 'many', no number"),
+        ("N,D,loss\n1e9,1e9,2\n1e9,many,2\n", "line 3: D is 'many', not a number"),
         ("N,D,loss\n1e9,1e9\n", "line 2: 2 cells where the header has 3"),
         ("N,D,loss\n1e9,1e9,2\n\n1e9,1,000,2\n", "line 4: 4 cells where the header has 3"),
         ("N,D,loss\n1e9,1e9,2\n2e9,1e9,2\n1000000000,1e9,2.0\n", "line 4: the same as line 2, and one run counts once"),
