@@ -108,12 +108,7 @@ def make_summary(
         "config_hash": config_hash(config),
         "parameters": dict(parameters),
         "teacher_parameters": num_teacher_parameters,
-        "tokens": {
-            "total": total,
-            "text": total - visual,
-            "visual": visual,
-            "label": progress.consumed_label_tokens,
-        },
+        "tokens": {"total": total, "text": total - visual, "visual": visual, "label": progress.consumed_label_tokens},
         "samples": progress.consumed_samples,
         "flops": {
             "model": progress.model_flops,

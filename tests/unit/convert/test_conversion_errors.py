@@ -131,7 +131,7 @@ def test_corrupt_header(hf, tmp_path, header):
 def test_index_names_a_missing_file(sharded, tmp_path):
     gone = sorted(sharded.glob("model-*.safetensors"))[1]
     gone.unlink()
-    refused(hf_to_megatron, sharded, tmp_path / "out", gone, sharded / "model.safetensors.index.json")
+    refused(hf_to_megatron, sharded, tmp_path / "out", gone.name, sharded / "model.safetensors.index.json")
 
 
 def test_a_tensor_in_two_files(sharded, tmp_path):
@@ -659,7 +659,7 @@ def test_overwrite_spares_what_only_looks_like_weights(whole, tmp_path):
     change_json(trained / "run.json", weights_only=False)
     for directory, words in (
         (project, "holds other things than weights (src)"),
-        (page, "is no converted checkpoint"),
+        (page, "is not a converted checkpoint"),
         (noted, "holds other things than weights (notes.txt)"),
         (trained, "a run may go on from it"),
     ):
