@@ -81,24 +81,25 @@ def count_samples(
         ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
     """
     log = FaultLog(logger) if log is None else log
+    counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
     if index.path is None:
-        return _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
-    name = f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet"
-    path = index.path.with_name(name)
+        return _count(counter, num_workers, log)
+    path = index.path.with_name(f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet")
     if (counts := _kept_counts(path, index, log)) is not None:
         return counts
     try:
-        with FileLock(path.with_name(f".{name}.lock")):  # several readers start together: one counts, the others wait
+        # Several readers start together: one counts, the others wait.
+        with FileLock(path.with_name(f".{path.name}.lock")):
             if (counts := _kept_counts(path, index, log)) is not None:
                 return counts
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+            counts = _count(counter, num_workers, log)
             # A shard that is being damaged or replaced is not remembered.
             if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
                 write_counts(counts, path)
     except OSError as error:
         logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
         if counts is None:
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+            counts = _count(counter, num_workers, log)
     return counts
 
 
@@ -116,16 +117,8 @@ def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts |
     return counts
 
 
-def _count(
-    index: ShardIndex,
-    tokenizer: PreTrainedTokenizerBase,
-    preprocessor: ImagePreprocessor,
-    num_workers: int,
-    limits: Limits,
-    open_shard: OpenShard,
-    log: FaultLog,
-) -> SampleCounts:
-    counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
+def _count(counter: "_Counter", num_workers: int, log: FaultLog) -> SampleCounts:
+    index = counter.index
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(index), desc="counting tokens", unit="sample", disable=hidden, leave=False) as bar:
@@ -147,7 +140,7 @@ class _Counter:
         limits: Limits,
         open_shard: OpenShard,
     ) -> None:
-        self._index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
+        self.index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
         self._files = SampleFiles(open_shard)
 
     def count(self, rows: range, progress: Callable[[int], object]) -> tuple[np.ndarray, list[tuple[int, Fault, str]]]:
@@ -155,7 +148,7 @@ class _Counter:
         columns = np.zeros((len(rows), 6), np.int32)
         faults = []
         for place, row in enumerate(rows):
-            code = self._index.fault_I[row]
+            code = self.index.fault_I[row]
             if code:
                 columns[place, 5] = code
                 continue
@@ -168,8 +161,8 @@ class _Counter:
         return columns, faults
 
     def _count_one(self, row: int) -> tuple[int, int, int, int, int]:
-        sample = self._index.sample(row)
-        shard = self._index.shards[self._index.shard_I[row]]
+        sample = self.index.sample(row)
+        shard = self.index.shards[self.index.shard_I[row]]
         if is_url(shard.path):  # all of it: an old copy can hold another text at the same place
             content = self._files.read(shard, sample)[0]
         else:
@@ -178,7 +171,7 @@ class _Counter:
             messages = parse_conversation(content, len(sample.images), sample.key).messages
         except SampleFault as error:  # when it was indexed it was sound
             raise SampleFault(Fault.damaged_shard, f"the shard has changed since it was indexed: {error}") from error
-        grids = [self._preprocessor.grid(*size) for size in self._index.image_sizes(row)]
+        grids = [self._preprocessor.grid(*size) for size in self.index.image_sizes(row)]
         try:
             encoded = self._encoder.encode(messages, grids, sample.key, self._limits)
         except ValueError as error:  # image tokens that do not match the images, whether spelt out or not

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,9 @@ from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault
 from laver_megatron.data.index.members import Member
 from laver_megatron.data.read.record_keys import add_keys
 
+# Columns whose values stay the same in every selection of samples.
+_ROW_COLUMNS = ("text_offset_I", "text_size_I", "checksum_I", "fault_I")
+_PICTURE_COLUMNS = ("image_offset_P", "image_size_P", "image_width_P", "image_height_P")
 _MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
 
 
@@ -245,7 +249,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     for index in indexes:
         add_keys(other_keys, index.other_keys)
 
-    def joined(name: str) -> np.ndarray:
+    def joined(name: str) -> Any:
         return np.concatenate([getattr(index, name) for index in indexes])
 
     return ShardIndex(
@@ -253,16 +257,9 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         extensions=extensions,
         shard_I=np.concatenate(shard_I),
         keys=pa.concat_arrays([index.keys for index in indexes]),
-        text_offset_I=joined("text_offset_I"),
-        text_size_I=joined("text_size_I"),
         image_start_I=np.concatenate(starts),
-        image_offset_P=joined("image_offset_P"),
-        image_size_P=joined("image_size_P"),
         image_extension_P=np.concatenate(renumbered_P),
-        image_width_P=joined("image_width_P"),
-        image_height_P=joined("image_height_P"),
-        checksum_I=joined("checksum_I"),
-        fault_I=joined("fault_I"),
+        **{name: joined(name) for name in (*_ROW_COLUMNS, *_PICTURE_COLUMNS)},
         left_out=sum((index.left_out for index in indexes), Counter()),
         ignored=sum((index.ignored for index in indexes), Counter()),
         other_keys=other_keys,
@@ -286,16 +283,10 @@ def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
         extensions=index.extensions,
         shard_I=shard_I.astype(np.int32),
         keys=index.keys.take(pa.array(rows_I)),
-        text_offset_I=index.text_offset_I[rows_I],
-        text_size_I=index.text_size_I[rows_I],
         image_start_I=image_start_I,
-        image_offset_P=index.image_offset_P[pictures_P],
-        image_size_P=index.image_size_P[pictures_P],
         image_extension_P=index.image_extension_P[pictures_P],
-        image_width_P=index.image_width_P[pictures_P],
-        image_height_P=index.image_height_P[pictures_P],
-        checksum_I=index.checksum_I[rows_I],
-        fault_I=index.fault_I[rows_I],
+        **{name: getattr(index, name)[rows_I] for name in _ROW_COLUMNS},
+        **{name: getattr(index, name)[pictures_P] for name in _PICTURE_COLUMNS},
     )
 
 

@@ -143,7 +143,7 @@ class Denying(HTTPFileSystem):
 def test_a_store_that_denies_access_is_final(cache, monkeypatch):
     """Stores raise Python's own errors, without a file's name."""
     fsspec.register_implementation("denying", Denying)
-    monkeypatch.setitem(fetching.SCHEMES, "denying", dict)
+    monkeypatch.setitem(fetching.SCHEMES, "denying", lambda url: {})
     with pytest.raises(ValueError, match="the server answers 403; look at the URL"):
         cache.open(Shard("denying://b/a", 10, 1))
 
