@@ -142,7 +142,7 @@ def _model_without_memory(directory: str | Path) -> PreTrainedModel | None:
 
 
 def check_encoder(directory: str | Path, *, with_weights: bool) -> None:
-    """Checks that transformers builds the encoder; with_weights: and that the safetensors are its own, by their headers.
+    """Checks that transformers builds the encoder, and with_weights by their headers that the safetensors are its own.
 
     Raises:
         ValueError: settings of which no encoder can be built; missing, misshapen or too many tensors.

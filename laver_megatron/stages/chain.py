@@ -1,7 +1,7 @@
 """Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones resume.
 
-A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. All stages are checked together before
-the first begins, so that a mistake in the last file does not take days to show.
+A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. All stages are checked together
+before the first begins, so that a mistake in the last file does not take days to show.
 
 The baseline arm is the same stages without LaVer: the same files and flags, thus the same data in the same order, the
 same seeds, attention and positions, in run directories of their own. Stages that have LaVer off in any case are the
