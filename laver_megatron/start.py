@@ -336,10 +336,10 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
 
 def read_export(directory: Path) -> tuple[dict[str, Any], str]:
     """What a LaVer export was trained with, and what is wrong with its files."""
-    from laver_megatron.hf.parts import parts_of_hugging_face, training_of_export
+    from laver_megatron.hf.parts import parts_of_hugging_face, settings_of_export
 
     try:
-        known: dict[str, Any] = asdict(training_of_export(directory))
+        known: dict[str, Any] = asdict(settings_of_export(directory))
         head = parts_of_hugging_face(directory).vision_head
     except ValueError as error:
         return {}, str(error)

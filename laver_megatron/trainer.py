@@ -13,8 +13,8 @@ from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.checkpoint.state import TrainingState
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import BatchSource
-from laver_megatron.data.batch.dataset import open_data
 from laver_megatron.data.batch.packing import PackBatch, image_grids
+from laver_megatron.data.batch.run_data import open_data
 from laver_megatron.encoders import read_encoder
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.flops.step import ModelFlops, run_flops
@@ -114,7 +114,7 @@ def setup(config: Config) -> Trainer:
     )
     start.fill(trainer.state, config)
     progress = trainer.progress
-    training_data.go_on_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
+    training_data.resume_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     verb = "resuming" if start.is_own else "starting"
     say(f"{verb} from {start.directory} at iteration {progress.iteration}")
     for message in start.messages(config, progress.iteration):

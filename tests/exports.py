@@ -44,8 +44,8 @@ def write_export(
         for name, tensor in layer.state_dict().items():
             tensors[f"multi_modal_projector.linear_{number}.{name}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    write_config = {"laver": description.laver_config, "llava": description.llava_config}[format]
-    config = write_config(
+    config = description.export_config(
+        format,
         text_config,
         vision_config,
         attention=attention,

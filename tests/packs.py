@@ -5,7 +5,8 @@ A document is a list of segments: an int is that many text tokens, a pair is an 
 
 import torch
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.batch.packing import PackBatch
+from laver_megatron.objective.language import IGNORE_LABEL
 
 
 class padding(int):  # noqa: N801 - reads as a word in a list of documents

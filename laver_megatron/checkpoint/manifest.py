@@ -48,18 +48,16 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     other = [name for name, (_, digest) in entries.items() if not digest.startswith(_ALGORITHM)]
     if other:
         raise ValueError(
-            f"{path} has another kind of checksum than {_ALGORITHM} for {other[0]}; write the checkpoint anew"
+            f"{path} has a checksum of another kind than {_ALGORITHM} for {other[0]}; write the checkpoint anew"
         )
     return entries
 
 
 def check_files(
-    directory: Path,
-    entries: Iterable[tuple[str, Entry]],
-    whole: Callable[[str], bool] = lambda name: True,
+    directory: Path, entries: Iterable[tuple[str, Entry]], whole: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Holds files against their entries; ValueError naming the first that differs. whole: files whose content is
-    read, too; of the others only the size is looked at."""
+    """Compares files with their entries; ValueError naming the first that differs. whole: which files are read; of the
+    others only the size is compared."""
     for name, (size, digest) in entries:
         file = directory / name
         if not file.is_file():

@@ -3,24 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import nn
 
 from laver_megatron.checkpoint.state import sharding_metadata
+from laver_megatron.hf.direct_start import sharded_tensors
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.runtime.ranks import gathered
 
 # Beginnings of checkpoint keys. A tied LM head is stored as the embedding, and counted there alone.
 _PARTS = {
-    "encoder": "encoder.",
-    "connector": "connector.",
-    "embedding": "embedding.",
-    "decoder": "decoder.",
-    "lm_head": "output_layer.",
-    "vision_head": "vision_head.",
-    "mask_token": "mask_token",
-}
+    "encoder": "encoder.", "connector": "connector.", "embedding": "embedding.", "decoder": "decoder.",
+    "lm_head": "output_layer.", "vision_head": "vision_head.", "mask_token": "mask_token",
+}  # fmt: skip
 
 
 def count_parameters(stages: Sequence[LaverStage]) -> tuple[dict[str, int], int]:
@@ -45,8 +39,5 @@ def count_parameters(stages: Sequence[LaverStage]) -> tuple[dict[str, int], int]
 
 def _whole_sizes(module: nn.Module, state: dict) -> Iterator[tuple[str, int]]:
     names = {name for name, _ in module.named_parameters()}
-    of_parameters = {name: entry for name, entry in state.items() if name in names}
-    apply_factories(of_parameters)
-    for entry in nested_values(of_parameters):
-        assert isinstance(entry, ShardedTensor), type(entry)
-        yield entry.key, math.prod(entry.global_shape)
+    for tensor in sharded_tensors({name: entry for name, entry in state.items() if name in names}):
+        yield tensor.key, math.prod(tensor.global_shape)

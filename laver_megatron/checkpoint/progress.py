@@ -6,12 +6,15 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Where a run stands. Everything that changes with the step is computed from `iteration`. data_fingerprint
-    names the order of packs that `consumed_packs` counts in; data_mark: see `BatchSource.mark`. consumed_samples are
-    the good ones, bad_samples those whose slots were padding (0 in checkpoints that do not say).
+    """Where a run stands. Everything that changes with the step is computed from `iteration`.
 
-    The fields from counted_iterations on are sums over that many iterations for the run's summary: model_flops of all
-    devices together, laver_flops what LaVer has in them, device_seconds the training seconds times the devices.
+    Attributes:
+        consumed_samples, bad_samples: good ones, and those whose slots were padding (0 in old checkpoints).
+        data_fingerprint: names the order of packs that `consumed_packs` counts in.
+        data_mark: see `BatchSource.mark`.
+        counted_iterations: what the fields after it are sums over, for the run's summary.
+        model_flops, laver_flops: of all devices together, and LaVer's share of them.
+        device_seconds: training seconds times devices.
     """
 
     iteration: int = 0

@@ -5,7 +5,6 @@ named `iter_...` is always whole. The teacher is stored once, as its fp32 accumu
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,21 +20,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, iteration_directory, set_latest
-from laver_megatron.checkpoint.manifest import (
-    Entry,
-    check_files,
-    describe,
-    files_of,
-    read_manifest,
-    write_manifest,
-)
+from laver_megatron.checkpoint.manifest import Entry, check_files, describe, files_of, read_manifest, write_manifest
 from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.modules import MODULES
 from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
-from laver_megatron.runtime.files import sync_directory, sync_file, write_text
+from laver_megatron.runtime.files import put_in_place, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
 Item = TypeVar("Item")
@@ -92,12 +84,13 @@ def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is
 def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict) -> Path:
     """Writes `directory/iter_...` on all ranks together and returns its path.
 
-    model_dir, encoder_dir: Hugging Face directories whose small files are copied along. run: facts about the
-    run (its configuration) that a later start may want to compare with.
+    Args:
+        model_dir, encoder_dir: Hugging Face directories whose small files are copied along.
+        run: the run's configuration, with which a later start is compared.
     """
     final = iteration_directory(directory, state.progress.iteration)
     temporary = directory / f".{final.name}.incomplete"
-    on_rank_0("make room for the checkpoint", lambda: _start_afresh(directory, temporary))
+    on_rank_0("make room for the checkpoint", lambda: _make_temporary(directory, temporary))
     metadata = sharding_metadata()
     sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
@@ -112,28 +105,23 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
 
     on_rank_0("write the checkpoint", describe_run)
     _write_manifest(temporary)
-    on_rank_0("put the checkpoint in place", lambda: _put_in_place(temporary, final, state.progress.iteration))
+
+    def put_final_name() -> None:
+        put_in_place(temporary, final)
+        set_latest(directory, state.progress.iteration)
+
+    on_rank_0("put the checkpoint in place", put_final_name)
     return final
 
 
-def _start_afresh(directory: Path, temporary: Path) -> None:
-    for abandoned in directory.glob(".iter_*.incomplete"):  # by a save that was interrupted
+def _make_temporary(directory: Path, temporary: Path) -> None:
+    for abandoned in directory.glob(".iter_*"):  # by a save that was interrupted
         shutil.rmtree(abandoned)
     temporary.mkdir(parents=True)
 
 
-def _put_in_place(temporary: Path, final: Path, iteration: int) -> None:
-    replaced = final.with_name(f".{final.name}.replaced.incomplete")
-    if final.exists():  # saved again at the same iteration: the old one goes last
-        os.replace(final, replaced)
-    os.replace(temporary, final)
-    set_latest(final.parent, iteration)
-    sync_directory(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Fills `state` from a checkpoint written at any layout, to go on exactly where it stood.
+    """Fills `state` from a checkpoint written at any layout, to resume exactly.
 
     Raises:
         ValueError: damaged files, tensors that either side has no counterpart for, other data.
@@ -151,7 +139,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     _fill_teacher(state, loaded)
     if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
         raise ValueError(
-            f"{path} stands at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
+            f"{path} is at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
             "--visual-seq-length, --max-image-tokens, --seed, tokenizer or encoder have changed since; --finetune in "
             "another --run-dir starts on the new data with the weights alone"
         )
@@ -163,7 +151,7 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
     """Fills the student from a checkpoint; optimizer and progress stay new. Parts that the checkpoint lacks (a
     vision head, [MASK]; encoder and connector of a text-only one) keep their start values.
 
-    take_teacher: the teacher goes on from the checkpoint's, where it has one, instead of from the student.
+    take_teacher: the teacher is the checkpoint's, where it has one, instead of a copy of the student.
     """
     verify_manifest(path)
     may_lack = MODULES["heads"]

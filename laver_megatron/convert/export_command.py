@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_argument("--format", choices=FORMATS, help="of a checkpoint with images (default: laver)")
     export.add_argument(
         "--training-state", action="store_true",
-        help="add [MASK], vision head and teacher in files of their own, so that training can go on from the export",
+        help="add [MASK], vision head and teacher in files of their own, so that training can continue from the export",
     )  # fmt: skip
     export.add_argument(
         "--max-file-bytes", type=float, default=MAX_FILE_BYTES, metavar="N",

@@ -3,8 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,26 +12,16 @@ from torch import Tensor
 
 from laver_megatron.checkpoint.directory import RUN_FILE
 from laver_megatron.checkpoint.manifest import Entry, describe, files_of, write_manifest
-from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.output import Target, check_target, groups_of_bytes, output_directory, run_tasks
 from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.torch_dist import Box, write_box, write_metadata
 from laver_megatron.hf.files import copy_model_files
-from laver_megatron.hf.parts import (
-    check_companions,
-    copies_of_tied_embedding,
-    has_training_state,
-    parts_of_hugging_face,
-    training_of_export,
-)
+from laver_megatron.hf.parts import check_companions, settings_of_export
 from laver_megatron.hf.rows import row_blocks, runs_of_megatron_rows
-from laver_megatron.hf.safetensors_reader import (
-    TRAINING_STATE,
-    SafetensorsReader,
-    check_tensors,
-    num_not_finite,
-)
-from laver_megatron.hf.shape import TEXT_PART, VISION_PART
-from laver_megatron.hf.weights import ModelParts, Size, Weight, is_training_state, weight_table
+from laver_megatron.hf.safetensors_reader import num_not_finite
+from laver_megatron.hf.shape import TEXT_PART, VISION_PART, is_laver_export
+from laver_megatron.hf.source import WeightSource
+from laver_megatron.hf.weights import Size, Weight
 from laver_megatron.runtime.files import named_errors
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
@@ -40,52 +29,16 @@ BLOCK_BYTES = 64 << 20
 FILE_BYTES = 512 << 20
 
 
-@dataclass(frozen=True)
-class Source:
-    """An opened Hugging Face directory, and which of its two sets of files holds a weight."""
-
-    parts: ModelParts
-    weights: Mapping[str, Weight]
-    model: SafetensorsReader
-    training_state: SafetensorsReader | None
-
-    def reader(self, weight: Weight) -> SafetensorsReader:
-        if not is_training_state(weight.hugging_face[0]):
-            return self.model
-        assert self.training_state is not None
-        return self.training_state
-
-    def dtype(self, weight: Weight) -> torch.dtype:
-        return self.reader(weight).dtype(weight.hugging_face[0])
-
-    def num_bytes(self, weight: Weight) -> int:
-        return torch.Size(weight.size).numel() * self.dtype(weight).itemsize
-
-
-def open_source(directory: Path) -> Source:
-    """Opens a text-only Qwen2.5 or a LaVer export and holds its headers against its config.json.
+def open_source(directory: Path) -> WeightSource:
+    """Opens a text-only Qwen2.5 or a LaVer export, with all that a checkpoint of it needs.
 
     Raises:
-        ValueError: see `parts_of_hugging_face`, `training_of_export`, `check_companions`, `SafetensorsReader`,
-            `copies_of_tied_embedding` and `check_tensors`.
+        ValueError: see `WeightSource`, `settings_of_export` and `check_companions`.
     """
-    parts = parts_of_hugging_face(directory)
-    if parts.encoder is not None:
-        training_of_export(directory)
+    if is_laver_export(directory):
+        settings_of_export(directory)
         check_companions(directory, directory)
-    weights = weight_table(parts)
-    model = SafetensorsReader(directory)
-    heads = copies_of_tied_embedding(model, parts.text)
-    check_tensors(model, _select(weights, lambda name: not is_training_state(name)), may_hold=heads)
-    training_state = None
-    if has_training_state(directory):
-        training_state = SafetensorsReader(directory, TRAINING_STATE)
-        check_tensors(training_state, _select(weights, is_training_state))
-    return Source(parts, weights, model, training_state)
-
-
-def _select(weights: Mapping[str, Weight], which: Callable[[str], bool]) -> dict[str, Weight]:
-    return {key: weight for key, weight in weights.items() if which(weight.hugging_face[0])}
+    return WeightSource(directory)
 
 
 def hf_to_megatron(
@@ -99,7 +52,11 @@ def hf_to_megatron(
 ) -> None:
     """Converts; under torchrun every rank writes its share of the files.
 
-    strict: a value that is NaN or infinite is an error, not a warning. dry_run: print what would be done.
+    Args:
+        overwrite: replace a directory that holds converted weights.
+        strict: a value that is NaN or infinite is an error, not a warning.
+        dry_run: print what would be done.
+        num_threads: None for the cores, at most 4.
 
     Raises:
         ValueError: a source that cannot be converted, a target that may not be written, too little space.
@@ -112,13 +69,13 @@ def hf_to_megatron(
     )
     target = Target(target_dir, overwrite, conversion.num_bytes, [source_dir])
     if dry_run:
-        conversion.describe(num_threads, BLOCK_BYTES)
+        conversion.print_plan(num_threads, BLOCK_BYTES)
         check_target(target)
         return
-    groups = _files(source)
-    mine = dict(list(groups.items())[rank() :: num_ranks()])
+    groups = groups_of_bytes(source.weights.values(), source.num_bytes, FILE_BYTES)
+    mine = {f"__{number}_0.distcp": groups[number] for number in range(rank(), len(groups), num_ranks())}
     with (
-        new_directory(target) as directory,
+        output_directory(target) as directory,
         ByteBar("to Megatron", sum(source.num_bytes(w) for group in mine.values() for w in group)) as progress,
     ):
         writer = _Writer(source, directory, progress, strict)
@@ -126,27 +83,14 @@ def hf_to_megatron(
         all_ranks("write the weights", lambda: run_tasks(tasks, num_threads))
         boxes = [box for of_rank in gathered(writer.boxes) for box in of_rank]
         entries = {name: entry for of_rank in gathered(writer.entries) for name, entry in of_rank.items()}
-        on_rank_0("finish the checkpoint", lambda: _finish(source, source_dir, directory, boxes, entries))
-    conversion.finished(progress)
-
-
-def _files(source: Source) -> dict[str, list[Weight]]:
-    """The weights of each file, in order; files stay below FILE_BYTES unless one tensor is larger."""
-    groups: list[list[Weight]] = [[]]
-    size = 0
-    for weight in source.weights.values():
-        if groups[-1] and size + source.num_bytes(weight) > FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(weight)
-        size += source.num_bytes(weight)
-    return {f"__{number}_0.distcp": group for number, group in enumerate(groups)}
+        on_rank_0("finish the checkpoint", lambda: _finish(source, directory, boxes, entries))
+    conversion.print_summary()
 
 
 class _Writer:
     """Writes files of boxes and remembers what is where. Files may be written by several threads."""
 
-    def __init__(self, source: Source, directory: Path, progress: ByteBar, strict: bool) -> None:
+    def __init__(self, source: WeightSource, directory: Path, progress: ByteBar, strict: bool) -> None:
         self.source, self.directory, self.progress, self.strict = source, directory, progress, strict
         self.boxes: list[Box] = []
         self.entries: dict[str, Entry] = {}
@@ -156,8 +100,7 @@ class _Writer:
         boxes = []
         with named_errors(self.directory / file), (self.directory / file).open("wb") as stream:
             for weight in weights:
-                row_bytes = self.source.num_bytes(weight) // weight.size[0]
-                for start, stop in row_blocks(weight.size[0], row_bytes, BLOCK_BYTES):
+                for start, stop in row_blocks(weight.size, self.source.dtype(weight), BLOCK_BYTES):
                     values = self._read(weight, start, stop)
                     offsets: Size = (start, *[0] * (len(weight.size) - 1))
                     boxes.append(write_box(stream, file, weight.megatron, offsets, values))
@@ -182,14 +125,14 @@ class _Writer:
         return values
 
 
-def _finish(source: Source, source_dir: Path, directory: Path, boxes: list[Box], entries: dict[str, Entry]) -> None:
+def _finish(source: WeightSource, directory: Path, boxes: list[Box], entries: dict[str, Entry]) -> None:
     """The small files: metadata, configuration, tokenizer, run.json, manifest."""
     write_metadata(directory, [(w.megatron, w.size, source.dtype(w)) for w in source.weights.values()], boxes)
-    copy_model_files(source_dir, directory / "hf", TEXT_PART)
+    copy_model_files(source.directory, directory / "hf", TEXT_PART)
     run: dict = {"weights_only": True}
     if source.parts.encoder is not None:
-        copy_model_files(source_dir, directory / "encoder", VISION_PART)
-        run |= asdict(training_of_export(source_dir))
+        copy_model_files(source.directory, directory / "encoder", VISION_PART)
+        run |= asdict(settings_of_export(source.directory))
     if source.parts.vision_head is not None:
         run["vision_head_hidden_size"], run["vision_head_output_size"] = source.parts.vision_head
     (directory / RUN_FILE).write_text(json.dumps(run, indent=1))

@@ -8,17 +8,15 @@ with images, format `llava`     stock LlavaForConditionalGeneration, for runs wi
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import check_files, read_manifest
-from laver_megatron.convert.export import MAX_FILE_BYTES, description
-from laver_megatron.convert.output import Target, check_target, new_directory, run_tasks
+from laver_megatron.convert.export import FORMATS, MAX_FILE_BYTES, description
+from laver_megatron.convert.output import Target, check_target, output_directory, run_tasks
 from laver_megatron.convert.report import ByteBar, Conversion, warn
 from laver_megatron.convert.safetensors_writer import (
     SafetensorsPlan,
@@ -29,6 +27,7 @@ from laver_megatron.convert.safetensors_writer import (
 )
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.encoders import encoder_settings, open_preprocessor
+from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.hf.files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -36,20 +35,14 @@ from laver_megatron.hf.files import (
     PREPROCESSOR_FILE,
     PROCESSOR_FILE,
     TOKENIZER_FILES,
-    copy_files,
 )
-from laver_megatron.hf.parts import (
-    Training,
-    check_companions,
-    native_bounds,
-    parts_of_megatron,
-    training_of_checkpoint,
-)
+from laver_megatron.hf.parts import ModelSettings, check_companions, parts_of_megatron, settings_of_checkpoint
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import MODEL, TRAINING_STATE, num_not_finite
 from laver_megatron.hf.shape import TEXT_PART, read_part
 from laver_megatron.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
 from laver_megatron.hf.weights import TEACHER, ModelParts, Weight, is_training_state, weight_table
+from laver_megatron.runtime.files import write_text
 from laver_megatron.runtime.ranks import all_ranks, num_ranks, on_rank_0, rank
 
 BLOCK_BYTES = 32 << 20
@@ -57,18 +50,18 @@ BLOCK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened Megatron checkpoint that is whole as far as its keys tell. training: None for a text-only one."""
+    """An opened Megatron checkpoint with all keys of its model; settings is None for a text-only one."""
 
     directory: Path
     parts: ModelParts
     weights: Mapping[str, Weight]
     tensors: TorchDistReader
-    training: Training | None
+    settings: ModelSettings | None
 
 
 @dataclass(frozen=True)
 class Output:
-    """One Hugging Face tensor to be: part number `part` of a weight, read from Megatron key `key`."""
+    """A Hugging Face tensor to write: part number `part` of a weight, read from Megatron key `key`."""
 
     weight: Weight
     part: int
@@ -77,8 +70,8 @@ class Output:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Opens a checkpoint, or the newest of a checkpoints/ folder, and holds its keys and sizes against the name
-    table and its files against the manifest (of the large ones the size; their values are checked when read).
+    """Opens a checkpoint, or the newest of a checkpoints/ folder, and checks its keys and sizes by the name table and
+    its files by the manifest (of the large ones the size; their values are checked when read).
 
     Raises:
         ValueError: no checkpoint, missing or damaged files, missing or unknown tensors, wrong sizes.
@@ -87,17 +80,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if found is None:
         folder = directory / "checkpoints"
         hint = f"; {folder} does" if folder.is_dir() and latest_checkpoint(folder) else ""
-        raise ValueError(f"{directory} is no checkpoint and holds none (an iter_* folder with hf/config.json){hint}")
+        raise ValueError(f"{directory} is not a checkpoint and holds none (an iter_* folder with hf/config.json){hint}")
     check_files(found, read_manifest(found).items(), whole=lambda name: not name.endswith(".distcp"))
     tensors = TorchDistReader(found)
     parts = parts_of_megatron(found, tensors.sizes)
-    training = None
+    settings = None
     if parts.encoder is not None:
-        training = training_of_checkpoint(found)
+        settings = settings_of_checkpoint(found)
         check_companions(found / "hf", found / "encoder")
     weights = weight_table(parts)
     _check_keys(found, tensors, weights)
-    return Checkpoint(found, parts, weights, tensors, training)
+    return Checkpoint(found, parts, weights, tensors, settings)
 
 
 def _check_keys(directory: Path, tensors: TorchDistReader, weights: Mapping[str, Weight]) -> None:
@@ -130,10 +123,12 @@ def megatron_to_hf(
 ) -> None:
     """Converts; under torchrun every rank writes its share of the tensors.
 
-    weights: `student`, or `teacher`: its decoder layers and final norm with the student's everything else, in the
-    student's types. format: `laver` (the default) or `llava` for a checkpoint with images, None for text only.
-    training_state: [MASK], vision head and teacher go along in files of their own. strict: a value that is NaN
-    or infinite is an error, not a warning. dry_run: print what would be done.
+    Args:
+        weights: `student`, or `teacher`: its decoder layers and final norm with the student's everything else, in the
+            student's types.
+        format: `laver` (the default) or `llava` for a checkpoint with images, None for text only.
+        training_state: whether [MASK], vision head and teacher go along in files of their own.
+        overwrite, strict, dry_run, num_threads: as for `hf_to_megatron`.
 
     Raises:
         ValueError: a checkpoint that cannot be read or has not what is asked for, a target that may not be
@@ -143,8 +138,9 @@ def megatron_to_hf(
     if not max_file_bytes >= 1:  # nor NaN
         raise ValueError(f"--max-file-bytes is {max_file_bytes}; give at least 1 (the default is {MAX_FILE_BYTES:.0e})")
     checkpoint = open_checkpoint(source_dir)
-    format = _format(checkpoint, format)
-    _check_asked(checkpoint, weights, training_state)
+    _check_asked(checkpoint, weights, format, training_state)
+    if checkpoint.settings is not None:
+        format = format or "laver"
     small_files = _small_files(checkpoint, format, weights, training_state)
     num_threads = num_threads or min(os.cpu_count() or 1, 4)
     outputs, plans = _plan(checkpoint, weights, training_state, max_file_bytes)
@@ -158,34 +154,30 @@ def megatron_to_hf(
     )
     target = Target(target_dir, overwrite, conversion.num_bytes, [source_dir, checkpoint.directory])
     if dry_run:
-        conversion.describe(num_threads, BLOCK_BYTES)
+        conversion.print_plan(num_threads, BLOCK_BYTES)
         check_target(target)
         return
     mine = outputs[rank() :: num_ranks()]
     with (
-        new_directory(target) as directory,
+        output_directory(target) as directory,
         ByteBar("to Hugging Face", sum(output.place.num_bytes for output in mine)) as progress,
     ):
         on_rank_0("create the files", lambda: create_files(plans, directory))
         write = partial(_write, checkpoint, mine, plans, directory, progress, strict, num_threads)
         all_ranks("write the weights", write)
-        on_rank_0("finish the export", lambda: small_files(directory))
-    conversion.finished(progress)
+        on_rank_0("finish the export", lambda: _write_small_files(small_files, directory))
+    conversion.print_summary()
     if format == "llava" and rank() == 0:
         print(description.STOCK_PICTURES, end="")
 
 
-def _format(checkpoint: Checkpoint, format: str | None) -> str | None:
-    if checkpoint.training is None:
-        if format is not None:
-            raise ValueError(
-                f"{checkpoint.directory} is text only and becomes a Qwen2ForCausalLM; leave --format {format} out"
-            )
-        return None
-    return format or "laver"
-
-
-def _check_asked(checkpoint: Checkpoint, weights: str, training_state: bool) -> None:
+def _check_asked(checkpoint: Checkpoint, weights: str, format: str | None, training_state: bool) -> None:
+    if checkpoint.settings is None and format is not None:
+        raise ValueError(
+            f"{checkpoint.directory} is text only and becomes a Qwen2ForCausalLM; leave --format {format} out"
+        )
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
     if weights not in ("student", "teacher"):
         raise ValueError(f"weights is {weights!r}; choose from student, teacher")
     if weights == "teacher" and not checkpoint.parts.teacher:
@@ -193,7 +185,7 @@ def _check_asked(checkpoint: Checkpoint, weights: str, training_state: bool) -> 
     if training_state and not checkpoint.parts.vision_head:
         raise ValueError(f"{checkpoint.directory} has no [MASK], vision head or teacher; leave --training-state out")
     if training_state and weights == "teacher":
-        raise ValueError("training goes on from the student: give --training-state with --weights student")
+        raise ValueError("training continues from the student: give --training-state with --weights student")
 
 
 def _plan(
@@ -238,11 +230,14 @@ def _write(
     writer = SafetensorsWriter(plans, directory)
 
     def write(output: Output) -> None:
-        for start, stop, rows in _rows(checkpoint.tensors, output):
+        place = output.place
+        for start, stop in row_blocks(place.size, place.dtype, BLOCK_BYTES):
+            rows = checkpoint.tensors.read_part_rows(output.key, output.weight, output.part, start, stop)
+            rows = rows.to(place.dtype)
             if wrong := num_not_finite(rows):
                 warn(f"{checkpoint.directory}, tensor {output.key}, holds {wrong} NaN or infinite values", strict)
-            writer.write_rows(output.place, start, rows)
-            progress.add((stop - start) * output.place.row_bytes)
+            writer.write_rows(place, start, rows)
+            progress.add(rows.nbytes)
 
     written = False
     try:
@@ -252,65 +247,61 @@ def _write(
         writer.close(flush=written)
 
 
-def _rows(tensors: TorchDistReader, output: Output) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(start, stop, rows) of a Hugging Face tensor, a block at a time, in its type."""
-    place = output.place
-    for start, stop in row_blocks(place.size[0], place.row_bytes, BLOCK_BYTES):
-        rows = tensors.read_part_rows(output.key, output.weight, output.part, start, stop)
-        yield start, stop, rows.to(place.dtype)
-
-
 def _small_files(
     checkpoint: Checkpoint, format: str | None, weights: str, training_state: bool
-) -> Callable[[Path], None]:
-    """Works out config.json and what stands beside the weights, and returns what writes it."""
+) -> dict[str, Path | str]:
+    """What stands beside the weights, by name: a file to copy, or the text."""
     hf, encoder = checkpoint.directory / "hf", checkpoint.directory / "encoder"
+    files: dict[str, Path | str] = {name: hf / name for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)}
     if format is None:
-        return lambda directory: copy_files(hf, directory, (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES))
-    assert checkpoint.training is not None
-    training = checkpoint.training
+        return files
+    assert checkpoint.settings is not None
+    settings = checkpoint.settings
     tokenizer = load_tokenizer(hf)
     dtype = str(checkpoint.tensors.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
-    config_of = {"laver": description.laver_config, "llava": description.llava_config}[format]
     vision_config = encoder_settings(encoder)
-    preprocessor = open_preprocessor(encoder, training.max_image_tokens)
-    native = native_bounds(preprocessor)
-    config = config_of(
+    preprocessor = open_preprocessor(encoder, settings.max_image_tokens)
+    native = None
+    if isinstance(preprocessor, NativePreprocessor):
+        native = {"min_pixels": preprocessor.min_pixels, "max_pixels": preprocessor.max_pixels}
+    config = description.export_config(
+        format,
         read_part(hf, TEXT_PART)[1],
         vision_config,
-        attention=training.attention,
-        positions=training.positions,
-        feature_layer=training.encoder_feature_layer,
+        attention=settings.attention,
+        positions=settings.positions,
+        feature_layer=settings.encoder_feature_layer,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[1]),
         dtype=dtype,
     )
     processor_config = description.processor_config(
         format, vision_config, patch_size=preprocessor.token_size, native=native
     )
-    texts = {
-        CONFIG_FILE: json.dumps(config, indent=2),
-        PROCESSOR_FILE: json.dumps(processor_config, indent=2),
+    readme = description.readme(
+        format=format,
+        name=checkpoint.directory.name,
+        encoder=vision_config["model_type"],
+        attention=settings.attention,
+        positions=settings.positions,
+        weights=weights,
+        dtype=dtype,
+        max_image_tokens=preprocessor.most_tokens if native else None,
+        training_state=training_state,
+    )
+    if format == "laver":
+        files[description.REMOTE_CODE.name] = description.REMOTE_CODE
+    return files | {
+        PREPROCESSOR_FILE: encoder / PREPROCESSOR_FILE,
+        CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+        PROCESSOR_FILE: json.dumps(processor_config, indent=2) + "\n",
         CHAT_TEMPLATE_FILE: description.chat_template(tokenizer.chat_template),
+        "README.md": readme,
     }
 
-    def write(directory: Path) -> None:
-        copy_files(hf, directory, (GENERATION_FILE, *TOKENIZER_FILES))
-        copy_files(encoder, directory, (PREPROCESSOR_FILE,))
-        for name, text in texts.items():
-            (directory / name).write_text(text if name == CHAT_TEMPLATE_FILE else text + "\n")
-        if format == "laver":
-            shutil.copyfile(description.REMOTE_CODE, directory / description.REMOTE_CODE.name)
-        readme = description.readme(
-            format=format,
-            name=checkpoint.directory.name,
-            encoder=vision_config["model_type"],
-            attention=training.attention,
-            positions=training.positions,
-            weights=weights,
-            dtype=dtype,
-            max_image_tokens=preprocessor.most_tokens if native else None,
-            training_state=training_state,
-        )
-        (directory / "README.md").write_text(readme)
 
-    return write
+def _write_small_files(files: Mapping[str, Path | str], directory: Path) -> None:
+    for name, content in files.items():
+        if isinstance(content, str):
+            write_text(directory / name, content)
+        elif content.is_file():
+            shutil.copyfile(content, directory / name)

@@ -5,33 +5,41 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE, is_converted
 from laver_megatron.config.directories import kernel_file_system
 from laver_megatron.convert.export.description import REMOTE_CODE
 from laver_megatron.hf.files import CONFIG_FILE, SMALL_FILES
-from laver_megatron.runtime.files import sync_directory, sync_file
+from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file
 from laver_megatron.runtime.ranks import on_rank_0
 
 # All that may lie in a directory that --overwrite replaces.
-_OF_HUGGING_FACE = (
+_HUGGING_FACE_FILES = (
     "*.safetensors", "*.safetensors.index.json", *SMALL_FILES, REMOTE_CODE.name, "README.md", "LICENSE*",
     ".gitattributes",
 )  # fmt: skip
-_OF_MEGATRON = ("*.distcp", ".metadata", "metadata.json", "common.pt", "hf", "encoder", RUN_FILE, MANIFEST_FILE)
+_MEGATRON_FILES = ("*.distcp", ".metadata", "metadata.json", "common.pt", "hf", "encoder", RUN_FILE, MANIFEST_FILE)
+Item = TypeVar("Item")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Target:
-    """An output directory to be. num_bytes: what will be written, held against the free space. inputs: the
-    directories that are read meanwhile."""
+    """An output directory to be made.
+
+    Attributes:
+        path: as the user named it.
+        overwrite: whether it may take the place of another.
+        num_bytes: what will be written, compared with the free space.
+        inputs: the directories that are read meanwhile.
+    """
 
     path: Path
     overwrite: bool
@@ -49,7 +57,7 @@ class Target:
 
 
 @contextmanager
-def new_directory(target: Target) -> Iterator[Path]:
+def output_directory(target: Target) -> Iterator[Path]:
     """A directory to fill, on all ranks the same; it gets its final name when the block ends without an error, and
     is removed otherwise with the parents made for it, also on Ctrl-C, SIGTERM and when the terminal is closed.
 
@@ -70,7 +78,7 @@ def new_directory(target: Target) -> Iterator[Path]:
         on_rank_0("begin", lambda: _begin(target, made))
         yield target.temporary
         tidying = True  # a moment, and not to be left half done
-        on_rank_0("put the output in place", lambda: _put_in_place(target))
+        on_rank_0("put the output in place", lambda: _finish(target))
     except BaseException:
         tidying = True
         _remove(target, made)
@@ -95,7 +103,7 @@ def check_target(target: Target) -> None:
     if final.exists() or final.is_symlink():
         if not target.overwrite:
             raise ValueError(f"{final} exists; choose another directory, or replace it with --overwrite")
-        if reason := _why_not_replaced(final):
+        if reason := _reason_not_to_replace(final):
             raise ValueError(f"{final} {reason}: --overwrite does not replace it; remove it yourself")
     nearest = final.parent
     while not nearest.exists() and nearest != nearest.parent:
@@ -114,23 +122,23 @@ def check_target(target: Target) -> None:
         )
 
 
-def _why_not_replaced(path: Path) -> str:
+def _reason_not_to_replace(path: Path) -> str:
     """What keeps a path from being replaced; empty for an empty directory, and for one that holds converted weights
     and nothing else."""
     if path.is_symlink() or not path.is_dir():
-        return "is no directory of weights"
+        return "is not a directory of weights"
     working_directory = Path.cwd().resolve()
     if path.resolve() in (working_directory, *working_directory.parents):
         return "is, or lies around, the working directory"
     names = sorted(entry.name for entry in path.iterdir())
     if (path / MANIFEST_FILE).is_file():
         if not is_converted(path):
-            return "is no converted checkpoint (a run may go on from it)"
-        known: tuple[str, ...] = _OF_MEGATRON
+            return "is not a converted checkpoint (a run may resume from it)"
+        known: tuple[str, ...] = _MEGATRON_FILES
     elif not names or (path / CONFIG_FILE).is_file():
-        known = _OF_HUGGING_FACE
+        known = _HUGGING_FACE_FILES
     else:
-        return "is no directory of weights"
+        return "is not a directory of weights"
     others = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
     return f"holds other things than weights ({', '.join(others[:3])})" if others else ""
 
@@ -161,24 +169,26 @@ def _remove(target: Target, made: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _put_in_place(target: Target) -> None:
+def _finish(target: Target) -> None:
     for path in target.temporary.rglob("*"):
         (sync_directory if path.is_dir() else sync_file)(path)
     sync_directory(target.temporary)
-    replaced = target.final.with_name(f".{target.final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
     if target.final.exists() and not target.overwrite:
         raise ValueError(f"{target.final} has come to exist meanwhile; choose another directory, or give --overwrite")
-    try:
-        if target.final.exists():
-            os.replace(target.final, replaced)
-        os.replace(target.temporary, target.final)
-    except BaseException:
-        if replaced.exists() and not target.final.exists():
-            os.replace(replaced, target.final)
-        raise
-    sync_directory(target.final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(target.temporary, target.final)
+
+
+def groups_of_bytes(items: Iterable[Item], num_bytes: Callable[[Item], int], max_bytes: float) -> list[list[Item]]:
+    """Divides items, in their order, into groups of at most `max_bytes`, or of one larger item."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + num_bytes(item) > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += num_bytes(item)
+    return groups
 
 
 def run_tasks(tasks: Sequence[Callable[[], None]], num_threads: int) -> None:

@@ -1,8 +1,7 @@
-"""What a conversion says: the mapping, sizes and memory beforehand, a progress bar, a line at the end."""
+"""What a conversion prints: the mapping, sizes and memory beforehand, a progress bar, a line at the end."""
 
 import re
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,12 @@ _INTERPRETER_BYTES = 100 << 20
 
 @dataclass
 class Conversion:
-    """From where to where, and every Megatron tensor with its type and bytes."""
+    """A conversion to be described beforehand and afterwards.
+
+    Attributes:
+        source, target: from where to where.
+        tensors: every Megatron tensor with its type and bytes.
+    """
 
     source: Path
     target: Path
@@ -31,7 +35,7 @@ class Conversion:
     def num_bytes(self) -> int:
         return sum(num_bytes for _, _, num_bytes in self.tensors)
 
-    def describe(self, num_threads: int, block_bytes: int) -> None:
+    def print_plan(self, num_threads: int, block_bytes: int) -> None:
         """Prints the mapping, layers of one form in one line, and what the conversion will take."""
         if rank() != 0:
             return
@@ -49,7 +53,7 @@ class Conversion:
             f"{peak / 1e6:.0f} MB ({num_threads} threads, blocks of {block_bytes >> 20} MiB)"
         )
 
-    def finished(self, progress: "ByteBar") -> None:
+    def print_summary(self) -> None:
         seconds = time.perf_counter() - self.started
         if rank() == 0:
             print(
@@ -63,29 +67,15 @@ def _without_number(name: str) -> str:
     return re.sub(r"layers\.\d+\.", "layers.N.", name)
 
 
-class ByteBar:
+class ByteBar(tqdm):
     """A bar of bytes and rate on rank 0, of its own share of the work. Several threads may add."""
 
     def __init__(self, what: str, num_bytes: int) -> None:
-        self._bar = tqdm(
-            total=num_bytes,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            disable=rank() != 0,
-            mininterval=0.5,
-        )
-        self._lock = threading.Lock()
+        super().__init__(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=rank() != 0, mininterval=0.5)
 
     def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._bar.update(num_bytes)
-
-    def __enter__(self) -> "ByteBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        with self.get_lock():
+            self.update(num_bytes)
 
 
 def warn(message: str, strict: bool) -> None:

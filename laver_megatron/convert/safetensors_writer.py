@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from laver_megatron.convert.output import groups_of_bytes
 from laver_megatron.hf.safetensors_reader import DTYPES
 from laver_megatron.hf.weights import Size
-from laver_megatron.runtime.files import named_errors
+from laver_megatron.runtime.files import named_errors, write_json
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -55,11 +56,7 @@ class SafetensorsPlan:
 
 def plan_safetensors(tensors: Sequence[TensorPlace], stem: str, max_file_bytes: float) -> SafetensorsPlan:
     """Divides the tensors, in their order, into files of at most `max_file_bytes` (or one larger tensor)."""
-    groups: list[list[TensorPlace]] = [[]]
-    for tensor in tensors:
-        if groups[-1] and sum(t.num_bytes for t in groups[-1]) + tensor.num_bytes > max_file_bytes:
-            groups.append([])
-        groups[-1].append(tensor)
+    groups = groups_of_bytes(tensors, lambda tensor: tensor.num_bytes, max_file_bytes)
     plan = SafetensorsPlan(stem)
     for number, group in enumerate(groups, start=1):
         file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -98,7 +95,7 @@ def _create_files(plan: SafetensorsPlan, directory: Path) -> None:
             "metadata": {"total_size": plan.num_bytes},
             "weight_map": {place.name: place.file for place in sorted(plan.places, key=lambda place: place.name)},
         }
-        (directory / f"{plan.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / f"{plan.stem}.safetensors.index.json", index)
 
 
 class SafetensorsWriter:

@@ -15,7 +15,7 @@ import pickle
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from laver_megatron.hf.rows import join_blocks, runs_of_part_rows
+from laver_megatron.hf.rows import join_blocks, row_blocks, runs_of_part_rows
+from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.weights import Size, Weight
 
 # How Megatron-Core names the format, in metadata.json. (Its own function would take seconds to import.)
@@ -82,7 +83,11 @@ class TorchDistReader:
             if not isinstance(tensor, TensorStorageMetadata):
                 continue
             self.sizes[key], self.dtypes[key] = tuple(tensor.size), tensor.properties.dtype
-            self._boxes[key] = [_box(metadata, key, chunk) for chunk in tensor.chunks]
+            stored = [(chunk, metadata.storage_data[MetadataIndex(key, chunk.offsets)]) for chunk in tensor.chunks]
+            self._boxes[key] = [
+                Box(key, tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length)
+                for chunk, place in stored
+            ]
         self._files: dict[str, mmap.mmap] = {}
         self._opened: dict[Box, Tensor] = {}
         self._lock = threading.Lock()
@@ -113,6 +118,15 @@ class TorchDistReader:
         runs = runs_of_part_rows(weight, part, start, stop)
         return join_blocks([self.read_rows(key, run.row, run.row + run.num_rows) for run in runs])
 
+    def paired_rows(
+        self, key: str, weight: Weight, part: int, tensors: SafetensorsReader
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(theirs, ours): all rows of Hugging Face tensor number `part` of a weight that is stored here under `key`, a
+        block at a time."""
+        name = weight.hugging_face[part]
+        for rows in row_blocks(weight.sizes[part], tensors.dtype(name)):
+            yield tensors.read(name, *rows), self.read_part_rows(key, weight, part, *rows)
+
     def _values(self, box: Box) -> Tensor:
         """A stored box as a view of its mapped file; checked when it is first used."""
         if box not in self._opened:
@@ -124,12 +138,12 @@ class TorchDistReader:
         archive = memoryview(self._map(box.file))[box.start : box.start + box.length]
         try:
             with FakeTensorMode():  # size, type and strides, and where the values begin: without reading them
-                described = torch.load(io.BufferedReader(_View(archive)), weights_only=True)
+                described = torch.load(io.BufferedReader(_FileView(archive)), weights_only=True)
             first_byte = described.untyped_storage()._checkpoint_offset
             values = torch.frombuffer(
                 archive, dtype=described.dtype, count=described.numel(), offset=first_byte
             ).as_strided(described.shape, described.stride(), 0)
-            is_whole = _fits_checksum(archive)
+            is_whole = _matches_checksum(archive)
         except Exception as error:  # damaged archives raise what they like
             raise ValueError(f"{where} is damaged: {error}; copy the checkpoint again") from error
         if tuple(values.shape) != box.sizes or values.dtype != self.dtypes[box.key]:
@@ -151,14 +165,9 @@ class TorchDistReader:
             return self._files[file]
 
 
-def _box(metadata: Metadata, key: str, chunk: ChunkStorageMetadata) -> Box:
-    stored = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-    return Box(key, tuple(chunk.offsets), tuple(chunk.sizes), stored.relative_path, stored.offset, stored.length)
-
-
-def _fits_checksum(archive: memoryview) -> bool:
+def _matches_checksum(archive: memoryview) -> bool:
     """Whether the archive's values have its CRC-32."""
-    with zipfile.ZipFile(io.BufferedReader(_View(archive))) as content:
+    with zipfile.ZipFile(io.BufferedReader(_FileView(archive))) as content:
         (values,) = (entry for entry in content.infolist() if "/data/" in entry.filename)
     # A record's name and padding stand between its header, of 30 bytes, and its values.
     lengths = archive[values.header_offset + 26 : values.header_offset + 30]
@@ -166,7 +175,7 @@ def _fits_checksum(archive: memoryview) -> bool:
     return zlib.crc32(archive[start : start + values.file_size]) == values.CRC
 
 
-class _View(io.RawIOBase):
+class _FileView(io.RawIOBase):
     """A part of a mapped file as a file of its own."""
 
     def __init__(self, content: memoryview) -> None:

@@ -25,15 +25,17 @@ def make_demo(
     models: Sequence[str] = (),
 ) -> Path:
     """Makes `model/`, `encoder/` and `shards/` (train-*.tar, valid-*.tar, their index) in a directory, and returns it.
-    encoders: kinds (`demo.encoders.KINDS`) of which it gets an `encoder_KIND/` each, too. models: sizes as
-    WIDTHxLAYERS, of which it gets a `model_WIDTHxLAYERS/` each.
 
     A part that is there is kept: each is built beside its place and renamed when it is complete, so a part
     is never half there. Which sample is which depends on nothing but its number and the versions of Pillow,
     scikit-image, scikit-learn, torch and tokenizers.
 
+    Args:
+        encoders: kinds (`demo.encoders.KINDS`), each of which gets an `encoder_KIND/` as well.
+        models: sizes as WIDTHxLAYERS, each of which gets a `model_WIDTHxLAYERS/` as well.
+
     Raises:
-        ValueError: a kind or a size that there is not.
+        ValueError: an unknown kind, or a size that a model cannot have.
     """
     sizes = {name: _read_size(name) for name in models}
     directory = Path(directory)
@@ -49,20 +51,14 @@ def make_demo(
         write_shards(place, "valid", valid, samples_per_shard=192)
         write_index(index_tars(sorted(place.glob("*.tar"))), place / INDEX_NAME)
 
-    _make_part(
-        directory / "model",
-        "a Qwen2.5 checkpoint with its tokenizer",
-        lambda place: save_language_model(place, texts()),
-    )
+    model = directory / "model"
+    _make_part(model, "a Qwen2.5 checkpoint with its tokenizer", lambda place: save_language_model(place, texts()))
     _make_part(directory / "encoder", "a SigLIP encoder", save_encoder)
     for kind in encoders:
         _make_part(directory / f"encoder_{kind}", f"an encoder of type {kind}", partial(save_encoder, kind=kind))
     for name, (width, num_layers) in sizes.items():
-
-        def model(place: Path, width: int = width, num_layers: int = num_layers) -> None:
-            save_language_model(place, texts(), hidden_size=width, num_layers=num_layers)
-
-        _make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", model)
+        save = partial(save_language_model, texts=texts(), hidden_size=width, num_layers=num_layers)
+        _make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", save)
     _make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
     return directory
 
@@ -70,7 +66,7 @@ def make_demo(
 def _read_size(name: str) -> tuple[int, int]:
     width, _, num_layers = name.partition("x")
     if not (width.isdecimal() and num_layers.isdecimal()):
-        raise ValueError(f"{name!r} is no size of a model; write WIDTHxLAYERS, such as 64x3")
+        raise ValueError(f"{name!r} is not the size of a model; write WIDTHxLAYERS, such as 64x3")
     return int(width), int(num_layers)
 
 

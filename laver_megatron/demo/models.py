@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,35 +9,24 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from laver_megatron.hf.files import CONFIG_FILE, GENERATION_FILE
+from laver_megatron.runtime.files import write_json
+from laver_megatron.runtime.terminal import quiet_transformers
+
 VOCABULARY_SIZE = 2048
 
 # Qwen2.5's special tokens in their order; those after the vision tokens are ordinary added tokens there.
 _SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+    f"<|{name}|>"
+    for name in (
+        "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+        "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+    )
+]  # fmt: skip
 _ADDED_TOKENS = [
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
     "<|file_sep|>",
-]
+]  # fmt: skip
 
 _SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
@@ -103,42 +91,21 @@ def save_language_model(directory: Path, texts: Sequence[str], *, hidden_size: i
     tokenizer.save_pretrained(directory)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": ids["endoftext"],
-        "eos_token_id": ids["im_end"],
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": 11 * hidden_size // 4,
-        "max_position_embeddings": 32768,
-        "max_window_layers": num_layers,
-        "model_type": "qwen2",
-        "num_attention_heads": 4,
-        "num_hidden_layers": num_layers,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": VOCABULARY_SIZE,
-    }
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": ids["endoftext"],
+        "eos_token_id": ids["im_end"], "hidden_act": "silu", "hidden_size": hidden_size, "initializer_range": 0.02,
+        "intermediate_size": 11 * hidden_size // 4, "max_position_embeddings": 32768, "max_window_layers": num_layers,
+        "model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": num_layers, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "float32", "use_cache": True, "use_sliding_window": False, "vocab_size": VOCABULARY_SIZE,
+    }  # fmt: skip
     with seeded(1):
         model = Qwen2ForCausalLM(Qwen2Config(**config))
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(directory)
     # transformers 5 writes RoPE and dtype in a form of its own; the published checkpoints have this one.
-    write_json(directory / "config.json", config)
-    generation = {
-        "bos_token_id": ids["endoftext"],
-        "pad_token_id": ids["endoftext"],
-        "eos_token_id": [ids["im_end"], ids["endoftext"]],
-        "do_sample": False,
-    }
-    write_json(directory / "generation_config.json", generation)
+    write_json(directory / CONFIG_FILE, config)
+    ends = {"pad_token_id": ids["endoftext"], "eos_token_id": [ids["im_end"], ids["endoftext"]]}
+    write_json(directory / GENERATION_FILE, {"bos_token_id": ids["endoftext"], **ends, "do_sample": False})
 
 
 def train_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
@@ -180,20 +147,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bar that save_pretrained draws."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A settings file as checkpoints have it."""
-    path.write_text(json.dumps(content, indent=2) + os.linesep)

@@ -39,23 +39,16 @@ def photographs() -> tuple[tuple[str, Image.Image], ...]:
         ValueError: the packages are not installed, or none of the files is in them.
     """
     found = []
-    for package, subdirectory, files in (
-        ("skimage", "data", _SKIMAGE),
-        ("sklearn", "datasets/images", _SKLEARN),
-    ):
+    for package, subdirectory, files in (("skimage", "data", _SKIMAGE), ("sklearn", "datasets/images", _SKLEARN)):
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise ValueError("the demo's photographs come with scikit-image and scikit-learn: pip install both")
         folder = Path(spec.origin).parent / subdirectory
         for name, shows in files.items():
             if (folder / name).is_file():
-                found.append((shows, _open(folder / name)))
+                picture = decode_image((folder / name).read_bytes())
+                picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+                found.append((shows, picture))
     if not found:
         raise ValueError("scikit-image and scikit-learn are installed without their pictures")
     return tuple(found)
-
-
-def _open(path: Path) -> Image.Image:
-    picture = decode_image(path.read_bytes())
-    picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
-    return picture

@@ -9,22 +9,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageStat
 
 from laver_megatron.demo.photographs import photographs
 
-_WORDS = [
-    "APPLE",
-    "BRIDGE",
-    "CLOUD",
-    "DRAGON",
-    "EIGHT",
-    "FOREST",
-    "GARDEN",
-    "HARBOR",
-    "ISLAND",
-    "JUNGLE",
-    "KNIGHT",
-    "LEMON",
-    "MARKET",
-    "NORTH",
-]
+_WORDS = (
+    "APPLE", "BRIDGE", "CLOUD", "DRAGON", "EIGHT", "FOREST", "GARDEN", "HARBOR", "ISLAND", "JUNGLE", "KNIGHT", "LEMON",
+    "MARKET", "NORTH",
+)  # fmt: skip
 _SQUARES = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 _CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 _FACTS = {
@@ -81,15 +69,8 @@ def _about_square(rng: random.Random) -> Example:
     side = min(picture.size) // 3
     left, top = x * (picture.width - side), y * (picture.height - side)
     picture.paste(rgb, (left, top, left + side, top + side))
-    return Example(
-        (picture,),
-        _turns(
-            (
-                "<image>\nWhere is the square, and what colour is it?",
-                f"The {colour} square is at the {corner}.",
-            )
-        ),
-    )
+    question = "<image>\nWhere is the square, and what colour is it?"
+    return Example((picture,), _turns((question, f"The {colour} square is at the {corner}.")))
 
 
 def _about_sign(rng: random.Random) -> Example:
@@ -145,13 +126,8 @@ def main_colour(picture: Image.Image) -> str:
         return "black"
     if saturation < 40:
         return "white" if value > 200 else "grey"
-    names = (
-        (21, "red" if saturation > 150 else "brown"),
-        (43, "yellow"),
-        (120, "green"),
-        (180, "blue"),
-        (235, "purple"),
-    )
+    red = "red" if saturation > 150 else "brown"
+    names = ((21, red), (43, "yellow"), (120, "green"), (180, "blue"), (235, "purple"))
     return next((name for limit, name in names if hue < limit), "red")
 
 

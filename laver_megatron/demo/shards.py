@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from webdataset import TarWriter
 
 from laver_megatron.demo.questions import Example
@@ -31,14 +30,7 @@ def _files(key: str, number: int, example: Example) -> dict[str, str | bytes]:
     extension = "png" if number % 5 < 2 else "jpg"
     for index, image in enumerate(example.images):
         prefix = f"{index}." if len(example.images) > 1 else ""
-        files[prefix + extension] = _encode(image, extension)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG" if extension == "png" else "JPEG", quality=88)  # PNG, which is exact, has none
+        files[prefix + extension] = buffer.getvalue()
     return files
-
-
-def _encode(image: Image.Image, extension: str) -> bytes:
-    buffer = io.BytesIO()
-    if extension == "png":
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from laver_megatron.config.fields import ConfigError
 from laver_megatron.encoders.aimv2 import Aimv2
-from laver_megatron.encoders.clip import Clip
+from laver_megatron.encoders.clip import Clip, Siglip
 from laver_megatron.encoders.dinov2 import Dinov2
 from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor
 from laver_megatron.encoders.patches import Patches
 from laver_megatron.encoders.processor_values import check_processor
 from laver_megatron.encoders.qwen2_5_vl import Qwen25VL
-from laver_megatron.encoders.siglip import Siglip
 from laver_megatron.hf.files import read_image_processor
 from laver_megatron.hf.shape import VISION_PART, read_part
 
 if TYPE_CHECKING:  # imported where an encoder is built: the planner, which reads shapes, needs no torch
     import torch
+    from transformers import PreTrainedModel
 
     from laver_megatron.encoders.modules import ImageEncoder
 
@@ -92,23 +92,17 @@ def build_encoder(
     Raises:
         ValueError: a layer that it does not have; with weights, files that are damaged.
     """
-    import torch
-
     from laver_megatron.encoders.loading import cast_weights, load_checked
 
     path, family, vision = _find(directory)
     shape = family.shape(vision, path)
     layer = shape.feature_layer(feature_layer)
-    if load_weights:
-        with torch.device("meta"):
-            model = family.model(vision)
-        if model is not None:
-            model = load_checked(model, Path(directory), dtype)
-    else:
-        model = family.model(vision)
-        if model is not None:
-            cast_weights(model, dtype)
+    model = _model_without_memory(directory) if load_weights else family.model(vision)
     if model is not None:
+        if load_weights:
+            model = load_checked(model, Path(directory), dtype)
+        else:
+            cast_weights(model, dtype)
         parameters = dict(model.named_parameters())
         for name in idle_parameters(shape, parameters, layer):
             parameters[name].requires_grad_(False)
@@ -132,32 +126,30 @@ def encoder_tensor_sizes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: settings from which transformers builds none.
     """
+    model = _model_without_memory(directory)
+    return {} if model is None else {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+def _model_without_memory(directory: str | Path) -> PreTrainedModel | None:
     import torch
 
     path, family, vision = _find(directory)
     try:
         with torch.device("meta"):
-            model = family.model(vision)
+            return family.model(vision)
     except Exception as error:  # transformers raises what it likes on settings of other types
         raise ValueError(f"{path}: transformers builds no image encoder from it: {error}") from error
-    return {} if model is None else {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def check_encoder(directory: str | Path, *, with_weights: bool) -> None:
-    """Whether transformers builds the encoder, and with_weights whether the safetensors are its own, judged by their
-    headers.
+    """Checks that transformers builds the encoder, and with_weights by their headers that the safetensors are its own.
 
     Raises:
         ValueError: settings of which no encoder can be built; missing, misshapen or too many tensors.
     """
-    import torch
-
     from laver_megatron.encoders.loading import check_headers
 
-    encoder_tensor_sizes(directory)
-    _, family, vision = _find(directory)
-    with torch.device("meta"):
-        model = family.model(vision)
+    model = _model_without_memory(directory)
     if with_weights and model is not None:
         check_headers(model, Path(directory))
 
@@ -170,8 +162,8 @@ def encoder_facts(directory: str | Path) -> dict[str, Any]:
         ValueError: as `read_encoder` and `open_preprocessor`.
     """
     path, family, vision = _find(directory)
-    config_class = family.config_class(vision)
-    names = vision if config_class is None else config_class.__annotations__
+    classes = family.classes(vision)
+    names = vision if classes is None else classes[0].__annotations__
     facts = {name: vision.get(name) for name in names if not name.startswith("_") and name != "model_type"}
     preprocessor = open_preprocessor(directory)
     steps = ["resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
@@ -192,5 +184,5 @@ def _find(directory: str | Path) -> tuple[Path, Family, dict[str, Any]]:
         raise ConfigError([f"{path}: model_type is {model_type!r}, but the encoder must be one of {known}"])
     vision = content.get("vision_config", content)
     if not isinstance(vision, dict):
-        raise ConfigError([f"{path}: vision_config is {vision!r}, no settings of a vision model"])
+        raise ConfigError([f"{path}: vision_config is {vision!r}, but must be the settings of a vision model"])
     return path, family, family.complete(vision, path)

@@ -39,7 +39,7 @@ class EncoderShape:
         image_size: (height, width) in pixels that its table of positions was made for; None: native resolution.
         interpolates_positions: whether it takes other fixed sizes than that.
         num_prefix_tokens: class and register tokens, which stand before the patches and are no features.
-        default_feature_layer: which hidden state the features are if nobody says; None: there is no choice.
+        default_feature_layer: the hidden state that the features are by default; None: there is no choice.
         temporal_patch_size: images that one patch spans in time (an image is repeated).
         window_size: side in pixels of the windows to which attention is limited, but for the layers numbered in
             full_attention_layers; None: every layer sees the whole image.
@@ -119,8 +119,9 @@ class EncoderShape:
 class ImagePreprocessor(ABC):
     """Pictures to pixels as the encoder's own image processor makes them, and what a picture costs in tokens.
 
-    processor: transformers' image processor (its PIL version), for its mean, deviation and the like; token_size: side
-    of a visual token in pixels.
+    Attributes:
+        processor: transformers' image processor (its PIL version), for its mean, deviation and the like.
+        token_size: side of a visual token in pixels.
     """
 
     def __init__(self, processor: BaseImageProcessor, token_size: int) -> None:
@@ -174,32 +175,37 @@ class ImagePreprocessor(ABC):
 
 
 class Family(ABC):
-    """Encoders of one architecture. model_types: of config.json, whether of the vision model alone or of a larger model
-    that has it as vision_config. processors: the image processors that may come with one, without their backend."""
+    """Encoders of one architecture.
+
+    Attributes:
+        model_types: in config.json, of the vision model alone or of a larger model that has it as vision_config.
+        processors: the image processors that may come with one, without their backend.
+    """
 
     model_types: tuple[str, ...]
     processors: tuple[str, ...]
 
     @abstractmethod
-    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
-        """transformers' class of the vision model's settings; None if the family has no weights."""
+    def classes(self, vision: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
+        """transformers' classes of the vision model's settings and of the model; None if the family has no weights."""
 
     def complete(self, vision: dict[str, Any], path: Path) -> dict[str, Any]:
-        """Settings of the vision model as they stand in config.json at `path`, with what transformers assumes where
-        they are silent: published files may say nothing but model_type.
+        """The vision model's settings in config.json at `path`, with transformers' defaults for those that are missing:
+        published files may have nothing but model_type.
 
         Raises:
             ConfigError: a file of another format.
         """
-        config_class = self.config_class(vision)
-        if config_class is None:
+        classes = self.classes(vision)
+        if classes is None:
             return vision
+        config_class, _ = classes
         assumed = config_class().to_dict()
         return {**{name: assumed[name] for name in config_class.__annotations__ if name in assumed}, **vision}
 
     @abstractmethod
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
-        """vision: settings of the vision model, completed, which stand in config.json at `path`.
+        """The sizes by the vision model's settings, completed, of config.json at `path`.
 
         Raises:
             ConfigError: sizes that are missing or cannot be.
@@ -215,9 +221,14 @@ class Family(ABC):
             ValueError: a processor that does not fit the encoder, or more tokens than max_image_tokens.
         """
 
-    @abstractmethod
     def model(self, vision: dict[str, Any]) -> PreTrainedModel | None:
         """transformers' own model with random weights; None if the family has no weights."""
+        classes = self.classes(vision)
+        if classes is None:
+            return None
+        config_class, model_class = classes
+        # The vision model's settings may have been written with the whole model's type.
+        return model_class(config_class.from_dict({**vision, "model_type": config_class.model_type}))
 
     def is_idle(self, name: str, num_layers: int | None) -> bool:
         """Whether features that are taken behind so many layers (None: there is no choice) do not depend on the

@@ -31,7 +31,7 @@ def load_checked(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
             what is missing with random numbers, which differ from rank to rank.
     """
     tensors = _vision_tensors(directory, SafetensorsReader.read_whole)
-    loaded = _filled(model, tensors, directory, dtype)
+    loaded = _load_into(model, tensors, directory, dtype)
     not_finite = sorted(name for name, weight in loaded.named_parameters() if not weight.isfinite().all())
     _refuse(directory, "has NaN or infinite values in", not_finite)
     for weight in loaded.parameters():
@@ -47,27 +47,16 @@ def check_headers(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         ValueError: missing or misshapen tensors, or those of layers or tokens that `model` does not have, by name.
     """
-    from transformers.utils import logging
+    from laver_megatron.runtime.terminal import quiet_transformers  # here, because transformers is slow to import
 
-    tensors = _vision_tensors(directory, _standing_for)
-    verbosity = logging.get_verbosity()
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        _filled(model, tensors, directory, torch.float32)
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
+    zeros = _vision_tensors(directory, lambda tensors, name: torch.zeros(()).expand(tensors.size(name)))
+    with quiet_transformers():
+        _load_into(model, zeros, directory, torch.float32)
 
 
-def _standing_for(tensors: SafetensorsReader, name: str) -> Tensor:
-    """One zero in the shape of a tensor."""
-    return torch.zeros(()).expand(tensors.size(name))
-
-
-def _filled(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_into(
+    model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path, dtype: torch.dtype
+) -> PreTrainedModel:
     """transformers' own loading, which knows the names that tensors had in earlier versions."""
     loaded, info = type(model).from_pretrained(
         None,

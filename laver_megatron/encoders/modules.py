@@ -49,21 +49,17 @@ class HiddenStateEncoder(ImageEncoder):
 
     def __init__(self, model: PreTrainedModel, shape: EncoderShape, feature_layer: int) -> None:
         super().__init__(shape.feature_size)
-        self.model, self.feature_layer, self.num_prefix_tokens = model, feature_layer, shape.num_prefix_tokens
+        self.model, self.shape, self.feature_layer = model, shape, feature_layer
         self.eval()
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
+        if self.shape.is_native:
+            check_sizes(images, self.shape.token_size)
         return encode_by_size(images, self._features)
 
     def _features(self, pixels_I3HW: Tensor) -> Tensor:
         states = self.model(pixels_I3HW.to(self.model.dtype), output_hidden_states=True).hidden_states
-        return states[self.feature_layer][:, self.num_prefix_tokens :]
-
-
-class NativeAimv2Encoder(HiddenStateEncoder):
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        check_sizes(images, self.model.config.patch_size)
-        return super().forward(images)
+        return states[self.feature_layer][:, self.shape.num_prefix_tokens :]
 
 
 class PatchEncoder(ImageEncoder):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
-from laver_megatron.encoders.resizing import native_size
 from laver_megatron.hf.files import read_image_processor
 from laver_megatron.hf.shape import is_size
 
@@ -17,9 +17,34 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2048  # of one image, where neither the run nor the image processor says
 
 
+def native_size(width: int, height: int, token_size: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) nearest to those of the picture that are multiples of `token_size` and hold between `min_pixels`
+    and `max_pixels` pixels; width to height stays what it is, as nearly as the multiples let it.
+
+    It is Qwen2.5-VL's own size wherever that keeps to `max_pixels`. Of a picture so long and narrow that one token on
+    its short side is already too many, the long side is cut down, which Qwen's does not do. max_pixels goes before
+    min_pixels (0: none), and must hold one token.
+    """
+    assert max_pixels >= token_size**2, (max_pixels, token_size)
+    # Halves go to the even neighbour, as Python rounds.
+    rows, columns = round(height / token_size), round(width / token_size)
+    if rows * columns * token_size**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / token_size)) for side in (height, width))
+    elif rows * columns * token_size**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / token_size) for side in (height, width))
+    rows, columns = max(1, rows), max(1, columns)
+    most_tokens = max_pixels // token_size**2
+    if rows * columns > most_tokens:
+        rows = min(rows, most_tokens if rows >= columns else max(1, most_tokens // columns))
+        columns = min(columns, most_tokens // rows)
+    return rows * token_size, columns * token_size
+
+
 class NativePreprocessor(ImagePreprocessor):
     """Resizes a picture to whole visual tokens (`native_size`), then rescales and normalises it as the image processor
-    does. min_pixels, max_pixels: of an image after resizing."""
+    does. min_pixels and max_pixels limit an image after resizing."""
 
     def __init__(self, processor: BaseImageProcessor, *, token_size: int, min_pixels: int, max_pixels: int) -> None:
         super().__init__(processor, token_size)
@@ -55,7 +80,7 @@ def native_preprocessor(
 
     Raises:
         ValueError: a processor that makes images of one size, patches of other sizes than the encoder's, or a limit
-            that is no number or holds no token.
+            that is not a number or does not hold one token.
     """
     said = read_image_processor(file.parent)[1]
     _check_sizes_are_free(processor, file)

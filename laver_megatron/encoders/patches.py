@@ -24,7 +24,7 @@ class Patches(Family):
     model_types = ("laver_patches",)
     processors = ("CLIPImageProcessor",)
 
-    def config_class(self, vision: Mapping[str, Any]) -> None:
+    def classes(self, vision: Mapping[str, Any]) -> None:
         return None
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
@@ -45,9 +45,6 @@ class Patches(Family):
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
         return native_preprocessor(processor, shape, file, max_image_tokens)
-
-    def model(self, vision: dict[str, Any]) -> None:
-        return None
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> PatchEncoder:
         from laver_megatron.encoders.modules import PatchEncoder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laver_megatron.encoders.interface import EncoderShape, Family
+from laver_megatron.hf.shape import is_positive
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import BaseImageProcessor
@@ -26,8 +27,8 @@ def check_processor(processor: BaseImageProcessor, family: Family, shape: Encode
         )
     if processor.do_resize or shape.is_native:
         _check_resample(processor.resample, file)
-    if processor.do_rescale and not _is_positive(processor.rescale_factor):
-        raise ValueError(f"{file}: rescale_factor is {processor.rescale_factor!r}, no number above 0")
+    if processor.do_rescale and not is_positive(processor.rescale_factor):
+        raise ValueError(f"{file}: rescale_factor is {processor.rescale_factor!r}, but must be a number above 0")
     if processor.do_normalize:
         _check_colours("image_mean", processor.image_mean, file)
         _check_colours("image_std", processor.image_std, file)
@@ -46,7 +47,7 @@ def _check_resample(value: Any, file: Path) -> None:
 def _check_colours(name: str, values: Any, file: Path) -> None:
     """A number of each colour, or one for all; deviations are divided by."""
     found = list(values) if isinstance(values, (list, tuple)) else [values] * 3
-    fits = _is_positive if name == "image_std" else _is_finite
+    fits = is_positive if name == "image_std" else _is_finite
     if len(found) != 3 or not all(map(fits, found)):
         shown = found if isinstance(values, (list, tuple)) else values
         kind = "above 0" if name == "image_std" else "finite"
@@ -55,7 +56,3 @@ def _check_colours(name: str, values: Any, file: Path) -> None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_finite(value) and value > 0

@@ -31,16 +31,17 @@ class Qwen25VL(Family):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_vision")
     processors = ("Qwen2VLImageProcessor",)
 
-    def config_class(self, vision: Mapping[str, Any]) -> type[PreTrainedConfig]:
+    def classes(self, vision: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
         from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-        return Qwen2_5_VLVisionConfig
+        return Qwen2_5_VLVisionConfig, Qwen2_5_VisionTransformerPretrainedModel
 
     def shape(self, vision: dict[str, Any], path: Path) -> EncoderShape:
         sizes = read_sizes({**vision, "num_channels": vision["in_channels"]}, _SIZES, path)
         whole = vision.get("fullatt_block_indexes")
         if not isinstance(whole, list) or not all(type(number) is int for number in whole):
-            raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, no list of layers' numbers"])
+            raise ConfigError([f"{path}: fullatt_block_indexes is {whole!r}, but must be a list of layer numbers"])
         token_size = sizes["patch_size"] * sizes["spatial_merge_size"]
         if sizes["window_size"] < token_size:
             raise ConfigError(
@@ -69,7 +70,7 @@ class Qwen25VL(Family):
             min_pixels, max_pixels = processor.size["shortest_edge"], processor.size["longest_edge"]
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
-                f"{file}: {type(processor).__name__} says no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
+                f"{file}: {type(processor).__name__} has no min_pixels and max_pixels; copy the file of a Qwen2.5-VL"
             ) from None
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if not is_size(value):
@@ -77,14 +78,6 @@ class Qwen25VL(Family):
         return native_preprocessor(
             processor, shape, file, max_image_tokens, min_pixels=min_pixels, max_pixels=max_pixels
         )
-
-    def model(self, vision: dict[str, Any]) -> PreTrainedModel:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-        # The vision model's settings have been written with the whole model's type.
-        config_class = self.config_class(vision)
-        config = config_class.from_dict({**vision, "model_type": config_class.model_type})
-        return Qwen2_5_VisionTransformerPretrainedModel(config)
 
     def encoder(self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None) -> Qwen25VLEncoder:
         from laver_megatron.encoders.modules import Qwen25VLEncoder

@@ -4,24 +4,20 @@ Every rank reads only the rows and columns it owns; what all tensor-parallel ran
 first of them and broadcast.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from laver_megatron.hf.parts import copies_of_tied_embedding, has_training_state, parts_of_hugging_face
 from laver_megatron.hf.rows import join_blocks, runs_of_megatron_rows
-from laver_megatron.hf.safetensors_reader import (
-    TRAINING_STATE,
-    SafetensorsReader,
-    check_tensors,
-    num_not_finite,
-)
-from laver_megatron.hf.weights import Weight, is_training_state, weight_table
+from laver_megatron.hf.safetensors_reader import SafetensorsReader, num_not_finite
+from laver_megatron.hf.source import WeightSource
+from laver_megatron.hf.weights import Weight
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
 
@@ -29,70 +25,53 @@ from laver_megatron.model.teacher import Centre, TeacherAverage
 def sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
     """Every tensor of a sharded state dict as Megatron-Core shards it, with views of its data."""
     apply_factories(state)
-    for value in state.values():
-        for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-            if isinstance(tensor, ShardedTensor):
-                yield tensor
+    return (tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor))
 
 
 @torch.no_grad()
 def load_hugging_face(stages: Sequence[LaverStage], directory: str | Path, metadata: dict) -> int:
     """Fills this rank's stages from a text-only Qwen2.5 (decoder, embedding and LM head) or from a LaVer export
     (encoder and connector, too, and with its training state [MASK] and vision head). Parts that the directory
-    does not have are left as they are. Returns the bytes that this rank asked the files for.
+    does not have are left as they are. Collective.
 
-    Raises ValueError, with file and tensor, on a missing tensor, one that the model of config.json has no
-    place for, a wrong shape, a value that is not finite, and if a weight was left unwritten. Collective.
+    Returns:
+        The bytes that this rank asked the files for.
+
+    Raises:
+        ValueError: see `WeightSource`; with file and tensor, a value that is not finite; a weight left unwritten.
     """
-    directory = Path(directory)
-    parts = parts_of_hugging_face(directory)
-    weights = weight_table(parts)
-    model = {key: weight for key, weight in weights.items() if not is_training_state(weight.hugging_face[0])}
-    with SafetensorsReader(directory) as tensors:
-        check_tensors(tensors, model, may_hold=copies_of_tied_embedding(tensors, parts.text))
+    with WeightSource(Path(directory)) as source:
         for stage in stages:
-            _fill(sharded_tensors(stage.sharded_state_dict(metadata=metadata)), tensors, model)
-        num_bytes = tensors.num_bytes_read
-    if has_training_state(directory):
-        head = {key: w for key, w in weights.items() if key not in model and not key.startswith("teacher.")}
-        with SafetensorsReader(directory, TRAINING_STATE) as tensors:
-            check_tensors(tensors, {key: w for key, w in weights.items() if key not in model})
-            for stage in stages:
-                _fill(sharded_tensors(stage.sharded_state_dict(metadata=metadata)), tensors, head)
-            num_bytes += tensors.num_bytes_read
-    for stage in stages:
-        _refuse_unwritten(stage, directory)
-    return num_bytes
+            _fill(sharded_tensors(stage.sharded_state_dict(metadata=metadata)), source)
+            _refuse_unwritten(stage, directory)
+        return source.num_bytes_read
 
 
 @torch.no_grad()
 def load_teacher(teacher: TeacherAverage, centre: Centre | None, directory: str | Path, metadata: dict) -> None:
     """Fills the teacher's accumulators, and the centre, from an export's training state; without one they stay as
     they are. Collective."""
-    directory = Path(directory)
-    parts = parts_of_hugging_face(directory)
-    if not parts.teacher:
-        return
-    weights = weight_table(parts)
-    state = teacher.sharded_state(metadata, is_loading=True)
-    whole = {name: tensor.data for name, tensor in state.items()}
-    with SafetensorsReader(directory, TRAINING_STATE) as tensors:
-        _fill(sharded_tensors(state), tensors, weights)
+    with WeightSource(Path(directory)) as source:
+        if not source.parts.teacher:
+            return
+        state = teacher.sharded_state(metadata, is_loading=True)
+        whole = {name: tensor.data for name, tensor in state.items()}
+        _fill(sharded_tensors(state), source)
         if centre is not None:
-            _fill([centre.sharded_state(parallel_state.get_tensor_model_parallel_group(), 0)], tensors, weights)
+            _fill([centre.sharded_state(parallel_state.get_tensor_model_parallel_group(), 0)], source)
     teacher.load_sharded_state(whole)
 
 
-def _fill(targets: Iterable[ShardedTensor], tensors: SafetensorsReader, weights: Mapping[str, Weight]) -> None:
+def _fill(targets: Iterable[ShardedTensor], source: WeightSource) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     for target in targets:
-        weight = weights.get(target.key)
+        weight = source.weights.get(target.key)
         if weight is None:
             continue
         assert tuple(target.global_shape) == weight.size, f"{target.key}: {target.global_shape}, not {weight.size}"
         is_shared = group.size() > 1 and target.local_shape == target.global_shape
         if not is_shared or group.rank() == 0:
-            target.data.copy_(_read_block(target, tensors, weight))
+            target.data.copy_(_read_block(target, source.reader(weight), weight))
         if is_shared:
             dist.broadcast(target.data, src=dist.get_global_rank(group, 0), group=group)
 
@@ -113,7 +92,7 @@ def _read_block(target: ShardedTensor, tensors: SafetensorsReader, weight: Weigh
     return join_blocks(blocks)
 
 
-def _refuse_unwritten(stage: LaverStage, directory: Path) -> None:
+def _refuse_unwritten(stage: LaverStage, directory: str | Path) -> None:
     """Weights are NaN until they are written or initialised."""
     for name, parameter in stage.named_parameters():
         if not name.startswith("teacher.") and parameter.isnan().any():

@@ -3,13 +3,12 @@
 (transformers drops what it does not know when it saves a configuration again, among it `rope_theta`.)
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.hf.shape import VISION_PART, is_laver_export, read_part
-from laver_megatron.runtime.files import read_object
+from laver_megatron.runtime.files import read_object, write_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -25,9 +24,8 @@ SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, 
 
 
 def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The image processor's settings and the file they stand in: processor_config.json with an image_processor in it,
-    all that transformers 5 writes, else preprocessor_config.json. Where both are there, transformers, too, takes the
-    first.
+    """The image processor's settings and their file: processor_config.json with an image_processor in it, which is all
+    that transformers 5 writes, else preprocessor_config.json. Of both, transformers, too, takes the first.
 
     Raises:
         ValueError: neither file, or one that cannot be read.
@@ -36,7 +34,7 @@ def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
     if path.is_file() and "image_processor" in (content := read_object(path)):
         settings = content["image_processor"]
         if not isinstance(settings, dict):
-            raise ValueError(f"{path}: image_processor is {settings!r}, no settings of an image processor")
+            raise ValueError(f"{path}: image_processor is {settings!r}, but must be the settings of an image processor")
         return path, settings
     path = directory / PREPROCESSOR_FILE
     if not path.is_file():
@@ -44,23 +42,17 @@ def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
     return path, read_object(path)
 
 
-def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that are there."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
 def copy_model_files(source: Path, target: Path, part: str) -> None:
     """What building the decoder (TEXT_PART) or the image encoder (VISION_PART) needs besides weights. The part's
     own config.json is taken out of a LaVer export's, the encoder's preprocessor_config.json of processor_config.json if
     it stands there."""
-    copy_files(source, target, (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, *TOKENIZER_FILES))
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, *TOKENIZER_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     if part == VISION_PART and (source / PROCESSOR_FILE).is_file():
         path, settings = read_image_processor(source)
         if path.name == PROCESSOR_FILE:
-            (target / PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(target / PREPROCESSOR_FILE, settings)
     if is_laver_export(source):
-        content = read_part(source, part)[1]
-        (target / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(target / CONFIG_FILE, read_part(source, part)[1])

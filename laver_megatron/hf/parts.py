@@ -1,6 +1,6 @@
-"""What a directory of weights consists of: which parts, of which sizes, and how it was trained."""
+"""What a directory of weights consists of: its parts and their sizes, and the settings that tensors do not show."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,33 +10,31 @@ import torch
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder
 from laver_megatron.config.fields import ATTENTIONS, CHANGEABLE, POSITIONS, ConfigError
-from laver_megatron.encoders import ImagePreprocessor, encoder_tensor_sizes, open_preprocessor, read_encoder
+from laver_megatron.encoders import encoder_tensor_sizes, open_preprocessor, read_encoder
 from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.hf.files import PROCESSOR_FILE
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import TRAINING_STATE, SafetensorsReader
-from laver_megatron.hf.shape import (
-    ModelShape,
-    is_laver_export,
-    read_config,
-    read_model_shape,
-)
+from laver_megatron.hf.shape import ModelShape, is_laver_export, read_config, read_model_shape
 from laver_megatron.hf.tokenizer import tokenizer_problems
 from laver_megatron.hf.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
 from laver_megatron.runtime.files import read_object
 from laver_megatron.runtime.ranks import on_rank_0
 
-_COMPARED_BYTES = 32 << 20
 _HEAD = "vision_head.linear_3.weight"
 # The names under which a LaVer export's config.json has what a run calls CHANGEABLE.
 _EXPORTED_AS = {"encoder_feature_layer": "vision_feature_layer"}
 
 
 @dataclass(frozen=True)
-class Training:
-    """What the weights of a model with images were trained with and cannot show themselves (CHANGEABLE; a feature layer
-    is None for an encoder without a choice), and the cap on an image's visual tokens, None for that of its image
-    processor."""
+class ModelSettings:
+    """What a model with images was trained with and its tensors do not show.
+
+    Attributes:
+        attention, positions: one of ATTENTIONS, of POSITIONS.
+        encoder_feature_layer: None for an encoder without a choice.
+        max_image_tokens: visual tokens of an image at most; None for the limit of its image processor.
+    """
 
     attention: str
     positions: str
@@ -45,7 +43,7 @@ class Training:
 
 
 def parts_of_hugging_face(directory: Path) -> ModelParts:
-    """Of a text-only Qwen2.5, or of a LaVer export with or without its training state.
+    """The parts of a text-only Qwen2.5, or of a LaVer export with or without its training state.
 
     Raises:
         ValueError: another architecture, or files that cannot be read.
@@ -59,21 +57,18 @@ def parts_of_hugging_face(directory: Path) -> ModelParts:
                 raise ValueError(f"the training state of {directory} lacks {_HEAD}; copy its files again")
             if len(tensors.size(_HEAD)) != 2:
                 raise ValueError(f"{tensors.where(_HEAD)} is of shape {tensors.size(_HEAD)}, not a matrix")
-            sizes = {name: tensors.size(name) for name in tensors.names() if name in (_HEAD, f"{TEACHER}centre")}
-            teacher = any(name.startswith(f"{TEACHER}model.") for name in tensors.names())
-            return _with_images(directory, directory, sizes, teacher)
-    return _with_images(directory, directory, sizes, False)
+            sizes = {name: tensors.size(name) for name in tensors.names()}
+    return _with_images(directory, directory, sizes)
 
 
 def parts_of_megatron(directory: Path, sizes: Mapping[str, Size]) -> ModelParts:
-    """Of a checkpoint directory; sizes: of its tensors, by key."""
+    """The parts of a checkpoint directory whose tensors have these sizes, by key."""
     if not has_encoder(directory):
         return ModelParts(read_model_shape(directory / "hf"))
-    teacher = any(key.startswith(f"{TEACHER}decoder.") for key in sizes)
-    return _with_images(directory / "hf", directory / "encoder", sizes, teacher)
+    return _with_images(directory / "hf", directory / "encoder", sizes)
 
 
-def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], teacher: bool) -> ModelParts:
+def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size]) -> ModelParts:
     head, encoder = sizes.get(_HEAD), read_encoder(encoder_dir)
     return ModelParts(
         text=read_model_shape(text_dir),
@@ -81,7 +76,7 @@ def _with_images(text_dir: Path, encoder_dir: Path, sizes: Mapping[str, Size], t
         encoder_type=encoder.model_type,
         feature_size=encoder.feature_size,
         vision_head=(head[1], head[0]) if head else None,
-        teacher=teacher,
+        teacher=any(name.startswith((f"{TEACHER}decoder.", f"{TEACHER}model.")) for name in sizes),
         centre=f"{TEACHER}centre" in sizes,
     )
 
@@ -102,15 +97,11 @@ def _compare_with_embedding(tensors: SafetensorsReader, head: str) -> None:
     embedding = head.removesuffix(TIED_HEAD) + EMBEDDING
     if embedding not in tensors.names():
         return  # as `check_tensors` says, which knows by which name it should be there
-    same = tensors.size(head) == tensors.size(embedding)
-    if same:
-        num_rows, *width = tensors.size(head)
-        row_bytes = torch.Size(width).numel() * tensors.dtype(head).itemsize
-        same = all(
-            torch.equal(tensors.read(head, start, stop), tensors.read(embedding, start, stop))
-            for start, stop in row_blocks(num_rows, row_bytes, _COMPARED_BYTES)
-        )
-    if not same:
+    size = tensors.size(head)
+    if size != tensors.size(embedding) or not all(
+        torch.equal(tensors.read(head, *rows), tensors.read(embedding, *rows))
+        for rows in row_blocks(size, tensors.dtype(head))
+    ):
         raise ValueError(
             f"{tensors.where(head)} is not {embedding} again, though {tensors.directory / 'config.json'} ties the two; "
             'set "tie_word_embeddings": false there if the head was trained apart, or remove it'
@@ -123,13 +114,12 @@ def has_training_state(directory: Path) -> bool:
     return any((directory / name).is_file() for name in names)
 
 
-def training_of_export(directory: Path) -> Training:
-    """How a LaVer export was trained, by its config.json and processor_config.json."""
+def settings_of_export(directory: Path) -> ModelSettings:
+    """The settings of a LaVer export, by its config.json and processor_config.json."""
     path, content = read_config(directory)
-    training = _training(content, _EXPORTED_AS, path, directory)
-    if not read_encoder(directory).is_native:
-        return training
-    return replace(training, max_image_tokens=_cap_of_export(directory))
+    settings = _read_settings(content, _EXPORTED_AS, path, directory)
+    is_native = read_encoder(directory).is_native
+    return replace(settings, max_image_tokens=_cap_of_export(directory)) if is_native else settings
 
 
 def _cap_of_export(directory: Path) -> int | None:
@@ -145,22 +135,17 @@ def _cap_of_export(directory: Path) -> int | None:
     return None if max_pixels == own.max_pixels else max_pixels // own.token_size**2
 
 
-def native_bounds(preprocessor: ImagePreprocessor) -> dict[str, int] | None:
-    """Pixels of a picture at least and at most, as an export has them; None for an encoder of fixed resolution."""
-    if not isinstance(preprocessor, NativePreprocessor):
-        return None
-    return {"min_pixels": preprocessor.min_pixels, "max_pixels": preprocessor.max_pixels}
-
-
-def training_of_checkpoint(directory: Path) -> Training:
-    """How a Megatron checkpoint was trained, by its run.json."""
+def settings_of_checkpoint(directory: Path) -> ModelSettings:
+    """The settings of a Megatron checkpoint, by its run.json."""
     path = directory / RUN_FILE
     content = read_object(path)
-    training = _training(content, {}, path, directory / "encoder")
-    return replace(training, max_image_tokens=content.get("max_image_tokens"))
+    settings = _read_settings(content, {}, path, directory / "encoder")
+    return replace(settings, max_image_tokens=content.get("max_image_tokens"))
 
 
-def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path, encoder_dir: Path) -> Training:
+def _read_settings(
+    content: Mapping[str, Any], key_of: Mapping[str, str], path: Path, encoder_dir: Path
+) -> ModelSettings:
     """key_of: the file's name for what it does not call as a run does."""
     encoder, keys = read_encoder(encoder_dir), {name: key_of.get(name, name) for name in CHANGEABLE}
     layer_key = keys["encoder_feature_layer"]
@@ -169,7 +154,7 @@ def _training(content: Mapping[str, Any], key_of: Mapping[str, str], path: Path,
     if absent:
         raise ValueError(f"{path} does not say {', '.join(absent)}; copy it again")
     said: dict[str, Any] = {name: content.get(key) for name, key in keys.items()}
-    found = Training(**said)
+    found = ModelSettings(**said)
     for name, value, known in (("attention", found.attention, ATTENTIONS), ("positions", found.positions, POSITIONS)):
         if value not in known:
             raise ValueError(f"{path}: {name} is {value!r}, but must be one of {', '.join(known)}")
@@ -190,19 +175,12 @@ def check_companions(text_dir: Path, encoder_dir: Path) -> None:
     Raises:
         ConfigError: all that is missing or does not fit.
     """
-    problems = [
-        *tokenizer_problems(text_dir, read_model_shape(text_dir)),
-        *_preprocessor_problems(encoder_dir),
-    ]
+    problems = list(tokenizer_problems(text_dir, read_model_shape(text_dir)))
+    try:
+        open_preprocessor(encoder_dir)
+    except ConfigError as error:
+        problems += error.problems
+    except ValueError as error:
+        problems.append(f"encoder {error}")
     if problems:
         raise ConfigError(problems)
-
-
-def _preprocessor_problems(directory: Path) -> Iterator[str]:
-    """What keeps a directory's image processor from serving its encoder."""
-    try:
-        open_preprocessor(directory)
-    except ConfigError as error:
-        yield from error.problems
-    except ValueError as error:
-        yield f"encoder {error}"

@@ -14,13 +14,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from laver_megatron.hf.weights import Weight
+from laver_megatron.hf.weights import Size, Weight
 
 
 @dataclass(frozen=True)
 class Run:
-    """`num_rows` rows that lie together on both sides: from `row` of the Megatron tensor, and from `part_row`
-    of the Hugging Face tensor number `part` of the weight."""
+    """Rows that lie together on both sides.
+
+    Attributes:
+        row: the first in the Megatron tensor.
+        part, part_row: number of the weight's Hugging Face tensor, and the first row there.
+        num_rows: how many.
+    """
 
     row: int
     part: int
@@ -82,8 +87,10 @@ def join_blocks(blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def row_blocks(num_rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of consecutive rows of at most `block_bytes`, at least one row each."""
+def row_blocks(size: Size, dtype: torch.dtype, block_bytes: int = 32 << 20) -> Iterator[tuple[int, int]]:
+    """[start, stop) of consecutive rows of a tensor, at most `block_bytes` together, at least one row each."""
+    num_rows, *rest = size
+    row_bytes = torch.Size(rest).numel() * dtype.itemsize
     step = max(block_bytes // max(row_bytes, 1), 1)
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)

@@ -4,7 +4,6 @@ Files are mapped, so reading a slice touches only its own bytes, and none of the
 memory until they are copied.
 """
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -28,9 +27,13 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class SafetensorsReader:
     """The tensors of `directory` in `stem`.safetensors, or in the files that `stem`.safetensors.index.json names.
 
-    num_bytes_read: bytes of all slices asked for so far. Several threads may read.
+    Several threads may read.
 
-    Raises ValueError, naming the file and, where there is one, the tensor, for whatever cannot be read.
+    Attributes:
+        num_bytes_read: bytes of all slices asked for so far.
+
+    Raises:
+        ValueError: whatever cannot be read, with the file and, where there is one, the tensor.
     """
 
     def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
@@ -65,8 +68,6 @@ class SafetensorsReader:
         path = self.directory / file
         with self._lock:
             if file not in self._open:
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing, though the index of {self.directory} names it")
                 try:
                     self._open[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
                 except (SafetensorError, OSError) as error:
@@ -77,6 +78,9 @@ class SafetensorsReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stack.close()
 
     def _slice(self, name: str) -> Any:
@@ -100,8 +104,16 @@ class SafetensorsReader:
         """A tensor: a view of the mapped file."""
         return self._opened(self._file_of[name]).get_tensor(name)
 
+    def damaged_files(self) -> Iterator[str]:
+        """What is wrong with files that cannot be opened, or whose length is not what their header says."""
+        for file in sorted(set(self._file_of.values())):
+            try:
+                self._opened(file)
+            except ValueError as error:
+                yield str(error)
+
     def check_index(self) -> None:
-        """Holds every file's tensors against the index: transformers reads whole files.
+        """Compares every file's tensors with the index: transformers reads whole files.
 
         Raises:
             ValueError: a tensor that the index does not place in the file that holds it.
@@ -141,25 +153,27 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name; files lie in the index's own directory."""
     try:
         file_of = dict(read_object(path)["weight_map"])
-        names = {Path(file).name: file for file in file_of.values()}
+        files = sorted(set(file_of.values()))
+        elsewhere = [file for file in files if Path(file).name != file]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an index of safetensors files ({error!r}); copy it again") from error
-    for name, file in names.items():
-        if name != file:
-            raise ValueError(f"{path} names {file!r}, which is not in the directory of the index")
-        if not (path.parent / file).is_file():
-            raise ValueError(f"{path} names {path.parent / file}, which is not there; download or copy it")
+    if elsewhere:
+        raise ValueError(f"{path} names {elsewhere[0]!r}, which is not in the directory of the index")
+    if missing := [file for file in files if not (path.parent / file).is_file()]:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing[:3])}); "
+            "download or copy them"
+        )
     return file_of
 
 
 def check_tensors(tensors: SafetensorsReader, weights: Mapping[str, Weight], may_hold: set[str] | None = None) -> None:
-    """Holds the files' headers against the name table; nothing is read.
-
-    may_hold: names without a place in the model that are no mistake all the same.
+    """Checks the files' headers by the name table; no values are read. may_hold: names that the files may have in
+    addition.
 
     Raises:
         ValueError: see `SafetensorsReader.check_index`; a tensor that is missing, one that the model has no place for,
-            a wrong shape, a type that is no weight's, or parts of one Megatron tensor that differ in type.
+            a wrong shape, a type that weights do not have, or parts of one Megatron tensor that differ in type.
     """
     tensors.check_index()
     expected = {name: size for weight in weights.values() for name, size in weight.hugging_face_sizes()}
@@ -197,51 +211,14 @@ def num_not_finite(tensor: Tensor) -> int:
 
 
 def weight_problems(name: str, directory: Path) -> Iterator[str]:
-    """Safetensors of a Hugging Face directory that are missing, those that its index names included, or cut
-    short, judged by their headers."""
+    """Safetensors of a Hugging Face directory that are missing or cut short, judged by their headers."""
     if not directory.is_dir():
         yield f"{name} {directory}: no such directory"
         return
     if not (directory / "config.json").is_file():
         yield f"{name} {directory}: no config.json in it"
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted({str(file) for file in read_object(index)["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
-            yield f"{index}: cannot be read as an index of weights"
-            return
-        absent = [file for file in named if not (directory / file).is_file()]
-        if absent:
-            some = ", ".join(absent[:3])
-            yield f"{name} {directory}: {len(absent)} of {len(named)} weight files are missing ({some})"
-    elif (directory / "model.safetensors").is_file():
-        named = ["model.safetensors"]
-    elif any(directory.glob("*.bin")):
-        named = []
-        yield f"{name} {directory}: only pickled *.bin weights; save them again as safetensors"
-    else:
-        named = []
-        yield f"{name} {directory}: neither model.safetensors nor model.safetensors.index.json in it"
-    for file in named:
-        if (directory / file).is_file() and (fault := _safetensors_fault(directory / file)):
-            yield f"{name} {directory / file}: {fault}; download or copy it again"
-
-
-def _safetensors_fault(file: Path) -> str:
-    """What is wrong with the file's length, by its header (8 bytes of length, then JSON with each tensor's
-    place); nothing else is read."""
     try:
-        num_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if header_bytes > num_bytes - 8:
-                return f"no safetensors file, or cut short within its header ({num_bytes} bytes)"
-            header = json.loads(stream.read(header_bytes))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        meant = 8 + header_bytes + max(ends, default=0)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return "no safetensors file: its header is not one"
-    return "" if num_bytes == meant else f"it has {num_bytes} bytes, but its header says {meant}"
+        with SafetensorsReader(directory) as tensors:
+            yield from (f"{name} {problem}" for problem in tensors.damaged_files())
+    except ValueError as error:
+        yield f"{name} {error}"

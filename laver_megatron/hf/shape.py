@@ -25,7 +25,7 @@ _DECODER_SIZES = {
 # More than any model has; a slip of the keyboard would otherwise fill the memory with names of weights.
 _MOST_LAYERS = 10_000
 
-LAVER_EXPORT = "laver"  # model_type of an export of ours, whose config.json holds those of its two models
+LAVER_EXPORT = "laver"  # model_type of our exports, whose config.json contains those of their two models
 TEXT_PART, VISION_PART = "text_config", "vision_config"
 
 
@@ -120,9 +120,9 @@ def _decoder_faults(content: dict[str, Any]) -> list[str]:
     elif content["num_hidden_layers"] > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {content['num_hidden_layers']}, above {_MOST_LAYERS}")
     numbers = {"rms_norm_eps": content.get("rms_norm_eps"), "rope_theta": _rope_theta(content)}
-    wrong = [name for name, value in numbers.items() if not _is_positive(value)]
+    wrong = [name for name, value in numbers.items() if not is_positive(value)]
     if wrong:
-        problems.append(f"{', '.join(wrong)} missing or no number above 0")
+        problems.append(f"{', '.join(wrong)} missing or not a number above 0")
     if not isinstance(content.get("tie_word_embeddings", False), bool):
         problems.append(f"tie_word_embeddings is {content['tie_word_embeddings']!r}, neither true nor false")
     return [f"{problem}; copy the file from the original model" for problem in problems]
@@ -174,5 +174,6 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

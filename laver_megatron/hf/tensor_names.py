@@ -11,7 +11,9 @@ def misnamed(found: Collection[str], missing: Collection[str], known: Collection
     """What most of the missing tensors' names begin with in the files and what they should begin with, and the exact
     remedy; empty if that is not what is wrong.
 
-    found: names without a place in the model; known: beginnings under which it would be found, too.
+    Args:
+        found: names without a place in the model.
+        known: other beginnings that would do.
     """
     pair = _other_beginning(found, missing)
     if pair is None:
@@ -50,8 +52,8 @@ def _other_beginning(found: Collection[str], missing: Collection[str]) -> tuple[
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """(beginning, end) of a name, the longest end first. An end has two words at least, and no layer's number stands
-    before it: of another layer it is another tensor."""
+    """(beginning, end) of a name, the longest end first. An end has at least two words, and no layer number before it:
+    that would be a tensor of another layer."""
     words = name.split(".")
     for i in range(len(words) - 1):
         yield "".join(f"{word}." for word in words[:i]), ".".join(words[i:])

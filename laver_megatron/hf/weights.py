@@ -57,8 +57,13 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One Megatron tensor: its checkpoint key, the Hugging Face tensors it is made of with their sizes, and the
-    operation between them on whole tensors."""
+    """One Megatron tensor.
+
+    Attributes:
+        megatron: its checkpoint key.
+        hugging_face, sizes: the tensors that it is made of.
+        join: makes it of these, as whole tensors.
+    """
 
     megatron: str
     hugging_face: tuple[str, ...]
@@ -70,7 +75,7 @@ class Weight:
 
     @property
     def size(self) -> Size:
-        """Of the whole Megatron tensor: the rows of all parts."""
+        """The size of the whole Megatron tensor: the rows of all parts."""
         return (sum(size[0] for size in self.sizes), *self.sizes[0][1:])
 
 
@@ -78,9 +83,13 @@ class Weight:
 class ModelParts:
     """What a checkpoint consists of, apart from its values.
 
-    encoder: name and size of each tensor of the image encoder, which may have none; None for a text-only model.
-    encoder_type: its model_type. feature_size: width of the encoder's features. vision_head: (middle, output) width,
-    None without [MASK] and vision head.
+    Attributes:
+        text: the decoder's shape.
+        encoder: name and size of each tensor of the image encoder, which may have none; None for a text-only model.
+        encoder_type: its model_type.
+        feature_size: width of its features.
+        vision_head: (middle, output) width, None without [MASK] and vision head.
+        teacher, centre: whether they are there.
     """
 
     text: ModelShape
@@ -135,7 +144,7 @@ def weight_table(parts: ModelParts) -> dict[str, Weight]:
 
 
 def is_training_state(hugging_face_name: str) -> bool:
-    """Whether only training goes on from this tensor: exports keep it apart from the model."""
+    """Whether only training needs this tensor: exports keep it apart from the model."""
     return hugging_face_name.startswith((TEACHER, "vision_head.", "mask_token"))
 
 

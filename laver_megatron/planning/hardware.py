@@ -20,7 +20,6 @@ class Gpu:
     """One GPU and its connections. Rates are per GPU and second, in one direction.
 
     Attributes:
-        memory_bytes: of its own.
         peak_flops: dense bf16.
         memory_bandwidth: bytes to and from its memory.
         node_bandwidth: bytes to the other GPUs of its machine; network_bandwidth: bytes to other machines.
@@ -86,7 +85,7 @@ def find_gpu(
     machines; node_bandwidth_gb: within one, where a GPU that is not known has the former unless it is said.
 
     Raises:
-        ConfigError: a GPU that is not known and not described, or figures that cannot be.
+        ConfigError: an unknown GPU that is not described, or figures out of range.
     """
     flags = {
         "--gpu-memory": memory_gib,

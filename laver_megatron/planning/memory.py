@@ -71,7 +71,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A student's tensor on one rank. averaged: the teacher has it, too; alone: it has a bucket of its own."""
+    """A student's tensor on one rank. averaged: the teacher has it as well; alone: it has a separate bucket."""
 
     num_values: int
     trains: bool

@@ -1,7 +1,7 @@
 """Shapes of the models that are planned for by name: Qwen2.5 as released, one larger of the family, and SigLIP2.
 
 Qwen2.5's numbers are those of config.json in Qwen/Qwen2.5-<size>-Instruct on the Hugging Face hub, the last those of
-Qwen/Qwen1.5-110B-Chat, the encoder's those of google/siglip2-so400m-patch14-384. Whoever has a directory names that
+Qwen/Qwen1.5-110B-Chat, the encoder's those of google/siglip2-so400m-patch14-384. A directory can be named
 instead.
 """
 
@@ -25,7 +25,7 @@ _QWEN = {
     "110b": (80, 8192, 49152, 64, 8, 152064, False),
 }
 REPOSITORIES = {size: f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in _QWEN} | {"110b": "Qwen/Qwen1.5-110B-Chat"}
-# What whoever trains on these weights must do first.
+# To do before training on these weights.
 REMARKS = {
     "110b": "The tokenizer of Qwen1.5-110B-Chat lacks <|vision_start|>, <|vision_end|> and <|image_pad|>. Put "
     "Qwen2.5-72B-Instruct's beside the weights."

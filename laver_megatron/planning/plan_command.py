@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from laver_megatron.config.command_line import exit_on_config_error
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.config.modules import MODULES
 from laver_megatron.encoders import EncoderShape, encoder_tensor_sizes, open_preprocessor, read_encoder
@@ -63,7 +62,7 @@ def pinned_fields(arguments: argparse.Namespace) -> Pinned:
     """Fields of Config that the command line gives.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number out of range.
     """
     given = {field: getattr(arguments, flag) for flag, field in _PINNED.items()}
     pinned = {field: value for field, value in given.items() if value is not None}
@@ -89,7 +88,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     """What is to be planned.
 
     Raises:
-        ConfigError: a model, GPU or number that cannot be.
+        ConfigError: an unknown model or GPU, or a number out of range.
     """
     counts = ("gpus", "seq_length", "global_batch_size", "train_iters", "image_tokens", "documents", "layouts")
     given = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in counts}
@@ -222,14 +221,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the plan; ends with 2 for what cannot be planned, with 1 if nothing fits."""
+    """Prints the plan. Exits with 2 for what cannot be planned, with 1 if nothing fits."""
     arguments = build_parser().parse_args(argv)
-    with exit_on_config_error():
-        if arguments.write:
-            check_output(Path(arguments.write), overwrite=arguments.overwrite)
-        job = make_job(arguments)
-        pinned = pinned_fields(arguments)
-        check_possible(job, pinned)
+    if arguments.write:
+        check_output(Path(arguments.write), overwrite=arguments.overwrite)
+    job, pinned = make_job(arguments), pinned_fields(arguments)
+    check_possible(job, pinned)
     found = search(job, pinned)
     instead = None if found.fitting else nearest_that_fits(job, pinned)
     if arguments.json:
@@ -240,22 +237,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(FAILED)
     if arguments.write:
         command = shlex.join(sys.argv[1:] if argv is None else argv)
-        with exit_on_config_error():
-            _write(
-                Path(arguments.write), plan_yaml(found.fitting[0], command, REMARKS.get(arguments.model.lower(), ""))
-            )
+        text = plan_yaml(found.fitting[0], command, REMARKS.get(arguments.model.lower(), ""))
+        _write(Path(arguments.write), text)
 
 
 def check_output(file: Path, *, overwrite: bool) -> None:
     """Whether a configuration can be written there.
 
     Raises:
-        ConfigError: something is there already, or there is no such folder.
+        ConfigError: the file exists, or its directory does not.
     """
     if file.is_dir():
         raise ConfigError([f"--write {file} is a directory; name a file"])
     if file.exists() and not overwrite:
-        raise ConfigError([f"--write {file} is there already; replace it with --overwrite"])
+        raise ConfigError([f"--write {file} exists already; replace it with --overwrite"])
     if not file.parent.is_dir():
         raise ConfigError([f"--write {file}: there is no directory {file.parent}; make it first"])
     if not os.access(file if file.exists() else file.parent, os.W_OK):

@@ -53,7 +53,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def search_json(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> dict[str, Any]:
-    """The best layouts, those that do not fit, and why others cannot be. instead: what fits where none of them does."""
+    """The best layouts, those that do not fit, and why others are impossible. instead: an offer where none fits."""
     return {
         "num_gpus": job.num_gpus,
         "gpu": asdict(job.gpu),
@@ -74,8 +74,8 @@ def best_of_each(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def search_report(job: Job, found: Search, num_layouts: int, instead: Plan | None = None) -> str:
-    """Everything for people: the job, the best layouts, the costs of the best, and why the others are not it. instead:
-    what fits where none of them does."""
+    """The job, the best layouts, the costs of the best, and why the others are not chosen. instead: an offer where none
+    fits."""
     work = job.workload
     lines = [
         f"{job.num_gpus} x {job.gpu.name}; packs of {work.seq_length} tokens, {work.num_visual_tokens} of them visual "

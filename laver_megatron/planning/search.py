@@ -50,7 +50,7 @@ def layouts(job: Job, pinned: Pinned) -> Iterator[Config]:
 
 
 def layout_problems(job: Job, config: Config) -> list[str]:
-    """Why a layout cannot be, memory apart; empty if it can."""
+    """Why a layout is impossible, memory apart; empty if it is possible."""
     encoder = job.workload.encoder
     inputs = None if encoder is None else CheckedEncoder(encoder, job.workload.image_tokens)
     problems = validate(config, job.shape, job.num_gpus, encoder=inputs)
@@ -128,7 +128,7 @@ class Search:
     Attributes:
         fitting: the fastest first.
         too_large: possible, but not in memory; the smallest first.
-        impossible: reasons why layouts cannot be at all, and how many layouts each rules out.
+        impossible: reasons, and how many layouts each rules out.
     """
 
     fitting: tuple[Plan, ...]
@@ -260,7 +260,7 @@ def _batches(job: Job, pinned: Pinned) -> Iterator[int]:
     for tp, pp in _sizes(job, pinned):
         if job.num_gpus % (tp * pp) == 0:
             packs = job.num_gpus // (tp * pp) * pinned.get("micro_batch_size", 1)
-            # The interleaved schedule wants a multiple of the stages, too.
+            # The interleaved schedule also needs a multiple of the stages.
             for step in (packs, packs * pp):
                 below = job.base.data.global_batch_size // step
                 yield from (step * number for number in (below, below + 1) if number)

@@ -17,8 +17,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tile:
-    """One rank's piece of a tensor. is_main: whether a checkpoint takes the piece from this rank; every other rank that
-    holds the piece has a copy."""
+    """One rank's piece of a tensor. is_main: whether a checkpoint takes it from this rank; other ranks hold copies."""
 
     key: str
     whole: Size
@@ -45,14 +44,9 @@ def _tile(tensor: ShardedTensor) -> Tile:
     )
 
 
-def whole_sizes(tiles: Iterable[Tile]) -> dict[str, Size]:
-    """Size of every tensor, by key."""
-    return {tile.key: tile.whole for tile in tiles}
-
-
 def tiling_problems(tiles: Iterable[Tile], expected: Mapping[str, Size]) -> Iterator[str]:
-    """All that is wrong with the pieces of all ranks: a tensor that is not expected, missing, or of another size;
-    values that no rank holds or several do; copies of pieces that nobody has."""
+    """Everything wrong with the pieces of all ranks: tensors that are unexpected, missing, or of another size; values
+    that no rank holds or several do; copies of pieces that no rank has."""
     by_key: dict[str, list[Tile]] = {}
     for tile in tiles:
         by_key.setdefault(tile.key, []).append(tile)
@@ -77,10 +71,8 @@ def _faults_of_one(key: str, whole: Size, pieces: list[Tile]) -> Iterator[str]:
         if not piece.is_main and (piece.start, piece.size) not in boxes:
             yield f"{key}: the piece {piece.size} at {piece.start} is a copy of none"
     for one, other in combinations(main, 2):
-        if all(
-            max(a, b) < min(a + m, b + n)
-            for a, m, b, n in zip(one.start, one.size, other.start, other.size, strict=True)
-        ):
+        sides = zip(one.start, one.size, other.start, other.size, strict=True)
+        if all(max(a, b) < min(a + m, b + n) for a, m, b, n in sides):
             yield f"{key}: the pieces {one.size} at {one.start} and {other.size} at {other.start} overlap"
     held = sum(prod(piece.size) for piece in main)
     if held != prod(whole):

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from laver_megatron.model import qwen
-from laver_megatron.runtime.backend import CudaTo, adam_that_resumes, cuda_calls, shut_down_parallelism
+from laver_megatron.runtime.backend import CudaTo, cuda_calls, resumable_adam, shut_down_parallelism
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def simulated_rank(
     meta = torch.device("meta")
     changes = [
         *cuda_calls(meta),
-        *adam_that_resumes(),
+        *resumable_adam(),
         (qwen, "HAVE_TRANSFORMER_ENGINE", False),
         (torch.distributed, "all_gather_object", _answer_for_all),
     ]

@@ -209,7 +209,7 @@ def stage_work(
     config: Config, shape: ModelShape, model: ModelFlops, workload: Workload, stage: int, *, context_ranks: int = 1
 ) -> StageWork:
     """Of the ranks of a pipeline stage, what the one with most computes in one micro-batch. context_ranks: ranks that
-    share a sequence, which this program has none of; published runs do."""
+    share a sequence, as in published runs; this program has none."""
     parallel, objective = config.parallel, config.objective
     tp, packs = parallel.tensor_model_parallel_size, config.data.micro_batch_size
     layers = sum(layers_of_stages(config, shape.num_layers)[stage])

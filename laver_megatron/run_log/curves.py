@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -94,13 +95,7 @@ def _series(records: Records, field: str) -> tuple[list[int], list[float]]:
 
 
 def _line(
-    axes: Axes,
-    records: Records,
-    field: str,
-    colour: str,
-    label: str = "",
-    smooth: bool = True,
-    style: str = "-",
+    axes: Axes, records: Records, field: str, colour: str, label: str = "", smooth: bool = True, style: str = "-"
 ) -> None:
     """A field over the iterations; null leaves a gap, a value between two gaps shows as a dot."""
     iterations, values = _series(records, field)
@@ -118,15 +113,12 @@ def _line(
 
 def _running_mean(values: list[float], width: int) -> list[float]:
     """Mean of the last `width` values that are there."""
-    means, window, total = [], [], 0.0
-    for value in values:
-        if not math.isnan(value):
-            window.append(value)
-            total += value
-        if len(window) > width:
-            total -= window.pop(0)
-        means.append(total / len(window) if window else math.nan)
-    return means
+    is_there = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.array(values)[is_there])])
+    ends = np.cumsum(is_there)
+    starts = np.maximum(ends - width, 0)
+    with np.errstate(invalid="ignore"):  # NaN before the first
+        return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
 def _second_axis(axes: Axes, label: str, colour: str, left_label: str, left_colour: str) -> Axes:

@@ -44,11 +44,11 @@ def end_interrupted(run_dir: str) -> NoReturn:
 
 
 def interruption_message(run_dir: str) -> str:
-    """The last checkpoint of a run directory, and how to go on from it."""
+    """The last checkpoint of a run directory, and how to resume."""
     try:
         checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
     except ConfigError as error:
         return f"interrupted; {error.problems[0]}"
     if checkpoint is None:
         return f"interrupted; {run_dir} has no checkpoint yet: the same command starts over"
-    return f"interrupted; {checkpoint} is kept: the same command goes on from it"
+    return f"interrupted; {checkpoint} is kept: the same command resumes from it"

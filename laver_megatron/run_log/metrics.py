@@ -26,30 +26,12 @@ from laver_megatron.config.checks import missing_packages
 from laver_megatron.run_log.records import drop_after, json_line
 
 REQUIRED_FIELDS = (
-    "iteration",
-    "loss",
-    "lm_loss",
-    "mim_loss",
-    "gram_loss",
-    "grad_norm",
-    "learning_rate",
-    "mask_ratio",
-    "num_masked_tokens",
-    "ema_momentum",
-    "visual_token_share",
-    "tokens_per_second",
-    "tflops_per_gpu",
-    "peak_memory_bytes",
-    "consumed_samples",
-    "consumed_packs",
+    "iteration", "loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "learning_rate", "mask_ratio",
+    "num_masked_tokens", "ema_momentum", "visual_token_share", "tokens_per_second", "tflops_per_gpu",
+    "peak_memory_bytes", "consumed_samples", "consumed_packs",
     "skipped_iterations",  # since the start of training, not since the last line
     "elapsed_seconds",  # of the step alone: no save, no validation, no logging
-    "student_visual_similarity",
-    "teacher_visual_similarity",
-    "teacher_entropy",
-)
-OPTIONAL_FIELDS = (
-    "num_bad_samples", "consumed_tokens", "data_seconds", "data_wait_seconds", "global_batch_size",
+    "student_visual_similarity", "teacher_visual_similarity", "teacher_entropy",
 )  # fmt: skip
 
 # (name in the line, field, format). Fields that are None or missing leave the line.
@@ -80,8 +62,8 @@ class RunLog:
         train_iters: the run's last iteration.
         log_interval: print a line every so many iterations, and at the last one; metrics.jsonl gets every one.
         tensorboard: also write event files to `run_dir/tensorboard`.
-        wandb_project: also send to this Weights & Biases project; a resumed run goes on under the same id.
-        resume_iteration: the completed iterations of the checkpoint we go on from. Lines after it, left by a crash
+        wandb_project: also send to this Weights & Biases project; a resumed run keeps its id.
+        resume_iteration: the completed iterations of the checkpoint that is resumed. Lines after it, left by a crash
             after the last checkpoint, are dropped, so that no iteration is there twice.
         config_dict: the resolved configuration, passed on to TensorBoard and W&B; its `global_batch_size` is printed.
         progress_bar: None shows one if standard error is a terminal.
@@ -118,7 +100,7 @@ class RunLog:
         self._tensorboard = self._open_tensorboard(resume_iteration) if tensorboard else None
         self._wandb = self._open_wandb(wandb_project) if wandb_project else None
         show = sys.stderr.isatty() if progress_bar is None else progress_bar
-        self._bar = tqdm(total=train_iters, initial=resume_iteration, unit="it") if show else None
+        self._bar = tqdm(total=train_iters, initial=resume_iteration, unit="it", disable=not show)
         self._since_line: list[float] = []  # seconds of the iterations after the last line
         self._closed = False
 
@@ -135,10 +117,9 @@ class RunLog:
         self._metrics_file.flush()
         self._send(iteration, record, prefix="train")
         self._since_line.append(record["elapsed_seconds"])
-        if self._bar is not None:
-            losses = {name: f"{record[field]:.4f}" for name, field in BAR_FIELDS if record[field] is not None}
-            self._bar.set_postfix(losses, refresh=False)
-            self._bar.update(iteration - self._bar.n)
+        losses = {name: f"{record[field]:.4f}" for name, field in BAR_FIELDS if record[field] is not None}
+        self._bar.set_postfix(losses, refresh=False)
+        self._bar.update(iteration - self._bar.n)
         if iteration % self.log_interval == 0 or iteration == self.train_iters:
             self._print_line(record)
 
@@ -159,8 +140,7 @@ class RunLog:
             return
         self._closed = True
         self._metrics_file.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -179,11 +159,8 @@ class RunLog:
         self._print(format_line(record, self.train_iters, elapsed, self.config_dict.get("global_batch_size")))
 
     def _print(self, line: str) -> None:
-        if self._bar is not None:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(line, flush=True)
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
     def _send(self, iteration: int, record: dict[str, Any], prefix: str) -> None:
         numbers = {

@@ -32,14 +32,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 raise TypeError("iteration")
         except (ValueError, TypeError, KeyError):
             if number < len(lines):  # the last piece has no newline after it: torn
-                warnings.warn(f"{path}, line {number} is no record and is left out: {line[:60]!r}", stacklevel=2)
+                warnings.warn(f"{path}, line {number} is not a record and is left out: {line[:60]!r}", stacklevel=2)
             continue
         records.append(record)
     return records
 
 
 def drop_after(path: Path, iteration: int) -> None:
-    """Keep only the records up to this iteration, atomically. Iteration 0 starts the file anew and keeps the old one
+    """Keep only the records up to this iteration, atomically. Iteration 0 starts a new file and keeps the old one
     as `<name>.previous.jsonl`: a run directory used twice should not cost the first run its numbers."""
     if not path.exists() or path.stat().st_size == 0:
         return

@@ -5,7 +5,7 @@ Written into the run directory at every checkpoint, so an interrupted run has on
     format, version, name   which file this is; the run directory's name
     state                   finished, or unfinished: iteration < train_iters
     iteration, train_iters, skipped_iterations
-    counted_iterations      what tokens, FLOPs and time are sums over: all of them, unless the run goes on from a
+    counted_iterations      what tokens, FLOPs and time are sums over: all of them, unless the run resumed from a
                             checkpoint that had no sums
     seed, config_hash       two runs that share both are the same run; see `config_hash`
     parameters              encoder, connector, embedding, decoder (its final norm included), lm_head (0 if tied: the
@@ -108,12 +108,7 @@ def make_summary(
         "config_hash": config_hash(config),
         "parameters": dict(parameters),
         "teacher_parameters": num_teacher_parameters,
-        "tokens": {
-            "total": total,
-            "text": total - visual,
-            "visual": visual,
-            "label": progress.consumed_label_tokens,
-        },
+        "tokens": {"total": total, "text": total - visual, "visual": visual, "label": progress.consumed_label_tokens},
         "samples": progress.consumed_samples,
         "flops": {
             "model": progress.model_flops,

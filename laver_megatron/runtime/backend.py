@@ -8,7 +8,7 @@ else in the package asks which of the two it runs on, except to choose a kernel.
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +84,7 @@ def cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _redirect_cuda_calls_to_cpu() -> None:
-    """Points the CUDA functions that Megatron-Core calls without asking at their CPU counterparts."""
-    cpu = torch.device("cpu")
-    for owner, name, replacement in cuda_calls(cpu):
-        setattr(owner, name, replacement)
-    CudaTo(cpu).__enter__()
-
-
-def adam_that_resumes() -> list[tuple[Any, str, Any]]:
+def resumable_adam() -> list[tuple[Any, str, Any]]:
     """(owner, name, replacement) that hand Megatron's distributed optimizer our Adam in the place of a fused one."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
@@ -104,26 +96,6 @@ def adam_that_resumes() -> list[tuple[Any, str, Any]]:
         (distrib_optimizer, "HAVE_APEX_OR_TE", True),
         (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
     ]
-
-
-def _give_megatron_an_adam_that_resumes() -> None:
-    """Where neither TransformerEngine nor apex is installed, Megatron falls back to torch's AdamW, which its
-    distributed optimizer cannot save and load; hand it an Adam of the same shape as theirs instead."""
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        for owner, name, replacement in adam_that_resumes():
-            setattr(owner, name, replacement)
-
-
-def _give_megatron_an_exact_gradient_norm() -> None:
-    """Where neither TransformerEngine nor apex brings a kernel, Megatron falls back to a norm that is too small for
-    large tensors on a CPU."""
-    import megatron.core.optimizer.clip_grads as clip_grads
-    from megatron.core.utils import local_multi_tensor_l2_norm
-
-    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = blockwise_l2_norm
 
 
 _backend: Backend | None = None
@@ -142,11 +114,30 @@ def use_backend() -> Backend:
         torch.cuda.set_device(device)
         _backend = Backend(device=device, communication="nccl")
     else:
-        _redirect_cuda_calls_to_cpu()
-        _backend = Backend(device=torch.device("cpu"), communication="gloo")
-    _give_megatron_an_adam_that_resumes()
-    _give_megatron_an_exact_gradient_norm()
+        cpu = torch.device("cpu")
+        _replace_attributes(cuda_calls(cpu))
+        CudaTo(cpu).__enter__()
+        _backend = Backend(device=cpu, communication="gloo")
+    _replace_kernels_that_are_missing()
     return _backend
+
+
+def _replace_attributes(replacements: Iterable[tuple[Any, str, Any]]) -> None:
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+
+
+def _replace_kernels_that_are_missing() -> None:
+    """Where neither TransformerEngine nor apex is installed, Megatron falls back to torch's AdamW, which its
+    distributed optimizer cannot save and load, and to a gradient norm that is too small for large tensors on a CPU."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _replace_attributes(resumable_adam())
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = blockwise_l2_norm
 
 
 def initialise_parallelism(

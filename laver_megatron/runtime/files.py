@@ -29,6 +29,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object, indented by two, that is there whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` to fill; it becomes `path`, which must not exist, when the block ends without an error.
@@ -43,6 +48,22 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a directory that is whole its final name, in the place of one that has it, which goes last."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+        raise
+    sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -69,6 +90,11 @@ def named_errors(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def open_file(path: str | Path) -> int:
+    """A descriptor to read a file from, which programs that this one starts do not inherit."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def sync_file(path: Path) -> None:

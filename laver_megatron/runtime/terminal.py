@@ -1,8 +1,10 @@
-"""What a run prints: rank 0 speaks, the others only warn."""
+"""What a program prints: rank 0 speaks, the others only warn, and libraries are silent."""
 
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 import transformers
@@ -17,6 +19,21 @@ def log_to_terminal() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
+    logging = transformers.utils.logging
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def say(message: str) -> None:

@@ -1,18 +1,14 @@
-"""From sources to a folder of shards: cuts the samples into slices, and has worker processes make each slice's shards.
+"""From sources to a folder of shards: cuts the samples into slices, and makes each slice's shards in worker processes.
 
-What a slice's shards hold depends on nothing but the slice, so that any number of workers, in any order, writes the
-same bytes.
+A slice's shards depend on nothing but the slice, so any number of workers, in any order, writes the same bytes.
 """
 
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,29 +18,31 @@ from typing import Any
 
 from tqdm import tqdm
 
-from laver_megatron.data.index.faults import FaultLog
+from laver_megatron.data.index.faults import FaultLog, SampleFault
+from laver_megatron.data.read.record_keys import add_keys
+from laver_megatron.runtime.processes import each_in_processes
 from laver_megatron.shards.assemble import SampleMaker, load_tokenizer
 from laver_megatron.shards.find import open_source
-from laver_megatron.shards.found import Source
-from laver_megatron.shards.ledger import Ledger
-from laver_megatron.shards.report import Report
-from laver_megatron.shards.slices import Slice, SliceMaker, make_in_worker, start_worker
+from laver_megatron.shards.ledger import Ledger, record_slice
+from laver_megatron.shards.record_source import Found, NoSample, RecordSource, Unwanted
+from laver_megatron.shards.report import MakeReport
+from laver_megatron.shards.shard_writer import SliceWriter
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of what is written for given sources and settings
-_POLL_SECONDS = 0.5
-_SLICES_AHEAD = 2  # a worker, so that none waits while the sources are read
+OnSamples = Callable[[int], object]  # samples since the last call
+
+_VERSION = 3  # of what is written for given sources and settings
 _EARLY_SAMPLES = 10_000  # before so many, only faults that are too many for so many end the work
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be begun: something must be asked for in another way."""
+    """What the user asked for cannot be started; nothing has been written."""
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Makes what goes wrong within, before the work begins, a UsageError."""
+    """Turns errors raised within, before the work begins, into UsageError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -55,12 +53,18 @@ def usage_errors() -> Iterator[None]:
 class MakeSettings:
     """What to make of what.
 
-    sources: files, or folders of them. output: the folder of the shards. format_name, images, min_ratings: see
-    open_source. samples_per_shard, max_shard_bytes: a shard ends at whichever comes first; records that pack several
-    samples count as one. num_workers: processes; 0 works in the caller. max_bad_fraction: of the samples may be
-    unusable. decode_images: decode every picture to its end. images_in_answers: `<image>` in an answer stands for a
-    picture. tokenizer: a directory, to count text tokens with.
-    mode: `new`, `overwrite` or `resume`.
+    Attributes:
+        sources: files, or folders of them.
+        output: the folder of the shards.
+        format_name, images, min_ratings: see `open_source`.
+        samples_per_shard, max_shard_bytes: a shard ends at whichever comes first; a record that packs several samples
+            counts as one.
+        num_workers: processes; 0: the caller does the work.
+        max_bad_fraction: share of the samples that may be unusable.
+        decode_images: decode every picture to its end.
+        images_in_answers: `<image>` in an answer stands for a picture.
+        tokenizer: a directory, to count text tokens with.
+        mode: `new`, `overwrite` or `resume`.
     """
 
     sources: Sequence[Path]
@@ -84,13 +88,13 @@ class MakeSettings:
             raise ValueError(f"--max-bad-fraction is between 0 and 1, not {self.max_bad_fraction}")
 
 
-def make_shards(settings: MakeSettings) -> Report:
-    """Makes the shards, and says what became of the samples.
+def make_shards(settings: MakeSettings) -> MakeReport:
+    """Makes the shards, and reports what became of the samples.
 
     Raises:
-        UsageError: sources or settings with which nothing can be begun.
-        ValueError: unreadable sources, or more unusable samples than are allowed; finished shards stay for another
-            try with mode `resume`.
+        UsageError: sources or settings with which nothing can be started.
+        ValueError: unreadable sources, or more unusable samples than allowed; finished shards stay for another try with
+            mode `resume`.
     """
     output = settings.output.absolute()
     with usage_errors():
@@ -111,7 +115,7 @@ def make_shards(settings: MakeSettings) -> Report:
         return work.report
 
 
-def _check_apart(entries: Sequence[Path], source: Source, output: Path) -> None:
+def _check_apart(entries: Sequence[Path], source: RecordSource, output: Path) -> None:
     folders = {path.resolve().parent for path in source.paths} | {e.resolve() for e in entries if e.is_dir()}
     if any(output.resolve() == folder for folder in folders):
         raise ValueError(f"--output {output} is where the sources lie; choose another folder")
@@ -119,57 +123,78 @@ def _check_apart(entries: Sequence[Path], source: Source, output: Path) -> None:
         raise ValueError(f"--output {output} lies within --source; choose a folder beside it, or name its files")
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A run of records. first: number of its first record among all."""
+
+    number: int
+    first: int
+    references: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class SliceMaker:
+    """Makes slices of one source into shards in one folder."""
+
+    source: RecordSource
+    samples: SampleMaker
+    output: Path
+    max_shard_bytes: int
+
+    def make(self, piece: Slice, on_progress: OnSamples) -> MakeReport:
+        """Writes a slice's shards and notes them as finished."""
+        report = MakeReport()
+        stamp = self.source.stamp(piece.references)  # before they are read: what changes meanwhile is noticed
+        with SliceWriter(self.output, f"shard-{piece.number:06d}", self.max_shard_bytes) as writer:
+            for number, founds in enumerate(self.source.load(piece.references), piece.first):
+                for part, found in enumerate(founds):
+                    key = f"{number:09d}-{part:03d}" if len(founds) > 1 else f"{number:09d}"
+                    self._add(found, key, writer, report, on_progress)
+        record_slice(self.output, piece.number, writer.indexes, report, stamp)
+        return report
+
+    def _add(self, found: Found, key: str, writer: SliceWriter, report: MakeReport, on_progress: OnSamples) -> None:
+        if isinstance(found, NoSample):
+            add_keys(report.ignored, Counter(found.ignored))
+            return
+        if isinstance(found, Unwanted):
+            report.num_unwanted += 1
+            report.num_dropped_turns += found.num_turns
+            return
+        try:
+            if isinstance(found, SampleFault):
+                raise found
+            sample = self.samples.make(found, key, report)
+        except SampleFault as fault:
+            report.add_fault(fault, key)
+            return
+        writer.write(sample)
+        on_progress(1)
+
+
 class _Work:
-    """The work under way: what has been reported, and what workers are busy with."""
+    """Work in progress: its counts so far and its progress bar."""
 
     bar: tqdm
 
     def __init__(self, settings: MakeSettings, ledger: Ledger, maker: SliceMaker) -> None:
         self.settings, self.ledger, self.maker = settings, ledger, maker
-        self.report, self.log = Report(), FaultLog(logger)
+        self.report, self.log = MakeReport(), FaultLog(logger)
         self.num_slices = 0
-        self._num_bytes = 0
 
     def run(self) -> None:
         """Makes all slices that are not there yet."""
-        if self.settings.num_workers == 0:
-            for piece in self._missing_slices():
-                self._take(self.maker.make(piece, self._show))
-            return
-        context = multiprocessing.get_context("spawn")  # threads of Arrow's do not survive a fork
-        counters = context.Array("q", 2)
-        initial = (self.maker, counters, os.getpid())
-        try:
-            with ProcessPoolExecutor(self.settings.num_workers, context, start_worker, initial) as pool:
-                try:
-                    self._run_in(pool, counters)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"one of {self.settings.num_workers} worker processes was killed (out of memory?); go on with --resume "
-                "and fewer --num-workers"
-            ) from error
-
-    def _run_in(self, pool: ProcessPoolExecutor, counters: Any) -> None:
-        waiting: set[Future[Report]] = set()
-        shown = [0, 0]
-        slices = self._missing_slices()
-        while True:
-            for piece in islice(slices, _SLICES_AHEAD * self.settings.num_workers - len(waiting)):
-                waiting.add(pool.submit(make_in_worker, piece))
-            if not waiting:
-                return
-            done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
-            now = counters[:]
-            self._show(now[0] - shown[0], now[1] - shown[1])
-            shown = now
-            for future in done:
-                self._take(future.result())
+        # Threads of Arrow's do not survive a fork.
+        remedy = "go on with --resume and fewer --num-workers"
+        made = each_in_processes(
+            self.maker.make, self._missing_slices(), self.settings.num_workers, self.bar.update, method="spawn",
+            remedy=remedy,
+        )  # fmt: skip
+        for _, report in made:
+            self._take(report)
 
     def _missing_slices(self) -> Iterator[Slice]:
-        """Slices of the source, less those that were finished earlier, which are added to the report."""
+        """Slices of the source that are not finished; those that are, are added to the report."""
         source = self.maker.source
         for piece in _slices(self.settings, source):
             self.num_slices += 1
@@ -179,8 +204,10 @@ class _Work:
             else:
                 self._take(report)
 
-    def _take(self, report: Report) -> None:
+    def _take(self, report: MakeReport) -> None:
         self.report.add(report)
+        num_bytes = self.report.num_image_bytes + self.report.num_text_bytes
+        self.bar.set_postfix_str(f"{num_bytes / 1e6:,.0f} MB", refresh=False)
         for fault, count in report.faults.items():
             examples = report.examples.get(fault, [])
             for key, message in examples:
@@ -191,26 +218,21 @@ class _Work:
         if num_seen >= _EARLY_SAMPLES or num_bad > limit * _EARLY_SAMPLES:
             self.log.check(limit, num_seen)
 
-    def _show(self, num_samples: int, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        self.bar.set_postfix_str(f"{self._num_bytes / 1e6:,.0f} MB", refresh=False)
-        self.bar.update(num_samples)
 
-
-def _slices(settings: MakeSettings, source: Source) -> Iterator[Slice]:
+def _slices(settings: MakeSettings, source: RecordSource) -> Iterator[Slice]:
     references = source.references()
     parts = iter(lambda: list(islice(references, settings.samples_per_shard)), [])
     for number, members in enumerate(parts):
         yield Slice(number, number * settings.samples_per_shard, members)
 
 
-def _stamps(settings: MakeSettings, source: Source) -> Iterator[str]:
+def _stamps(settings: MakeSettings, source: RecordSource) -> Iterator[str]:
     if source.has_files_apart:
         yield from (source.stamp(piece.references) for piece in _slices(settings, source))
 
 
-def _fingerprint(settings: MakeSettings, source: Source) -> str:
-    """Hash of what decides the shards' bytes: the sources' files, the format's settings, and how shards are cut."""
+def _fingerprint(settings: MakeSettings, source: RecordSource) -> str:
+    """Hash of what determines the shards' bytes: the sources' files, the format's settings, and how shards are cut."""
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.paths]
     decisive = {
         "version": _VERSION,

@@ -7,11 +7,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import ConfigError
 from laver_megatron.program import FAILED, program, program_parser
 from laver_megatron.shards.build import UsageError, usage_errors
+
+if TYPE_CHECKING:
+    from laver_megatron.data.index.shard_index import ShardIndex
 
 _MAKE = """
 Makes WebDataset shards, with an index, of LLaVA JSON, FineVision or LLaVA-OneVision Parquet, or tars.
@@ -82,8 +86,7 @@ def index_main(argv: Sequence[str] | None = None) -> None:
     """Indexes tars, local and remote ones."""
     from laver_megatron.data.index.index_file import INDEX_NAME, is_url, write_index
     from laver_megatron.data.index.opening import find_shards_and_urls, index_with_bar
-    from laver_megatron.data.read.remote import ShardCache
-    from laver_megatron.shards.index_summary import summary
+    from laver_megatron.data.read.shard_cache import ShardCache
 
     examples = [
         "--shards /data/shards",
@@ -117,7 +120,7 @@ def index_main(argv: Sequence[str] | None = None) -> None:
                 output.parent.mkdir(parents=True, exist_ok=True)
             found = index_with_bar(shards, options.num_workers, cache.open_once)
         write_index(found, output)
-        print(f"{summary(found)}\nwritten to {output}")
+        print(f"{index_summary(found)}\nwritten to {output}")
 
     _run(index, level=logging.WARNING)
 
@@ -158,8 +161,10 @@ def subset_main(argv: Sequence[str] | None = None) -> None:
 @program
 def show_main(argv: Sequence[str] | None = None) -> None:
     """Prints and draws packs of a run."""
-    from laver_megatron.data.batch.dataset import open_reader
+    from laver_megatron.data.batch.data_spec import DataSpec
+    from laver_megatron.data.batch.pack_reader import open_reader
     from laver_megatron.data.index.opening import path_problems
+    from laver_megatron.encoders import open_preprocessor
     from laver_megatron.hf.tokenizer import load_tokenizer
     from laver_megatron.shards.show import describe, draw, show_packs
     from laver_megatron.start import find_start
@@ -184,17 +189,40 @@ def show_main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("model, encoder, data and packs from 0 on are needed: --load, --encoder, --data-path")
         if problems := path_problems(paths):
             raise UsageError(f"shards: {'; '.join(problems)}")
-        reader = open_reader(config, paths, start.model_dir, start.encoder_dir)
         tokenizer = load_tokenizer(start.model_dir)
+        preprocessor = open_preprocessor(start.encoder_dir, config.data.max_image_tokens)
+        reader = open_reader(DataSpec.of(config, paths), tokenizer, preprocessor)
         options.output.mkdir(parents=True, exist_ok=True)
         for shown in show_packs(config, reader, options.packs, options.step):
             print(describe(shown, tokenizer))
             path = options.output / f"pack-{shown.number}.png"
-            draw(shown, reader.maker.preprocessor, path)
+            draw(shown, preprocessor, path)
             print(path)
         reader.close()
 
     _run(show)
+
+
+def index_summary(index: "ShardIndex") -> str:
+    """Shards, samples and pictures, then what cannot be used by reason, and files that belong to no sample."""
+    from laver_megatron.data.index.faults import fault_table
+    from laver_megatron.data.read.record_keys import keys_line
+
+    num_bytes = sum(shard.num_bytes for shard in index.shards)
+    usable_I = index.fault_I == 0
+    lines = [
+        f"{len(index.shards):>12,}  shards, {num_bytes / 1e9:.2f} GB",
+        f"{int(usable_I.sum()):>12,}  usable samples",
+        f"{int(index.num_images_I[usable_I].sum()):>12,}  pictures in them",
+    ]
+    bad = index.faults + index.left_out
+    lines += [f"{bad.total():>12,}  samples that cannot be used" + (":" if bad else "")]
+    lines += [fault_table(bad)] if bad else []
+    if index.ignored:
+        lines.append(f"{index.ignored.total():>12,}  other files, never opened: {keys_line(index.ignored)}")
+    if index.other_keys:
+        lines.append(f"{len(index.other_keys):>12,}  unused keys of records: {keys_line(index.other_keys)}")
+    return "\n".join(lines)
 
 
 def _check_output(path: Path, overwrite: bool) -> None:

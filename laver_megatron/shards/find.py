@@ -1,12 +1,12 @@
-"""Which files the user means, and of which format they are."""
+"""Which files the user means, and which format they have."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from laver_megatron.data.index.index_file import INDEX_NAME
-from laver_megatron.shards.found import Source
 from laver_megatron.shards.llava import LlavaSource
 from laver_megatron.shards.parquet import ParquetSource
+from laver_megatron.shards.record_source import RecordSource
 from laver_megatron.shards.tars import TarSource, holds_packed
 
 FORMATS = ("llava", "parquet", "onevision15", "webdataset")
@@ -16,11 +16,13 @@ _SUFFIXES = {".json": "llava", ".jsonl": "llava", ".parquet": "parquet", ".tar":
 
 def open_source(
     entries: Sequence[Path], format_name: str | None, images: Path | None, min_ratings: Mapping[str, float]
-) -> Source:
-    """The source that files, or folders with all that lies in them, make up.
+) -> RecordSource:
+    """The source that files, or folders with everything in them, form.
 
-    format_name: one of FORMATS; None finds it out. images: the folder of LLaVA's pictures. min_ratings: see
-    ParquetSource.
+    Args:
+        format_name: one of FORMATS; None: recognised from the files.
+        images: the folder of LLaVA's pictures.
+        min_ratings: see ParquetSource.
 
     Raises:
         ValueError: nothing is found, files of several formats, or options that the format does not have.

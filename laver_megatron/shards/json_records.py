@@ -1,7 +1,7 @@
 """The records of a JSON array or of JSON Lines, one at a time, as the bytes that they are in the file.
 
-A file of several gigabytes is read through a small window, and no record is parsed here: whoever gets the bytes
-parses them, in a process of their own. So a record that is not valid JSON spoils itself, not the file.
+A file of several gigabytes is read through a small window, and no record is parsed here: the worker that receives the
+bytes parses them. So a record that is not valid JSON does not spoil the file.
 """
 
 import re

@@ -1,21 +1,20 @@
-"""What has been done in an output folder, so that work that was interrupted goes on where it was.
+"""What has been done in an output folder, so that interrupted work can be resumed.
 
-While work is under way, FOLDER/.progress holds the settings' fingerprint and, of every finished slice, its report and
-the index of its shards. When all is done, the folder gets `made.json` and, last of all, `index.parquet`.
+During the work, FOLDER/.progress holds the settings' fingerprint and, of every finished slice, its report and the index
+of its shards. At the end, the folder gets `made.json` and, last of all, `index.parquet`.
 """
 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from laver_megatron.data.index.index_file import INDEX_NAME, PROGRESS_NAME, check_index, read_index, write_index
 from laver_megatron.data.index.shard_index import ShardIndex, concatenate
-from laver_megatron.shards.report import Report
+from laver_megatron.runtime.files import write_text
+from laver_megatron.shards.report import MakeReport
 from laver_megatron.shards.shard_writer import PARTIAL
 
 SHARDS = "shard-*.tar"
@@ -25,7 +24,9 @@ _MADE, _SETTINGS = "made.json", "settings.json"
 class Ledger:
     """The output folder of one set of settings.
 
-    fingerprint: of everything that decides the shards' bytes. mode: `new`, `overwrite` or `resume`.
+    Args:
+        fingerprint: of everything that determines the shards' bytes.
+        mode: `new`, `overwrite` or `resume`.
 
     Raises:
         ValueError: the folder holds shards and mode is `new`, `resume` finds those of other settings, or another
@@ -64,7 +65,7 @@ class Ledger:
             path.unlink()
         if not self._is_made():
             self._progress.mkdir(exist_ok=True)
-            _write_json(self._progress / _SETTINGS, {"fingerprint": self._fingerprint})
+            write_text(self._progress / _SETTINGS, json.dumps({"fingerprint": self._fingerprint}, indent=1))
 
     def __enter__(self) -> "Ledger":
         return self
@@ -72,11 +73,11 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def made(self, stamps: Callable[[], Iterable[str]]) -> Report | None:
-        """The report of the whole work if it had been finished before. stamps: those of all slices, see `Source.stamp`.
+    def made(self, stamps: Callable[[], Iterable[str]]) -> MakeReport | None:
+        """The report of the whole work, if it was finished before. stamps: of all slices, see `RecordSource.stamp`.
 
         Raises:
-            ValueError: it had, but a shard, or one of the files apart, has been removed or changed since.
+            ValueError: it was, but a shard or one of the files apart has been removed or changed since.
         """
         if not self._is_made():
             return None
@@ -92,14 +93,14 @@ class Ledger:
                 f"{self.folder} was finished, but pictures that it was made from have changed since; start anew with "
                 "--overwrite"
             )
-        return Report.from_json(made["report"])
+        return MakeReport.from_json(made["report"])
 
     def _is_made(self) -> bool:
         return (self.folder / _MADE).exists() and (self.folder / INDEX_NAME).exists()
 
-    def finished(self, number: int, stamp: Callable[[], str]) -> Report | None:
-        """The report of a slice whose shards are there, whole, and whose files apart are still those of then (see
-        `Source.stamp`). What there is of another one is removed."""
+    def finished(self, number: int, stamp: Callable[[], str]) -> MakeReport | None:
+        """The report of a slice whose shards are whole and whose files apart are unchanged (see `RecordSource.stamp`).
+        Remains of any other slice are removed."""
         path = self._progress / f"{number:06d}.json"
         if not path.exists():
             return None
@@ -107,13 +108,13 @@ class Ledger:
         shards = {self.folder / name: num_bytes for name, num_bytes in document["shards"].items()}
         are_whole = all(path.exists() and path.stat().st_size == num_bytes for path, num_bytes in shards.items())
         if are_whole and document.get("stamp") == stamp():
-            return Report.from_json(document["report"])
+            return MakeReport.from_json(document["report"])
         for file in (path, path.with_suffix(".parquet"), *shards):
             file.unlink(missing_ok=True)
         return None
 
-    def finish(self, report: Report, num_slices: int) -> ShardIndex:
-        """Writes the index of all shards, and tidies up.
+    def finish(self, report: MakeReport, num_slices: int) -> ShardIndex:
+        """Writes the index of all shards, and removes the progress folder.
 
         Raises:
             ValueError: there is no sample at all.
@@ -125,7 +126,7 @@ class Ledger:
         index = concatenate(indexes)
         stamps = (json.loads(path.with_suffix(".json").read_text())["stamp"] for path in parts)
         made = {"fingerprint": self._fingerprint, "files_apart": _together(stamps), "report": report.to_json()}
-        _write_json(self.folder / _MADE, made)
+        write_text(self.folder / _MADE, json.dumps(made, indent=1))
         write_index(index, self.folder / INDEX_NAME)
         shutil.rmtree(self._progress)
         return index
@@ -149,24 +150,18 @@ class Ledger:
         raise ValueError(f"{self.folder} holds shards, but not what they were made from; start anew with --overwrite")
 
 
-def record_slice(folder: Path, number: int, indexes: Sequence[ShardIndex], report: Report, stamp: str) -> None:
-    """Notes in an output folder that a slice and its shards are finished, of files with this stamp; called by the
+def record_slice(folder: Path, number: int, indexes: Sequence[ShardIndex], report: MakeReport, stamp: str) -> None:
+    """Records in an output folder that a slice and its shards are finished, from files with this stamp; called by the
     worker that made them."""
     progress = folder / PROGRESS_NAME
     if indexes:
         write_index(concatenate(indexes), progress / f"{number:06d}.parquet")
     shards = {Path(shard.path).name: shard.num_bytes for index in indexes for shard in index.shards}
-    _write_json(progress / f"{number:06d}.json", {"shards": shards, "report": report.to_json(), "stamp": stamp})
+    write_text(
+        progress / f"{number:06d}.json",
+        json.dumps({"shards": shards, "report": report.to_json(), "stamp": stamp}, indent=1),
+    )
 
 
 def _together(stamps: Iterable[str]) -> str:
     return hashlib.sha256("/".join(filter(None, stamps)).encode()).hexdigest()
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(document, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)

@@ -14,13 +14,13 @@ from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.members import MAX_PICTURE_BYTES
 from laver_megatron.data.read.conversations import image_parts, parse_json, turns_of
 from laver_megatron.data.read.record_keys import named_pictures
-from laver_megatron.shards.found import Found, FoundSample, Source, identity, origin
 from laver_megatron.shards.json_records import read_records
+from laver_megatron.shards.record_source import Found, FoundSample, RecordSource, identity, origin
 
 _PART_NAMES = ("image", "path", "url", "image_url")  # keys under which a part of a message names its picture
 
 
-class LlavaSource(Source):
+class LlavaSource(RecordSource):
     """JSON files whose records name pictures below a folder.
 
     images: that folder; None if all samples are text only.
@@ -72,7 +72,7 @@ class LlavaSource(Source):
 
 
 def picture_names(document: object, name: str) -> list[str]:
-    """The pictures that a record names: in `image` or `images`, a text or a list; or else in the messages' own parts.
+    """The pictures that a record names: in `image` or `images`, a text or a list; or else in the parts of its messages.
 
     Raises:
         SampleFault: unreadable_image, for what is not a file's name; image_count, if both name different pictures.
@@ -94,8 +94,8 @@ def _name_in(part: dict) -> object:
 
 
 def read_picture(folder: Path | None, file: str, name: str) -> bytes:
-    """The bytes of a file of the folder, which its name may not leave: neither by an absolute path or `..`, nor by
-    a symbolic link.
+    """The bytes of a file of the folder, which its name may not leave by an absolute path, by `..` or by a symbolic
+    link.
 
     Raises:
         SampleFault: unsafe_key (it would leave the folder), unreadable_image (no such file) or image_too_large.

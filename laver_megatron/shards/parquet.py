@@ -15,7 +15,7 @@ from pyarrow import parquet
 from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.members import MAX_PICTURE_BYTES
 from laver_megatron.data.read.record_keys import REFUSED_KEYS, USED_KEYS, is_nothing, named_pictures
-from laver_megatron.shards.found import Found, FoundSample, Source, Unwanted, identity, origin
+from laver_megatron.shards.record_source import Found, FoundSample, RecordSource, Unwanted, identity, origin
 
 # What may be asked for, and the column that answers it.
 RATINGS = {
@@ -30,10 +30,11 @@ _BATCH_ROWS = 32  # rows held at once: a picture can have megabytes
 Reference = tuple[int, int, int]  # number of the file, of the row group, of the row in it
 
 
-class ParquetSource(Source):
+class ParquetSource(RecordSource):
     """Parquet files in FineVision's or LLaVA-OneVision-Data's columns.
 
-    min_ratings: {a key of RATINGS: least rating}; a turn that has less, or has no rating, is dropped.
+    Args:
+        min_ratings: {a key of RATINGS: minimum}; a turn that is rated lower, or not at all, is dropped.
 
     Raises:
         ValueError: a file has neither set of columns, or lacks a rating that is asked for.
@@ -110,7 +111,7 @@ class ParquetSource(Source):
         return FoundSample(name, identity(values), document, pictures, origin(values), num_dropped, unread)
 
     def _wanted_turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """FineVision's turns as messages, less those whose ratings are below what is asked for."""
+        """FineVision's turns as messages, without those rated below what is asked for."""
         turns = []
         for number, text in enumerate(values["texts"]):
             ratings = [(_rating(values[RATINGS[key]], number), least) for key, least in self.min_ratings.items()]

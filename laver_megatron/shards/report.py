@@ -1,4 +1,4 @@
-"""What became of the samples: counted by each worker, added up, and told at the end."""
+"""What became of the samples: counted by each worker, added up, and reported at the end."""
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -11,14 +11,18 @@ NUM_EXAMPLES = 5  # of each fault that a worker keeps for the log
 
 
 @dataclass
-class Report:
+class MakeReport:
     """Counts of a part of the work or of all of it.
 
-    num_placed: samples whose pictures were put in front of the first question, as no text said where they belong;
-    num_converted: pictures that became PNG; num_unwanted, num_dropped_turns: samples and turns that the user's own
-    filters left out; num_untrained: answers that are marked as not to be trained; num_words or num_tokens: of the text
-    without `<image>`, words if no tokenizer was given; other_keys: of records, those that are not used;
-    ignored: files that were never opened, by extension. examples: (key, message) of the first faults of each kind.
+    Attributes:
+        num_placed: samples whose pictures were put before the first question, as no text said where they belong.
+        num_converted: pictures that became PNG.
+        num_unwanted, num_dropped_turns: samples and turns that the user's own filters left out.
+        num_untrained: answers that are excluded from training.
+        num_words, num_tokens: of the text without `<image>`; words if no tokenizer was given.
+        other_keys: unused keys of records.
+        ignored: files that were never opened, by extension.
+        examples: (key, message) of the first faults of each kind.
     """
 
     num_samples: int = 0
@@ -39,7 +43,7 @@ class Report:
 
     @property
     def num_seen(self) -> int:
-        """Samples that the user wants: the usable and the faulty ones."""
+        """Samples that the user wants, usable or not."""
         return self.num_samples + self.faults.total()
 
     def add_fault(self, fault: SampleFault, key: str) -> None:
@@ -49,8 +53,8 @@ class Report:
         if len(kept) < NUM_EXAMPLES:
             kept.append((key, str(fault)))
 
-    def add(self, other: "Report") -> None:
-        """Adds another part's counts; examples are not carried on."""
+    def add(self, other: "MakeReport") -> None:
+        """Adds another part's counts; examples are dropped."""
         for name in (entry.name for entry in fields(self) if entry.name.startswith("num_")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.faults.update(other.faults)
@@ -63,14 +67,14 @@ class Report:
         return {**document, **{name: dict(getattr(self, name)) for name in ("faults", "other_keys", "ignored")}}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Report":
+    def from_json(cls, document: dict[str, Any]) -> "MakeReport":
         """Back from `to_json`."""
         faults = Counter({Fault(name): count for name, count in document["faults"].items()})
         others = {name: Counter(document[name]) for name in ("other_keys", "ignored")}
         return cls(**{**document, "faults": faults, **others})
 
     def summary(self, has_tokenizer: bool) -> str:
-        """The whole story in a few lines."""
+        """A few lines for the user."""
         size = f"{self.num_image_bytes / 1e6:,.1f} MB of pictures, {self.num_text_bytes / 1e6:,.1f} MB of text"
         text = f"{self.num_tokens:,} text tokens" if has_tokenizer else f"{self.num_words:,} words (no --tokenizer)"
         lines = [f"{self.num_samples:,} samples, {self.num_images:,} images, {text}; {size}"]

@@ -1,4 +1,4 @@
-"""A pack as a person wants to see it: its text in words, and one picture of tokens, attention and masked images.
+"""A pack for the eye: its text, and one picture of tokens, attention and masked images.
 
 Letters: B packs (here one), S tokens of a pack, N visual tokens of an image, L a row of the token strip.
 """
@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import mask_pack
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.batch.pack_reader import PackReader
+from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.model.spans import language_spans, spans_to_mask
 from laver_megatron.objective import schedules
+from laver_megatron.objective.language import IGNORE_LABEL
 
 # Kinds of tokens in the strip, with their colours; images alternate between two, so that neighbours differ.
 PADDING, TEXT, ANSWER, IMAGE, OTHER_IMAGE, MASKED = range(6)
@@ -46,8 +47,14 @@ _COLOURS = ListedColormap(list(KINDS.values()))
 
 @dataclass(frozen=True)
 class ShownPack:
-    """One pack with what is drawn over it. pack: a batch of one pack; masked_BS: its masked visual tokens; number:
-    which pack of the run it is; mask_ratio: the one it was masked with."""
+    """One pack with what is drawn over it.
+
+    Attributes:
+        pack: a batch of one pack.
+        masked_BS: its masked visual tokens.
+        number: of the pack in the run.
+        mask_ratio: the ratio it was masked with.
+    """
 
     pack: PackBatch
     masked_BS: Tensor
@@ -61,7 +68,7 @@ class ShownPack:
         return int(self.pack.document_BS.max()) + 1
 
     def headline(self) -> str:
-        """The pack in one line: what it holds of what it could hold."""
+        """The pack in one line: its contents relative to its capacity."""
         pack = self.pack
         visual, used = int((pack.image_BS >= 0).sum()), int((pack.document_BS >= 0).sum())
         length, labels = pack.tokens_BS.shape[1], int((pack.labels_BS != IGNORE_LABEL).sum())
@@ -77,7 +84,7 @@ class ShownPack:
 
 
 def describe(shown: ShownPack, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The headline, then each sample: key, counts and text. What is trained stands in [[ ]]; an image is one word."""
+    """The headline, then each sample: key, counts and text. Trained text stands in [[ ]]; an image is one word."""
     pack = shown.pack
     lines = [shown.headline()]
     for document, key in enumerate(pack.keys[0]):

@@ -1,8 +1,8 @@
-"""Seeded, nested subsets of indexed samples, for studies of how much data it takes.
+"""Seeded, nested subsets of indexed samples, for studies of how much data is needed.
 
-Every usable sample has a place in an order that depends on the seed, its key and its checksum alone, and a subset of N
-is the first N: so a smaller subset lies within every larger one of the same seed, whatever the shards' order and
-however the samples are spread over them.
+Every usable sample has a position in an order that depends on the seed, its key and its checksum alone, and a subset of
+N is the first N. So a smaller subset lies within every larger one of the same seed, however the samples are spread over
+shards.
 
 Letters: I samples.
 """
@@ -24,8 +24,12 @@ _METADATA_KEY = b"laver_subset"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which samples a subset holds. hash: of their keys and checksums, in no matter what order; of_samples,
-    of_fingerprint: the usable samples to choose from, and the index that they were in."""
+    """Which samples a subset holds.
+
+    Attributes:
+        hash: of their keys and checksums, in any order.
+        of_samples, of_fingerprint: the number of usable samples to select from, and the index that they were in.
+    """
 
     hash: str
     num_samples: int
@@ -52,7 +56,7 @@ def choose(index: ShardIndex, num_samples: int, seed: int) -> ShardIndex:
 
 
 def write_subset(index: ShardIndex, num_samples: int, seed: int, path: Path) -> Manifest:
-    """Writes a subset as an index over the same tars, with its manifest inside; the file is there whole or not at all.
+    """Writes a subset as an index over the same tars, with its manifest inside, atomically.
 
     Raises:
         ValueError: as `choose`.
@@ -90,7 +94,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def manifest_hash(index: ShardIndex) -> str:
-    """Hash of which samples an index holds: their keys and checksums, in no matter what order."""
+    """Hash of which samples an index holds: their keys and checksums, in any order."""
     samples = zip(index.checksum_I.tolist(), _keys(index), strict=True)
     digest = hashlib.sha256()
     for line in sorted(f"{checksum:016x} {key}\n" for checksum, key in samples):

@@ -29,7 +29,7 @@ from laver_megatron.data.index.members import (
 )
 from laver_megatron.data.read.conversations import parse_json, read_conversation
 from laver_megatron.data.read.record_keys import first_present, shown
-from laver_megatron.shards.found import Found, FoundSample, NoSample, Source, identity, origin
+from laver_megatron.shards.record_source import Found, FoundSample, NoSample, RecordSource, identity, origin
 
 # Also names that are no numbers (KEY.left.jpg), which training would not take for pictures.
 _PICTURE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)", re.DOTALL)
@@ -39,8 +39,12 @@ _PACKED_KEYS = frozenset(("texts", "captions", "prompts", "prompt", "name", "med
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The members of one key, in the order of the tar; or a damage of the tar, in words. is_suspect: members may have
-    been lost in a damage beside them; is_scattered: more of this key lie elsewhere in the tar."""
+    """The members of one key, in the order of the tar; or a damage of the tar, in words.
+
+    Attributes:
+        is_suspect: members may have been lost in a damage beside them.
+        is_scattered: more members of this key lie elsewhere in the tar.
+    """
 
     file_number: int
     key: str
@@ -50,7 +54,7 @@ class Record:
     is_scattered: bool = False
 
 
-class TarSource(Source):
+class TarSource(RecordSource):
     """WebDataset tars.
 
     packed: whether a record may have one of the forms of LLaVA-OneVision-1.5.
@@ -118,8 +122,8 @@ class TarSource(Source):
 
 
 def _as_record(document: dict, turns: object) -> dict:
-    """A packed form as a record: what it says beside its turns and pictures, with the turns. A conversation that it
-    has besides is not read."""
+    """A packed form as a record: its keys beside turns and pictures, with the turns. A conversation beside them is not
+    read."""
     rest = {key: value for key, value in document.items() if key not in _PACKED_KEYS and key not in ("image", "images")}
     besides = {f"{key} beside a packed form": rest.pop(key, None) for key in ("conversations", "messages")}
     return {**rest, **besides, "conversations": turns}
@@ -130,7 +134,7 @@ def _extensions(members: Iterable[Member]) -> tuple[str, ...]:
 
 
 def _names_its_pictures(document: object, num_images: int, name: str) -> bool:
-    """Whether a record says itself that it has so many pictures, and at least one."""
+    """Whether a record itself says that it has this number of pictures, at least one."""
     try:
         return num_images > 0 and not read_conversation(document, num_images, name).is_placed
     except SampleFault as fault:
@@ -193,7 +197,7 @@ def _order(member: Member) -> tuple[bool, list[str | int], str]:
 
 
 def _named(names: object, members: Sequence[Member], name: str) -> list[Member]:
-    """The members that a document names, in its order; by their numbers where it names them otherwise."""
+    """The members that a document names, in its order; by their numbers if it names them otherwise."""
     if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
         raise SampleFault(Fault.image_count, f"{name}: its pictures are named by {str(names)[:80]!r}")
     by_extension = {member.extension: member for member in members}
@@ -227,7 +231,7 @@ def _unpack(document: dict, pictures: Sequence[Member], file: BinaryIO, name: st
 
 
 def _turns(prompt: object, caption: object) -> list[dict[str, object]] | None:
-    """One turn, or as many as the lists have; None if these do not fit together."""
+    """One turn, or as many as the lists have; None if their lengths differ."""
     questions = prompt if isinstance(prompt, list) else [prompt]
     answers = caption if isinstance(caption, list) else [caption]
     if len(questions) != len(answers):

@@ -1,7 +1,7 @@
-"""Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones go on.
+"""Several stages of training in order, each from the one before: finished ones are skipped, interrupted ones resume.
 
-A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. What is known of all stages is held
-together before the first begins, so that a slip in the last file does not wait for days to show.
+A stage is a configuration file; `examples/pretrain_laver.sh` runs it, as by hand. All stages are checked together
+before the first begins, so that a mistake in the last file does not take days to show.
 
 The baseline arm is the same stages without LaVer: the same files and flags, thus the same data in the same order, the
 same seeds, attention and positions, in run directories of their own. Stages that have LaVer off in any case are the
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
-from laver_megatron.config.fields import Config, ConfigError, fields_of
+from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.launcher import LAUNCHER, count_processes
+from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
 from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
 
@@ -35,23 +37,30 @@ BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
 EXIT_UNFINISHED = 3
 # A stage has its own in its file, or they follow from the order of the stages and from --runs and --baseline.
-_OF_EACH_STAGE = (
+_STAGE_FLAGS = (
     "--config", "--run-dir", "--finetune", "--no-finetune", "--laver", "--no-laver", "--print-config",
 )  # fmt: skip
-# They change where and how fast a stage runs, not what comes out.
-_WITHOUT_EFFECT = {item.name for group in ("parallel", "run") for item in fields_of(group)} | {
-    "attention_kernel", "allow_change", "preset", "num_workers", "shard_cache", "shard_cache_gb", "exit_interval",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the file's stem, the configuration that its arguments describe, and whether it is the other arm's."""
+    """One stage of a chain.
 
-    name: str
+    Attributes:
+        file: its configuration file.
+        config: what its arguments describe.
+        arguments: of the launcher, the file and flags.
+        is_shared: whether it is the other arm's.
+    """
+
+    file: str
     config: Config
     arguments: tuple[str, ...]
     is_shared: bool = False
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
 
     @property
     def checkpoint(self) -> Path | None:
@@ -60,7 +69,7 @@ class Stage:
 
     @property
     def iteration(self) -> int:
-        """Where it stands; 0 without a checkpoint."""
+        """How far it has come; 0 without a checkpoint."""
         return 0 if self.checkpoint is None else int(self.checkpoint.name.removeprefix("iter_"))
 
     @property
@@ -78,70 +87,61 @@ def read_stages(
     Raises:
         ConfigError: all that is wrong with the files as a chain, whatever is there to start from.
     """
-    own_flags = _flags_of_stages(flags, len(files))
-    given = _read_configs(files, flags, own_flags)
-    names = [Path(file).stem for file in files]
-    own_dirs = [
-        str(Path(runs) / name) if runs else config.run.run_dir for name, config in zip(names, given, strict=True)
-    ]
-    stages = _place(names, files, own_flags, given, own_dirs)
+    given = _read_files(files, flags)
+    own_dirs = [str(Path(runs) / stage.name) if runs else stage.config.run.run_dir for stage in given]
+    stages = _place_stages(given, own_dirs)
     if baseline:
         beside = [f"{os.path.normpath(run_dir)}{BASELINE}" for run_dir in own_dirs]
         num_shared = 0
-        while num_shared < len(stages) and _serves_both(stages[num_shared], beside[num_shared]):
+        while num_shared < len(stages) and _is_shared(stages[num_shared], beside[num_shared]):
             num_shared += 1
-        run_dirs = own_dirs[:num_shared] + beside[num_shared:]
-        stages = _place(names, files, own_flags, given, run_dirs, baseline_from=num_shared)
+        stages = _place_stages(given, own_dirs[:num_shared] + beside[num_shared:], baseline_from=num_shared)
     run_dirs = [os.path.normpath(stage.config.run.run_dir) for stage in stages]
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError([f"the run directories of the stages must differ, but they are {', '.join(run_dirs)}"])
     return stages
 
 
-def _read_configs(files: Sequence[str], flags: Sequence[str], own_flags: Sequence[Sequence[str]]) -> list[Config]:
+def _read_files(files: Sequence[str], flags: Sequence[str]) -> list[Stage]:
     """Each file with its flags; ConfigError for what is wrong with one of them, or with two that follow each other."""
     problems = [
         f"{flag} belongs to each stage and cannot be given to all of them; write it in the files"
         + (" (or use --baseline or --runs)" if "laver" in flag or "run-dir" in flag else "")
         for flag in (word.split("=", 1)[0] for word in flags)
-        if flag in _OF_EACH_STAGE
+        if flag in _STAGE_FLAGS
     ]
-    given: list[Config] = []
-    for file, own in zip(files, own_flags, strict=True):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load", nargs="?")
+    later_flags = parser.parse_known_args(flags)[1]
+    given: list[Stage] = []
+    for number, file in enumerate(files):
+        arguments = ["--config", file, *(later_flags if number else flags)]
         try:
-            given.append(read_command_line(["--config", file, *own]).config)
+            given.append(Stage(file, read_command_line(arguments).config, tuple(arguments)))
         except ConfigError as error:
             problems += error.problems
     if not problems:
-        pairs = zip(files[1:], given, given[1:], strict=False)
-        problems = [problem for file, before, config in pairs for problem in _link_problems(file, before, config)]
+        problems = [problem for before, stage in pairwise(given) for problem in _link_problems(before, stage)]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong with a flag is found with every file
     return given
 
 
-def _flags_of_stages(flags: Sequence[str], num_stages: int) -> list[list[str]]:
-    """The flags of each stage: all of them for the first, all but --load for the others."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--load", nargs="?")
-    return [list(flags), *([parser.parse_known_args(flags)[1]] * (num_stages - 1))]
-
-
-def _link_problems(file: str, before: Config, config: Config) -> list[str]:
+def _link_problems(before: Stage, stage: Stage) -> list[str]:
     """What keeps a stage from starting from the one before it."""
-    start = config.start
+    config, earlier, file = stage.config, before.config, stage.file
     problems = []
-    if _below(start.load, before.run.run_dir) not in _checkpoints_of(before):
+    if _path_within(config.start.load, earlier.run.run_dir) not in _checkpoints_of(earlier):
         problems.append(
-            f"{file}: load is {start.load}, but the stage before it leaves its last checkpoint in "
-            f"{before.run.run_dir}/checkpoints; set load to that"
+            f"{file}: load is {config.start.load}, but the stage before it leaves its last checkpoint in "
+            f"{earlier.run.run_dir}/checkpoints; set load to that"
         )
-    if not start.finetune:
+    if not config.start.finetune:
         problems.append(f"{file}: a stage takes only the weights of the one before; set finetune: true")
-    then = before.flat()
-    if None in (config.model.encoder_feature_layer, before.model.encoder_feature_layer):
+    then = earlier.flat()
+    if None in (config.model.encoder_feature_layer, earlier.model.encoder_feature_layer):
         del then["encoder_feature_layer"]  # the encoder decides; the stage is checked again when it starts
-    changes = unasked_changes(config, then, f"the stage before it ({before.run.run_dir}) has")
+    changes = unasked_changes(config, then, f"the stage before it ({earlier.run.run_dir}) has")
     return [*problems, *(f"{file}: {change}" for change in changes)]
 
 
@@ -153,7 +153,7 @@ def _checkpoints_of(before: Config) -> set[str]:
     return {"checkpoints", *(f"checkpoints/iter_{iteration:07d}" for iteration in iterations)}
 
 
-def _below(load: str | None, run_dir: str) -> str | None:
+def _path_within(load: str | None, run_dir: str) -> str | None:
     """The rest of `load` if it lies in `run_dir`."""
     if load is None or load.startswith(HF_PREFIX):
         return None
@@ -161,41 +161,33 @@ def _below(load: str | None, run_dir: str) -> str | None:
     return None if rest.split(os.sep)[0] == os.pardir else rest
 
 
-def _serves_both(stage: Stage, beside: str) -> bool:
-    """Whether a stage of the other arm is what the baseline's would be, and done; not if the latter was begun."""
+def _is_shared(stage: Stage, beside: str) -> bool:
+    """Whether a finished stage of the other arm serves the baseline, too; not if the baseline's own was begun."""
     begun = latest_checkpoint(Path(beside) / "checkpoints") is not None
     return not stage.config.objective.laver and not begun and stage.is_finished and not differences(stage)
 
 
-def _place(
-    names: Sequence[str],
-    files: Sequence[str],
-    flags: Sequence[Sequence[str]],
-    given: Sequence[Config],
-    run_dirs: Sequence[str],
-    *,
-    baseline_from: int | None = None,
-) -> list[Stage]:
+def _place_stages(given: Sequence[Stage], run_dirs: Sequence[str], *, baseline_from: int | None = None) -> list[Stage]:
     """The stages in their run directories, each one's --load in that of the one before. baseline_from: the first stage
     that is the baseline's own, those before being shared; None: none is."""
     stages = []
-    for i, (name, file, config) in enumerate(zip(names, files, given, strict=True)):
-        arguments = ["--config", file, *flags[i]]
-        if run_dirs[i] != config.run.run_dir:
+    for i, stage in enumerate(given):
+        arguments = [*stage.arguments]
+        if run_dirs[i] != stage.config.run.run_dir:
             arguments += ["--run-dir", run_dirs[i]]
-        if i > 0 and run_dirs[i - 1] != given[i - 1].run.run_dir:
-            rest = _below(config.start.load, given[i - 1].run.run_dir)
+        if i > 0 and run_dirs[i - 1] != (own_dir := given[i - 1].config.run.run_dir):
+            rest = _path_within(stage.config.start.load, own_dir)
             assert rest is not None
             arguments += ["--load", str(Path(run_dirs[i - 1]) / rest)]
-        if baseline_from is not None and config.objective.laver:
+        if baseline_from is not None and stage.config.objective.laver:
             arguments.append("--no-laver")
         is_shared = baseline_from is not None and i < baseline_from
-        stages.append(Stage(name, read_command_line(arguments).config, tuple(arguments), is_shared))
+        stages.append(Stage(stage.file, read_command_line(arguments).config, tuple(arguments), is_shared))
     return stages
 
 
 def check_stages(stages: Sequence[Stage], *, dry_run: bool = False) -> None:
-    """Checks all unfinished stages as far as that can be done before they start. dry_run: without shards, too.
+    """Checks of all unfinished stages what can be checked before they start. dry_run: also without shards.
 
     Raises:
         ConfigError: everything found, with the stages' names.
@@ -239,7 +231,8 @@ def differences(stage: Stage) -> list[str]:
         del now["visual_seq_length"]
     if now["encoder_feature_layer"] is None:  # the encoder's own
         del now["encoder_feature_layer"]
-    return [name for name in now if name not in _WITHOUT_EFFECT and now[name] != written.get(name)]
+    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
+    return [name for name in now if name in compared and now[name] != written.get(name)]
 
 
 def run_stages(stages: Sequence[Stage]) -> int:
@@ -254,15 +247,15 @@ def run_stages(stages: Sequence[Stage]) -> int:
             if changed := differences(stage):
                 say(f"{title}: {', '.join(changed)} differ now from what it was run with; remove it to run it again")
             continue
-        verb = f"going on at iteration {stage.iteration}" if stage.iteration else "starting"
+        verb = f"resuming at iteration {stage.iteration}" if stage.iteration else "starting"
         say(f"{title}: {verb} in {config.run.run_dir}")
         if status := _launch(stage.arguments):
-            say(f"{title}: ended with exit status {status}; once what it said is mended, the same command goes on")
+            say(f"{title}: ended with exit status {status}; fix what it reported; the same command then resumes")
             return status
         if not stage.is_finished:
             say(
                 f"{title}: stopped at iteration {stage.iteration} of {config.training.train_iters}; "
-                "the same command goes on"
+                "the same command resumes"
             )
             return EXIT_UNFINISHED
     return 0

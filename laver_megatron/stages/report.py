@@ -1,4 +1,4 @@
-"""What a chain of stages has done, a line for each: its language loss, what was frozen, and what has changed."""
+"""What each stage of a chain has done, in a line: its language loss, what was frozen, and what has changed."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def report_stages(stages: Sequence[Stage], *, compare_weights: bool) -> int:
             assert stage.checkpoint is not None and stage.config.start.load is not None
             changes = changes_of_modules(stage.config.start.load, stage.config.start.encoder, stage.checkpoint)
             weights = describe_changes(changes, stage.config.model.freeze)
-            if broken := broken_promises(changes, stage.config.model.freeze):
+            if broken := changed_though_frozen(changes, stage.config.model.freeze):
                 weights = f"FROZEN, BUT CHANGED: {', '.join(broken)}; {weights}"
                 status = 1
         else:
@@ -55,6 +55,6 @@ def describe_changes(changes: Mapping[str, ModuleChange], frozen: Sequence[str])
     return f"frozen and the same to the last bit: {frozen_text}; changed: {changed_text}"
 
 
-def broken_promises(changes: Mapping[str, ModuleChange], frozen: Sequence[str]) -> list[str]:
-    """Frozen modules that are not what they were. One that was made anew (such as a vision head) was not there."""
+def changed_though_frozen(changes: Mapping[str, ModuleChange], frozen: Sequence[str]) -> list[str]:
+    """Frozen modules that have changed. One that is new (such as a vision head) has not."""
     return [name for name in frozen if name in changes and changes[name].num_changed > 0]

@@ -12,7 +12,7 @@ DESCRIPTION = """
 Trains several stages in order, each from the one before: configuration files, then flags for all of them.
 
 On a cluster every node runs the same command, such as by srun --ntasks-per-node 1. A finished stage is skipped, an
-interrupted one goes on from its last checkpoint: the same command again does what is left. Any flag of `laver train` is
+interrupted one resumes from its last checkpoint: the same command does what is left. Any flag of `laver train` is
 passed on to all stages, --load to the first alone; those that each stage has of its own (--run-dir, --finetune,
 --laver) are refused. Exits with 0 when all stages are finished, 1 if a frozen weight has changed, 2 for bad input, 3 if
 a stage has stopped early (--exit-interval), else with that of the stage that failed.

@@ -13,8 +13,14 @@ from laver_megatron.studies.fit_output import PICTURES, TABLES, measured_text, s
 from laver_megatron.studies.fitted_study import FitSettings, fit_study
 from laver_megatron.studies.pairs import compare_pairs
 from laver_megatron.studies.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
-from laver_megatron.studies.study import CONTINUED_TRAINING, SEED_COLUMN, Study, study_of_csv, study_of_registry
-from laver_megatron.studies.study_settings import OF_THE_LOSS
+from laver_megatron.studies.study import (
+    CONTINUED_TRAINING,
+    OF_THE_LOSS,
+    SEED_COLUMN,
+    Study,
+    study_of_csv,
+    study_of_registry,
+)
 
 DESCRIPTION = """
 Fits L(N, D) = E + A / N^a + B / D^b to the runs of a study: tables (JSON, CSV) and pictures (PNG).
@@ -90,11 +96,7 @@ def _column_and_value(text: str) -> tuple[str, str]:
 
 
 def fit_and_write(options: argparse.Namespace) -> None:
-    """Nothing is written unless everything could be fitted, or compared.
-
-    Raises:
-        ValueError: as reading and fitting do, or options that fit nothing.
-    """
+    """Writes nothing unless everything could be fitted, or compared. Raises ValueError for the reasons why not."""
     if problems := [*_problems(options)]:
         raise ValueError("; ".join(problems))
     column = options.column or ("validation.last.lm_loss" if options.registry else "loss")

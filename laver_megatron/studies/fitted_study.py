@@ -107,15 +107,12 @@ def compare_laws(
     baseline: FittedArm, treated: FittedArm, budgets_X: ArrayLike, level: float = 0.95
 ) -> list[Difference]:
     """Both arms at the sizes and tokens of the baseline's runs, with equal data and with equal FLOPs, and at these
-    budgets (FLOPs), each arm at its own best size.
-
-    Raises:
-        ValueError: the arms have no resamples, not the same number of them, or another column.
-    """
+    budgets (FLOPs), each arm at its own best size. Both are fitted to the same column with as many resamples."""
     arms = (baseline, treated)
-    _check_arms(arms)
+    runs, others = baseline.fit.observations, treated.fit.observations
+    assert (runs.column, runs.ceiling) == (others.column, others.ceiling), (runs.column, others.column)
     laws = [arm.fit.resampled for arm in arms if arm.fit.resampled is not None]
-    runs = baseline.fit.observations
+    assert len(laws) == 2 and laws[0].parameters_5.shape == laws[1].parameters_5.shape, "resampled alike"
     size_X, tokens_X = np.unique(np.stack([runs.size_R, runs.tokens_R]), axis=1)
     fewer_X = treated.cost.tokens(size_X, baseline.cost.flops(size_X, tokens_X))
     rows: list[Difference] = []
@@ -131,18 +128,6 @@ def compare_laws(
     places = [(of_arm.size_X, of_arm.tokens_X) for of_arm in best]
     interval = percentiles(values[1] - values[0], level)
     return rows + [*_differences(BEST_AT_FLOPS, arms, places, [budgets_X, budgets_X], interval)]
-
-
-def _check_arms(arms: Sequence[FittedArm]) -> None:
-    ours, theirs = (arm.fit.observations for arm in arms)
-    if (ours.column, ours.ceiling) != (theirs.column, theirs.ceiling):
-        raise ValueError(
-            f"{arms[0].name} was fitted to {ours.column} (ceiling {ours.ceiling}), {arms[1].name} to {theirs.column} "
-            f"(ceiling {theirs.ceiling}); compare the same column"
-        )
-    numbers = [0 if arm.fit.resampled is None else len(arm.fit.resampled.parameters_5) for arm in arms]
-    if numbers[0] != numbers[1] or not numbers[0]:
-        raise ValueError(f"a comparison needs the same number of resamples of both arms, above 0, not {numbers}")
 
 
 def _differences(
@@ -212,7 +197,8 @@ def fit_study(arms: Mapping[str, ArmRuns], settings: FitSettings, notes: Sequenc
     if settings.num_resamples == 0:
         laws = ", and the laws of the arms are not compared" if len(fitted) == 2 else ""
         gathered.append(f"no resamples: parameters without intervals{laws}")
-    budgets_X = _budgets(fitted, settings.budgets)
+    flops = np.concatenate([arm.flops_R for arm in fitted])
+    budgets_X = np.unique([*np.geomspace(flops.min(), flops.max(), _NUM_BUDGETS), *settings.budgets])
     measured = None
     differences: list[Difference] = []
     if len(fitted) == 2:
@@ -220,7 +206,12 @@ def fit_study(arms: Mapping[str, ArmRuns], settings: FitSettings, notes: Sequenc
         gathered += measured.notes
         if settings.num_resamples > 0:
             differences = compare_laws(fitted[0], fitted[1], budgets_X, settings.level)
-    gathered += [*_residual_notes(fitted, measured), *_comparison_notes(differences)]
+    gathered += _residual_notes(fitted, measured)
+    if outside := [row for row in differences if row.outside]:
+        gathered.append(
+            f"{len(outside)} of {len(differences)} differences between the laws are outside the runs (marked): N or D "
+            "is beyond those of an arm's runs, and its law is extrapolated"
+        )
     extrapolations = tuple(leave_largest_out(arm.fit) for arm in fitted)
     return FittedStudy(
         tuple(fitted), budgets_X, extrapolations, measured, tuple(differences), tuple(gathered), settings
@@ -247,11 +238,6 @@ def _fit_arm(name: str, runs: ArmRuns, settings: FitSettings, arms: Mapping[str,
     return FittedArm(name, fit, cost)
 
 
-def _budgets(arms: Sequence[FittedArm], more: Sequence[float]) -> Array:
-    flops = np.concatenate([arm.flops_R for arm in arms])
-    return np.unique([*np.geomspace(flops.min(), flops.max(), _NUM_BUDGETS), *more])
-
-
 def _residual_notes(arms: Sequence[FittedArm], measured: PairedComparison | None) -> Iterator[str]:
     """What makes laws useless: runs that lie far off them, or farther than the arms lie apart."""
     worst_error = 0.0
@@ -273,11 +259,3 @@ def _residual_notes(arms: Sequence[FittedArm], measured: PairedComparison | None
                 f"the laws miss their runs by more (up to {worst_error:.2%} on average) than the pairs of "
                 f"runs differ ({apart:.2%}): read the measured differences, not those of the laws"
             )
-
-
-def _comparison_notes(differences: Sequence[Difference]) -> Iterator[str]:
-    if outside := [row for row in differences if row.outside]:
-        yield (
-            f"{len(outside)} of {len(differences)} differences between the laws are outside the runs (marked): N or D "
-            "is beyond those of an arm's runs, and its law is extrapolated"
-        )

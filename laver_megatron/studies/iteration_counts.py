@@ -1,7 +1,7 @@
-"""What the iterations of a run will hold, counted before it starts: from the plan of its packs, exactly.
+"""What the iterations of a run will hold, counted exactly from the plan of its packs before it starts.
 
 Packs are a pure function of the data, so tokens, images and mask areas of every iteration are known without reading a
-picture. What a run counts itself differs only where samples turn out bad when they are read.
+picture. The run's own counts differ only where samples turn out to be unreadable.
 
 Letters: I samples, P packs, K pictures of all samples, C counts of COUNTS.
 """
@@ -12,39 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.config.fields import Config
-from laver_megatron.data.batch.loader import PackReader
+from laver_megatron.data.batch.pack_reader import PackReader
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.plan import Source
+from laver_megatron.data.plan.plan import SampleSizes
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
 
 # What `step_flops` asks for.
 COUNTS = (
-    "num_tokens",
-    "lm_span_area",
-    "num_visual_tokens",
-    "reconstruction_span_area",
-    "num_images",
-    "image_window_area",
-)
+    "num_tokens", "lm_span_area", "num_visual_tokens", "reconstruction_span_area", "num_images", "image_window_area",
+)  # fmt: skip
 
 
 class IterationCounts:
-    """Sums of COUNTS over the first iterations of a run, exactly.
+    """Sums of COUNTS over the first iterations of a run.
 
-    config: of any run on these data; read are its batch and attention. window_tokens: side of the encoder's windows,
-    None if it has none.
+    Args:
+        config: of any run on these data; only its batch and attention matter.
+        window_tokens: side of the encoder's windows, None if it has none.
     """
 
     def __init__(self, reader: PackReader, config: Config, window_tokens: int | None = None) -> None:
         self.plan, self.global_batch_size = reader.plan, config.data.global_batch_size
-        self._counts_IC = np.concatenate(
-            [
-                _sample_counts(index, source, reader.maker.preprocessor, config.model.attention, window_tokens)
-                for index, source in zip(reader.maker.indexes, self.plan.sources, strict=True)
-            ]
-        )
+        self._counts_IC = np.concatenate([
+            _sample_counts(index, source, reader.maker.preprocessor, config.model.attention, window_tokens)
+            for index, source in zip(reader.maker.indexes, self.plan.sources, strict=True)
+        ])  # fmt: skip
         self._sums_PC = np.zeros((1, len(COUNTS)), np.int64)  # of the packs before each one, as far as they are known
         self._next_window = 0
 
@@ -85,13 +79,13 @@ class IterationCounts:
 
 
 def _sample_counts(
-    index: ShardIndex, source: Source, preprocessor: ImagePreprocessor, attention: str, window_tokens: int | None
+    index: ShardIndex, source: SampleSizes, preprocessor: ImagePreprocessor, attention: str, window_tokens: int | None
 ) -> NDArray[np.int64]:
-    """COUNTS of every sample as a document of its own, int64 `[I, C]`; of no meaning where it cannot be used."""
+    """COUNTS of every sample as a separate document, int64 `[I, C]`; meaningless for unusable samples."""
     sizes, size_K = np.unique(
         np.stack([index.image_width_P, index.image_height_P], axis=1), axis=0, return_inverse=True
     )
-    # 0 x 0 is a picture whose size could not be read: its sample is never planned.
+    # 0 x 0 is a picture whose size could not be read; its sample is never planned.
     grids = [preprocessor.grid(width, height) if width else (0, 0) for width, height in sizes.tolist()]
     tokens_K, windows_K = (
         np.array([count(grid) for grid in grids], np.int64)[size_K.reshape(-1)]

@@ -12,8 +12,8 @@ A column that rises toward a limit (a similarity toward 1) is fitted as the dist
 falls like a loss. Values of the law are always in the column's own units.
 
 FLOPs are those the runs counted, LaVer's overhead included. Per token they are c0 + c1 N to a good approximation (image
-encoder and attention in c0, the decoder's products in c1), which extends to sizes nobody has run. Plain points without
-FLOPs are taken at 6 N a token.
+encoder and attention in c0, the decoder's products in c1), which extends to sizes that were not run. Plain points
+without FLOPs cost 6 N a token.
 
 Letters: R runs, K laws (resamples), X points anywhere; the last dimension 5 is `PARAMETERS`.
 """
@@ -180,10 +180,7 @@ _AT_BOUND = {
 def fit_law(runs: Observations, *, num_resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Fit:
     """The law of these runs and, with num_resamples > 0, those of as many resamples of them.
 
-    delta: where the Huber loss of a log residual turns from quadratic to linear.
-
-    Raises:
-        ValueError: as `check_fittable` and `resample`.
+    delta: where the Huber loss of a log residual turns from quadratic to linear. Raises as `check_fittable` does.
     """
     check_fittable(runs)
     problem = _Problem(runs, delta)
@@ -208,8 +205,8 @@ def fit_law(runs: Observations, *, num_resamples: int = 1000, seed: int = 0, del
 
 
 def resample(runs: Observations, num_resamples: int, generator: np.random.Generator) -> Array:
-    """How often each run is drawn, [K, R], with replacement. A draw that could not determine a law by itself (fewer
-    different runs than parameters, or than three different sizes or amounts of tokens) is drawn again.
+    """How often each run is drawn, [K, R], with replacement. A draw that does not determine a law (fewer different runs
+    than parameters, or fewer than three different sizes or amounts of tokens) is drawn again.
 
     Raises:
         ValueError: the runs are no more than the parameters.
@@ -221,7 +218,7 @@ def resample(runs: Observations, num_resamples: int, generator: np.random.Genera
             "add runs, or fit without bootstrap (0 resamples)"
         )
     weights_KR: list[Array] = []
-    while len(weights_KR) < num_resamples:  # ends: even of six runs, each size and amount there once, a tenth pass
+    while len(weights_KR) < num_resamples:  # ends: even of the worst six runs a tenth pass
         indexes = generator.integers(0, num_runs, num_runs)
         spread = (num_distinct(runs.size_R[indexes]), num_distinct(runs.tokens_R[indexes]))
         if len(set(indexes.tolist())) >= len(PARAMETERS) and min(spread) >= NEEDED_DISTINCT:

@@ -80,7 +80,7 @@ def compare_pairs(arms: Mapping[str, ArmRuns], baseline: str, level: float = 0.9
     """Compares two arms by their pairs of runs.
 
     Raises:
-        ValueError: other than two arms, or none of them the baseline; values that are no numbers.
+        ValueError: not two arms, or neither is the baseline; values that are not numbers.
     """
     if len(arms) != 2:
         raise ValueError(

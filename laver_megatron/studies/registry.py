@@ -1,8 +1,8 @@
 """The runs of a study as one table, read from the `run_summary.json` that each of them left.
 
 A column is the path to a value in that file, with dots (`validation.last.lm_loss`), or its end where that is
-unambiguous (`laver` for `config.laver`). What cannot be part of a fit is named with its reason, and refused unless it
-is to be left out:
+unambiguous (`laver` for `config.laver`). Runs that cannot be part of a fit are refused by name and reason, unless they
+are to be left out:
 
     unfinished   state is not finished, or there is a run directory without a summary
     nan          a number is NaN, infinite, or null, which is how a run writes these
@@ -173,7 +173,7 @@ class Registry:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number that 64 bits can hold."""
+    """Whether it is a finite number within the range of a float."""
     is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
     return is_numeric and abs(value) <= sys.float_info.max  # of NaN false
 
@@ -228,7 +228,7 @@ def _run_directories(paths: Sequence[str | Path]) -> list[Path]:
             raise ValueError(f"{path} does not exist")
         if path.is_file():
             if path.name != FILE_NAME:
-                raise ValueError(f"{path} is no {FILE_NAME}")
+                raise ValueError(f"{path} is not a {FILE_NAME}")
             found.append(path.parent)
             continue
         found += [file.parent for file in path.rglob(FILE_NAME)]
@@ -269,13 +269,13 @@ def _damage(columns: Mapping[str, Any]) -> Iterator[str]:
         yield f"lacks {', '.join(missing)}"
     for name, value in columns.items():
         if name in _NUMBERS and not (is_number(value) and value >= 0):
-            yield f"says {name} is {_short(value)}, no number from 0 on"
+            yield f"has {name} {_short(value)}, which must be a number of at least 0"
         elif name in _INTEGERS and value != int(value):
-            yield f"says {name} is {_short(value)}, no whole number"
+            yield f"has {name} {_short(value)}, which must be an integer"
         elif name in _TEXTS and not isinstance(value, str):
-            yield f"says {name} is {_short(value)}, no text"
+            yield f"has {name} {_short(value)}, which must be a string"
     if isinstance(state := columns.get("state"), str) and state not in (FINISHED, UNFINISHED):
-        yield f"says state is {state!r}, neither {FINISHED} nor {UNFINISHED}"
+        yield f"has state {state!r}, which must be {FINISHED} or {UNFINISHED}"
     if not any(name.startswith("config.") for name in columns):
         yield "lacks config"
 

@@ -1,16 +1,20 @@
-"""The arms of a study and their runs: from the summaries of runs, or from a CSV of plain points."""
+"""The arms of a study and their runs, from the summaries of runs or a CSV of plain points; and by which settings runs
+differ, where only size, amount of data and arm should.
+"""
 
 import csv
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from laver_megatron.config.fields import fields_of
+from laver_megatron.run_log.run_summary import MANIFEST, hashed_settings
 from laver_megatron.studies.law import SIX_N_D
-from laver_megatron.studies.observations import Array, Observations
-from laver_megatron.studies.registry import SIZE_PARTS, Registry, is_number, is_value, read_registry
-from laver_megatron.studies.study_settings import check_equal_settings, setting_notes
+from laver_megatron.studies.observations import Array, Observations, cluster
+from laver_megatron.studies.registry import SIZE_PARTS, Registry, RunRecord, is_number, is_value, read_registry, text_of
 
 ALL_RUNS = "all runs"
 SEED_COLUMN = "seed"
@@ -18,6 +22,11 @@ CONTINUED_TRAINING = (
     "Qwen2.5 checkpoints are pretrained: a law of runs that start from them is one of continued training. D counts the "
     "tokens of these runs alone, and E, A and B hold for this start only."
 )
+# What makes a size, and an amount of data.
+_LADDER_SETTINGS = {"load", "model", "encoder", "train_iters"}
+# With other data or validation, a difference of two losses says nothing of the arms.
+OF_THE_LOSS = {item.name for item in fields_of("data")} | {"eval_iters"}
+_DATA_PATH = "config.data_path"
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,11 @@ def study_of_registry(
     leave_out: Collection[str] = (),
     allow_differences: Collection[str] = (),
 ) -> Study:
-    """The arms of the runs in these places.
+    """The arms of the runs in these places. Raises as `read_registry`, `Registry` and `check_equal_settings`.
 
-    where: columns and the values that runs must have there. allow_differences: settings of data and validation that
-    may differ between two arms.
-
-    Raises:
-        ValueError: as `read_registry`, the methods of `Registry` and `check_equal_settings`.
+    Args:
+        where: columns and the values that runs must have there.
+        allow_differences: settings of data and validation that may differ between two arms.
     """
     registry = read_registry(paths, leave_out)
     for name, value in where:
@@ -98,7 +105,7 @@ def study_of_registry(
 
 
 def _check_column(tables: dict[str, Registry], column: str) -> None:
-    """An arm of which no run has the column is no accident, such as LaVer's monitors in the baseline."""
+    """Refuses a column that an arm lacks altogether, such as LaVer's monitors in the baseline."""
     without = [name for name, table in tables.items() if not any(is_number(run.value(column)) for run in table.runs)]
     if len(without) == len(tables):
         raise ValueError(f"no run has a number in {column}; choose another column")
@@ -120,14 +127,14 @@ def study_of_csv(
     flops_column: str = "FLOPs",
     ceiling: float | None = None,
 ) -> Study:
-    """The arms of plain points: a CSV with a header, a line for each run. Without tokens these follow from FLOPs at 6 N
-    a token.
+    """The arms of plain points: a CSV with a header and a line for each run. A missing column of tokens follows from
+    FLOPs at 6 N a token.
 
     where: columns and the values that points must have there.
 
     Raises:
-        ValueError: a column is missing or there twice, a line has more cells than the header, is there twice, or has a
-            cell that is no number, with the lines.
+        ValueError: missing or duplicate columns; lines, by number, that are duplicates, have more or fewer cells than
+            the header, or a cell that is not a number.
     """
     header, rows = _read_csv(path)
     needed = [size_column, column, *([arm_by] if arm_by else []), *(name for name, _ in where)]
@@ -187,7 +194,7 @@ def _read_csv(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
 def _number(path: Path, line: int, column: str, text: str) -> float:
     number = _number_or_text(text)
     if isinstance(number, str):
-        raise ValueError(f"{path}, line {line}: {column} is {text!r}, no number")
+        raise ValueError(f"{path}, line {line}: {column} is {text!r}, not a number")
     return number
 
 
@@ -196,3 +203,97 @@ def _number_or_text(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def varying_settings(arm: Registry) -> list[str]:
+    """Settings that decide a run's numbers and differ between the runs of one arm, other than those of its ladder.
+    Subsets of the data are amounts where the sweep that made the runs says so, which checked that they are nested."""
+    names = [f"config.{name}" for name in sorted(hashed_settings(_all_laver([arm])) - _LADDER_SETTINGS)]
+    varying = [name for name in names if len({repr(run.value(name)) for run in arm.runs}) > 1]
+    if _DATA_PATH in varying and all(map(_sees_its_amount, arm.runs)):
+        varying.remove(_DATA_PATH)
+    return varying
+
+
+def setting_notes(arm: Registry) -> list[str]:
+    """What a reader should know of the settings by which the runs of one arm differ."""
+    varying, notes = varying_settings(arm), []
+    if _DATA_PATH in varying and _follows_tokens(arm):
+        varying.remove(_DATA_PATH)
+        notes.append(
+            f"{_DATA_PATH} changes with the number of tokens: right where these are nested subsets "
+            "(tools/subset_shards.py); what else differs between the data, the law takes for an effect of D"
+        )
+    if varying:
+        notes.append(f"the runs also differ in {', '.join(varying)}, which the law takes for noise")
+    return notes
+
+
+def _all_laver(arms: Collection[Registry]) -> bool:
+    return all(run.value("config.laver") for arm in arms for run in arm.runs)
+
+
+def _follows_tokens(arm: Registry) -> bool:
+    """Whether each amount of data has one path, and each path one amount."""
+    amounts = cluster(np.array([run.value("tokens.total") for run in arm.runs], dtype=float)).tolist()
+    paths = [run.value(_DATA_PATH) for run in arm.runs]
+    return len(set(zip(paths, amounts, strict=True))) == len(set(paths)) == len(set(amounts))
+
+
+def _sees_its_amount(run: RunRecord) -> bool:
+    """Whether the manifest of the run's sweep names its data as the amount."""
+    path = run.path.resolve().parent.parent / MANIFEST
+    if not path.is_file():
+        return False
+    own = run.value("config_hash"), str(run.value("seed"))
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if (line.get("config_hash"), line.get("seed")) == own]
+    return bool(lines) and json.dumps([lines[0].get("amount")]) == run.value(_DATA_PATH)
+
+
+def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Collection[str] = ()) -> list[str]:
+    """Notes on the settings that differ between two arms beside the one that makes them.
+
+    Args:
+        arm_by: the column that makes the arms; `laver` covers LaVer's own settings.
+        allowed: settings that may differ although the arms' losses are then of other data.
+
+    Raises:
+        ValueError: the arms differ in their data or validation, with both values and the remedy.
+    """
+    names = hashed_settings(_all_laver(arms.values())) - {"laver", "train_iters", arm_by.removeprefix("config.")}
+    found = {name: values for name in sorted(names) if (values := _difference(arms, f"config.{name}"))}
+    refused = [name for name in found if name in OF_THE_LOSS and name not in allowed]
+    if refused:
+        lines = "".join(f"\n  - {name}: {found[name]}" for name in refused)
+        raise ValueError(
+            f"{' and '.join(arms)} cannot be compared: their runs differ in data or validation:{lines}\n  make them "
+            f"alike, or compare them anyway with --allow-differences {' '.join(refused)}"
+        )
+    return [
+        f"{' and '.join(arms)} also differ in {name} ({values}): what differs between them may come from that"
+        for name, values in found.items()
+    ]
+
+
+def _difference(arms: Mapping[str, Registry], column: str) -> str | None:
+    """Both arms' values at the first place of the ladder where they differ; None where they don't. Places are size and
+    tokens; size alone, or nothing, where the arms share none."""
+    for place in (lambda run: (run.size(), run.value("tokens.total")), RunRecord.size, lambda run: None):
+        ours, theirs = (_values(arm, column, place) for arm in arms.values())
+        if shared := [key for key in ours if key in theirs]:
+            break
+        if column == "config.lr_warmup_iters":
+            return None  # follows the iterations, of which other amounts of data have others
+    for key in shared:
+        if ours[key] != theirs[key]:
+            both = zip((ours[key], theirs[key]), arms, strict=True)
+            return ", ".join(f"{' and '.join(sorted(values))} in {name}" for values, name in both)
+    return None
+
+
+def _values(arm: Registry, column: str, place: Callable[[RunRecord], Hashable]) -> dict[Hashable, set[str]]:
+    values: dict[Hashable, set[str]] = {}
+    for run in arm.runs:
+        values.setdefault(place(run), set()).add(text_of(run.value(column)))
+    return values

@@ -51,11 +51,11 @@ class SweepRun:
 
 
 def sweep_runs(options: SweepOptions) -> list[SweepRun]:
-    """All runs, the cheapest first. Nothing is written, but for the counts that are kept beside an index.
+    """All runs, the cheapest first. Writes nothing except the counts that are kept beside an index.
 
     Raises:
-        ConfigError: all that keeps runs from being made or from starting; data that cannot be opened; amounts that the
-            data do not hold or that buy no iteration; runs that would be the same.
+        ConfigError: everything that keeps runs from being made or from starting; data that cannot be opened; amounts
+            beyond the data or below one iteration; runs that would be the same.
     """
     sizes = with_visual_budget(read_sizes(options))
     maker = _RunMaker(options, sizes)
@@ -87,7 +87,7 @@ class _RunMaker:
         return _grouped(self._problems)
 
     def make(self, size: Size, amount: str, arm: str, seed: int) -> SweepRun | None:
-        """None where the amount cannot be had, which is a problem more."""
+        """None, and a problem, where the data do not hold the amount or it is below one iteration."""
         options = self.options
         config = size.config.replace(laver=ARMS[arm], seed=seed)
         if options.amount_kind == "subsets":
@@ -99,8 +99,7 @@ class _RunMaker:
         except ValueError as error:
             self._problems.setdefault(str(error), []).append(name)
             return None
-        cost = data.flops(size.flops, config, num_iterations)
-        counts = data.counts(num_iterations)
+        cost, counts = data.flops(size.flops, config, num_iterations), data.counts(num_iterations)
         return SweepRun(
             name=name,
             config=self._configured(size, config, name, num_iterations),
@@ -119,11 +118,10 @@ class _RunMaker:
         kind, epochs = self.options.amount_kind, self.options.max_epochs
         most = data.iterations_in(epochs)
         if kind == "subsets":
-            if data.iterations_in(1) == 0:
-                raise ValueError(
-                    f"its packs are fewer than one iteration's {config.data.global_batch_size}; choose more samples"
-                )
-            return data.iterations_in(1)
+            if number := data.iterations_in(1):
+                return number
+            batch = config.data.global_batch_size
+            raise ValueError(f"its packs are fewer than one iteration's {batch}; choose more samples")
         counts: dict[str, Callable[[int], int]] = {
             "iterations": lambda number: number,
             "tokens": lambda number: data.counts(number)["num_tokens"],
@@ -148,10 +146,9 @@ class _RunMaker:
             config = config.replace(lr_warmup_iters=round(options.lr_warmup_share * num_iterations))
         if options.lr_exponent is not None:
             ratio = (size.num_parameters / self.smallest.num_parameters) ** -options.lr_exponent
-            # Four digits, which people can read, are nearer than any rate is known.
-            config = config.replace(
-                lr=float(f"{config.training.lr * ratio:.4g}"), min_lr=float(f"{config.training.min_lr * ratio:.4g}")
-            )
+            # Four digits are readable, and more precise than any rate needs to be.
+            rates = {"lr": config.training.lr * ratio, "min_lr": config.training.min_lr * ratio}
+            config = config.replace(**{name: float(f"{rate:.4g}") for name, rate in rates.items()})
         return config
 
     def _counts_of(self, size: Size, config: Config) -> IterationCounts:
@@ -188,13 +185,13 @@ def _duplicates(runs: Sequence[SweepRun]) -> Iterator[str]:
     same: dict[tuple[str, int], list[SweepRun]] = {}
     for run in runs:
         same.setdefault((config_hash(run.config), run.config.training.seed), []).append(run)
-    # Every size, arm and seed has the amounts that are too near each other; one of them is told.
-    told: dict[tuple[str, ...], list[str]] = {}
+    # Every size, arm and seed has the amounts that are too close; one of them is named.
+    by_amounts: dict[tuple[str, ...], list[str]] = {}
     for runs_alike in same.values():
         if len(runs_alike) > 1:
             amounts = tuple(run.amount for run in runs_alike)
-            told.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
-    for cases in told.values():
+            by_amounts.setdefault(amounts, []).append(" and ".join(run.name for run in runs_alike))
+    for cases in by_amounts.values():
         more = f" (as {len(cases) - 1} more)" if len(cases) > 1 else ""
         yield f"{cases[0]} would be the same run{more}; leave out all but one of their amounts or models"
 

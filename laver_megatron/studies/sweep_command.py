@@ -75,11 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_sweep(options: SweepOptions) -> None:
-    """Works out and writes what the options ask for.
-
-    Raises:
-        ValueError, OSError: as `sweep_runs` and `write_sweep`.
-    """
+    """Works out the runs, writes them, and prints a table and notes."""
     runs, output = sweep_runs(options), options.output
     write_sweep(runs, output, options.gpus_per_node)
     print(table(runs))

@@ -1,4 +1,4 @@
-"""What a sweep leaves for its runs: a configuration each, a manifest, and the scripts that run them."""
+"""The files of a sweep: a configuration for each run, a manifest, and the scripts that run them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def write_sweep(runs: Sequence[SweepRun], output: Path, gpus_per_node: int) -> N
     """Writes configs/NAME.yaml, manifest.csv, run.sh, array.sh and submit.sh; all of it or nothing.
 
     Raises:
-        ValueError: runs whose GPUs are no whole nodes.
+        ValueError: runs whose GPUs do not fill whole nodes.
         OSError: the directory cannot be written.
     """
     nodes = [num_nodes(run, gpus_per_node) for run in runs]
@@ -128,13 +128,13 @@ def write_sweep(runs: Sequence[SweepRun], output: Path, gpus_per_node: int) -> N
 
 
 def num_nodes(run: SweepRun, gpus_per_node: int) -> int:
-    """Nodes that a run's GPUs make. Raises ValueError if the last would not be full."""
+    """How many nodes a run's GPUs fill. Raises ValueError if the last would not be full."""
     num_gpus = run.size.num_gpus
     if gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node {gpus_per_node}: a node has at least one")
     if num_gpus > gpus_per_node and num_gpus % gpus_per_node:
         raise ValueError(
-            f"{run.size.name}: {num_gpus} GPUs are no whole nodes of {gpus_per_node}; use --num-gpus "
+            f"{run.size.name}: {num_gpus} GPUs do not fill whole nodes of {gpus_per_node}; use --num-gpus "
             f"{-(-num_gpus // gpus_per_node) * gpus_per_node}, or say what a node has with --gpus-per-node"
         )
     return max(1, num_gpus // gpus_per_node)

@@ -1,6 +1,6 @@
 """The sizes of a sweep: what is asked for, and a configuration with its model, encoder and GPUs for each size.
 
-A size is a configuration: a file of its own, or the base file with a model's directory. All sizes read the same packs.
+A size is a configuration: a separate file, or the base file with a model's directory. All sizes read the same packs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from laver_megatron.config.command_line import read_command_line
 from laver_megatron.config.fields import Config, ConfigError, fields_of
-from laver_megatron.data.batch.dataset import open_reader
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.encoders import read_encoder
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import PackReader, open_reader
+from laver_megatron.encoders import open_preprocessor, read_encoder
 from laver_megatron.flops.step import ModelFlops, decoder_layer_flops, run_flops
 from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
 from laver_megatron.start import HF_PREFIX, find_start
@@ -110,8 +111,8 @@ def read_sizes(options: SweepOptions) -> list[Size]:
     """The sizes in the order of their parameters.
 
     Raises:
-        ConfigError: files and flags that cannot be read; models that are named twice or of which a run would not know
-            what to see; data that differ between them.
+        ConfigError: files and flags that cannot be read; models that are named twice; runs without validation; data
+            that differ between the sizes.
     """
     if problems := [*_option_problems(options)]:
         raise ConfigError(problems)
@@ -157,7 +158,7 @@ def _option_problems(options: SweepOptions) -> Iterator[str]:
     yield from _amount_problems(options.amount_kind, options.amounts)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         yield (
-            f"--output {options.output} is there already; name another (the registry takes the runs of several "
+            f"--output {options.output} exists already; name another (the registry takes the runs of several "
             "sweeps together), or remove it with the runs in it"
         )
 
@@ -166,9 +167,9 @@ def _amount_problems(kind: str, amounts: Sequence[str]) -> Iterator[str]:
     if kind == "subsets":
         yield from _subset_problems(amounts)
     else:
-        whole = ", whole ones" if kind == "iterations" else ""
-        bad = [amount for amount in amounts if not _is_amount(amount, whole=bool(whole))]
-        yield from (f"--{kind} {amount}: give numbers above 0{whole}" for amount in bad)
+        kind_of_number = "integer" if kind == "iterations" else "number"
+        bad = [amount for amount in amounts if not _is_amount(amount, whole=kind == "iterations")]
+        yield from (f"--{kind} {amount}: must be a positive {kind_of_number}" for amount in bad)
         if bad:
             return
     labels = [amount_label(kind, amount) for amount in amounts]
@@ -244,8 +245,8 @@ def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
     for name in sorted(names):
         values = {str(size.config.flat()[name]): size.name for size in sizes}
         if len(values) > 1:
-            shown = ", ".join(f"{value} ({size})" for value, size in values.items())
-            yield f"the models' files must read the same data, but {name} is {shown}"
+            found = ", ".join(f"{value} ({size})" for value, size in values.items())
+            yield f"the models' files must read the same data, but {name} is {found}"
 
 
 def varying_settings(sizes: Sequence[Size]) -> list[str]:
@@ -270,6 +271,8 @@ def with_visual_budget(sizes: Sequence[Size]) -> list[Size]:
 def open_training_data(size: Size, config: Config) -> PackReader:
     """A reader of the training data of a run of this size. Raises ConfigError for data that cannot be opened."""
     try:
-        return open_reader(config, config.data.data_path, size.model_dir, size.encoder_dir, training=True)
+        preprocessor = open_preprocessor(size.encoder_dir, config.data.max_image_tokens)
+        spec = DataSpec.of(config, config.data.data_path, training=True)
+        return open_reader(spec, load_tokenizer(size.model_dir), preprocessor)
     except (ValueError, OSError) as error:
         raise ConfigError([f"{size.name}: {error}"]) from None

@@ -22,10 +22,11 @@ from torch import Tensor
 from laver_megatron import train
 from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.config.fields import Config
-from laver_megatron.data.batch import dataset
-from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
+from laver_megatron.data.batch import run_data
+from laver_megatron.data.batch.packing import EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.plan.plan import PlanMark
+from laver_megatron.objective.language import IGNORE_LABEL
 from tests.distributed.harness import Layout
 
 VOCABULARY, SEQ_LENGTH, VISUAL_SEQ_LENGTH, PACKS_PER_STEP = 128, 64, 32, 8
@@ -118,7 +119,7 @@ class SyntheticPlan:
     def mark(self, number: int) -> PlanMark:
         return PlanMark(number // 2, number, "synthetic")
 
-    def go_on_from(self, mark: PlanMark) -> None:
+    def resume_from(self, mark: PlanMark) -> None:
         self.went_on_from = mark
 
 
@@ -192,9 +193,9 @@ class SyntheticReader:
 def synthetic_data() -> Iterator[None]:
     """`train.setup` without a tokenizer, a preprocessor and shards."""
     with (
-        mock.patch.object(dataset, "load_tokenizer"),
-        mock.patch.object(dataset, "open_preprocessor"),
-        mock.patch.object(dataset, "open_dataset", lambda paths, *_, **__: SyntheticReader(paths[0])),
+        mock.patch.object(run_data, "load_tokenizer"),
+        mock.patch.object(run_data, "open_preprocessor"),
+        mock.patch.object(run_data, "open_reader", lambda spec, *_: SyntheticReader(spec.paths[0])),
     ):
         yield
 

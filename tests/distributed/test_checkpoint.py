@@ -228,7 +228,7 @@ def test_other_data_are_refused(pool, assets, tmp_path):
     """A position in one order of packs says nothing in another."""
     config = make_config(assets, tmp_path)
     pool.run(write_progress, Layout(), config)
-    with pytest.raises(AssertionError, match=r"stands at pack \d+ of other data"):
+    with pytest.raises(AssertionError, match=r"is at pack \d+ of other data"):
         pool.run(read_other_data, Layout(), config)
 
 

@@ -461,7 +461,7 @@ def write_random_weights(directory: Path, config: dict) -> dict[str, str]:
     writer, generator, checksums = SafetensorsWriter([plan], directory), np.random.default_rng(72), {}
     for place in plan.places:
         digest = xxhash.xxh3_128()
-        for start, stop in row_blocks(place.size[0], place.row_bytes, 256 << 20):
+        for start, stop in row_blocks(place.size, place.dtype, 256 << 20):
             bits = np.frombuffer(generator.bytes((stop - start) * place.row_bytes), np.uint8).view(np.int16).copy()
             bits &= ~0x4000  # the highest bit of the exponent: what is left is below 2
             digest.update(bits)

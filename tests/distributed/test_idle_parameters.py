@@ -8,7 +8,7 @@ import torch
 
 from laver_megatron import train
 from laver_megatron.encoders import encoder_tensor_sizes, idle_parameters, read_encoder
-from laver_megatron.encoders.hidden_states import HiddenStateFamily
+from laver_megatron.encoders.transformer import TransformerFamily
 from tests.distributed.build import (
     make_config,
     make_trainer,
@@ -64,7 +64,7 @@ def test_what_features_do_not_depend_on_stands_still(pool, assets, tmp_path, kin
 
 def write(layout, config):
     """Job: as versions wrote it that trained all parameters of an encoder; moments of the optimizer."""
-    with mock.patch.object(HiddenStateFamily, "is_idle", lambda *_: False), synthetic_data():
+    with mock.patch.object(TransformerFamily, "is_idle", lambda *_: False), synthetic_data():
         trainer = train.setup(config)
         train.train(trainer)
     return student_shards(trainer), moment_shards(trainer, "exp_avg"), moment_shards(trainer, "exp_avg_sq")

@@ -222,7 +222,7 @@ def test_command_in_processes_of_its_own(demo_dir, tmp_path):
     assert "stage 1 of 2, stage1_align: stopped at iteration 2 of 3" in stopped.stderr and names() == ["stage1_align"]
     finished = call("--compare-weights")
     assert finished.returncode == 0, finished.stderr
-    assert "stage1_align: going on at iteration 2" in finished.stderr
+    assert "stage1_align: resuming at iteration 2" in finished.stderr
     lines = [line for line in finished.stdout.splitlines() if "LM loss" in line]
     assert len(lines) == 2 and all("frozen and the same to the last bit: encoder" in line for line in lines)
     assert "decoder" in lines[0].split("changed:")[0] and "heads (new)" in lines[1]

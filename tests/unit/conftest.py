@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 from webdataset import TarWriter
 
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
 from tests.parity import single_process  # noqa: F401
 

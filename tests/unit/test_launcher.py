@@ -169,7 +169,7 @@ def test_an_interruption_says_what_is_kept(monkeypatch, tmp_path, capsys):
     (checkpoint / "hf" / "config.json").touch()
     (checkpoint.parent / "latest").write_text("30")
     assert run_torchrun(monkeypatch, interrupted, tmp_path) == 130
-    assert capsys.readouterr().err == f"interrupted; {checkpoint} is kept: the same command goes on from it\n"
+    assert capsys.readouterr().err == f"interrupted; {checkpoint} is kept: the same command resumes from it\n"
 
 
 @pytest.mark.parametrize("name, says_it", [("SIGTERM", True), ("SIGINT", True), ("SIGTERM", False)])

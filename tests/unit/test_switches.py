@@ -23,8 +23,8 @@ from laver_megatron.config.checks import validate
 from laver_megatron.config.command_line import load_config
 from laver_megatron.config.fields import PRESETS, Config, all_fields
 from laver_megatron.config.modules import MODULES
-from laver_megatron.data.batch import dataset
-from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.data.batch import run_data
+from laver_megatron.data.plan.plan import PackPlan, SampleSizes
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.objective.masking import mask_visual_tokens
@@ -674,18 +674,19 @@ def test_readers_and_processes_are_told(assets, tmp_path):
     told |= {"window": 70, "long_samples": "drop_turns", "max_bad_fraction": 0.2, "visual_multiple_of": 1}
     try:
         with (
-            mock.patch.object(dataset, "load_tokenizer") as tokenizer,
-            mock.patch.object(dataset, "open_preprocessor") as preprocessor,
-            mock.patch.object(dataset, "open_dataset") as open_dataset,
+            mock.patch.object(run_data, "load_tokenizer") as tokenizer,
+            mock.patch.object(run_data, "open_preprocessor") as preprocessor,
+            mock.patch.object(run_data, "open_reader") as open_reader,
         ):
-            open_dataset.return_value.fingerprint = "synthetic"
+            open_reader.return_value.fingerprint = "synthetic"
             train.setup(make_config(assets, "unused", **settings, distributed_timeout_minutes=7))
         tokenizer.assert_called_with(paths["model"])
         preprocessor.assert_called_with(paths["encoder"], 100)
-        assert [call.args[0] for call in open_dataset.call_args_list] == [("a", "b"), ("c",)]
-        assert all(told.items() <= call.kwargs.items() for call in open_dataset.call_args_list)
-        assert [call.kwargs["weights"] for call in open_dataset.call_args_list] == [(1.0, 0.5), None]
-        cache = open_dataset.call_args.kwargs["cache"]
+        specs = [call.args[0] for call in open_reader.call_args_list]
+        assert [spec.paths for spec in specs] == [("a", "b"), ("c",)]
+        assert all(told.items() <= vars(spec).items() for spec in specs)
+        assert [spec.weights for spec in specs] == [(1.0, 0.5), None]
+        cache = specs[-1].cache
         assert (cache.folder, cache.max_bytes, cache.allow_pipe) == (tmp_path / "cache", 250_000_000, True)
         options = dist.group.WORLD._get_backend(torch.device("cpu")).options
         assert options._timeout == datetime.timedelta(minutes=7)
@@ -694,7 +695,7 @@ def test_readers_and_processes_are_told(assets, tmp_path):
 
 
 def test_the_seed_orders_the_data():
-    plans = [PackPlan([Source([10] * 40, [0] * 40, [0] * 40)], 64, 32, seed) for seed in (5, 5, 6)]
+    plans = [PackPlan([SampleSizes([10] * 40, [0] * 40, [0] * 40)], 64, 32, seed) for seed in (5, 5, 6)]
     orders = [[plan.pack(number) for number in range(plan.num_packs())] for plan in plans]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(sum(orders[0], ())) == sorted(sum(orders[2], ()))

@@ -69,7 +69,7 @@ def write_synthetic_model(directory: Path, num_layers: int) -> int:
     create_files([plan], directory)
     writer = SafetensorsWriter([plan], directory)
     for place in plan.places:
-        for start, stop in row_blocks(place.size[0], place.row_bytes, 16 << 20):
+        for start, stop in row_blocks(place.size, place.dtype, 16 << 20):
             values = torch.empty((stop - start, *place.size[1:]), dtype=torch.bfloat16).normal_(0, 0.02)
             writer.write_rows(place, start, values)
     writer.close()

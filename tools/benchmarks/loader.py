@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.loader import open_dataset
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import write_index
 from laver_megatron.demo.photographs import photographs
@@ -146,7 +147,8 @@ def loader_speed(
 ) -> Speed:
     """Reading an epoch of packs, from the first read on: reading ahead then goes on as it does in a run."""
     num_visual = preprocessor.num_tokens(*_SIZE)
-    reader = open_dataset(directory, tokenizer, preprocessor, 4096, 4096 // num_visual * num_visual, 0, num_workers)
+    spec = DataSpec([directory], 4096, 4096 // num_visual * num_visual, seed=0, num_workers=num_workers)
+    reader = open_reader(spec, tokenizer, preprocessor)
     try:
         num_packs = reader.plan.num_packs(0) // _PACKS_A_READ * _PACKS_A_READ
         keys = [len(reader.plan.pack(number)) for number in range(num_packs)]

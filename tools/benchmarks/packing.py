@@ -36,7 +36,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.mixture import Source
+from laver_megatron.data.plan.mixture import SampleSizes
 from laver_megatron.data.plan.plan import PackPlan
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 
@@ -81,7 +81,7 @@ def benchmark(data_sets: Sequence[str], num_samples: int, seq_length: int, windo
     return "\n".join([*lines, "", note])
 
 
-def draw_source(name: str, num_samples: int, seed: int) -> Source:
+def draw_source(name: str, num_samples: int, seed: int) -> SampleSizes:
     """A data set of this module's list, in shards of 2,000 samples."""
     assert name in DATA_SETS, name
     rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def draw_source(name: str, num_samples: int, seed: int) -> Source:
     else:
         visual_I = num_images_I * int(name.split()[-1])
     tokens_I = text_I.astype(np.int64) + 30 + 2 * num_images_I + visual_I
-    return Source(tokens_I, visual_I, np.arange(num_samples) // _SAMPLES_A_SHARD)
+    return SampleSizes(tokens_I, visual_I, np.arange(num_samples) // _SAMPLES_A_SHARD)
 
 
 def _native_patches(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.int64]:

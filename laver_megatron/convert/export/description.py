@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.convert.export import FORMATS
 from laver_megatron.hf.tokenizer import IMAGE_TOKENS
 
 REMOTE_CODE = Path(__file__).with_name("modeling_laver.py")
@@ -33,7 +32,8 @@ _ENCODER_NAMES = {
 _LLAVA_PREFIX_TOKENS = {"siglip_vision_model": 0, "clip_vision_model": 1}
 
 
-def laver_config(
+def export_config(
+    format: str,
     text_config: dict[str, Any],
     vision_config: dict[str, Any],
     *,
@@ -43,68 +43,56 @@ def laver_config(
     image_token_id: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """config.json of a laver export.
+    """config.json of an export.
 
-    text_config: the decoder's config.json, which goes in unchanged. vision_config: the vision model's, with its
-    model_type. attention, positions, feature_layer: the run's. dtype: that of the tensors, such as `bfloat16`.
-    """
-    return {
-        "architectures": ["LaverForConditionalGeneration"],
-        "model_type": "laver",
-        "auto_map": {
-            "AutoConfig": "modeling_laver.LaverConfig",
-            "AutoModelForImageTextToText": "modeling_laver.LaverForConditionalGeneration",
-            "AutoProcessor": "modeling_laver.LaverProcessor",
-        },
-        "text_config": dict(text_config),
-        "vision_config": dict(vision_config),
-        "vision_feature_layer": feature_layer,
-        "attention": attention,
-        "positions": positions,
-        "image_token_id": image_token_id,
-        "tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)),
-        "dtype": dtype,
-    }
-
-
-def llava_config(
-    text_config: dict[str, Any],
-    vision_config: dict[str, Any],
-    *,
-    attention: str,
-    positions: str,
-    feature_layer: int | None,
-    image_token_id: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """config.json of a llava export; the arguments are those of `laver_config`.
+    Args:
+        format: one of FORMATS.
+        text_config: the decoder's config.json, which goes in unchanged.
+        vision_config: the vision model's, with its model_type.
+        attention, positions, feature_layer: the run's.
+        image_token_id: the number of <|image_pad|>.
+        dtype: that of the tensors, such as `bfloat16`.
 
     Raises:
         ValueError: an encoder or positions that Llava does not have.
     """
+    models = {"text_config": dict(text_config), "vision_config": dict(vision_config)}
+    ending = {"tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)), "dtype": dtype}
+    if format == "laver":
+        return {
+            "architectures": ["LaverForConditionalGeneration"],
+            "model_type": "laver",
+            "auto_map": {
+                "AutoConfig": "modeling_laver.LaverConfig",
+                "AutoModelForImageTextToText": "modeling_laver.LaverForConditionalGeneration",
+                "AutoProcessor": "modeling_laver.LaverProcessor",
+            },
+            **models,
+            "vision_feature_layer": feature_layer,
+            "attention": attention,
+            "positions": positions,
+            "image_token_id": image_token_id,
+            **ending,
+        }
     num_prefix_tokens = _llava_prefix_tokens(vision_config)
     if positions != "1d":
         raise ValueError(
             f"the model was trained with positions {positions}, and Llava has only 1d positions: it would compute "
             "something else without saying so; export with --format laver"
         )
-    config = {
+    return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "text_config": dict(text_config),
-        "vision_config": dict(vision_config),
+        **models,
         "vision_feature_layer": feature_layer,
         "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
         "image_token_index": image_token_id,
         "image_seq_length": (vision_config["image_size"] // vision_config["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
-        "tie_word_embeddings": bool(text_config.get("tie_word_embeddings", False)),
-        "dtype": dtype,
+        **ending,
+        **({"is_mm_prefix_lm": True} if attention == "mixed" else {}),
     }
-    if attention == "mixed":
-        config["is_mm_prefix_lm"] = True
-    return config
 
 
 def _llava_prefix_tokens(vision_config: Mapping[str, Any]) -> int:
@@ -135,11 +123,15 @@ def _select_strategy(num_prefix_tokens: int) -> str:
 def processor_config(
     format: str, vision_config: Mapping[str, Any], *, patch_size: int, native: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """processor_config.json. vision_config: as in `laver_config`. patch_size: side in pixels of what becomes one visual
-    token; native: for an encoder of native resolution, min_pixels and max_pixels of a picture.
+    """processor_config.json of an export.
+
+    Args:
+        format, vision_config: as for `export_config`.
+        patch_size: side in pixels of what becomes one visual token.
+        native: for an encoder of native resolution, min_pixels and max_pixels of a picture.
 
     Raises:
-        ValueError: an unknown format, or an encoder that Llava does not have.
+        ValueError: an encoder that Llava does not have.
     """
     if format == "laver":
         return {
@@ -148,16 +140,14 @@ def processor_config(
             "patch_size": patch_size,
             **(native or {}),
         }
-    if format == "llava":
-        num_prefix_tokens = _llava_prefix_tokens(vision_config)
-        return {
-            "processor_class": "LlavaProcessor",
-            "patch_size": patch_size,
-            "image_token": _IMAGE_TOKEN,
-            "num_additional_image_tokens": num_prefix_tokens,
-            "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
-        }
-    raise ValueError(f"format is {format!r}; choose from {', '.join(FORMATS)}")
+    num_prefix_tokens = _llava_prefix_tokens(vision_config)
+    return {
+        "processor_class": "LlavaProcessor",
+        "patch_size": patch_size,
+        "image_token": _IMAGE_TOKEN,
+        "num_additional_image_tokens": num_prefix_tokens,
+        "vision_feature_select_strategy": _select_strategy(num_prefix_tokens),
+    }
 
 
 # Turns contents that are lists of pictures and texts into one text each, under the name that the tokenizer's own
@@ -260,45 +250,15 @@ def readme(
     max_image_tokens: int | None = None,
     training_state: bool = False,
 ) -> str:
-    """README.md of an export. name: what to call the model; encoder: model_type of its vision_config; weights:
-    `student` or `teacher`; max_image_tokens: of a picture, if pictures differ in their numbers of visual tokens;
-    training_state: whether training_state.safetensors lies beside the model.
+    """README.md of an export.
 
-    Raises:
-        ValueError: an unknown format, encoder, attention, positions or weights.
+    Args:
+        name: what to call the model.
+        encoder: model_type of its vision_config.
+        weights: `student` or `teacher`.
+        max_image_tokens: of a picture, if pictures differ in their numbers of visual tokens.
+        training_state: whether training_state.safetensors lies beside the model.
     """
-    for value, known in (
-        (format, FORMATS),
-        (encoder, _ENCODER_NAMES),
-        (attention, _ATTENTION),
-        (positions, _POSITIONS),
-        (weights, _WEIGHTS),
-    ):
-        if value not in known:
-            raise ValueError(f"{value!r} is not one of {', '.join(known)}")
-    model_class, option, trust = _LOADING[format]
-    parts = [
-        f"# {name}\n",
-        "A multimodal language model trained with LaVer: an image encoder, a connector of two layers and a Qwen2.5 "
-        "decoder.\nWritten by `laver_megatron`.\n",
-        _facts(format, encoder, attention, positions, weights, dtype, max_image_tokens),
-        "## Use\n",
-        f"```python\n{_example(model_class, option)}```\n",
-        f"{trust}\n",
-    ]
-    if format == "llava" and attention == "mixed":
-        parts.append(_CAUSAL_IN_TRANSFORMERS)
-    if training_state:
-        parts.append(
-            "`training_state.safetensors` holds what only training uses ([MASK], vision head, teacher); loading the "
-            "model does\nnot read it.\n"
-        )
-    return "\n".join(parts)
-
-
-def _facts(
-    format: str, encoder: str, attention: str, positions: str, weights: str, dtype: str, max_image_tokens: int | None
-) -> str:
     images = "all of one size"
     if max_image_tokens is not None:
         images = (
@@ -313,7 +273,24 @@ def _facts(
         "weights": _WEIGHTS[weights],
         "dtype": dtype,
     }
-    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+    model_class, option, trust = _LOADING[format]
+    parts = [
+        f"# {name}\n",
+        "A multimodal language model trained with LaVer: an image encoder, a connector of two layers and a Qwen2.5 "
+        "decoder.\nWritten by `laver_megatron`.\n",
+        "".join(f"- {name}: {fact}\n" for name, fact in facts.items()),
+        "## Use\n",
+        f"```python\n{_example(model_class, option)}```\n",
+        f"{trust}\n",
+    ]
+    if format == "llava" and attention == "mixed":
+        parts.append(_CAUSAL_IN_TRANSFORMERS)
+    if training_state:
+        parts.append(
+            "`training_state.safetensors` holds what only training uses ([MASK], vision head, teacher); loading the "
+            "model does\nnot read it.\n"
+        )
+    return "\n".join(parts)
 
 
 def _example(model_class: str, option: str) -> str:

@@ -8,7 +8,6 @@ Letters: T tokens of a probe, S tokens of a pack, B packs (one here), H hidden, 
 """
 
 import datetime
-import json
 import logging
 import math
 import warnings
@@ -26,7 +25,8 @@ from laver_megatron.config.fields import Config
 from laver_megatron.convert.verification.probes import PackedProbes, Probe
 from laver_megatron.convert.verification.workers import Worker
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER
-from laver_megatron.hf.parts import Training
+from laver_megatron.hf.parts import ModelSettings
+from laver_megatron.hf.shape import read_config, read_model_shape
 
 STUDENT, TEACHER = "student", "teacher"
 # A 7B model in fp32 is loaded from slow disks in some minutes.
@@ -39,7 +39,7 @@ _PIXEL_ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of every probe, fp32 on the CPU; unread: weights that no tensor of the directory reached."""
+    """The outputs for every probe, fp32 on the CPU, and the weights that no tensor of the directory reached."""
 
     hidden_TH: list[Tensor]
     logits_TW: list[Tensor]
@@ -48,11 +48,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint directory, the weights to take from it, and the settings that its tensors do not show."""
+    """A checkpoint directory, the weights to take from it (STUDENT or TEACHER), and the settings beside them."""
 
     checkpoint: Path
     weights: str
-    training: Training
+    settings: ModelSettings
 
     @property
     def encoder_dir(self) -> Path | None:
@@ -66,7 +66,7 @@ class MegatronModel:
             run_dir="",
             train_iters=1,
             laver=False,
-            **asdict(self.training),
+            **asdict(self.settings),
             attention_kernel="dense",
             seq_length=packed.seq_length,
             visual_seq_length=packed.visual_seq_length,
@@ -86,7 +86,7 @@ def run_transformers(worker: Worker, directory: Path, probes: list[Probe]) -> tu
 
 def is_text_only(directory: Path) -> bool:
     """Whether a Hugging Face directory holds a plain Qwen2."""
-    return json.loads((directory / "config.json").read_text())["model_type"] == "qwen2"
+    return read_config(directory)[1]["model_type"] == "qwen2"
 
 
 @torch.no_grad()
@@ -105,23 +105,20 @@ def transformers_outputs(directory: Path, probes: list[Probe]) -> Outputs:
     hidden, logits = [], []
     for probe in probes:
         tokens_1T = probe.sample.tokens_T[None]
+        images: dict[str, Tensor] = {}
+        if probe.pixels:  # laver exports know in which form they take pictures
+            has_form = hasattr(model, "image_inputs")
+            images = model.image_inputs(probe.pixels) if has_form else {"pixel_values": torch.stack(probe.pixels)}
         output = model(
             input_ids=tokens_1T,
             attention_mask=torch.ones_like(tokens_1T),
             output_hidden_states=True,
             use_cache=False,
-            **_image_inputs(model, probe.pixels),
+            **images,
         )
         hidden.append(output.hidden_states[-1][0])
         logits.append(output.logits[0])
     return Outputs(hidden, logits, sorted(info["missing_keys"]))
-
-
-def _image_inputs(model: Any, pixels: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Pictures in the form that a model takes; laver exports know theirs."""
-    if not pixels:
-        return {}
-    return model.image_inputs(pixels) if hasattr(model, "image_inputs") else {"pixel_values": torch.stack(pixels)}
 
 
 def input_problems(directory: Path, probes: list[Probe]) -> list[str]:
@@ -192,8 +189,8 @@ def run_megatron(
     layout: tuple[int, int],
     check_files: bool,
 ) -> Outputs | list[str]:
-    """`megatron_outputs` in a process group of all workers, which TP x PP `layout` divides. check_files: hold all
-    files of the checkpoint against its manifest first."""
+    """`megatron_outputs` in a process group of all workers, divided by `layout` (TP, PP). check_files: first compare
+    all files of the checkpoint with its manifest."""
     from laver_megatron.checkpoint.state import verify_manifest
     from laver_megatron.runtime.backend import initialise_parallelism, use_backend
 
@@ -224,12 +221,12 @@ def megatron_outputs(
 ) -> Outputs | list[str]:
     """The outputs on the first rank of the last stage; elsewhere only what this rank found unread. Call on every
     rank of Megatron's parallel groups."""
-    from laver_megatron.hf.shape import read_model_shape
     from laver_megatron.model.build import build_stages
 
     shape = read_model_shape(model.checkpoint / "hf")
     (stage,) = build_stages(model.config(packed, *layout), shape, model.encoder_dir)
-    _fill_with_nan(stage)
+    for parameter in stage.parameters():  # encoder and connector are built with numbers, which would hide missing ones
+        parameter.data.fill_(float("nan"))
     unread = _load(stage, model)
     outputs = _run_schedule(stage.eval(), packed)
     if outputs is None:
@@ -243,24 +240,18 @@ def megatron_outputs(
     )
 
 
-@torch.no_grad()
-def _fill_with_nan(stage: torch.nn.Module) -> None:
-    """Encoder and connector, unlike the decoder, are built with numbers, which would hide a tensor not loaded."""
-    for parameter in stage.parameters():
-        parameter.fill_(float("nan"))
-
-
 def _load(stage: Any, model: MegatronModel) -> list[str]:
     """Fills the stage; the checkpoint keys of weights that hold NaN afterwards. The teacher's weights take the
     place of the student's, from under keys of their own, and as training uses them: stored in fp32, they are
     rounded to the type of the student's."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from laver_megatron.checkpoint.state import sharding_metadata
+    from laver_megatron.hf.direct_start import sharded_tensors
 
     def state() -> dict:
         sharded = stage.sharded_state_dict(metadata=sharding_metadata())
@@ -275,17 +266,10 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     )
     stage.load_state_dict(loaded["model"], strict=False)
     if model.weights == TEACHER:
-        _round(stage.decoder, load_sharded_metadata(str(model.checkpoint))[_LAST_NORM].dtype)
-    after = state()
-    apply_factories(after)
-    tensors = [entry for entry in nested_values(after) if isinstance(entry, ShardedTensor)]
-    return sorted({tensor.key for tensor in tensors if tensor.data.isnan().any()})
-
-
-@torch.no_grad()
-def _round(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters():
-        parameter.copy_(parameter.to(dtype))
+        dtype = load_sharded_metadata(str(model.checkpoint))[_LAST_NORM].dtype
+        for parameter in stage.decoder.parameters():
+            parameter.data.copy_(parameter.data.to(dtype))
+    return sorted({tensor.key for tensor in sharded_tensors(state()) if tensor.data.isnan().any()})
 
 
 def stored_key(key: str, weights: str) -> str:

@@ -1,7 +1,7 @@
 """A Hugging Face directory and a Megatron checkpoint side by side: what their files say before anything is computed.
 
-Names and shapes of all tensors are held against the name table, both ways; so are the settings that tensors
-do not show. Only headers and small files are read.
+Names, shapes and values of all tensors are compared by the name table, both ways; so are the settings that tensors do
+not show. Outputs alone do not show everything: a word that no prompt has, a layer of the encoder behind the one in use.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,26 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from laver_megatron.checkpoint.directory import has_encoder, latest_checkpoint
 from laver_megatron.config.modules import MODULES
+from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.verification.forward import TEACHER, MegatronModel, stored_key
-from laver_megatron.hf.parts import Training, parts_of_megatron, training_of_checkpoint
+from laver_megatron.hf.parts import ModelSettings, parts_of_megatron, settings_of_checkpoint
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
-from laver_megatron.hf.shape import ModelShape, read_model_shape
+from laver_megatron.hf.shape import ModelShape, read_config, read_model_shape
 from laver_megatron.hf.weights import TIED_HEAD, Size, weight_table
-from laver_megatron.runtime.files import read_object
 
 # Only training reads these; an export keeps them apart from the model.
 _TRAINING_ONLY = (*MODULES["heads"], f"{TEACHER}.", "optimizer.")
 # Without images the three make no difference.
-_OF_TEXT = Training(attention="causal", positions="1d", encoder_feature_layer=-2)
+_TEXT_SETTINGS = ModelSettings(attention="causal", positions="1d", encoder_feature_layer=-2)
 # How many names a message gives of many.
 _NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two directories, opened: the Hugging Face one with its config.json, the other with its decoder's shape."""
+    """The two directories, opened.
+
+    Attributes:
+        config: the Hugging Face directory's config.json.
+        shape: that of Megatron's decoder.
+    """
 
     hugging_face: Path
     config: Mapping[str, Any]
@@ -38,7 +45,7 @@ class Pair:
 
 def open_pair(hugging_face: Path, megatron: Path, weights: str) -> Pair:
     """Reads the small files of both directories; ValueError if they cannot be compared."""
-    config = _read_json(hugging_face / "config.json", "a Hugging Face directory")
+    _, config = read_config(hugging_face)
     kind = config.get("model_type")
     if kind not in ("qwen2", "laver", "llava"):
         raise ValueError(f"{hugging_face}: model_type is {kind!r}, but only qwen2, laver and llava can be compared")
@@ -54,31 +61,20 @@ def open_pair(hugging_face: Path, megatron: Path, weights: str) -> Pair:
     if with_images != (kind != "qwen2"):
         only = "Megatron" if with_images else "Hugging Face"
         raise ValueError(f"only the {only} directory has an image encoder: {hugging_face} is {kind}, {checkpoint}")
-    training = training_of_checkpoint(checkpoint) if with_images else _OF_TEXT
-    return Pair(hugging_face, config, MegatronModel(checkpoint, weights, training), read_model_shape(checkpoint / "hf"))
-
-
-def _read_json(path: Path, of: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {of} was expected in {path.parent}")
-    return read_object(path)
+    settings = settings_of_checkpoint(checkpoint) if with_images else _TEXT_SETTINGS
+    return Pair(hugging_face, config, MegatronModel(checkpoint, weights, settings), read_model_shape(checkpoint / "hf"))
 
 
 def key_problems(pair: Pair) -> tuple[str, ...]:
     """What either directory lacks, holds beyond the model, or holds in another shape than the name table says."""
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-
     weights = pair.megatron.weights
     # What only training needs, which sizes would show, is left out.
     table = weight_table(parts_of_megatron(pair.megatron.checkpoint, {}))
-    stored = load_sharded_metadata(str(pair.megatron.checkpoint))
-    megatron = {key: tuple(getattr(entry, "global_shape", ())) for key, entry in stored.items()}
+    megatron = TorchDistReader(pair.megatron.checkpoint).sizes
     with SafetensorsReader(pair.hugging_face) as tensors:
         hugging_face = {name: tensors.size(name) for name in tensors.names()}
     expected_there = {stored_key(key, weights): weight.size for key, weight in table.items()}
-    expected_here = {
-        name: size for weight in table.values() for name, size in zip(weight.hugging_face, weight.sizes, strict=True)
-    }
+    expected_here = {name: size for weight in table.values() for name, size in weight.hugging_face_sizes()}
     problems = _differences("Megatron's checkpoint", expected_there, megatron)
     problems += _differences("the Hugging Face directory", expected_here, hugging_face)
     known = expected_there.keys() | table.keys()
@@ -90,21 +86,39 @@ def key_problems(pair: Pair) -> tuple[str, ...]:
     surplus = hugging_face.keys() - expected_here.keys() - tied
     for where, names in (("Megatron's checkpoint", beyond), ("the Hugging Face directory", surplus)):
         if names:
-            problems.append(some(f"{where} holds tensors without a counterpart in the other", names))
+            problems.append(with_names(f"{where} holds tensors without a counterpart in the other", names))
     return tuple(problems)
+
+
+def value_problems(pair: Pair) -> tuple[str, ...]:
+    """Tensors whose values differ, or are not numbers. A missing one, or one of another shape, is left to
+    `key_problems`. Values are compared in the Hugging Face directory's type, which may be the narrower one."""
+    megatron = TorchDistReader(pair.megatron.checkpoint)
+    differing = []
+    with SafetensorsReader(pair.hugging_face) as tensors:
+        for weight in weight_table(parts_of_megatron(pair.megatron.checkpoint, {})).values():
+            key = stored_key(weight.megatron, pair.megatron.weights)
+            if megatron.sizes.get(key) != weight.size:
+                continue
+            for part, (name, size) in enumerate(weight.hugging_face_sizes()):
+                is_there = name in tensors.names() and tensors.size(name) == size
+                blocks = megatron.paired_rows(key, weight, part, tensors)
+                if is_there and not all(torch.equal(ours.to(theirs.dtype), theirs) for theirs, ours in blocks):
+                    differing.append(name)
+    return (with_names("tensors of other values", differing),) if differing else ()
 
 
 def _differences(where: str, expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[str]:
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(some(f"{where} lacks tensors", missing))
-    if wrong := [name for name in expected.keys() & found.keys() if tuple(found[name]) != expected[name]]:
+        problems.append(with_names(f"{where} lacks tensors", missing))
+    if wrong := [name for name in expected.keys() & found.keys() if found[name] != expected[name]]:
         shapes = [f"{name} ({found[name]}, not {expected[name]})" for name in wrong]
-        problems.append(some(f"{where} holds tensors of another shape", shapes))
+        problems.append(with_names(f"{where} holds tensors of another shape", shapes))
     return problems
 
 
-def some(problem: str, names: Iterable[str]) -> str:
+def with_names(problem: str, names: Iterable[str]) -> str:
     """The number of names, and the first few of them."""
     ordered = sorted(names)
     more = ", ..." if len(ordered) > _NUM_NAMED else ""
@@ -120,9 +134,9 @@ def setting_problems(pair: Pair) -> tuple[str, ...]:
         compared = {name: (theirs[name], ours[name]) for name in ours}
     else:
         megatron = {
-            "attention": model.training.attention,
-            "positions": model.training.positions,
-            "vision_feature_layer": model.training.encoder_feature_layer,
+            "attention": model.settings.attention,
+            "positions": model.settings.positions,
+            "vision_feature_layer": model.settings.encoder_feature_layer,
         }
         llava = {"attention": "causal", "positions": "1d"} if config["model_type"] == "llava" else {}
         compared = {name: (config.get(name, llava.get(name)), value) for name, value in megatron.items()}

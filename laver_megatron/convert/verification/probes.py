@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample, PackBatch, PackedSample, build_packs
+from laver_megatron.data.batch.packing import EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
 from laver_megatron.data.read.images import decode_image
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.encoders import open_preprocessor
 from laver_megatron.hf.tokenizer import load_tokenizer
+from laver_megatron.objective.language import IGNORE_LABEL
 
 TEXT_PROMPTS = (
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Portugal is",
@@ -34,8 +35,13 @@ _NUM_PHOTOGRAPHS = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt as both models are given it. pixels: its pictures in order, float32 `[3, height, width]`;
-    pictures: the same as they were given."""
+    """A prompt as both models are given it.
+
+    Attributes:
+        sample: its tokens.
+        pixels: its pictures in order, float32 `[3, height, width]`.
+        pictures: the same before preprocessing.
+    """
 
     prompt: str
     sample: EncodedSample
@@ -53,8 +59,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class PackedProbes:
-    """Probes as Megatron's model is given them: packs of one length, a micro-batch each, and where every probe
-    lies (number of its pack, first position)."""
+    """Probes as Megatron's model is given them.
+
+    Attributes:
+        packs: of one length, a micro-batch each.
+        places: where every probe lies: number of its pack, first position.
+        seq_length, visual_seq_length: tokens and visual tokens of a pack.
+    """
 
     packs: list[PackBatch]
     places: list[tuple[int, int]]
@@ -71,10 +82,11 @@ def make_probes(
 ) -> list[Probe]:
     """Text prompts, and prompts with pictures if there is an encoder.
 
-    model_dir, encoder_dir: directories with the tokenizer and with the image preprocessor, as training uses
-    them. prompts: instead of the built-in ones of their kind (`<image>` stands for a picture); image_files:
-    instead of the built-in photographs. Pictures are shown in order, and over again from the first. max_image_tokens:
-    visual tokens of one at most, None for what the image preprocessor says.
+    Args:
+        model_dir, encoder_dir: where training finds the tokenizer and the image preprocessor.
+        prompts: in place of the built-in ones of their kind; `<image>` stands for a picture.
+        image_files: in place of the built-in photographs; shown in order, and over again from the first.
+        max_image_tokens: visual tokens of a picture at most; None for the limit of the image preprocessor.
 
     Raises:
         ValueError: pictures for a text-only model, no pictures to show, a file that cannot be read, an empty prompt.

@@ -4,7 +4,7 @@
     print(report.table())
     assert report.is_same
 
-Names and shapes are held against the name table, both ways, and all values are compared by it. The outputs are
+Names and shapes are checked against the name table, both ways, and all values are compared by it. The outputs are
 computed from the files alone, by transformers on the one side and by Megatron's pipeline schedule on the other, at
 every layout in processes of its own, so that nothing which converted the weights is trusted to say that they are right.
 
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from laver_megatron.config.checks import decoder_sizes, tensor_parallel_faults
-from laver_megatron.convert.verification.forward import (
-    STUDENT,
-    Outputs,
-    run_megatron,
-    run_transformers,
+from laver_megatron.convert.verification.forward import STUDENT, Outputs, run_megatron, run_transformers
+from laver_megatron.convert.verification.pair import (
+    Pair,
+    key_problems,
+    open_pair,
+    setting_problems,
+    value_problems,
+    with_names,
 )
-from laver_megatron.convert.verification.pair import Pair, key_problems, open_pair, setting_problems, some
 from laver_megatron.convert.verification.probes import Probe, make_probes, pack_probes
-from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.workers import WorkerFailed, run_workers
 from laver_megatron.hf.shape import ModelShape
 
@@ -45,8 +46,12 @@ DEFAULT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute differences over all probes; NaN where one side is NaN. images: of the hidden states at
-    visual tokens, None without pictures; hidden: at all other tokens."""
+    """Largest absolute differences over all probes; NaN where one side is NaN.
+
+    Attributes:
+        logits: at all tokens.
+        hidden, images: of the hidden states, at text tokens and at visual ones; None without pictures.
+    """
 
     logits: float
     hidden: float
@@ -64,8 +69,13 @@ class Row:
 
 @dataclass
 class Report:
-    """All comparisons of a pair of directories. scale: largest absolute logit and hidden state of transformers,
-    which the differences stand against."""
+    """All comparisons of a pair of directories.
+
+    Attributes:
+        tolerance: largest difference that counts as rounding.
+        rows: one for each comparison.
+        scale: largest absolute logit and hidden state of transformers, to judge differences by.
+    """
 
     tolerance: float
     rows: list[Row] = field(default_factory=list)
@@ -117,9 +127,11 @@ def verify(
 ) -> Report:
     """Compares the two directories in fp32.
 
-    layouts: None for every one of the grid that the model's sizes and max_processes allow. prompts,
-    image_files: as in `make_probes`. weights: `student` or `teacher`, what the Hugging Face directory was
-    exported with. say: told of every long step.
+    Args:
+        layouts: None for every one of the grid that the model's sizes and max_processes allow.
+        prompts, image_files: as in `make_probes`.
+        weights: `student` or `teacher`, what the Hugging Face directory was exported with.
+        say: is told of every long step.
 
     Raises:
         ValueError: directories that are missing, incomplete or of different kinds, a layout that the model does not
@@ -136,7 +148,7 @@ def verify(
         if problem := layout_problem(pair.shape, layout):
             raise ValueError(f"{_name(layout)}: {problem}")
     model = pair.megatron
-    cap = model.training.max_image_tokens
+    cap = model.settings.max_image_tokens
     probes = make_probes(model.checkpoint / "hf", model.encoder_dir, prompts, image_files, cap)
     report = Report(tolerance, [Row("names and shapes", None, key_problems(pair))])
     try:
@@ -163,7 +175,7 @@ def _run_reference(pair: Pair, probes: list[Probe], report: Report, say: Say) ->
         return None
     report.rows.append(Row("tokens and pixels", None, tuple(unlike_training)))
     if reference.unread:
-        report.rows.append(Row("transformers", None, (some("weights not in the directory", reference.unread),)))
+        report.rows.append(Row("transformers", None, (with_names("weights not in the directory", reference.unread),)))
     report.scale = _largest(reference.logits_TW), _largest(reference.hidden_TH)
     return reference
 
@@ -240,11 +252,11 @@ def compare_outputs(
     (ours,) = (result for result in results if isinstance(result, Outputs))
     unread = sorted({key for result in results for key in (result.unread if isinstance(result, Outputs) else result)})
     difference = difference_of(probes, reference, ours)
-    problems = [some("weights never written (still NaN after loading)", unread)] if unread else []
+    problems = [with_names("weights never written (still NaN after loading)", unread)] if unread else []
     for name, value in (
         ("logits", difference.logits), ("hidden states", difference.hidden), ("those at images", difference.images)
     ):  # fmt: skip
-        if value is not None and not value <= tolerance:  # NaN is no match
+        if value is not None and not value <= tolerance:  # also for NaN
             problems.append(f"{name} differ by {value:.2e}, more than {tolerance:.1e}")
     return Row(what, difference, tuple(problems))
 

@@ -16,20 +16,27 @@ from torch import Tensor
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.broadcast import scatter_pixels, share_metadata
-from laver_megatron.data.batch.loader import PackReader
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackBatch
+from laver_megatron.data.batch.pack_reader import PackReader
+from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.data.index.faults import FAULTS, Fault
 from laver_megatron.data.plan.plan import PlanMark
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
+from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.objective.masking import mask_visual_tokens
 
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """What a global batch holds over all data-parallel ranks, padding excluded. labels: tokens with a label;
-    bad_samples: those that were planned and turned out bad when they were read;
-    masked: tokens hidden from the reconstruction stream; the areas: (query, key) pairs attended to in the
-    language stream, within images, and within the windows of the encoder (0 if it has none)."""
+    """What a global batch holds over all data-parallel ranks, padding excluded.
+
+    Attributes:
+        labels: tokens with a label.
+        masked: tokens hidden from the reconstruction stream.
+        samples, bad_samples: samples that were read; samples that were planned and proved bad.
+        language_span_area: (query, key) pairs attended to in the language stream.
+        image_span_area: the same within images.
+        image_window_area: the same within the encoder's windows; 0 if it has none.
+    """
 
     labels: int
     masked: int
@@ -60,8 +67,11 @@ def count(
     device: torch.device,
     faults: Counter[Fault] | None = None,
 ) -> tuple[GlobalCounts, Counter[Fault]]:
-    """Counts this rank's packs and sums over the data-parallel group, once a step, before the schedule runs. faults:
-    what this rank's reader has found since it was asked last, which is summed along with them."""
+    """Counts this rank's packs and sums over the data-parallel group, once a step, before the schedule runs.
+
+    Args:
+        faults: what this rank's reader has found since the last call; summed along with the counts.
+    """
     num_counts = len(fields(GlobalCounts))
     local = torch.zeros(num_counts + len(FAULTS), dtype=torch.int64)
     if faults:
@@ -86,7 +96,7 @@ def count(
 
 
 def num_bad_samples(packs: PackBatch) -> int:
-    """Samples whose slots are padding because they turned out bad."""
+    """Samples whose slots are padding because they proved bad."""
     bad_BS = (packs.document_BS < 0) & (packs.sample_id_BS >= 0)
     return sum(len(sample_id_S[bad_S].unique()) for sample_id_S, bad_S in zip(packs.sample_id_BS, bad_BS, strict=True))
 
@@ -106,32 +116,35 @@ class BatchSource:
         self.config, self.reader, self.areas, self.dtype, self.device = config, reader, areas, dtype, device
         self.image_cost = image_cost
         # Rank 0 reads; what it reads is told to all, so that all can compare it with a checkpoint's.
-        self.fingerprint = str(_told_by_rank_0(None if reader is None else reader.fingerprint))
+        self.fingerprint = str(_from_rank_0(None if reader is None else reader.fingerprint))
         if reader is not None and reader.fingerprint != self.fingerprint:
             raise ValueError(
                 f"this rank's data have the fingerprint {reader.fingerprint}, those of rank 0 {self.fingerprint}: the "
                 "indexes or shards under --data-path are not the same on all nodes"
             )
         self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks, since the run began
-        self._told_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
+        self._reported_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
         self.faults = Counter[Fault]()  # what all readers have found since this start; on ranks that read
         self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
         self.packs_per_rank = config.data.global_batch_size // parallel_state.get_data_parallel_world_size()
 
     def mark(self, first_pack: int) -> dict[str, Any]:
-        """What `go_on_from` needs so that reading from `first_pack` on starts at once. Collective."""
-        return _told_by_rank_0(None if self.reader is None else asdict(self.reader.plan.mark(first_pack)))
+        """What `resume_from` needs to read from `first_pack` without planning what comes before. Collective."""
+        return _from_rank_0(None if self.reader is None else asdict(self.reader.plan.mark(first_pack)))
 
-    def go_on_from(self, mark: dict[str, Any], num_good_samples: int = 0, num_bad_samples: int = 0) -> None:
-        """Makes going on cheap where a mark was kept; without one all packs up to there are counted anew. The samples
-        that were read before count towards the limit of bad ones.
+    def resume_from(self, mark: dict[str, Any], num_good_samples: int = 0, num_bad_samples: int = 0) -> None:
+        """Sets the position of an earlier run.
+
+        Args:
+            mark: of `mark`; without one, all packs before the position are planned again.
+            num_good_samples, num_bad_samples: read before; they count towards the limit of bad samples.
 
         Raises:
-            ValueError: it is damaged or belongs to other data.
+            ValueError: the mark is damaged or belongs to other data.
         """
         self.num_samples, self.num_bad_samples = num_good_samples + num_bad_samples, num_bad_samples
         if self.reader is not None and mark:
-            self.reader.plan.go_on_from(PlanMark(**mark))
+            self.reader.plan.resume_from(PlanMark(**mark))
 
     def close(self) -> None:
         """Ends the reader's processes."""
@@ -139,12 +152,12 @@ class BatchSource:
             self.reader.close()
 
     def at(self, first_pack: int, *, mask_ratio: float, step: int) -> GlobalBatch:
-        """The batch of packs `first_pack` to `first_pack + global_batch_size`, of which each data-parallel
-        rank takes a contiguous part. Without LaVer nothing is masked.
+        """The batch of packs `first_pack` to `first_pack + global_batch_size`, of which each data-parallel rank takes a
+        contiguous part. Without LaVer nothing is masked.
 
         Raises:
-            ValueError: too many samples have turned out bad, on all ranks together, with the table of what all readers
-                have found; see `PackReader.read`.
+            ValueError: too many samples have proved bad, on all ranks together, with the table of faults of all
+                readers; see `PackReader.read`.
         """
         config = self.config
         packs = masked = None
@@ -172,12 +185,12 @@ class BatchSource:
         """What this rank's reader has found since the last call."""
         if self.reader is None:
             return None
-        found = self.reader.faults.counts - self._told_faults
-        self._told_faults += found
+        found = self.reader.faults.counts - self._reported_faults
+        self._reported_faults += found
         return found
 
 
-def _told_by_rank_0(value: Any) -> Any:
+def _from_rank_0(value: Any) -> Any:
     told = [value]
     dist.broadcast_object_list(told, src=0)
     return told[0]

@@ -1,12 +1,11 @@
-"""One reader per data-parallel replica: its packs' metadata to the whole model-parallel group, its pixels to those
-ranks of the first stage that encode them.
+"""One reader per data-parallel replica: sends packs' metadata to the model-parallel group, and pixels to the ranks of
+the first stage that encode them.
 
-Both happen once a step, before the pipeline schedule starts: a broadcast inside a forward step would wait
-for ranks that wait for that step's output.
+Both happen once a step, before the pipeline schedule starts: a broadcast inside a forward step would wait for ranks
+that wait for that step's output.
 """
 
 import math
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from laver_megatron.data.batch.division import divide_images
-from laver_megatron.data.batch.packing import PackBatch
+from laver_megatron.data.batch.packing import PACK_TENSORS, PackBatch
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
-
-METADATA_FIELDS = tuple(f.name for f in fields(PackBatch) if f.name.endswith("_BS"))
 
 
 def is_reader() -> bool:
@@ -38,25 +35,25 @@ def share_metadata(
     stay with the reader)."""
     group = parallel_state.get_model_parallel_group()
     num_micro, num_packs, seq_length = shape_MBS
-    table = torch.empty(num_micro, len(METADATA_FIELDS) + 1, num_packs, seq_length, dtype=torch.int64)
+    table = torch.empty(num_micro, len(PACK_TENSORS) + 1, num_packs, seq_length, dtype=torch.int64)
     if packs is not None:
         assert masked is not None
         for micro, (pack, masked_BS) in enumerate(zip(packs, masked, strict=True)):
-            table[micro] = torch.stack([getattr(pack, name) for name in METADATA_FIELDS] + [masked_BS.long()])
+            table[micro] = torch.stack([getattr(pack, name) for name in PACK_TENSORS] + [masked_BS.long()])
     if group.size() > 1:
         table = table.to(device)
         dist.broadcast(table, src=dist.get_global_rank(group, 0), group=group)
         table = table.cpu()
     if packs is None:
-        packs = [PackBatch(**dict(zip(METADATA_FIELDS, part[:-1], strict=True)), pixels=[], keys=[]) for part in table]
+        packs = [PackBatch(**dict(zip(PACK_TENSORS, part[:-1], strict=True)), pixels=[], keys=[]) for part in table]
     return packs, [part[-1] > 0 for part in table]
 
 
 def scatter_pixels(
     packs: list[PackBatch], dtype: torch.dtype, device: torch.device, cost: ImageCost = BY_TOKENS
 ) -> list[list[Tensor]]:
-    """For each micro-batch those images that this tensor-parallel rank of the first stage encodes, in order; sizes may
-    differ. cost: by which they are divided, the stage's. Call on the first stage only."""
+    """For each micro-batch the images that this tensor-parallel rank of the first stage encodes, in order; sizes may
+    differ. Call on the first stage only. cost: of the stage's encoder, by which images are divided."""
     group = parallel_state.get_tensor_model_parallel_group()
     num_tokens = [image_num_tokens(pack) for pack in packs]
     if not any(num_tokens):

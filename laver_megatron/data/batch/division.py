@@ -30,8 +30,8 @@ def divide_images(num_tokens: Sequence[int], num_ranks: int, cost: ImageCost = B
 
 
 def _exchange(images: list[list[int]], loads: list[int], work: Sequence[int]) -> bool:
-    """Moves an image from the fullest rank to another, or swaps it for a smaller one there, whichever brings the two
-    nearest together; False if nothing does."""
+    """Moves an image from the fullest rank to another, or swaps it for a smaller one there, whichever balances the two
+    best; False if nothing does."""
     fullest = loads.index(max(loads))
     for other in sorted(range(len(loads)), key=lambda rank: (loads[rank], rank)):
         gap = loads[fullest] - loads[other]

@@ -1,4 +1,4 @@
-"""From a pack's sample ids to its tensors: reads, checks, decodes and lays out; what runs in the reader processes.
+"""From a pack's sample ids to its tensors: reads, checks, decodes and places samples. Runs in the reader processes.
 
 Letters: F tensors of a pack, S tokens of a pack, 3 colours, height, width of an image's pixels.
 """
@@ -6,7 +6,7 @@ Letters: F tensors of a pack, S tokens of a pack, 3 colours, height, width of an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -14,24 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laver_megatron.data.batch.packing import EncodedSample, PackBatch, PackedSample, build_packs, check_features
+from laver_megatron.data.batch.packing import (
+    PACK_TENSORS,
+    EncodedSample,
+    PackBatch,
+    PackedSample,
+    build_packs,
+    check_features,
+)
 from laver_megatron.data.index.counts import Limits
 from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.shard_index import ShardIndex
 from laver_megatron.data.read.conversations import parse_conversation
 from laver_megatron.data.read.images import decode_image
-from laver_megatron.data.read.reading import OpenShard, SampleFiles, open_local
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_local
 from laver_megatron.encoders import ImagePreprocessor
 
 Result = TypeVar("Result")
 
-_TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
-
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that turned out bad when it was read."""
+    """A sample that proved bad when it was read."""
 
     sample_id: int
     fault: Fault
@@ -42,8 +47,13 @@ class BadSample:
 
 @dataclass(frozen=True)
 class PackContent:
-    """What is in a `PackBuffer`, and what is not. image_sizes: (height, width) of each; keys: of its documents; bad:
-    what is missing in it."""
+    """What a `PackBuffer` holds.
+
+    Attributes:
+        image_sizes: (height, width) of each image.
+        keys: of its documents.
+        bad: samples that are missing.
+    """
 
     image_sizes: list[tuple[int, int]]
     keys: list[str]
@@ -51,21 +61,23 @@ class PackContent:
 
 
 class PackBuffer:
-    """A pack's tensors as views of a block of memory, which may be shared between processes.
+    """A pack's tensors as views of a block of memory, which processes may share.
 
-    table_FS: the tensors of PackBatch in their order, int64; pixels: float32, flat, of all images one after the other.
+    Attributes:
+        table_FS: PACK_TENSORS in their order, int64.
+        pixels: float32, flat, of all images one after the other.
     """
 
     def __init__(self, memory: Tensor, seq_length: int) -> None:
         """memory: uint8, `num_bytes` of it at least."""
         table_bytes = self.num_bytes(seq_length, 0)
-        self.table_FS = memory[:table_bytes].view(torch.int64).view(len(_TENSORS), seq_length)
+        self.table_FS = memory[:table_bytes].view(torch.int64).view(len(PACK_TENSORS), seq_length)
         self.pixels = memory[table_bytes:].view(torch.float32)
 
     @staticmethod
     def num_bytes(seq_length: int, num_pixels: int) -> int:
-        """What a pack of so many tokens and so many pixels, of three colours each, takes."""
-        return 8 * len(_TENSORS) * seq_length + 4 * 3 * num_pixels
+        """The size of a pack of so many tokens and so many pixels of three colours."""
+        return 8 * len(PACK_TENSORS) * seq_length + 4 * 3 * num_pixels
 
     def images(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Its images, float32 `[3, height, width]`."""
@@ -103,19 +115,19 @@ class PackMaker:
 
     @property
     def num_samples(self) -> int:
-        """All samples, those included that cannot be used and that are no row of an index."""
+        """All samples, including those that cannot be used and those that have no row in an index."""
         return sum(len(index) + index.left_out.total() for index in self.indexes)
 
     def locate_sample(self, sample_id: int) -> tuple[ShardIndex, int]:
-        """The index of a sample and its row there."""
+        """The index of a sample, and its row there."""
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         return self.indexes[number], sample_id - int(self._starts[number])
 
     def make(self, sample_ids: Sequence[int], num_tokens: Sequence[int], buffer: PackBuffer) -> PackContent:
-        """Makes a pack in `buffer`. num_tokens: what each sample was planned with. A bad sample's slots stay padding.
+        """Makes a pack in `buffer`. num_tokens: planned for each sample. A bad sample's slots stay padding.
 
         Raises:
-            ValueError: a sample's tokens or features are not as many as planned.
+            ValueError: a sample has other numbers of tokens or features than planned.
             OSError: a shard cannot be opened or read.
         """
         bad: list[BadSample] = []
@@ -141,7 +153,7 @@ class PackMaker:
                 samples.append(PackedSample(sample_id, planned, text.encoded, pixels))
                 end += sum(map(torch.numel, pixels))
         batch = build_packs([samples], seq_length=self.seq_length, padding_token=self.encoder.padding)
-        torch.cat([getattr(batch, name) for name in _TENSORS], out=buffer.table_FS)
+        torch.cat([getattr(batch, name) for name in PACK_TENSORS], out=buffer.table_FS)
         [images], [keys] = batch.pixels, batch.keys
         return PackContent([(image.shape[1], image.shape[2]) for image in images], keys, bad)
 
@@ -174,7 +186,7 @@ def join_packs(buffers: Sequence[PackBuffer], contents: Sequence[PackContent]) -
     """Packs as one micro-batch, whose pixels are views of the buffers."""
     tables = torch.stack([buffer.table_FS for buffer in buffers], dim=1).unbind(0)
     return PackBatch(
-        **dict(zip(_TENSORS, tables, strict=True)),
+        **dict(zip(PACK_TENSORS, tables, strict=True)),
         pixels=[buffer.images(content.image_sizes) for buffer, content in zip(buffers, contents, strict=True)],
         keys=[content.keys for content in contents],
     )

@@ -4,22 +4,24 @@ Letters: B packs, S tokens of a pack, T tokens of one sample, 3 colours, height,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-IGNORE_LABEL = -100
+from laver_megatron.objective.language import IGNORE_LABEL
 
 
 @dataclass(frozen=True)
 class EncodedSample:
     """A sample as tokens; all tensors int64 `[T]`.
 
-    labels_T is already shifted: the token to predict from this position, IGNORE_LABEL where none is trained.
-    image_number_T: number of the image within the sample at its visual tokens, -1 elsewhere; row_T, col_T:
-    their place in the image's grid of patches, 0 elsewhere. grids: (rows, columns) of each image.
-    num_dropped_turns: turns left off at the end because the sample was too long.
+    Attributes:
+        labels_T: the token to predict at each position (already shifted); IGNORE_LABEL where none is trained.
+        image_number_T: number of the image within the sample at its visual tokens, -1 elsewhere.
+        row_T, col_T: position of a visual token in its image's grid of patches, 0 elsewhere.
+        grids: (rows, columns) of each image.
+        num_dropped_turns: turns removed from the end because the sample was too long.
     """
 
     key: str
@@ -41,8 +43,14 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A sample's place in a pack: its global id, the slots it was planned with, its tokens, and its images'
-    pixels, float32 `[3, height, width]`. encoded is None if it turned out bad: its slots stay padding."""
+    """A sample in a pack.
+
+    Attributes:
+        sample_id: its global id.
+        num_tokens: the slots that were planned for it.
+        encoded: its tokens; None if it proved bad: its slots stay padding.
+        pixels: of its images, float32 `[3, height, width]`.
+    """
 
     sample_id: int
     num_tokens: int
@@ -52,16 +60,18 @@ class PackedSample:
 
 @dataclass(frozen=True)
 class PackBatch:
-    """A micro-batch of packs; all tensors int64 `[B, S]` on the CPU.
+    """A micro-batch of packs; all tensors int64 `[B, S]` on the CPU. Documents and images count from 0 without gaps.
 
-    tokens_BS: token ids (the padding token's where there is none); labels_BS: label for the logits at this
-    position, already shifted, IGNORE_LABEL elsewhere; document_BS: index of the document in its pack, -1
-    padding (at the end, and where a bad sample was planned); image_BS: index of the image in its pack at its
-    visual tokens, -1 elsewhere; row_BS, col_BS: place of a visual token in its image's grid of patches, 0
-    elsewhere; sample_id_BS: global sample id, also where a bad
-    sample was planned, -1 other padding; image_number_BS: number of the image within its
-    sample, -1 elsewhere. pixels: for each pack its images in order, float32 `[3, height, width]`; keys: for
-    each pack the keys of its documents. Documents and images count from 0 without gaps.
+    Attributes:
+        tokens_BS: token ids; the padding token's where there is no token.
+        labels_BS: label for the logits at each position, already shifted; IGNORE_LABEL elsewhere.
+        document_BS: document in the pack; -1 padding (at the end, and where a bad sample was planned).
+        image_BS: image in the pack at visual tokens, -1 elsewhere.
+        row_BS, col_BS: position of a visual token in its image's grid of patches, 0 elsewhere.
+        sample_id_BS: global sample id, also where a bad sample was planned; -1 other padding.
+        image_number_BS: image within its sample, -1 elsewhere.
+        pixels: for each pack its images in order, float32 `[3, height, width]`.
+        keys: for each pack the keys of its documents.
     """
 
     tokens_BS: Tensor
@@ -76,8 +86,11 @@ class PackBatch:
     keys: list[list[str]]
 
 
+PACK_TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
+
+
 def image_grids(packs: PackBatch) -> list[tuple[int, int]]:
-    """(rows, columns) of the visual tokens of every image, in order: its last token's place and one."""
+    """(rows, columns) of the visual tokens of every image, in order: the position of its last token, plus one."""
     next_BS = torch.full_like(packs.image_BS, -1)
     next_BS[:, :-1] = packs.image_BS[:, 1:]
     last_BS = (packs.image_BS >= 0) & (packs.image_BS != next_BS)
@@ -96,10 +109,10 @@ _PADDING = {
 
 
 def build_packs(packs: Sequence[Sequence[PackedSample]], *, seq_length: int, padding_token: int) -> PackBatch:
-    """Lays each pack's samples one after the other from position 0, and pads to `seq_length`.
+    """Places each pack's samples one after the other from position 0, and pads to `seq_length`.
 
     Raises:
-        ValueError: a sample is not as long as its plan says (the data has changed).
+        ValueError: a sample is not as long as planned (the data has changed).
     """
     shape = (len(packs), seq_length)
     tensors = {name: torch.full(shape, value) for name, value in {"tokens_BS": padding_token, **_PADDING}.items()}
@@ -135,10 +148,10 @@ def _place(batch: PackBatch, row: int, slots: slice, sample: PackedSample, encod
 
 
 def check_features(encoded: EncodedSample, num_features: Sequence[int]) -> None:
-    """Holds the image tokens of a sample against the features its pictures will have, image by image.
+    """Compares the image tokens of a sample with the features that its pictures will have, image by image.
 
     Raises:
-        ValueError: with both numbers and the sample's key, if they differ; never padded or cut.
+        ValueError: they differ; never padded or cut.
     """
     num_images = len(encoded.grids)
     if len(num_features) != num_images:

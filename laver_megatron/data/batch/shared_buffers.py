@@ -1,7 +1,6 @@
-"""Buffers that processes share, made once and used again and again.
+"""Buffers that processes share, allocated once and reused.
 
-The pages of fresh memory cost more than what is copied into them: a picture's are a tenth of the time that decoding and
-resizing it takes.
+Fresh pages cost more than the copy into them: for a picture, a tenth of the time of decoding and resizing it.
 """
 
 import mmap
@@ -16,12 +15,11 @@ _FIRST_BLOCK = 8
 
 
 class SharedBuffers:
-    """Buffers of `num_bytes` each, by number; this process and all that it forks see the same.
+    """Buffers of `num_bytes` each, by number; this process and all that it forks see the same memory.
 
-    They are parts of one file that has no name and lives in memory (where the system has none such, in a temporary
-    folder). It grows as buffers are taken, also after a fork; pages that nobody writes to take no memory. It is mapped
-    in blocks that double, because each mapping takes one of the few files that a process may have open.
-    """
+    They are parts of one unnamed file in memory (in a temporary folder where the system has no such files). The file
+    grows as buffers are taken, also after a fork; pages that nobody writes take no memory. It is mapped in blocks of
+    doubling size, because each mapping takes one of the few files that a process may have open."""
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = -(-max(num_bytes, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
@@ -31,7 +29,7 @@ class SharedBuffers:
         self._mapped: dict[int, Tensor] = {}  # blocks by their first buffer, uint8 [buffers, bytes of each]
 
     def take(self) -> int:
-        """The number of a buffer that is this caller's until `give_back`; it holds what it held last.
+        """The number of a buffer that belongs to the caller until `give_back`; its content is what it was last.
 
         Raises:
             OSError: there is no memory for another one.
@@ -48,7 +46,7 @@ class SharedBuffers:
             return number
 
     def give_back(self, number: int) -> None:
-        """Lets the buffer be taken again."""
+        """Makes the buffer available again."""
         self._free.append(number)
 
     def memory(self, number: int) -> Tensor:
@@ -60,7 +58,7 @@ class SharedBuffers:
         return self._mapped[start][number - start]
 
     def close(self) -> None:
-        """Lets no more be taken or mapped; what is mapped stays valid."""
+        """Allows no more buffers; what is mapped stays valid."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -1,7 +1,7 @@
 """Builds the index of tars: walks the headers, reads every file of a sample once, and judges every sample.
 
-Nothing is unpacked, unpickled or decoded: of pictures only the headers are looked at, and of all files that are neither
-`.json` nor pictures nothing but their names.
+Nothing is unpacked, unpickled or decoded: of pictures only the headers are parsed, and of files that are neither
+`.json` nor pictures only the names.
 """
 
 import logging
@@ -9,15 +9,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import pyarrow as pa
 import xxhash
 
-from laver_megatron.data.batch.processes import map_in_processes
 from laver_megatron.data.index.faults import Fault, FaultLog, SampleFault
 from laver_megatron.data.index.members import (
     IMAGE_EXTENSION,
@@ -31,39 +29,38 @@ from laver_megatron.data.index.members import (
     group_members,
     has_media,
 )
-from laver_megatron.data.index.shard_index import Shard, ShardIndex, concatenate
+from laver_megatron.data.index.shard_index import IndexRows, ShardIndex, concatenate
 from laver_megatron.data.read.conversations import Conversation, parse_conversation
 from laver_megatron.data.read.images import MAX_PIXELS, image_size
 from laver_megatron.data.read.record_keys import add_keys, keys_line, shown
+from laver_megatron.runtime.files import open_file
+from laver_megatron.runtime.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int], object]
+OnBytes = Callable[[int], object]
 Example = tuple[Fault, str, str]  # key, what is wrong
 
 _BUFFER_BYTES = 1 << 20
-_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
 _NUM_EXAMPLES = 5
+_NO_MATTER_WHERE = (Fault.damaged_shard.code, Fault.unsafe_key.code)  # that the files of a sample lie apart
 _SAFE_KEY = re.compile(r"[^\x00-\x1f\x7f\\]+")
-
-
-def open_path(path: str) -> int:
-    """A file descriptor of a local tar. Raises OSError."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def index_tars(
     paths: Iterable[str | Path],
     num_workers: int = 1,
-    on_progress: Progress | None = None,
+    on_progress: OnBytes | None = None,
     max_pixels: int = MAX_PIXELS,
-    open_tar: Callable[[str], int] = open_path,
+    open_tar: Callable[[str], int] = open_file,
 ) -> ShardIndex:
     """The index of tars, in their order; the same for any number of worker processes.
 
-    on_progress: called with the number of bytes that were gone through since it was called last. open_tar: gives a file
-    descriptor of what a path names; `ShardCache.open_once` fetches remote tars. What is wrong with samples stands in
-    the index, and is logged with shard and key, a few of each kind.
+    Faults of samples are stored in the index, and a few of each kind are logged with shard and key.
+
+    Args:
+        on_progress: called with the number of bytes read since its last call.
+        open_tar: gives a file descriptor for a path; `ShardCache.open_once` fetches remote tars.
 
     Raises:
         ValueError: a tar that cannot be read; no sample in any of them; a worker process that was killed.
@@ -90,7 +87,7 @@ def _found(index: ShardIndex) -> str:
 
 
 def _index_tar(
-    path: str, progress: Progress, max_pixels: int, open_tar: Callable[[str], int]
+    path: str, progress: OnBytes, max_pixels: int, open_tar: Callable[[str], int]
 ) -> tuple[ShardIndex, list[Example]]:
     """The index of one tar, and a few examples of what is wrong in it."""
     try:
@@ -110,17 +107,13 @@ def _index_tar(
 
 
 class _IndexBuilder:
-    """The columns of one shard's index, as they grow (see ShardIndex)."""
+    """Judges the samples of one tar, and makes their index."""
 
     def __init__(self, file: BinaryIO, max_pixels: int) -> None:
         self.examples: list[Example] = []
         self._file, self._max_pixels = file, max_pixels
+        self._rows = IndexRows()
         self._row_of: dict[str, int] = {}  # keys, in order
-        self._keys: list[str] = []
-        self._rows: list[tuple[int, int, int, int]] = []  # text offset, text size, pictures, fault
-        self._checksums: list[int] = []
-        self._pictures: list[tuple[int, int, int, int, int]] = []  # offset, size, extension, width, height
-        self._extensions: dict[str, int] = {}
         self._counts: Counter[Fault] = Counter()
         self._left_out: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -147,34 +140,15 @@ class _IndexBuilder:
         """The index of this shard."""
         self._judge_groups_without_text()
         self._left_out[Fault.damaged_shard] += self._num_lost(num_bytes)
-        rows = np.array(self._rows, np.int64).reshape(-1, 4)
-        pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
-        return ShardIndex(
-            shards=(Shard(path, num_bytes, len(rows)),),
-            extensions=tuple(self._extensions),
-            shard_I=np.zeros(len(rows), np.int32),
-            keys=pa.array(self._keys, pa.large_string()),
-            text_offset_I=rows[:, 0].copy(),
-            text_size_I=rows[:, 1].copy(),
-            image_start_I=np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[:, 2])]),
-            image_offset_P=pictures[:, 0].copy(),
-            image_size_P=pictures[:, 1].astype(np.int32),
-            image_extension_P=pictures[:, 2].astype(np.int16),
-            image_width_P=pictures[:, 3].astype(np.int32),
-            image_height_P=pictures[:, 4].astype(np.int32),
-            checksum_I=np.array(self._checksums, np.uint64),
-            fault_I=rows[:, 3].astype(np.int8),
-            left_out=+self._left_out,
-            ignored=self._ignored,
-            other_keys=self._other_keys,
-        )
+        index = self._rows.finish(path, num_bytes)
+        return replace(index, left_out=+self._left_out, ignored=self._ignored, other_keys=self._other_keys)
 
     def _num_lost(self, num_bytes: int) -> int:
-        """Samples that damages have swallowed besides those that were found lost, judged by the bytes of those that are
-        whole; what is missing behind the end of a tar that was cut off nobody knows."""
-        if not self._rows:
+        """Samples that damages have destroyed, besides those found lost, estimated from the mean size of whole samples.
+        What is missing after the end of a truncated tar is unknown."""
+        if not self._row_of:
             return self._num_damages
-        bytes_a_sample = (num_bytes - self._num_damaged_bytes) / len(self._rows)
+        bytes_a_sample = (num_bytes - self._num_damaged_bytes) / len(self._rows.keys)
         return max(self._num_damages, round(self._num_damaged_bytes / max(bytes_a_sample, 1)) - self._num_found_lost)
 
     def _split(self, group: MemberGroup) -> tuple[Member | None, list[Member]]:
@@ -192,7 +166,7 @@ class _IndexBuilder:
         return text, [member for *_, member in sorted(numbered, key=lambda entry: entry[:2])]
 
     def _add_row(self, group: MemberGroup, text: Member, images: list[Member]) -> None:
-        num_pictures, digest = len(self._pictures), xxhash.xxh3_64()
+        digest = xxhash.xxh3_64()
         fault: Fault | None = None
         try:
             self._check_key(group)
@@ -216,15 +190,13 @@ class _IndexBuilder:
         if fault is Fault.damaged_shard:
             self._num_damages -= self._num_damages > 0
             self._num_found_lost += 1
-        for member in images[len(self._pictures) - num_pictures :]:  # those behind one that cannot be read
-            self._add_picture(member, (0, 0))
-        self._row_of.setdefault(group.key, len(self._rows))
-        self._keys.append(group.key)
-        self._rows.append((text.offset, text.size, len(images), 0 if fault is None else fault.code))
-        self._checksums.append(digest.intdigest())
+        for member in images[self._rows.num_pictures :]:  # those behind one that cannot be read
+            self._rows.add_picture(member, (0, 0))
+        self._row_of.setdefault(group.key, len(self._rows.keys))
+        self._rows.add(group.key, text, digest.intdigest(), fault)
 
     def _judge_groups_without_text(self) -> None:
-        """Media whose .json lies elsewhere in the tar make that sample scattered; without one they are left out."""
+        """Media whose .json lies elsewhere in the tar make that sample scattered; media without one are left out."""
         scattered = {key for key, _ in self._without_text if key in self._row_of}
         self.examples = [example for example in self.examples if example[1] not in scattered]
         for key, beside_damage in self._without_text:
@@ -235,11 +207,10 @@ class _IndexBuilder:
             fault = Fault.damaged_shard if beside_damage else Fault.no_json
             self._left_out[fault] += 1
             self._note(fault, key, "pictures or other media without a .json")
-        for row, key in enumerate(self._keys if scattered else ()):
-            offset, size, num_images, code = self._rows[row]
+        for row, key in enumerate(self._rows.keys if scattered else ()):
             # Before any other fault: only when its files lie together can the rest of it be judged.
-            if key in scattered and code not in (Fault.damaged_shard.code, Fault.unsafe_key.code):
-                self._rows[row] = offset, size, num_images, Fault.scattered.code
+            if key in scattered and self._rows.faults[row] not in _NO_MATTER_WHERE:
+                self._rows.faults[row] = Fault.scattered.code
                 self._note(Fault.scattered, key, SCATTERED)
 
     def _check_key(self, group: MemberGroup) -> None:
@@ -270,7 +241,7 @@ class _IndexBuilder:
                 size = image_size(content, self._max_pixels)
             except SampleFault as error:
                 first = first or SampleFault(error.fault, f".{member.extension}: {error}")
-            self._add_picture(member, size)
+            self._rows.add_picture(member, size)
         if first is not None:
             raise first
         return conversation
@@ -288,10 +259,6 @@ class _IndexBuilder:
             raise SampleFault(fault, f".{member.extension} has {member.size:,} bytes; at most {limit:,} are read")
         self._file.seek(member.offset)
         return self._file.read(member.size)
-
-    def _add_picture(self, member: Member, size: tuple[int, int]) -> None:
-        number = self._extensions.setdefault(member.extension, len(self._extensions))
-        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
 
     def _note(self, fault: Fault, key: str, detail: str) -> None:
         self._counts[fault] += 1

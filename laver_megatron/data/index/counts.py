@@ -1,4 +1,4 @@
-"""How many tokens each sample becomes: counted once for a tokenizer and an encoder, and kept beside the index.
+"""How many tokens each sample becomes: counted once for a tokenizer and an encoder, and stored beside the index.
 
 Letters: I samples of one index.
 """
@@ -17,15 +17,15 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL
-from laver_megatron.data.batch.processes import map_in_processes
 from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
 from laver_megatron.data.index.index_file import codes, is_url, read_table, write_table
 from laver_megatron.data.index.shard_index import ShardIndex
 from laver_megatron.data.read.conversations import parse_conversation
-from laver_megatron.data.read.reading import OpenShard, SampleFiles, open_local
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_local
 from laver_megatron.encoders import ImagePreprocessor
+from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.runtime.processes import map_in_processes
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,16 @@ _VERSION = 3  # of what is counted, and how
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """What each sample becomes, int32 `[I]`: tokens (0 if it cannot be used), visual tokens among them, images, tokens
-    with a label, and turns left off because it was too long. fault_I: `Fault.code` int8, 0 where usable; those of the
-    index are among them."""
+    """What each sample becomes; int32 `[I]`.
+
+    Attributes:
+        tokens_I: tokens; 0 if the sample cannot be used.
+        visual_I: visual tokens among them.
+        images_I: images.
+        labels_I: tokens with a label.
+        dropped_I: turns removed because the sample was too long.
+        fault_I: `Fault.code` as int8, 0 where usable; includes the faults of the index.
+    """
 
     tokens_I: np.ndarray
     visual_I: np.ndarray
@@ -64,37 +71,40 @@ def count_samples(
 ) -> SampleCounts:
     """The counts of an index, from the file beside it if they have been counted before.
 
-    limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples. Without an index file,
-    or in a folder that cannot be written to, everything is counted anew each time. log: gets the faults that the index
-    does not have, with what exactly is wrong if they are counted now.
+    Without an index file, or in a folder that cannot be written to, everything is counted again each time.
+
+    Args:
+        limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples.
+        log: receives the faults that the index does not have, with details if they are counted now.
 
     Raises:
         ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
     """
     log = FaultLog(logger) if log is None else log
+    counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
     if index.path is None:
-        return _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
-    name = f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet"
-    path = index.path.with_name(name)
+        return _count(counter, num_workers, log)
+    path = index.path.with_name(f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet")
     if (counts := _kept_counts(path, index, log)) is not None:
         return counts
     try:
-        with FileLock(path.with_name(f".{name}.lock")):  # several readers start together: one counts, the others wait
+        # Several readers start together: one counts, the others wait.
+        with FileLock(path.with_name(f".{path.name}.lock")):
             if (counts := _kept_counts(path, index, log)) is not None:
                 return counts
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+            counts = _count(counter, num_workers, log)
             # A shard that is being damaged or replaced is not remembered.
             if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
                 write_counts(counts, path)
     except OSError as error:
         logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
         if counts is None:
-            counts = _count(index, tokenizer, preprocessor, num_workers, limits, open_shard, log)
+            counts = _count(counter, num_workers, log)
     return counts
 
 
 def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts | None:
-    """What was counted before; None if nothing was, or the file is damaged."""
+    """The stored counts; None if there are none or the file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -107,16 +117,8 @@ def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts |
     return counts
 
 
-def _count(
-    index: ShardIndex,
-    tokenizer: PreTrainedTokenizerBase,
-    preprocessor: ImagePreprocessor,
-    num_workers: int,
-    limits: Limits,
-    open_shard: OpenShard,
-    log: FaultLog,
-) -> SampleCounts:
-    counter = _Counter(index, SampleEncoder(tokenizer), preprocessor, limits, open_shard)
+def _count(counter: "_Counter", num_workers: int, log: FaultLog) -> SampleCounts:
+    index = counter.index
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(index), desc="counting tokens", unit="sample", disable=hidden, leave=False) as bar:
@@ -138,7 +140,7 @@ class _Counter:
         limits: Limits,
         open_shard: OpenShard,
     ) -> None:
-        self._index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
+        self.index, self._encoder, self._preprocessor, self._limits = index, encoder, preprocessor, limits
         self._files = SampleFiles(open_shard)
 
     def count(self, rows: range, progress: Callable[[int], object]) -> tuple[np.ndarray, list[tuple[int, Fault, str]]]:
@@ -146,7 +148,7 @@ class _Counter:
         columns = np.zeros((len(rows), 6), np.int32)
         faults = []
         for place, row in enumerate(rows):
-            code = self._index.fault_I[row]
+            code = self.index.fault_I[row]
             if code:
                 columns[place, 5] = code
                 continue
@@ -159,8 +161,8 @@ class _Counter:
         return columns, faults
 
     def _count_one(self, row: int) -> tuple[int, int, int, int, int]:
-        sample = self._index.sample(row)
-        shard = self._index.shards[self._index.shard_I[row]]
+        sample = self.index.sample(row)
+        shard = self.index.shards[self.index.shard_I[row]]
         if is_url(shard.path):  # all of it: an old copy can hold another text at the same place
             content = self._files.read(shard, sample)[0]
         else:
@@ -169,7 +171,7 @@ class _Counter:
             messages = parse_conversation(content, len(sample.images), sample.key).messages
         except SampleFault as error:  # when it was indexed it was sound
             raise SampleFault(Fault.damaged_shard, f"the shard has changed since it was indexed: {error}") from error
-        grids = [self._preprocessor.grid(*size) for size in self._index.image_sizes(row)]
+        grids = [self._preprocessor.grid(*size) for size in self.index.image_sizes(row)]
         try:
             encoded = self._encoder.encode(messages, grids, sample.key, self._limits)
         except ValueError as error:  # image tokens that do not match the images, whether spelt out or not
@@ -182,7 +184,7 @@ class _Counter:
 def _settings_hash(
     index: ShardIndex, tokenizer: PreTrainedTokenizerBase, preprocessor: ImagePreprocessor, limits: Limits
 ) -> str:
-    """Names all that the counts depend on."""
+    """Identifies everything that the counts depend on."""
     digest = xxhash.xxh3_128()
     template = str(tokenizer.chat_template)
     tokens = tokenizer.backend_tokenizer.to_str()
@@ -192,7 +194,7 @@ def _settings_hash(
 
 
 def write_counts(counts: SampleCounts, path: Path) -> None:
-    """Writes counts; the file is there whole or not at all."""
+    """Writes counts, atomically."""
     columns = {field.name: pa.array(getattr(counts, field.name)) for field in fields(counts)}
     columns["fault_I"] = pa.DictionaryArray.from_arrays(columns["fault_I"], pa.array(FAULT_NAMES, pa.string()))
     table = pa.table({name.removesuffix("_I"): column for name, column in columns.items()})

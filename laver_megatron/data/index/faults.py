@@ -1,7 +1,7 @@
-"""What can be wrong with a sample, by name; counted and logged without flooding the log, up to a limit.
+"""What can be wrong with a sample, by name; counted and logged, up to a limit, without flooding the log.
 
 A bad sample never ends a run by itself: it is left out, or stays padding, and is counted here. Only when the share of
-bad samples crosses a limit is the run ended, with a table of what was found.
+bad samples exceeds a limit does the run end, with a table of what was found.
 """
 
 import logging
@@ -95,8 +95,12 @@ class FaultLog:
         self._logger, self._first = logger, first
 
     def add(self, fault: Fault, shard: str, key: str, detail: str = "", count: int = 1) -> None:
-        """key: of the sample, "" if it is not known. detail: what exactly is wrong; the fault's description if there is
-        none."""
+        """Counts a fault and logs it if it is among the first.
+
+        Args:
+            key: of the sample; "" if unknown.
+            detail: what exactly is wrong; by default the fault's description.
+        """
         before, self.counts[fault] = self.counts[fault], self.counts[fault] + count
         now = self.counts[fault]
         if fault is Fault.no_image_folder and before:
@@ -120,15 +124,18 @@ class FaultLog:
         num_bad: int | None = None,
         found: Mapping[Fault, int] | None = None,
     ) -> None:
-        """Ends the run when too many samples are bad. num_samples: all samples of an epoch, bad ones included. num_bad,
-        found: how many there are and what is wrong with them, if others have found some, too.
+        """Ends the run when too many samples are bad.
+
+        Args:
+            num_samples: all samples of an epoch, bad ones included.
+            num_bad, found: number and kinds of the faults, if other processes have found some too.
 
         Raises:
             ValueError: more than `limit_fraction` of the samples are bad; with the table of the faults.
         """
         num_bad = self.counts.total() if num_bad is None else num_bad
         if num_bad > limit_fraction * num_samples:
-            share, limit = _told_apart(num_bad / max(num_samples, 1), limit_fraction)
+            share, limit = _format_distinct(num_bad / max(num_samples, 1), limit_fraction)
             counts = self.counts if found is None else found
             table = fault_table(counts) or "what is wrong was logged before this start"
             most = max(counts, key=lambda fault: counts[fault], default=None)
@@ -138,8 +145,8 @@ class FaultLog:
             )
 
 
-def _told_apart(one: float, other: float) -> tuple[str, str]:
-    """Two shares in per cent, with as many digits as it takes to see that they differ."""
+def _format_distinct(one: float, other: float) -> tuple[str, str]:
+    """Two shares in per cent, with as many digits as it takes to tell them apart."""
     for num_digits in range(1, 16):
         texts = f"{one:.{num_digits}%}", f"{other:.{num_digits}%}"
         if texts[0] != texts[1]:

@@ -1,4 +1,4 @@
-"""Writing, reading and checking the Parquet file of an index (its columns are described in index.py)."""
+"""Writing, reading and checking the Parquet file of an index (shard_index.py describes its columns)."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from laver_megatron.data.index.faults import FAULT_NAMES
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
+from laver_megatron.runtime.files import replacing
 
 INDEX_NAME = "index.parquet"
 PROGRESS_NAME = ".progress"  # in a folder of shards that is still being made
@@ -42,8 +43,8 @@ def local_path(path: str) -> str:
 
 
 def write_index(index: ShardIndex, path: str | Path) -> None:
-    """Writes an index; the file is there whole or not at all. Shards are named relative to its folder where they lie
-    on the same top-level folder, so that data and indexes can be moved together."""
+    """Writes an index, atomically. Shards are named relative to its folder where both lie below the same top-level
+    folder, so that data and indexes can be moved together."""
     path = Path(path).absolute()
     names = [_stored_path(shard.path, path.parent) for shard in index.shards]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -64,23 +65,16 @@ def write_index(index: ShardIndex, path: str | Path) -> None:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a Parquet file under a temporary name, and gives it its own when it is safe on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_A_GROUP, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a Parquet file, atomically."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS_A_GROUP, write_page_checksum=True)
 
 
 def read_table(path: Path) -> pa.Table:
-    """A Parquet file with its pages' checksums verified.
+    """Reads a Parquet file and verifies its checksums.
 
     Raises:
-        ValueError: the file does not exist, or is damaged.
+        ValueError: the file does not exist or is damaged.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
@@ -92,8 +86,8 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_index(path: str | Path, url: str | None = None) -> ShardIndex:
-    """An index from its file; paths of shards become absolute. url: where the file comes from, if it is a copy: its
-    shards are beside the original.
+    """Reads an index; paths of shards become absolute. url: where the file was copied from, if it is a copy: its shards
+    are beside the original.
 
     Raises:
         ValueError: no such file, another kind of file, or one that is damaged; with the remedy.
@@ -116,7 +110,7 @@ def read_index(path: str | Path, url: str | None = None) -> ShardIndex:
 
 
 def check_index(index: ShardIndex) -> None:
-    """Holds an index against its local shards; shards named by URLs are held against it when they are fetched.
+    """Compares an index with its local shards; remote shards are compared when they are fetched.
 
     Raises:
         ValueError: shards that are missing or have another size, all of them in one message.

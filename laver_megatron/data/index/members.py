@@ -1,11 +1,11 @@
-"""Walks the headers of a tar: which files lie in it, which samples they make up, and where it is damaged.
+"""Walks the headers of a tar: which files it holds, which samples they form, and where it is damaged.
 
 A sample is a run of files that share a key: `0001.json` with `0001.jpg`, or `0002.json` with `0002.0.png`,
 `0002.1.jpg`. As in webdataset, files whose names begin with a dot (macOS adds `._0001.jpg`) or contain none belong to
-no sample and do not end one; the same holds for what lies in `__MACOSX/` or a folder like `__meta__/`.
+no sample and do not end one; the same holds for files in `__MACOSX/` or a folder like `__meta__/`.
 
-webdataset ends a shard without a word at a header that it cannot read; here the walk goes on at the next
-header that is whole, and says where it could not read.
+webdataset silently ends a shard at a header that it cannot read; here the walk continues at the next whole header and
+reports the damage.
 """
 
 import re
@@ -43,8 +43,12 @@ _MEDIA = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a sample. extension: what follows the key's dot, in lower case (`json`, `jpg`, `0.png`); offset,
-    size: of its bytes in the shard."""
+    """One file of a sample.
+
+    Attributes:
+        extension: what follows the key's dot, in lower case (`json`, `jpg`, `0.png`).
+        offset, size: of its bytes in the shard.
+    """
 
     extension: str
     offset: int
@@ -53,8 +57,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A place where the tar cannot be read. end: where it can again, or the end of the file; key: of the file that is
-    cut off, if its header is whole."""
+    """A place where the tar cannot be read.
+
+    Attributes:
+        end: where it can be read again, or the end of the file.
+        key: of the file that is cut off, if its header is whole.
+    """
 
     start: int
     end: int
@@ -64,8 +72,8 @@ class Damage:
 
 @dataclass(slots=True)
 class MemberGroup:
-    """Neighbouring files of one key. beside_damage: the tar cannot be read right before or after them, so that some of
-    them may be missing."""
+    """Adjacent files of one key. beside_damage: the tar cannot be read right before or after them, so that some may be
+    missing."""
 
     key: str
     members: list[Member] = field(default_factory=list)
@@ -73,10 +81,9 @@ class MemberGroup:
 
 
 def group_members(file: BinaryIO, num_bytes: int) -> Iterator[MemberGroup | Damage]:
-    """The samples-to-be of an open tar in order, and its damages where they lie.
+    """The candidate samples of an open tar in order, and its damages where they lie.
 
-    Files of one key before and after a damage are one group, which comes after the damage.
-    """
+    Files of one key before and after a damage form one group, which comes after the damage."""
     group: MemberGroup | None = None
     links: list[tuple[str, Member]] = []  # of other keys, since the group began
     is_damaged = False
@@ -125,8 +132,8 @@ def has_media(members: Iterable[Member]) -> bool:
 
 
 def check_media(members: Iterable[Member], pictures: Iterable[Member]) -> None:
-    """Holds a sample's files against those that are taken for its pictures: whoever learns from the rest alone, learns
-    something else.
+    """Compares a sample's files with those taken for its pictures: training on the rest alone would teach something
+    else.
 
     Raises:
         SampleFault: a link, a picture of another kind or under another name, video or audio.
@@ -148,7 +155,7 @@ def check_media(members: Iterable[Member], pictures: Iterable[Member]) -> None:
 
 def walk(file: BinaryIO, num_bytes: int) -> Iterator[tuple[str, Member] | Damage]:
     """(key, member) of every file of a tar that can belong to a sample, in order, without reading its content. Links
-    and the like come with the extension "(link)": they have no content of their own."""
+    come with the extension "(link)": they have no content of their own."""
     position = 0
     name: str | None = None  # from an extended header, for the header that follows
     size: int | None = None
@@ -238,7 +245,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _end_or_damage(file: BinaryIO, position: int, num_bytes: int) -> Damage | None:
-    """What a block that is no header means: zeros up to the end of the file end a tar, unless they are too many."""
+    """What a block that is no header means: zeros up to the end of the file end a tar, unless there are too many."""
     if position >= num_bytes:
         return Damage(position, num_bytes, "cut off: the file ends without a tar's closing zeros")
     if position + _BLOCK > num_bytes:
@@ -269,8 +276,8 @@ def _only_zeros(file: BinaryIO, position: int) -> bool:
 
 
 def _next_header(file: BinaryIO, position: int, num_bytes: int) -> int:
-    """Where the next whole header starts, at whatever offset (bytes may have been lost or added); num_bytes if there is
-    none. Its checksum must be right, so that the content of a file is hardly taken for one."""
+    """Where the next whole header starts, at any offset (bytes may have been lost or added); num_bytes if there is
+    none. Its checksum must be right, so that the content of a file is hardly ever taken for a header."""
     first = position
     while position < num_bytes:
         file.seek(position)

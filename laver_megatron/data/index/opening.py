@@ -1,4 +1,4 @@
-"""From what a user names as data to indexes: a folder of shards, an index, tars, a glob, or URLs."""
+"""From what a user names as data (a folder of shards, an index, tars, a glob, URLs) to indexes."""
 
 import glob
 import logging
@@ -11,11 +11,12 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from laver_megatron.data.index.build import index_tars, open_path
+from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
 from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select
 from laver_megatron.data.read.record_keys import keys_line
-from laver_megatron.data.read.remote import ShardCache, expand_urls
+from laver_megatron.data.read.shard_cache import ShardCache
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +49,16 @@ def find_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def find_shards_and_urls(entries: Sequence[str]) -> list[str]:
-    """As `find_shards`, and then those that are named by URLs, with `{00000..00099}` written out."""
+    """As `find_shards`, followed by the entries that are URLs, with `{00000..00099}` expanded."""
     entries = _entries(entries)
     urls = [entry for entry in entries if is_url(entry)]
     local = [entry for entry in entries if not is_url(entry)]
-    return [*(map(str, find_shards(local)) if local or not urls else ()), *expand_urls(urls)]
+    found = [str(shard) for shard in find_shards(local)] if local or not urls else []
+    return [*found, *(name for url in urls for name in braceexpand(url))]
 
 
 def path_problems(paths: Sequence[str]) -> list[str]:
-    """What can be said against entries without reading them; remote ones are looked at when they are opened."""
+    """Problems of entries that show without reading them; remote entries are checked when they are opened."""
     problems = []
     for named in paths:
         try:
@@ -77,12 +79,13 @@ def open_indexes(
     *,
     reads_shards: bool = True,
 ) -> list[ShardIndex]:
-    """One index for each entry, held against its shards.
+    """One index for each entry, compared with its shards.
 
-    An entry is a folder (its index.parquet, else all its tars), an index (`*.parquet`), a tar, or a glob of tars. Tars
-    that an index.parquet beside them lists are taken from it; all others are indexed now, which reads them whole.
-    cache: for indexes that are URLs, and for those that name shards by URLs. reads_shards: False if no sample will be
-    read: then remote shards need no cache.
+    Args:
+        paths: each a folder (its index.parquet, else all its tars), an index (`*.parquet`), a tar, or a glob of tars.
+            Tars that an index.parquet beside them lists are taken from it; all others are read whole and indexed now.
+        cache: for remote indexes and shards.
+        reads_shards: False if no sample will be read: remote shards then need no cache.
 
     Raises:
         ValueError: entries that are missing or empty; an index that does not match its shards; with the remedy.
@@ -105,7 +108,7 @@ def open_indexes(
 
 
 def index_with_bar(
-    shards: Sequence[str | Path], num_workers: int, open_tar: Callable[[str], int] = open_path
+    shards: Sequence[str | Path], num_workers: int, open_tar: Callable[[str], int] = open_file
 ) -> ShardIndex:
     """`index_tars` with a progress bar over bytes, where there is a terminal."""
     are_local = not any(is_url(str(shard)) for shard in shards)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,15 @@ from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault
 from laver_megatron.data.index.members import Member
 from laver_megatron.data.read.record_keys import add_keys
 
+# Columns whose values stay the same in every selection of samples.
+_ROW_COLUMNS = ("text_offset_I", "text_size_I", "checksum_I", "fault_I")
+_PICTURE_COLUMNS = ("image_offset_P", "image_size_P", "image_width_P", "image_height_P")
+_MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar. path: absolute or as it was named, or a URL; num_samples: rows that the index has of it."""
+    """A tar. path: absolute, as it was named, or a URL; num_samples: its rows in the index."""
 
     path: str
     num_bytes: int
@@ -38,7 +44,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The last part of the path: what stays the same when a folder of shards is moved."""
+        """The last part of the path, which stays the same when a folder of shards is moved."""
         return self.path.rstrip("/").rpartition("/")[2]
 
 
@@ -68,10 +74,15 @@ class ShardSample:
 class ShardIndex:
     """Samples of shards, in order, as columns. Compared by `fingerprint`.
 
-    shard_I: number into `shards`; image_start_I `[I + 1]`: where each sample's pictures start in the columns `_P`;
-    image_extension_P: number into `extensions`; fault_I: `Fault.code`, 0 where usable; left_out: what the shards hold
-    that is no row, by fault; ignored: files that belong to no sample, by extension; other_keys: of the records, those
-    that are not used; path: of the index's file.
+    Attributes:
+        shard_I: number in `shards`.
+        image_start_I: `[I + 1]`, where each sample's pictures start in the columns `_P`.
+        image_extension_P: number in `extensions`.
+        fault_I: `Fault.code`, 0 where usable.
+        left_out: samples that have no row, by fault.
+        ignored: files that belong to no sample, by extension.
+        other_keys: unused keys of the records.
+        path: of the index's file.
     """
 
     shards: tuple[Shard, ...]
@@ -102,7 +113,7 @@ class ShardIndex:
         return np.diff(self.image_start_I)
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) in pixels of each picture of a sample, as it is to be seen."""
+        """(width, height) in pixels of each picture of a sample, upright."""
         part = self._pictures(row)
         return list(zip(self.image_width_P[part].tolist(), self.image_height_P[part].tolist(), strict=True))
 
@@ -135,7 +146,7 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the order and the content of the samples, but not of where they lie."""
+        """Hash of everything that determines the order and content of the samples, but not of where they lie."""
         digest = xxhash.xxh3_128()
         for shard in self.shards:
             digest.update(f"{len(shard.name)}:{shard.name}".encode())
@@ -167,8 +178,62 @@ class ShardIndex:
         return slice(int(self.image_start_I[row]), int(self.image_start_I[row + 1]))
 
 
+class IndexRows:
+    """The index of one shard as it grows: of each sample its pictures, then its row.
+
+    Attributes:
+        keys, faults: of the rows so far; faults as `Fault.code`.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.faults: list[int] = []
+        self._texts: list[tuple[int, int, int]] = []  # offset, size, checksum
+        self._starts = [0]  # of each sample's pictures, and the end of the last one's
+        self._pictures: list[tuple[int, int, int, int, int]] = []  # offset, size, extension, width, height
+        self._extensions: dict[str, int] = {}
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures since the last row."""
+        return len(self._pictures) - self._starts[-1]
+
+    def add_picture(self, member: Member, size: tuple[int, int]) -> None:
+        """A picture of the next row. size: (width, height) in pixels."""
+        number = self._extensions.setdefault(member.extension, len(self._extensions))
+        self._pictures.append((member.offset, min(member.size, _MAX_INT32), number, *size))
+
+    def add(self, key: str, text: Member, checksum: int, fault: Fault | None = None) -> None:
+        """A sample, whose pictures have been added."""
+        self.keys.append(key)
+        self.faults.append(0 if fault is None else fault.code)
+        self._texts.append((text.offset, text.size, checksum))
+        self._starts.append(len(self._pictures))
+
+    def finish(self, path: str, num_bytes: int) -> ShardIndex:
+        """The index of the shard, which has nothing else in it."""
+        pictures = np.array(self._pictures, np.int64).reshape(-1, 5)
+        offsets, sizes, checksums = zip(*self._texts, strict=True) if self._texts else ((), (), ())
+        return ShardIndex(
+            shards=(Shard(path, num_bytes, len(self.keys)),),
+            extensions=tuple(self._extensions),
+            shard_I=np.zeros(len(self.keys), np.int32),
+            keys=pa.array(self.keys, pa.large_string()),
+            text_offset_I=np.array(offsets, np.int64),
+            text_size_I=np.array(sizes, np.int64),
+            image_start_I=np.array(self._starts, np.int64),
+            image_offset_P=pictures[:, 0].copy(),
+            image_size_P=pictures[:, 1].astype(np.int32),
+            image_extension_P=pictures[:, 2].astype(np.int16),
+            image_width_P=pictures[:, 3].astype(np.int32),
+            image_height_P=pictures[:, 4].astype(np.int32),
+            checksum_I=np.array(checksums, np.uint64),
+            fault_I=np.array(self.faults, np.int8),
+        )
+
+
 def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
-    """One index after the other; shards that stand in several stay apart."""
+    """One index after the other; a shard that is in several stays in each."""
     assert indexes
     extensions = tuple(dict.fromkeys(extension for index in indexes for extension in index.extensions))
     first_shards = np.cumsum([0] + [len(index.shards) for index in indexes])
@@ -184,7 +249,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     for index in indexes:
         add_keys(other_keys, index.other_keys)
 
-    def joined(name: str) -> np.ndarray:
+    def joined(name: str) -> Any:
         return np.concatenate([getattr(index, name) for index in indexes])
 
     return ShardIndex(
@@ -192,16 +257,9 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         extensions=extensions,
         shard_I=np.concatenate(shard_I),
         keys=pa.concat_arrays([index.keys for index in indexes]),
-        text_offset_I=joined("text_offset_I"),
-        text_size_I=joined("text_size_I"),
         image_start_I=np.concatenate(starts),
-        image_offset_P=joined("image_offset_P"),
-        image_size_P=joined("image_size_P"),
         image_extension_P=np.concatenate(renumbered_P),
-        image_width_P=joined("image_width_P"),
-        image_height_P=joined("image_height_P"),
-        checksum_I=joined("checksum_I"),
-        fault_I=joined("fault_I"),
+        **{name: joined(name) for name in (*_ROW_COLUMNS, *_PICTURE_COLUMNS)},
         left_out=sum((index.left_out for index in indexes), Counter()),
         ignored=sum((index.ignored for index in indexes), Counter()),
         other_keys=other_keys,
@@ -209,8 +267,8 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
 
 
 def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
-    """The samples of these rows, in this order, over the shards that they lie in. What was left out of the shards when
-    they were indexed is no part of a selection."""
+    """The samples of these rows, in this order, over the shards that hold them. Samples that were left out of the index
+    are no part of a selection."""
     rows_I = np.asarray(rows_I, np.int64)
     used, shard_I = np.unique(index.shard_I[rows_I], return_inverse=True)
     num_samples = np.bincount(shard_I, minlength=len(used)).tolist()
@@ -225,16 +283,10 @@ def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
         extensions=index.extensions,
         shard_I=shard_I.astype(np.int32),
         keys=index.keys.take(pa.array(rows_I)),
-        text_offset_I=index.text_offset_I[rows_I],
-        text_size_I=index.text_size_I[rows_I],
         image_start_I=image_start_I,
-        image_offset_P=index.image_offset_P[pictures_P],
-        image_size_P=index.image_size_P[pictures_P],
         image_extension_P=index.image_extension_P[pictures_P],
-        image_width_P=index.image_width_P[pictures_P],
-        image_height_P=index.image_height_P[pictures_P],
-        checksum_I=index.checksum_I[rows_I],
-        fault_I=index.fault_I[rows_I],
+        **{name: getattr(index, name)[rows_I] for name in _ROW_COLUMNS},
+        **{name: getattr(index, name)[pictures_P] for name in _PICTURE_COLUMNS},
     )
 
 

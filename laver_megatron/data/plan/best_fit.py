@@ -115,11 +115,11 @@ def _best_fit(tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_se
 
 
 class _Aiming:
-    """One pack after the other, from a pool of the next samples in order; a sample taken makes room for the next.
+    """One pack after the other, from a pool of the next samples in order; a sample that is taken makes room for the
+    next.
 
-    Sizes are float32 for speed: whole numbers below 2^24 are exact in it, so the budgets are. Visual tokens are
-    also kept in tokens (times seq_length / visual_seq_length), to weigh a gap in one against a gap in the other.
-    """
+    Sizes are float32 for speed: integers below 2^24 are exact, so the budgets are. Visual tokens are also kept in
+    tokens (times seq_length / visual_seq_length), to weigh a gap in one against a gap in the other."""
 
     def __init__(
         self, tokens_I: IntArray, visual_I: IntArray, seq_length: int, visual_seq_length: int, style: Style
@@ -173,7 +173,7 @@ class _Aiming:
                 return
 
     def _nearest(self, tokens: float, scaled_visual: float, token_room: int, visual_room: int) -> int:
-        """The slot of the sample that fits and is nearest to these sizes, or -1. Of equals the first."""
+        """The slot of the sample that fits and is nearest to these sizes, or -1; the first of equals."""
         miss_O, visual_miss_O = self.miss_O, self.visual_miss_O
         np.subtract(self.tokens_O, np.float32(tokens), out=miss_O)
         np.abs(miss_O, out=miss_O)

@@ -2,9 +2,9 @@
 
 Letters: I samples (of a source, or of an epoch's order), B blocks: a shard's samples, once for every copy of it.
 
-A source's weight is how often its samples come in an epoch: floor(weight) times all of them, and for the rest a
-choice of them that each epoch makes anew. The blocks of all sources are shuffled; within a block samples keep the
-order of their shard, so that samples near one another come from few shards.
+A source's weight is how often its samples come in an epoch: floor(weight) times all of them, and for the remainder a
+selection that each epoch draws anew. The blocks of all sources are shuffled; within a block samples keep the order of
+their shard, so that neighbouring samples come from few shards.
 """
 
 import math
@@ -18,11 +18,13 @@ _ORDER, _CHOICE = 0, 1  # streams of random bits; the plan has further ones
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """The sizes of one data set's samples, in the order of its index.
+class SampleSizes:
+    """The sizes of one data set's samples, in the order of its index; all int32 `[I]`.
 
-    tokens_I, visual_I: tokens and visual tokens, 0 tokens for a sample that cannot be used; shard_I: number of
-    the sample's shard. All are kept as int32 `[I]`. weight: how often each sample comes in an epoch.
+    Attributes:
+        tokens_I, visual_I: tokens and visual tokens; 0 tokens for a sample that cannot be used.
+        shard_I: number of the sample's shard.
+        weight: how often each sample comes in an epoch.
 
     Raises:
         ValueError: a weight that is negative or not finite.
@@ -51,7 +53,7 @@ class Mixture:
     usable: for each source which rows take part, bool `[I]`. Global sample ids count through the sources.
     """
 
-    def __init__(self, sources: Sequence[Source], usable: Sequence[NDArray[np.bool_]], seed: int) -> None:
+    def __init__(self, sources: Sequence[SampleSizes], usable: Sequence[NDArray[np.bool_]], seed: int) -> None:
         self.seed = seed
         self.weights = [source.weight for source in sources]
         offsets = np.cumsum([0, *(len(source) for source in sources)])

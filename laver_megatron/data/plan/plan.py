@@ -3,8 +3,8 @@
 Letters: I sample ids, P packs of a window.
 
 A pack's number counts through the epochs, so a position in the data is one integer. An epoch's order is cut into
-windows, and each window is packed on its own when one of its packs is asked for. Where a window's packs begin is known
-once all windows before it have been packed; a *mark*, kept beside a position, says it without that.
+windows, and each window is packed when one of its packs is first asked for. Where a window's packs begin is known once
+all windows before it have been packed; a *mark*, stored beside a position, makes that unnecessary.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import ALGORITHM, Style, pack_window, rank_styles
-from laver_megatron.data.plan.mixture import Mixture, Source, shuffle
+from laver_megatron.data.plan.mixture import Mixture, SampleSizes, shuffle
 
-__all__ = ["PackPlan", "Source", "WindowPacks"]
+__all__ = ["PackPlan", "SampleSizes", "WindowPacks"]
 
 _WINDOW, _PACKS = 2, 3  # streams of random bits, after the mixture's
 _WINDOWS_KEPT = 4  # batches run across the end of a window, and what is read ahead does too
@@ -30,7 +30,7 @@ _STYLES_TRIED = 2  # in a window; the second only if the first wastes more than 
 
 @dataclass(frozen=True)
 class WindowPacks:
-    """A window's packs: sample ids, pack after pack, and where each pack begins and the last ends, `[P + 1]`."""
+    """A window's packs: sample ids, pack after pack, and the start of each pack and end of the last, `[P + 1]`."""
 
     sample_id_I: NDArray[np.integer]
     begin_P: NDArray[np.integer]
@@ -44,8 +44,13 @@ class WindowPacks:
 
 @dataclass(frozen=True)
 class PlanMark:
-    """Where a window's packs begin: its number and that of its first pack, both through all epochs. digest: of both, of
-    the plan's fingerprint, and of all packs of the window, so that a mark of anything else is noticed."""
+    """Where a window's packs begin.
+
+    Attributes:
+        window, first_pack: the window's number and that of its first pack, both through all epochs.
+        digest: of both, of the plan's fingerprint and of all packs of the window, so that a mark of another plan is
+            detected.
+    """
 
     window: int
     first_pack: int
@@ -56,16 +61,22 @@ class PackPlan:
     """Every epoch holds each sample as often as its source's weight says, in packs within both budgets.
 
     A sample with more than `seq_length` tokens or `visual_seq_length` visual tokens is left out and counted in
-    `skipped`. window: the most samples that are shuffled and packed together; larger ones mix and fill better and
-    keep more shards open. Nothing depends on how the plan is queried. Global sample ids count through the sources;
-    token_counts_I and visual_counts_I hold all sizes by them, sample_ids those that take part.
+    `skipped`. Nothing depends on how the plan is queried. Global sample ids count through the sources.
+
+    Args:
+        window: the most samples that are shuffled and packed together; larger windows mix and fill better and keep more
+            shards open.
+
+    Attributes:
+        token_counts_I, visual_counts_I: all sizes, by global sample id.
+        sample_ids: those that take part.
 
     Raises:
         ValueError: no sample fits, or the weights leave none.
     """
 
     def __init__(
-        self, sources: Sequence[Source], seq_length: int, visual_seq_length: int, seed: int, window: int = 10_000
+        self, sources: Sequence[SampleSizes], seq_length: int, visual_seq_length: int, seed: int, window: int = 10_000
     ) -> None:
         if window < 1:
             raise ValueError(f"a window of {window} samples holds none")
@@ -99,16 +110,17 @@ class PackPlan:
         self._styles: tuple[Style, ...] | None = None  # until a window is packed
 
     def mark(self, number: int) -> PlanMark:
-        """Where the last window begins that is known to begin at or before a pack; packs none anew, or one."""
+        """The start of the last known window that begins at or before a pack; packs at most one window."""
         assert number >= self._first_packs[0], (number, self._first_packs[0])
         place = bisect_right(self._first_packs, number) - 1
         return self._mark(self._first_window + place, self._first_packs[place])
 
-    def go_on_from(self, mark: PlanMark) -> None:
-        """Counts packs from a mark on. What is asked for before it is counted from the start, and held against it.
+    def resume_from(self, mark: PlanMark) -> None:
+        """Counts packs from a mark on. Packs before it are counted from the start if they are asked for, and compared
+        with it.
 
         Raises:
-            ValueError: the mark is none of this plan.
+            ValueError: the mark is not of this plan.
         """
         if mark.window < 0 or mark.first_pack < 0 or mark != self._mark(mark.window, mark.first_pack):
             raise ValueError(
@@ -123,12 +135,12 @@ class PackPlan:
         return self.window_packs(window)[number - self._first_pack(window)]
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(epoch, index within the epoch) of a pack. Packs all windows before it, if they never were."""
+        """(epoch, index within the epoch) of a pack. Packs all earlier windows that have not been packed."""
         epoch = self._find(number) // self.num_windows
         return epoch, number - self._first_pack(epoch * self.num_windows)
 
     def num_packs(self, epoch: int = 0) -> int:
-        """Packs of an epoch; epochs differ a little. Packs all of its windows, if they never were."""
+        """Packs of an epoch; epochs differ slightly. Packs all of its windows that have not been packed."""
         begin, end = epoch * self.num_windows, (epoch + 1) * self.num_windows
         return self._first_pack(end) - self._first_pack(begin)
 
@@ -157,7 +169,7 @@ class PackPlan:
         return source, sample_id - int(self._first_sample_ids[source])
 
     def fingerprint(self) -> str:
-        """Changes whenever any pack could: to be kept with a position, and compared on resuming."""
+        """Changes whenever any pack could: stored with a position, and compared on resuming."""
         settings = [ALGORITHM, self.seq_length, self.visual_seq_length, self.seed, self.window]
         sources = [(len(source), source.weight) for source in self.sources]
         digest = hashlib.sha256(json.dumps([settings, sources]).encode())
@@ -188,7 +200,7 @@ class PackPlan:
         self._first_packs.append(self._first_packs[-1] + len(self.window_packs(window)))
 
     def _count_from_the_start(self) -> None:
-        """Counts the windows before a mark, too.
+        """Also counts the windows before a mark.
 
         Raises:
             ValueError: they do not lead to it.
@@ -225,8 +237,8 @@ class PackPlan:
         return WindowPacks(ids_I[np.argsort(place_I, kind="stable")], begin_P)
 
     def _rank_styles(self) -> tuple[tuple[Style, ...], float]:
-        """The ways of packing that suit the first epoch best, judged by as many of its samples as a window holds, and
-        how good they are."""
+        """The ways of packing that suit the first epoch best, judged by a window's worth of its samples, and how good
+        they are."""
         order_I = self._order(0)
         num_samples = min(self.window, len(order_I))
         ids_I = order_I[np.arange(num_samples) * len(order_I) // num_samples]  # spread over all shards
@@ -243,7 +255,7 @@ class PackPlan:
         return self._orders[epoch]
 
     def _fitting(self) -> NDArray[np.bool_]:
-        """Which samples take part; counts the others, but for those that could not be read when they were counted."""
+        """Which samples take part; counts the others, except those that could not be read when they were counted."""
         too_long_I = self.token_counts_I > self.seq_length
         too_visual_I = ~too_long_I & (self.visual_counts_I > self.visual_seq_length)
         self.skipped: Counter[str] = Counter()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import STYLES, pack_window
-from laver_megatron.data.plan.mixture import Source
+from laver_megatron.data.plan.mixture import SampleSizes
 
 _BEST_FIT = STYLES[:1]  # quick, and wrong by much the same for neighbouring budgets
 _SAMPLES_TRIED = 5_000
@@ -17,7 +17,7 @@ _BUDGETS_TRIED = 24  # first over all that come into question, then as many betw
 
 
 def propose_visual_budget(
-    sources: Sequence[Source], seq_length: int, multiple_of: int = 1, max_left_out: float = 0.01
+    sources: Sequence[SampleSizes], seq_length: int, multiple_of: int = 1, max_left_out: float = 0.01
 ) -> int:
     """The visual budget with the fullest packs, of all slots together: tokens used over tokens and visual slots.
 
@@ -65,7 +65,7 @@ def _try_budget(
     fills[used] = max(fills.get(used, 0.0), (int(tokens_I.sum(dtype=np.int64)) + int(visual_I.sum())) / slots)
 
 
-def _spread_samples(sources: Sequence[Source], seq_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _spread_samples(sources: Sequence[SampleSizes], seq_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Tokens and visual tokens of a few thousand samples that fit, of each source as many as its weight asks for."""
     usable = [np.flatnonzero((source.tokens_I > 0) & (source.tokens_I <= seq_length)) for source in sources]
     shares = np.array([source.weight * len(rows_I) for source, rows_I in zip(sources, usable, strict=True)])

@@ -3,8 +3,8 @@
 An `<image>` in the text of a user or the system is the place of an image, and so is a message part of type `image`. If
 there is no such place, images go before the first question, as in LLaVA. In an answer `<image>` is plain text unless
 the record says `images_in_answers: true`. In a record without images it is plain text too (a question about the HTML
-tag), provided that it stands inside a line or in a code block: at the start or end of a line it is taken for the place
-of an image that is missing, and the record is refused.
+tag) if it stands inside a line or in a code block; at the start or end of a line it is taken for the place of a missing
+image, and the record is refused.
 """
 
 import json
@@ -38,8 +38,13 @@ _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. role: system, user or assistant; texts: with a picture between each two of them; is_trained: an answer,
-    and not marked as one that is not to be learnt."""
+    """One turn.
+
+    Attributes:
+        role: system, user or assistant.
+        texts: with a picture between each two of them.
+        is_trained: whether this is an answer that is not excluded from training.
+    """
 
     role: str
     texts: tuple[str, ...]
@@ -57,9 +62,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a record says. is_placed: its pictures were put before the first question, as no text says where they
-    belong; images_in_answers: the record's own word for what `<image>` means there; other_keys: what it says that
-    nothing is made of, with counts."""
+    """What a record says.
+
+    Attributes:
+        is_placed: its pictures were put before the first question, because no text says where they belong.
+        images_in_answers: whether the record says that `<image>` in an answer is a picture.
+        other_keys: unused keys, with counts.
+    """
 
     messages: tuple[Message, ...]
     is_placed: bool
@@ -94,14 +103,18 @@ def parse_json(content: bytes | str, name: str) -> object:
 def read_conversation(document: object, num_images: int, name: str, *, images_in_answers: bool = False) -> Conversation:
     """The conversation of a parsed document that comes with `num_images` pictures.
 
-    Accepts a bare list of turns or an object with `conversations` or `messages`; turns as {"from", "value"} or
-    {"role", "content"}; human/gpt for user/assistant; a text, or a list of parts {"type": "text", "text"} and
-    {"type": "image" | "image_url"}. What is null counts as absent. docs/data.md has the table of keys. name: shard and
-    key, for messages. images_in_answers: as if the record said so.
+    Accepts a bare list of turns or an object with `conversations` or `messages`; turns as {"from", "value"} or {"role",
+    "content"}; human/gpt for user/assistant; a text, or a list of parts {"type": "text", "text"} and {"type": "image" |
+    "image_url"}. Null counts as absent. docs/data.md has the table of keys.
+
+    Args:
+        name: shard and key, for messages.
+        images_in_answers: treat the record as if it said so.
 
     Raises:
         SampleFault: no turns, an unknown role, text that is not a string, what this trainer cannot learn from (video,
-            audio, tools, fractional weights), other numbers of places and images, an empty answer, no answer to train.
+            audio, tools, fractional weights), different numbers of places and images, an empty answer, no answer to
+            train.
     """
     record = document if isinstance(document, dict) else {"conversations": document}
     turns = turns_of(record)
@@ -169,7 +182,7 @@ def _texts(content: object, number: int, name: str) -> tuple[str, ...]:
 
 
 def _with_system(texts: Sequence[str], messages: list[Message]) -> list[Message]:
-    """The record's own system texts before those of a system turn that it begins with; the same text once."""
+    """The record's own system texts before those of its system turn; the same text once."""
     if messages and messages[0].role == "system":
         first, *others = messages
         before = [text for text in texts if text != first.content]
@@ -190,10 +203,10 @@ def _split(messages: Sequence[Message], images_in_answers: bool) -> list[Message
 def _place_images(
     messages: list[Message], num_images: int, images_in_answers: bool, name: str
 ) -> tuple[list[Message], bool]:
-    """The conversation with a place for each picture, and whether these are places that no text names.
+    """The conversation with a place for each picture, and whether these places were added.
 
     Raises:
-        SampleFault: the place of a video or audio; an image part in an answer; other numbers of places and images.
+        SampleFault: the place of a video or audio; an image part in an answer; different numbers of places and images.
     """
     asking = [message for message in messages if message.role != "assistant" or images_in_answers]
     kinds = {kind for message in asking for text in message.texts for kind in _placed_kinds(text)}

@@ -44,16 +44,22 @@ class _Stalled(OSError):
     """Too few bytes arrived in the last minute."""
 
 
-def _http_options() -> dict[str, Any]:
+def _no_options(url: str) -> dict[str, Any]:
+    return {}
+
+
+def _http_options(url: str) -> dict[str, Any]:
     from aiohttp import ClientTimeout
 
     # No limit on the whole transfer: it is watched here. Proxies come from the environment, as for curl.
-    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS), "trust_env": True}}
+    client = {"timeout": ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS), "trust_env": True}
+    # A URL that is quoted already must reach the server as it is: signatures cover every character.
+    return {"client_kwargs": client, "encoded": "%" in url}
 
 
 # By scheme, the options of fsspec's file systems. Others can be read with `pipe:`.
-SCHEMES: dict[str, Callable[[], dict[str, Any]]] = {
-    "gs": dict, "hf": dict, "http": _http_options, "https": _http_options, "s3": dict,
+SCHEMES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "gs": _no_options, "hf": _no_options, "http": _http_options, "https": _http_options, "s3": _no_options,
 }  # fmt: skip
 
 
@@ -134,14 +140,11 @@ def _download(url: str, path: Path, transfer: _Transfer) -> None:
 def _file_system(url: str) -> AsyncFileSystem:
     scheme = scheme_of(url)
     try:
-        files = fsspec.filesystem(scheme, skip_instance_cache=True, **SCHEMES[scheme]())
+        files = fsspec.filesystem(scheme, skip_instance_cache=True, **SCHEMES[scheme](url))
     except ImportError as error:
         extra = f"; pip install 'laver_megatron[{scheme}]'" if scheme in ("s3", "gs") else ""
         raise MissingPackageError(f"{error}{extra}") from error
-    files = files if files.async_impl else AsyncFileSystemWrapper(files, asynchronous=False)
-    if hasattr(files, "encoded"):
-        files.encoded = "%" in url  # a signed URL must reach the server as it was signed
-    return files
+    return files if files.async_impl else AsyncFileSystemWrapper(files, asynchronous=False)
 
 
 async def _watched(files: AsyncFileSystem, source: str, path: Path, transfer: _Transfer) -> None:

@@ -1,6 +1,6 @@
 """What a record may hold beside its turns: keys that are used, refused, or ignored and counted (table in docs/data.md).
 
-A value that is null or empty counts as absent: Arrow writes every column for every row.
+A value that is null or empty counts as absent, because Arrow writes every column for every row.
 """
 
 from collections import Counter
@@ -34,16 +34,16 @@ _OTHER_NAMES = "(further keys)"
 
 
 def first_present(document: Mapping[str, object], *keys: str) -> object:
-    """The value of the first key that is not absent; where all are, what the first says that is not null."""
+    """The value of the first key that is not absent; if all are, the first value that is not null."""
     values = [value for key in keys if (value := document.get(key)) is not None]
     return next((value for value in values if not is_nothing(value)), values[0] if values else None)
 
 
 def named_pictures(record: Mapping[str, object], name: str) -> list[object]:
-    """What `image` and `images` list, as names or as the pictures themselves.
+    """The pictures in `image` and `images`, as names or as the pictures themselves.
 
     Raises:
-        SampleFault: they list different pictures.
+        SampleFault: the two list different pictures.
     """
     values = [record.get(key) for key in _PICTURE_KEYS]
     lists = [value if isinstance(value, list) else [value] for value in values if not is_nothing(value)]
@@ -158,7 +158,7 @@ def _others_of_turn(turn: Mapping[str, object]) -> Iterator[str]:
 
 
 def _beside(document: Mapping[str, object], first: str, second: str) -> Iterator[str]:
-    """The second of two spellings, where it says something else than the first, which is read."""
+    """The second of two spellings, if it differs from the first, which is used."""
     one, other = document.get(first), document.get(second)
     same = _SPEAKERS.get(one, one) if isinstance(one, str) else one
     if not is_nothing(one) and not is_nothing(other) and same != other:
@@ -166,14 +166,14 @@ def _beside(document: Mapping[str, object], first: str, second: str) -> Iterator
 
 
 def add_keys(total: Counter[str], found: Mapping[str, int]) -> None:
-    """Adds counts of names from files that nobody has checked: only so many are kept, cut and printable."""
+    """Adds counts of names from unchecked files: limited in number, truncated and printable."""
     for key, count in found.items():
         name = shown(key)
         total[name if name in total or len(total) < _MOST_NAMES else _OTHER_NAMES] += count
 
 
 def shown(name: str) -> str:
-    """A name from a file as it can be printed."""
+    """A name from a file, made printable."""
     name = name if name.isprintable() else ascii(name)
     return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..."
 

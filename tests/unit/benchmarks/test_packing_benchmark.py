@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from laver_megatron.data.plan.best_fit import pack_window
 from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.mixture import Source
+from laver_megatron.data.plan.mixture import SampleSizes
 from laver_megatron.data.plan.plan import PackPlan
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks import packing
@@ -32,7 +32,7 @@ def test_fixed_resolutions_come_within_a_hundredth_of_the_bound(name):
 
 
 def test_the_report_counts_slots():
-    plan = PackPlan([Source([60, 60, 30], [30, 30, 0], [0] * 3)], 100, 40, seed=0)
+    plan = PackPlan([SampleSizes([60, 60, 30], [30, 30, 0], [0] * 3)], 100, 40, seed=0)
     fill = measure_fill(plan)
     assert (fill.num_packs, fill.least_packs) == (2, 2)
     assert (fill.tokens_used, fill.tokens_available) == (150, 200)
@@ -41,7 +41,7 @@ def test_the_report_counts_slots():
 
 
 def test_several_windows_are_held_against_one_bound():
-    plan = PackPlan([Source([60] * 5 + [40] * 5, [0] * 10, [0] * 10)], 100, 0, seed=0, window=1)
+    plan = PackPlan([SampleSizes([60] * 5 + [40] * 5, [0] * 10, [0] * 10)], 100, 0, seed=0, window=1)
     fill = measure_fill(plan, num_windows=10)
     assert (fill.num_packs, fill.least_packs, fill.visual_fill) == (10, 5, 1.0)
     assert fill.token_bound == 1
@@ -49,7 +49,7 @@ def test_several_windows_are_held_against_one_bound():
 
 def test_the_bound_is_of_both_budgets_together_where_packs_are_far_from_each_ones():
     # Of two kinds that share no pack, neither with its own: each budget alone would let some do so.
-    plan = PackPlan([Source([70, 40] * 20, [20, 70] * 20, [0] * 40)], 100, 100, seed=0)
+    plan = PackPlan([SampleSizes([70, 40] * 20, [20, 70] * 20, [0] * 40)], 100, 100, seed=0)
     assert least_packs(plan.token_counts_I, plan.visual_counts_I, 100, 100) < 35
     fill = measure_fill(plan)
     assert fill.num_packs == fill.least_packs == 40

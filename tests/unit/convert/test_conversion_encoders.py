@@ -27,15 +27,14 @@ from laver_megatron.convert.verification.forward import (
     megatron_outputs,
     transformers_outputs,
 )
-from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems
+from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems, value_problems
 from laver_megatron.convert.verification.probes import make_probes, pack_probes
-from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import difference_of
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor, read_encoder
 from laver_megatron.hf.direct_start import load_hugging_face
 from laver_megatron.hf.files import copy_model_files
-from laver_megatron.hf.parts import training_of_checkpoint, training_of_export
+from laver_megatron.hf.parts import settings_of_checkpoint, settings_of_export
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART, read_model_shape
 from laver_megatron.model.build import build_stages
 from tests.conversions import assert_same_files, tensors_of
@@ -106,7 +105,7 @@ def _train(kind: str, model_dir: Path, directory: Path, settings: dict) -> Train
     (megatron / "run.json").write_text(json.dumps(run))
     copy_model_files(model_dir, megatron / "hf", TEXT_PART)
     copy_model_files(encoder_dir, megatron / "encoder", VISION_PART)
-    model = MegatronModel(megatron, "student", training_of_checkpoint(megatron))
+    model = MegatronModel(megatron, "student", settings_of_checkpoint(megatron))
     config = model.config(pack_probes(make_probes(model_dir, None, ["a"], [])), 1, 1)
     (stage,) = build_stages(config, read_model_shape(model_dir), encoder_dir, load_encoder=True)
     stage.initialise_new_parts(1)
@@ -132,7 +131,7 @@ def test_an_export_computes_what_the_training_model_computes(kind, settings, tra
     found = trained(kind, **settings)
     pair = open_pair(found.export, found.model.checkpoint, "student")
     assert key_problems(pair) == () == setting_problems(pair) and not value_problems(pair)
-    cap = found.model.training.max_image_tokens
+    cap = found.model.settings.max_image_tokens
     prompts = ["Text alone.", "<image>", "Two, <image> and <image>:", "<image><image> touch"]
     probes = make_probes(found.model.checkpoint / "hf", found.model.encoder_dir, prompts, pictures, cap)
     assert input_problems(found.export, probes) == []
@@ -170,8 +169,8 @@ def test_there_and_back_again(kind, settings, trained, tmp_path):
     hf_to_megatron(found.export, tmp_path / found.model.checkpoint.name)
     megatron_to_hf(tmp_path / found.model.checkpoint.name, tmp_path / "back", max_file_bytes=400_000)
     assert_same_files(tmp_path / "back", found.export)
-    assert training_of_checkpoint(tmp_path / found.model.checkpoint.name) == found.model.training
-    assert training_of_export(found.export) == found.model.training
+    assert settings_of_checkpoint(tmp_path / found.model.checkpoint.name) == found.model.settings
+    assert settings_of_export(found.export) == found.model.settings
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +240,7 @@ def test_the_cap_of_the_run_is_the_export_s(kind, trained, tmp_path):
     side = written[0]["patch_size"]
     assert [content["max_pixels"] for content in written] == [CAP * side**2, 64 * side**2]
     assert f"at most {CAP} visual tokens" in (capped.export / "README.md").read_text()
-    assert training_of_export(plain.export).max_image_tokens is None
+    assert settings_of_export(plain.export).max_image_tokens is None
     assert open_preprocessor(capped.model.encoder_dir, CAP).grid(3, 3000) == (CAP, 1)
     copied = shutil.copytree(capped.export, tmp_path / "copy")
     for content, message in (
@@ -263,7 +262,7 @@ def test_an_export_whose_processor_transformers_has_saved_again(kind, trained, t
     AutoProcessor.from_pretrained(export, trust_remote_code=True).save_pretrained(again)
     assert "image_processor" in json.loads((again / "processor_config.json").read_text())
     assert not (again / "preprocessor_config.json").exists()
-    assert training_of_export(again) == training_of_export(export)
+    assert settings_of_export(again) == settings_of_export(export)
     hf_to_megatron(again, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     ours = open_preprocessor(export)

@@ -131,7 +131,7 @@ def test_corrupt_header(hf, tmp_path, header):
 def test_index_names_a_missing_file(sharded, tmp_path):
     gone = sorted(sharded.glob("model-*.safetensors"))[1]
     gone.unlink()
-    refused(hf_to_megatron, sharded, tmp_path / "out", gone, sharded / "model.safetensors.index.json")
+    refused(hf_to_megatron, sharded, tmp_path / "out", gone.name, sharded / "model.safetensors.index.json")
 
 
 def test_a_tensor_in_two_files(sharded, tmp_path):
@@ -236,7 +236,7 @@ def test_no_config(hf, tmp_path):
 
 def test_no_such_directory(tmp_path):
     refused(hf_to_megatron, tmp_path / "nothing", tmp_path / "out", tmp_path / "nothing", "no such directory")
-    refused(megatron_to_hf, tmp_path / "nothing", tmp_path / "out", tmp_path / "nothing", "no checkpoint")
+    refused(megatron_to_hf, tmp_path / "nothing", tmp_path / "out", tmp_path / "nothing", "not a checkpoint")
 
 
 def test_a_damaged_training_state(laver, tmp_path):
@@ -348,7 +348,7 @@ def test_truncated_distcp(megatron, tmp_path):
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "hf/config.json", "run.json"])
 def test_missing_file(megatron, tmp_path, name):
     (megatron / name).unlink()
-    expected = (megatron, "no checkpoint") if name == "hf/config.json" else (megatron / name, "missing")
+    expected = (megatron, "not a checkpoint") if name == "hf/config.json" else (megatron / name, "missing")
     refused(megatron_to_hf, megatron, tmp_path / "out", *expected)
 
 
@@ -432,6 +432,7 @@ def test_parts_that_are_not_there(megatron, laver, tmp_path):
 
 def test_llava_has_no_2d_positions(laver, tmp_path):
     refused(megatron_to_hf, laver[0], tmp_path / "out", "2d", "--format laver", format="llava")
+    refused(megatron_to_hf, laver[0], tmp_path / "out", "format is 'onnx'; choose from laver, llava", format="onnx")
 
 
 # --- full disks ---
@@ -642,7 +643,7 @@ def test_overwrite_spares_what_is_no_directory_of_weights(whole, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("things", "file", "link", "dangling"):
         refused(hf_to_megatron, hf, tmp_path / name, tmp_path / name, "exists")
-        refused(hf_to_megatron, hf, tmp_path / name, tmp_path / name, "no directory of weights", overwrite=True)
+        refused(hf_to_megatron, hf, tmp_path / name, tmp_path / name, "not a directory of weights", overwrite=True)
     refused(hf_to_megatron, hf, tmp_path / "file/out", "not a directory that you may write to")
 
 
@@ -659,9 +660,9 @@ def test_overwrite_spares_what_only_looks_like_weights(whole, tmp_path):
     change_json(trained / "run.json", weights_only=False)
     for directory, words in (
         (project, "holds other things than weights (src)"),
-        (page, "is no converted checkpoint"),
+        (page, "is not a converted checkpoint"),
         (noted, "holds other things than weights (notes.txt)"),
-        (trained, "a run may go on from it"),
+        (trained, "a run may resume from it"),
     ):
         refused(megatron_to_hf, whole / "megatron", directory, directory, words, overwrite=True)
 

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from laver_megatron.convert.export import modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverConfig, LaverForConditionalGeneration, LaverProcessor
 from laver_megatron.demo.models import save_language_model
-from laver_megatron.encoders.resizing import native_size as training_size
+from laver_megatron.encoders.native import native_size as training_size
 from tests.unit.convert.encoders import (
     FEATURE_LAYERS,
     KINDS,

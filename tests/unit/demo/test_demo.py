@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.read.conversations import parse_conversation
-from laver_megatron.data.read.reading import SampleFiles
+from laver_megatron.data.read.sample_files import SampleFiles
 from laver_megatron.demo.make import make_demo
 from laver_megatron.demo.photographs import photographs
 

@@ -124,7 +124,7 @@ def test_what_a_file_does_not_say_is_as_transformers_assumes(tmp_path, name):
             "hidden_size missing from the vision model's settings, or not a positive integer",
         ),
         ("dinov2", {"num_hidden_layers": 0}, "num_hidden_layers missing"),
-        ("clip", {"vision_config": 3}, "vision_config is 3, no settings of a vision model"),
+        ("clip", {"vision_config": 3}, "vision_config is 3, but must be the settings of a vision model"),
     ],
 )
 def test_sizes_that_cannot_be(encoders, tmp_path, kind, changes, expected):

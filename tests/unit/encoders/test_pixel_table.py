@@ -8,7 +8,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from laver_megatron.encoders.fixed import FixedPreprocessor
+from laver_megatron.encoders.transformer import FixedPreprocessor
 
 SQUARE = {"height": 48, "width": 48}
 PROCESSORS = {

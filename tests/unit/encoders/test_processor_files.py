@@ -65,7 +65,7 @@ def test_the_file_that_transformers_prefers(encoders, saved):
     ("content", "expected"),
     [
         ('{"patch_size": 8}', f"no {OLD} in it, and no {NEW} with an image_processor"),
-        ('{"image_processor": null}', f"{NEW}: image_processor is None, no settings"),
+        ('{"image_processor": null}', f"{NEW}: image_processor is None, but must be the settings"),
         ("{", f"{NEW} cannot be read"),
         ("[]", f"{NEW} is not a JSON object"),
     ],

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from laver_megatron.encoders.resizing import native_size
+from laver_megatron.encoders.native import native_size
 
 sides = st.integers(1, 4000)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from laver_megatron.encoders.siglip import Siglip
+from laver_megatron.encoders.clip import Siglip
 from laver_megatron.flops.step import (
     decoder_layer_flops,
     document_area,

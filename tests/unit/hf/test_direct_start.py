@@ -160,7 +160,7 @@ def test_index_names_a_missing_file(written, tmp_path):
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
     gone = index["weight_map"][NORM]
     (tmp_path / "model" / gone).unlink()
-    expect_error(Checkpoints(tmp_path / "model", written["several"].encoder), tmp_path / "model" / gone)
+    expect_error(Checkpoints(tmp_path / "model", written["several"].encoder), tmp_path / "model", gone)
 
 
 def test_index_names_the_wrong_file(written, tmp_path):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from laver_megatron.data.batch import packing
 from laver_megatron.objective.language import IGNORE_LABEL, language_losses
 
 
@@ -61,7 +60,3 @@ def test_nothing_to_learn():
     assert losses_T.tolist() == [0, 0, 0]
     assert (logits_TW.grad == 0).all()
     assert language_losses(torch.empty(0, 5), torch.empty(0, dtype=torch.int64)).shape == (0,)
-
-
-def test_the_data_marks_ignored_labels_alike():
-    assert packing.IGNORE_LABEL == IGNORE_LABEL

@@ -189,8 +189,10 @@ def test_72b_on_128_ranks_in_a_minute_and_a_gigabyte(demo_dir, tmp_path):
     write(model, {**DECODER, **SHAPE_72B})
     encoder = tmp_path / "encoder"
     shutil.copytree(demo_dir / "encoder", encoder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "run.yaml").write_text("bf16: true\n")
     command = (
-        f"--load hf:{model} --encoder {encoder} --data-path nowhere --run-dir {tmp_path}/run --train-iters 10 --bf16 "
+        f"--config {tmp_path}/run.yaml --load hf:{model} --encoder {encoder} --data-path nowhere "
+        f"--run-dir {tmp_path}/run --train-iters 10 "
         "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 --sequence-parallel --seq-length 4096 "
         "--visual-seq-length 2048 --global-batch-size 128 --dry-run 128"
     )

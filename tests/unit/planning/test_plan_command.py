@@ -75,7 +75,7 @@ def test_text_alone_is_planned_without_laver(capsys):
 
 @pytest.mark.parametrize(
     "place, message",
-    [("missing/plan.yaml", "there is no directory"), (".", "is a directory"), ("there.yaml", "is there already")],
+    [("missing/plan.yaml", "there is no directory"), (".", "is a directory"), ("there.yaml", "exists already")],
 )
 def test_where_nothing_can_be_written_nothing_is_searched(no_search, tmp_path, capsys, place, message):
     (tmp_path / "there.yaml").write_text("mine")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from laver_megatron.data.index.faults import SampleFault
 from laver_megatron.data.read.images import decode_image
-from laver_megatron.shards.pictures import prepare_picture
+from laver_megatron.shards.assemble import prepare_picture
 from tests.unit.shards.form import encoded, jpeg, noise
 
 

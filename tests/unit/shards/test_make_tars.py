@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.shards import MakeSettings, make_shards
-from laver_megatron.shards.index_summary import summary
+from laver_megatron.shards.commands import index_summary
 from tests.unit.shards.form import encoded, jpeg, noise, turns
 
 
@@ -136,7 +136,7 @@ def test_names_of_other_files_cannot_flood_or_paint_the_terminal(tmp_path, make)
     members = [("k.json", turns("Q")), ("k.\x1b[31mred\n", b"")] + [(f"k.x{number}", b"") for number in range(1000)]
     source = write_tar(tmp_path / "a.tar", members)
     make(source)
-    for line in (make.report.summary(False).splitlines()[1], summary(index_tars([source])).splitlines()[-1]):
+    for line in (make.report.summary(False).splitlines()[1], index_summary(index_tars([source])).splitlines()[-1]):
         assert line.isprintable() and len(line) < 3000 and "and 71 more" in line
 
 

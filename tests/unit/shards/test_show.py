@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from laver_megatron.config.command_line import load_config
-from laver_megatron.data.batch.dataset import open_reader
-from laver_megatron.data.batch.packing import IGNORE_LABEL
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
+from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.shards import MakeSettings, make_shards
 from laver_megatron.shards.show import (
     ANSWER,
@@ -40,8 +41,8 @@ def config(demo_dir):
 
 
 @pytest.fixture(scope="module")
-def reader(config, demo_dir):
-    return open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder")
+def reader(config, tokenizer, preprocessor):
+    return open_reader(DataSpec.of(config, config.data.data_path), tokenizer, preprocessor)
 
 
 def test_kinds_of_tokens():
@@ -67,7 +68,7 @@ def test_words(config, reader, tokenizer):
     assert text.count("<8 x 8 visual tokens>") == len(shown.pack.pixels[0])
 
 
-def test_what_is_learnt_of_records_of_every_kind(config, demo_dir, tokenizer, tmp_path):
+def test_what_is_learnt_of_records_of_every_kind(config, tokenizer, preprocessor, tmp_path):
     """From records as they are published to what a person sees: what is trained, and what is only read."""
     (tmp_path / "a.jpg").write_bytes(picture_bytes())
     turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "See ![fig](<image>)."}]
@@ -82,7 +83,7 @@ def test_what_is_learnt_of_records_of_every_kind(config, demo_dir, tokenizer, tm
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     make_shards(MakeSettings([tmp_path / "data.json"], tmp_path / "shards", images=tmp_path))
-    reader = open_reader(config, [str(tmp_path / "shards")], demo_dir / "model", demo_dir / "encoder")
+    reader = open_reader(DataSpec.of(config, [tmp_path / "shards"]), tokenizer, preprocessor)
     (shown,) = show_packs(config, reader, [0])
     samples = {part.split(":")[0]: part for part in describe(shown, tokenizer).split("--- ")[1:]}
     terse, untrained, placed = (samples[f"{number:09d}"] for number in range(3))

@@ -183,7 +183,7 @@ def test_an_interrupted_stage_goes_on_and_a_failed_one_ends_the_chain(place, lau
     assert run_stages(stages) == chain.EXIT_UNFINISHED
     assert "stage 2 of 3, stage2_laver: stopped at iteration 2500 of 6250" in capfd.readouterr().err
     assert run_stages(stages) == 0
-    assert "stage 2 of 3, stage2_laver: going on at iteration 2500" in capfd.readouterr().err
+    assert "stage 2 of 3, stage2_laver: resuming at iteration 2500" in capfd.readouterr().err
     assert launcher.run_dirs == [f"runs/7b/{stages[i].name}" for i in (0, 1, 1, 1, 2)]
 
 

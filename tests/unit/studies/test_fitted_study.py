@@ -149,19 +149,14 @@ def test_equal_arms_differ_by_nothing_within_the_interval():
             assert row.treated_tokens == pytest.approx(row.baseline_tokens)
 
 
-def test_arms_that_cannot_be_compared(arms):
+def test_arms_that_are_fitted_otherwise_are_no_comparison(arms):
     baseline, treated = arms
-    few = FittedArm(
-        "few", dataclasses.replace(baseline.fit, resampled=Law(baseline.fit.resampled.parameters_5[:7])), SIX_N_D
-    )
-    with pytest.raises(ValueError, match=r"same number of resamples of both arms, above 0, not \[7, 60\]"):
-        compare_laws(few, treated, BUDGETS)
-    none = FittedArm("none", dataclasses.replace(baseline.fit, resampled=None), SIX_N_D)
-    with pytest.raises(ValueError, match=r"not \[0, 0\]"):
-        compare_laws(none, none, BUDGETS)
+    fewer = dataclasses.replace(baseline.fit, resampled=Law(baseline.fit.resampled.parameters_5[:7]))
+    none = dataclasses.replace(baseline.fit, resampled=None)
     other = make_arm("other", (0.2, 5.0, 40.0, 0.2, 0.2), SIX_N_D, noise=0, seed=0, ceiling=1.0, column="similarity")
-    with pytest.raises(ValueError, match=r"baseline was fitted to loss \(ceiling None\), other to similarity"):
-        compare_laws(baseline, other, BUDGETS)
+    for wrong in (FittedArm("fewer", fewer, SIX_N_D), FittedArm("none", none, SIX_N_D), other):
+        with pytest.raises(AssertionError):
+            compare_laws(wrong, treated, BUDGETS)
 
 
 SETTINGS = FitSettings(num_resamples=20)

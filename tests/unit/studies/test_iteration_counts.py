@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from laver_megatron.config.command_line import load_config
-from laver_megatron.data.batch.dataset import open_reader
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.batch.packing import image_grids
 from laver_megatron.demo.make import make_demo
+from laver_megatron.encoders import open_preprocessor
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.model.streams import StreamSettings, span_areas
 from laver_megatron.studies.iteration_counts import COUNTS, IterationCounts
 
@@ -32,7 +35,9 @@ def open_data(directory, *flags):
         "--global-batch-size", str(BATCH), "--num-workers", "0", *flags,
     ])  # fmt: skip
     reader = open_reader(
-        config, config.data.data_path, directory / "model", directory / "encoder_qwen2_5_vl", training=True
+        DataSpec.of(config, config.data.data_path, training=True),
+        load_tokenizer(directory / "model"),
+        open_preprocessor(directory / "encoder_qwen2_5_vl"),
     )
     streams = StreamSettings.of(config.replace(visual_seq_length=reader.visual_seq_length),
                                 read_model_shape(directory / "model"))  # fmt: skip
@@ -75,7 +80,6 @@ def test_counts_are_those_of_the_packs(directory, flags):
 
 def _counts_of(reader, directory):
     from laver_megatron.data.index.counts import count_samples
-    from laver_megatron.hf.tokenizer import load_tokenizer
 
     maker = reader.maker
     return [

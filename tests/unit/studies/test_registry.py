@@ -6,7 +6,7 @@ import json
 import pytest
 
 from laver_megatron.studies.registry import FAULTS, read_registry
-from laver_megatron.studies.study_settings import varying_settings
+from laver_megatron.studies.study import varying_settings
 from tests.summaries import change, write_run
 
 
@@ -179,17 +179,25 @@ BAD_RUNS = {
     "nan in an added column": (with_number("NaN", analysis=0), "nan", "analysis was NaN or infinite"),
     "no decoder": (without("parameters", "decoder"), "damaged", "run_summary.json lacks parameters.decoder"),
     "no flops": (without("flops", "model"), "damaged", "lacks flops.model"),
-    "text for parameters": (changed(parameters__decoder="abc"), "damaged", "says parameters.decoder is 'abc', no"),
-    "text for tokens": (changed(tokens__total="1e9"), "damaged", "says tokens.total is '1e9', no number from 0 on"),
-    "text for flops": (changed(flops__model="x"), "damaged", "says flops.model is 'x', no number"),
-    "too large": (changed(flops__model=10**400), "damaged", "says flops.model is of 1329 bits, no number"),
-    "nan for tokens": (with_number("NaN", tokens__total=0), "damaged", "says tokens.total is nan, no number"),
-    "below 0": (changed(tokens__total=-5), "damaged", "says tokens.total is -5, no number from 0 on"),
-    "half a seed": (changed(seed=1.5), "damaged", "says seed is 1.5, no whole number"),
-    "no time": (changed(time__written_at=5), "damaged", "says time.written_at is 5, no text"),
-    "no hash": (changed(config_hash=None), "damaged", "says config_hash is None, no text"),
+    "text for parameters": (
+        changed(parameters__decoder="abc"),
+        "damaged",
+        "has parameters.decoder 'abc', which must be",
+    ),
+    "text for tokens": (
+        changed(tokens__total="1e9"),
+        "damaged",
+        "has tokens.total '1e9', which must be a number",
+    ),
+    "text for flops": (changed(flops__model="x"), "damaged", "has flops.model 'x', which must be a number"),
+    "too large": (changed(flops__model=10**400), "damaged", "has flops.model of 1329 bits, which must be a number"),
+    "nan for tokens": (with_number("NaN", tokens__total=0), "damaged", "has tokens.total nan, which must be a number"),
+    "below 0": (changed(tokens__total=-5), "damaged", "has tokens.total -5, which must be a number of at least 0"),
+    "half a seed": (changed(seed=1.5), "damaged", "has seed 1.5, which must be an integer"),
+    "no time": (changed(time__written_at=5), "damaged", "has time.written_at 5, which must be a string"),
+    "no hash": (changed(config_hash=None), "damaged", "has config_hash None, which must be a string"),
     "no config": (changed(config=None), "damaged", "lacks config"),
-    "another state": (changed(state="done"), "damaged", "says state is 'done', neither finished nor unfinished"),
+    "another state": (changed(state="done"), "damaged", "has state 'done', which must be finished or unfinished"),
     "deep": (broken("[" * 100_000), "damaged", "run_summary.json cannot be read"),
     "deep columns": (broken('{"a":' * 900 + "1" + "}" * 900), "damaged", "run_summary.json"),
     "sums of a part": (changed(counted_iterations=40), "damaged", "are sums over 40 of 100 iterations"),
@@ -228,7 +236,7 @@ def test_of_duplicates_the_newest_is_kept(study):
     "make, message",
     [
         (lambda at: at / "nowhere", r"nowhere does not exist"),
-        (lambda at: at / "file.txt", r"file\.txt is no run_summary\.json"),
+        (lambda at: at / "file.txt", r"file\.txt is not a run_summary\.json"),
         (lambda at: at / "empty", r"no run_summary\.json in .*empty; every run writes one when it saves"),
     ],
 )

@@ -175,11 +175,11 @@ def test_what_the_runs_would_refuse(sweep):
     assert said.count("lr_warmup_iters 2 leaves nothing of 2 train_iters") == 1 and "and 3 more" in said
     assert "3 processes cannot be divided" not in refused(sweep, "--iterations", "2", "--num-gpus", "3")
     assert "not a multiple of micro_batch_size 2 x 3" in sweep.err
-    assert "12 GPUs are no whole nodes of 8; use --num-gpus 16" in refused(
+    assert "12 GPUs do not fill whole nodes of 8; use --num-gpus 16" in refused(
         sweep, "--iterations", "2", "--num-gpus", "12", "--global-batch-size", "24"
     )
     assert "--seed is the sweep's to set" in refused(sweep, "--iterations", "2", "--seed=3")
-    assert "give numbers above 0, whole ones" in refused(sweep, "--iterations", "2.5")
+    assert "must be a positive integer" in refused(sweep, "--iterations", "2.5")
     assert "--learning" in refused(sweep, "--iterations", "2", "--learning", "1")
     del sweep.base["eval_interval"]
     assert "no validation loss to fit" in refused(sweep, "--iterations", "2")
@@ -188,7 +188,7 @@ def test_what_the_runs_would_refuse(sweep):
 def test_what_is_there_is_not_touched(sweep):
     sweep.output.mkdir()
     (sweep.output / "notes.txt").write_text("mine")
-    assert sweep("--iterations", "2") == 2 and "is there already" in sweep.err
+    assert sweep("--iterations", "2") == 2 and "exists already" in sweep.err
     assert [path.name for path in sweep.output.iterdir()] == ["notes.txt"]
 
 

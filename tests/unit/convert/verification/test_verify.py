@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
-from laver_megatron.convert.export.description import REMOTE_CODE, laver_config, llava_config, processor_config
+from laver_megatron.convert.export.description import REMOTE_CODE, export_config, processor_config
 from laver_megatron.convert.verification import verify as verify_module
 from laver_megatron.convert.verification.forward import (
     TEACHER,
@@ -29,14 +29,13 @@ from laver_megatron.convert.verification.forward import (
     run_transformers,
     transformers_outputs,
 )
-from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems
+from laver_megatron.convert.verification.pair import key_problems, open_pair, setting_problems, value_problems
 from laver_megatron.convert.verification.probes import PICTURE_PROMPTS, TEXT_PROMPTS, make_probes, pack_probes
-from laver_megatron.convert.verification.values import value_problems
 from laver_megatron.convert.verification.verify import compare_outputs, grid, layout_problem, verify
 from laver_megatron.convert.verification.workers import WorkerFailed
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
-from laver_megatron.hf.parts import Training, parts_of_megatron
+from laver_megatron.hf.parts import ModelSettings, parts_of_megatron
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
@@ -74,12 +73,13 @@ def write_checkpoint(directory, table, tensors, run, *, beside=None):
     write_manifest(directory, {str(file.relative_to(directory)): describe(file) for file in files_of(directory)})
 
 
-def describe_export(export, megatron, describe_as, **settings):
+def describe_export(export, megatron, format, **settings):
     """Writes config.json of an export with the models of a checkpoint."""
     configs = [json.loads((megatron / part / "config.json").read_text()) for part in ("hf", "encoder")]
     added = json.loads((megatron / "hf" / "tokenizer.json").read_text())["added_tokens"]
     (image_pad,) = (token["id"] for token in added if token["content"] == "<|image_pad|>")
-    description = describe_as(*configs, feature_layer=-2, image_token_id=image_pad, dtype="float32", **settings)
+    settings |= {"feature_layer": -2, "image_token_id": image_pad, "dtype": "float32"}
+    description = export_config(format, *configs, **settings)
     (export / "config.json").write_text(json.dumps(description))
 
 
@@ -125,7 +125,7 @@ def images(single_process, model_dir, tmp_path_factory):
     export.mkdir()
     save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(REMOTE_CODE, export)
-    describe_export(export, megatron, laver_config, attention="mixed", positions="2d")
+    describe_export(export, megatron, "laver", attention="mixed", positions="2d")
     (export / "processor_config.json").write_text(json.dumps(processor_config("laver", SIGLIP, patch_size=8)))
     add_processor(export, model_dir, directory / "encoder")
     return Directories(export, megatron)
@@ -201,18 +201,18 @@ def test_bfloat16_files_are_compared_in_fp32(text, tmp_path):
 def test_llava_exports_of_causal_models_are_compared(images, tmp_path):
     export = tmp_path / "llava"
     shutil.copytree(images.hugging_face, export)
-    describe_export(export, images.megatron, llava_config, attention="causal", positions="1d")
+    describe_export(export, images.megatron, "llava", attention="causal", positions="1d")
     (export / "processor_config.json").write_text(json.dumps(processor_config("llava", SIGLIP, patch_size=8)))
     pair = open_pair(export, images.megatron, "student")
     assert len(setting_problems(pair)) == 2  # the checkpoint was trained with mixed attention and 2d positions
-    pair = replace(pair, megatron=replace(pair.megatron, training=Training("causal", "1d", -2)))
+    pair = replace(pair, megatron=replace(pair.megatron, settings=ModelSettings("causal", "1d", -2)))
     assert setting_problems(pair) == ()
     assert compare(pair, probes_of(pair)).problems == ()
     assert input_problems(export, probes_of(pair)) == []
 
 
 def test_llava_exports_of_mixed_models_are_refused(images, tmp_path):
-    describe_export(tmp_path, images.megatron, llava_config, attention="mixed", positions="1d")
+    describe_export(tmp_path, images.megatron, "llava", attention="mixed", positions="1d")
     with pytest.raises(ValueError, match="mixed attention, which transformers' own Llava does not compute"):
         open_pair(tmp_path, images.megatron, "student")
 
@@ -467,7 +467,7 @@ def test_own_prompts_stand_in_for_those_of_their_kind(images, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hugging_face": Path("nowhere")}, "nowhere/config.json does not exist"),
+        ({"hugging_face": Path("nowhere")}, "nowhere: no such directory"),
         ({"megatron": Path("nowhere")}, "nowhere is not a checkpoint"),
         ({"tolerance": 0.0}, "must be above 0"),
         ({"tolerance": float("nan")}, "must be above 0"),

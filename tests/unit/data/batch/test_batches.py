@@ -15,7 +15,8 @@ from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.command_line import load_config
 from laver_megatron.data.batch import batches
 from laver_megatron.data.batch.batches import BatchSource, GlobalCounts, count, num_bad_samples
-from laver_megatron.data.batch.dataset import open_reader
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.flops.encoder import BY_TOKENS
 from laver_megatron.objective.masking import mask_visual_tokens
@@ -40,7 +41,7 @@ def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     source.image_cost = BY_TOKENS
     source.dtype, source.device = torch.float32, torch.device("cpu")
     source.num_samples = source.num_bad_samples = 0
-    source.faults, source._told_faults = Counter(), Counter(reader.faults.counts)
+    source.faults, source._reported_faults = Counter(), Counter(reader.faults.counts)
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
     return source
 
@@ -58,6 +59,14 @@ def on_ranks(all_reduce, data_parallel_rank):
         yield
 
 
+@pytest.fixture
+def reader_of(tokenizer, preprocessor):
+    """reader_of(config, paths=those of the configuration)"""
+    return lambda config, paths=None: open_reader(
+        DataSpec.of(config, paths or config.data.data_path), tokenizer, preprocessor
+    )
+
+
 def keys_at(source, rank, num_ranks, first_pack):
     with on_ranks(mock.Mock(), lambda: rank):
         batch = source.at(first_pack, mask_ratio=0.3, step=0)
@@ -65,16 +74,13 @@ def keys_at(source, rank, num_ranks, first_pack):
 
 
 @pytest.mark.parametrize("num_ranks, num_workers", [(1, 0), (2, 1), (4, 3)])
-def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
+def test_whole_epochs(config, reader_of, num_ranks, num_workers):
     """Every sample once in each of two epochs, whatever the ranks and workers; batches run across the end of an epoch;
     changing the number of ranks on the way changes nothing."""
     config = config.replace(num_workers=num_workers)
-    model_dir, encoder_dir = demo_dir / "model", demo_dir / "encoder"
-    readers = [open_reader(config, config.data.data_path, model_dir, encoder_dir) for _ in range(num_ranks)]
+    readers = [reader_of(config) for _ in range(num_ranks)]
     sources = [source_on(config, reader, rank, num_ranks) for rank, reader in enumerate(readers)]
-    alone = source_on(
-        config, open_reader(config.replace(num_workers=0), config.data.data_path, model_dir, encoder_dir), 0, 1
-    )
+    alone = source_on(config, reader_of(config.replace(num_workers=0)), 0, 1)
     plan = readers[0].plan
     num_packs = plan.num_packs(0) + plan.num_packs(1)
     found = []
@@ -92,12 +98,10 @@ def test_whole_epochs(config, demo_dir, num_ranks, num_workers):
 
 
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
-def test_masks_are_those_of_the_step(config, demo_dir, sampling):
+def test_masks_are_those_of_the_step(config, reader_of, sampling):
     """The same packs, so the same images, at two steps: each time the masks of that step, and not the same ones."""
     config = config.replace(num_workers=0, mask_sampling=sampling)
-    source = source_on(
-        config, open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder"), 0, 1
-    )
+    source = source_on(config, reader_of(config), 0, 1)
     found = {}
     for step in (0, 1, 7):
         with on_ranks(mock.Mock(), lambda: 0):
@@ -112,7 +116,7 @@ def test_masks_are_those_of_the_step(config, demo_dir, sampling):
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[7])
 
 
-def test_bad_samples_are_counted(write_shard, demo_dir, config):
+def test_bad_samples_are_counted(write_shard, reader_of, config):
     """In the batch's counts, and up to the limit."""
     whole = picture_bytes((64, 64))
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
@@ -121,12 +125,7 @@ def test_bad_samples_are_counted(write_shard, demo_dir, config):
     }
     shard = write_shard(samples)
     for limit, ends in ((0.26, False), (0.24, True)):
-        reader = open_reader(
-            config.replace(num_workers=0, max_bad_fraction=limit),
-            [str(shard)],
-            demo_dir / "model",
-            demo_dir / "encoder",
-        )
+        reader = reader_of(config.replace(num_workers=0, max_bad_fraction=limit), [str(shard)])
         source = source_on(config, reader, 0, 1)
         assert reader.plan.num_packs(0) > GLOBAL_BATCH_SIZE
         if ends:
@@ -139,16 +138,16 @@ def test_bad_samples_are_counted(write_shard, demo_dir, config):
             assert source.num_bad_samples / source.num_samples == pytest.approx(0.25, abs=0.08)
 
 
-def test_a_restart_goes_on_counting_bad_samples(write_shard, demo_dir, config):
+def test_a_restart_goes_on_counting_bad_samples(write_shard, reader_of, config):
     whole = picture_bytes((64, 64))
     turns = json.dumps([{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]).encode()
     shard = write_shard({f"s{i}": {"json": turns, "jpg": whole[:-400] if i < 3 else whole} for i in range(12)})
     config = config.replace(num_workers=0, max_bad_fraction=0.3)
     sources = []
     for known in ((0, 0), (7, 1), (90, 60)):
-        reader = open_reader(config, [str(shard)], demo_dir / "model", demo_dir / "encoder")
+        reader = reader_of(config, [str(shard)])
         sources.append(source_on(config, reader, 0, 1))
-        sources[-1].go_on_from({}, *known)
+        sources[-1].resume_from({}, *known)
         assert (sources[-1].num_samples, sources[-1].num_bad_samples) == (sum(known), known[1])
     keys_at(sources[0], 0, 1, 0), keys_at(sources[1], 0, 1, 0)
     assert sources[1].num_samples == sources[0].num_samples + 8
@@ -166,14 +165,14 @@ def test_progress_keeps_the_bad_samples_apart(config):
     assert (progress.consumed_samples, progress.bad_samples) == (15, 3)
 
 
-def test_the_table_holds_what_all_readers_have_found(write_shard, demo_dir, config):
+def test_the_table_holds_what_all_readers_have_found(write_shard, reader_of, config):
     whole = picture_bytes((64, 64))
     contents = {"cut": whole[:-400], "none": whole[:20]}  # the second is known before the start
     turns = json.dumps([{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]).encode()
     kinds = ["none", *["cut"] * 6, *["whole"] * 17]
     shard = write_shard({f"s{i}": {"json": turns, "jpg": contents.get(kind, whole)} for i, kind in enumerate(kinds)})
     config = config.replace(num_workers=0, max_bad_fraction=0.2)
-    readers = [open_reader(config, [str(shard)], demo_dir / "model", demo_dir / "encoder") for _ in range(2)]
+    readers = [reader_of(config, [str(shard)]) for _ in range(2)]
     sources = [source_on(config, reader, rank, 2) for rank, reader in enumerate(readers)]
     barrier, tables, found = threading.Barrier(2), {}, []
 
@@ -211,26 +210,24 @@ def built(config, reader, told):
         return BatchSource(config, reader, lambda packs: (0, 0, 0), torch.float32, torch.device("cpu"))
 
 
-def test_marks_pass_from_rank_to_rank(config, demo_dir):
+def test_marks_pass_from_rank_to_rank(config, reader_of):
     """From a run to the checkpoint and to a reader that begins anew; other data than rank 0's are an error."""
     config = config.replace(num_workers=0)
-    first, second = (
-        open_reader(config, config.data.data_path, demo_dir / "model", demo_dir / "encoder") for _ in range(2)
-    )
+    first, second = (reader_of(config) for _ in range(2))
     position = first.plan.num_packs(0)
     source = built(config, first, lambda values: None)
     with mock.patch.object(batches.dist, "broadcast_object_list"):
         mark = source.mark(position)
     assert mark["window"] == first.plan.num_windows > 1 and mark == json.loads(json.dumps(mark))
     resumed = built(config, second, lambda values: None)
-    resumed.go_on_from({})  # of a checkpoint without one
+    resumed.resume_from({})  # of a checkpoint without one
     with mock.patch.object(second.plan, "_pack_window", wraps=second.plan._pack_window) as packed:
-        resumed.go_on_from(mark)
+        resumed.resume_from(mark)
         assert keys_at(resumed, 0, 1, position) == keys_at(source, 0, 1, position)
     assert min(call.args[0] for call in packed.call_args_list) == mark["window"]
     with pytest.raises(ValueError, match="other data or to another version"):
-        resumed.go_on_from({**mark, "first_pack": position + 1})
-    built(config, None, lambda values: values.__setitem__(0, "rank 0's")).go_on_from(mark)  # reads nothing
+        resumed.resume_from({**mark, "first_pack": position + 1})
+    built(config, None, lambda values: values.__setitem__(0, "rank 0's")).resume_from(mark)  # reads nothing
     with pytest.raises(ValueError, match="those of rank 0 other: the indexes or shards .* not the same on all nodes"):
         built(config, second, lambda values: values.__setitem__(0, "other"))
 

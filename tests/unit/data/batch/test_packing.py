@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, PackedSample, build_packs, check_features
+from laver_megatron.data.batch.packing import PackedSample, build_packs, check_features
+from laver_megatron.objective.language import IGNORE_LABEL
 from tests.content import messages_of
 
 PADDING = 7

@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL
 from laver_megatron.data.index import counts as counts_module
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.counts import count_samples
@@ -13,6 +12,7 @@ from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import read_index, write_index
 from laver_megatron.data.index.opening import find_shards
 from laver_megatron.data.read.conversations import parse_conversation
+from laver_megatron.objective.language import IGNORE_LABEL
 from tests.content import picture_bytes, question, read_member
 
 

@@ -23,7 +23,7 @@ from laver_megatron.data.index.faults import FAULTS, Fault
 from laver_megatron.data.index.index_file import check_index, read_index, write_index
 from laver_megatron.data.index.opening import find_shards, find_shards_and_urls, open_indexes, path_problems
 from laver_megatron.data.index.shard_index import concatenate, select
-from laver_megatron.shards.index_summary import summary
+from laver_megatron.shards.commands import index_summary
 from tests.content import picture_bytes, question, read_member
 
 TOOL = Path(__file__).parents[4] / "tools" / "index_shards.py"
@@ -212,7 +212,7 @@ def test_unused_keys_of_records_stand_in_the_index(write_shard, tmp_path):
     write_index(index, tmp_path / "index.parquet")
     assert read_index(tmp_path / "index.parquet").other_keys == {"score": 2}
     assert concatenate([index, index]).other_keys == {"score": 4}
-    assert "1  unused keys of records: score (2)" in summary(index)
+    assert "1  unused keys of records: score (2)" in index_summary(index)
 
 
 def test_a_truncated_tar_gives_what_is_before_the_cut(write_shard, caplog):
@@ -445,6 +445,11 @@ def test_find_names_everything_that_is_wrong(tmp_path, write_shard):
 def test_find_takes_files_directories_and_globs_once(tmp_path, write_shard):
     first, second = (write_shard({"a": {"json": question()}}, name) for name in ("1.tar", "2.tar"))
     assert find_shards([second, tmp_path, str(tmp_path / "*.tar")]) == [second, first]
+
+
+def test_lists_of_urls_are_written_out():
+    numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
+    assert find_shards_and_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
 
 
 # --- the tool ------------------------------------------------------------------------------------------

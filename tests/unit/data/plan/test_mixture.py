@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laver_megatron.data.plan.mixture import Mixture, Source
+from laver_megatron.data.plan.mixture import Mixture, SampleSizes
 
 
 def source(num_shards=4, shard_size=25, weight=1.0):
     count = num_shards * shard_size
-    return Source(np.full(count, 10), np.zeros(count), np.arange(count) // shard_size, weight)
+    return SampleSizes(np.full(count, 10), np.zeros(count), np.arange(count) // shard_size, weight)
 
 
 def mixture(*sources, seed=3):
@@ -56,7 +56,7 @@ def test_shards_of_all_sources_are_shuffled_whole():
 
 
 def test_rows_that_are_not_in_the_order_of_shards():
-    mixed = mixture(Source([10] * 6, [0] * 6, [0, 1, 0, 1, 0, 1]))
+    mixed = mixture(SampleSizes([10] * 6, [0] * 6, [0, 1, 0, 1, 0, 1]))
     assert sorted(mixed.order(0)[:3].tolist()) in ([0, 2, 4], [1, 3, 5])
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.data.plan.plan import PackPlan, SampleSizes
 
 
 def sizes(count, seed=0, longest=120):
@@ -19,7 +19,7 @@ def sizes(count, seed=0, longest=120):
 
 
 def source(count=300, seed=0, longest=120, shard_size=20, weight=1.0):
-    return Source(*sizes(count, seed, longest), np.arange(count) // shard_size, weight)
+    return SampleSizes(*sizes(count, seed, longest), np.arange(count) // shard_size, weight)
 
 
 def plan(*sources, seq_length=100, visual_seq_length=40, seed=5, window=100):
@@ -46,7 +46,7 @@ def test_an_epoch_holds_every_fitting_sample_once_within_both_budgets(
     fitting = [i for i in range(count) if tokens[i] <= seq_length and visual[i] <= visual_seq_length]
     if not fitting:
         return
-    p = PackPlan([Source(tokens, visual, [0] * count)], seq_length, visual_seq_length, case, window)
+    p = PackPlan([SampleSizes(tokens, visual, [0] * count)], seq_length, visual_seq_length, case, window)
     for epoch in range(3):
         packs = epoch_packs(p, epoch)
         assert sorted(i for pack in packs for i in pack) == fitting
@@ -142,9 +142,9 @@ def test_the_fingerprint_changes_whenever_a_pack_could():
     others = [
         plan(seed=6), plan(window=99), plan(seq_length=101), plan(visual_seq_length=41), plan(source(301)),
         plan(source(weight=1.01)), plan(source(150), source(150)), plan(source(), source()),
-        plan(Source(changed_tokens, base.visual_I, base.shard_I)),
-        plan(Source(base.tokens_I, changed_visual, base.shard_I)),
-        plan(Source(base.tokens_I, base.visual_I, changed_shards)),
+        plan(SampleSizes(changed_tokens, base.visual_I, base.shard_I)),
+        plan(SampleSizes(base.tokens_I, changed_visual, base.shard_I)),
+        plan(SampleSizes(base.tokens_I, base.visual_I, changed_shards)),
     ]  # fmt: skip
     prints = [one.fingerprint() for one in (plan(), *others)]
     assert len(set(prints)) == len(prints) and plan().fingerprint() == prints[0]
@@ -152,7 +152,7 @@ def test_the_fingerprint_changes_whenever_a_pack_could():
 
 def test_the_order_is_the_same_on_every_machine():
     # Written down once: a change of these numbers would make old checkpoints go on with other data.
-    p = PackPlan([Source([10] * 8, [0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])], 20, 0, seed=1234, window=4)
+    p = PackPlan([SampleSizes([10] * 8, [0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])], 20, 0, seed=1234, window=4)
     assert [p.pack(i) for i in range(6)] == [(5, 6), (4, 7), (0, 2), (1, 3), (1, 2), (3, 0)]
 
 
@@ -175,7 +175,7 @@ def test_windows_are_of_one_size():
 
 
 def test_skipped_are_counted_by_reason_and_unreadable_ones_never_planned():
-    p = plan(Source([50, 101, 60, 0], [10, 10, 41, 0], [0] * 4))
+    p = plan(SampleSizes([50, 101, 60, 0], [10, 10, 41, 0], [0] * 4))
     assert p.skipped == {"more than 100 tokens": 1, "more than 40 visual tokens": 1}
     assert p.pack(0) == p.pack(1) == (0,)
 
@@ -184,11 +184,11 @@ def test_nothing_fits():
     with pytest.raises(
         ValueError, match=r"shortest has 50 tokens \(seq_length is 40\).*10 \(visual_seq_length is 40\)"
     ):
-        plan(Source([50, 60, 0], [10, 11, 0], [0] * 3), seq_length=40)
+        plan(SampleSizes([50, 60, 0], [10, 11, 0], [0] * 3), seq_length=40)
     with pytest.raises(ValueError, match="none of the 1 samples can be used"):
-        plan(Source([0], [0], [0]))
+        plan(SampleSizes([0], [0], [0]))
     with pytest.raises(ValueError, match="none of the 0 samples can be used"):
-        plan(Source([], [], []))
+        plan(SampleSizes([], [], []))
     with pytest.raises(ValueError, match=r"weights \[0.0\] leave none of"):
         plan(source(weight=0))
     with pytest.raises(ValueError, match="window of 0"):
@@ -200,7 +200,7 @@ def test_ids_count_through_the_sources():
     assert [p.locate_sample(i) for i in (0, 29, 30, 79)] == [(0, 0), (0, 29), (1, 0), (1, 49)]
     assert p.token_counts_I[30:].tolist() == source(50).tokens_I.tolist()
     assert all(type(i) is int for i in p.pack(0)) and not isinstance(p.pack(0)[0], np.integer)
-    empty_first = plan(Source([], [], []), source(50))
+    empty_first = plan(SampleSizes([], [], []), source(50))
     assert empty_first.locate_sample(0) == (1, 0)
 
 
@@ -212,10 +212,10 @@ def test_sizes_are_not_copied():
 
 def test_a_weight_that_leaves_nothing_is_an_error():
     sizes = [10] * 66
-    sources = [Source(sizes, [0] * 66, [0] * 66), Source(sizes, [0] * 66, [0] * 66, weight=0.001)]
+    sources = [SampleSizes(sizes, [0] * 66, [0] * 66), SampleSizes(sizes, [0] * 66, [0] * 66, weight=0.001)]
     with pytest.raises(ValueError, match=r"weight of 0.001 leaves none of a source's 66 samples"):
         PackPlan(sources, 64, 32, seed=1)
-    assert PackPlan([sources[0], Source(sizes, [0] * 66, [0] * 66, weight=0.02)], 64, 32, seed=1).num_samples == 67
+    assert PackPlan([sources[0], SampleSizes(sizes, [0] * 66, [0] * 66, weight=0.02)], 64, 32, seed=1).num_samples == 67
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_from_a_mark_on_nothing_before_it_is_packed(packed, epoch, share):
     mark = whole.mark(position)
     resumed = plan(source(2000, longest=90))
     packed.clear()
-    resumed.go_on_from(mark)
+    resumed.resume_from(mark)
     assert [resumed.pack(position + i) for i in range(60)] == expected
     assert min(packed) == mark.window == whole._find(position) and len(packed) <= 4
     assert resumed.mark(position) == mark
@@ -266,7 +266,7 @@ def test_a_mark_of_anything_else_is_noticed():
     ]  # fmt: skip
     for one in wrong:
         with pytest.raises(ValueError, match="other data or to another version"):
-            plan(source(2000, longest=90)).go_on_from(one)
+            plan(source(2000, longest=90)).resume_from(one)
 
 
 def test_other_packs_than_those_of_a_mark_are_noticed(monkeypatch):
@@ -275,12 +275,12 @@ def test_other_packs_than_those_of_a_mark_are_noticed(monkeypatch):
     mark = p.mark(100)
     monkeypatch.setattr("laver_megatron.data.plan.plan.pack_window", lambda tokens_I, *_: np.arange(len(tokens_I)))
     with pytest.raises(ValueError, match="another version of laver_megatron"):
-        plan(source(2000, longest=90)).go_on_from(mark)
+        plan(source(2000, longest=90)).resume_from(mark)
 
 
 def test_what_lies_before_a_mark_is_held_against_it():
     p = plan(source(2000, longest=90))
-    p.go_on_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
+    p.resume_from(p._mark(5, 77))  # all its parts agree, and yet the fifth window begins elsewhere
     p.pack(100)
     for _ in range(2):  # it stays wrong however often it is asked
         with pytest.raises(ValueError, match=r"window 5 begins at pack \d+, but 77 was noted"):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from laver_megatron.data.plan.mixture import Source
+from laver_megatron.data.plan.mixture import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks.packing import draw_source
 
@@ -17,19 +17,19 @@ def test_the_budget_leaves_out_no_more_than_allowed():
     # One sample in twenty has ten times the others' visual tokens: a small budget would be filled best.
     tokens, visual = np.full(2000, 110), np.full(2000, 40)
     tokens[::20], visual[::20] = 510, 400
-    source = Source(tokens, visual, tokens * 0)
+    source = SampleSizes(tokens, visual, tokens * 0)
     assert propose_visual_budget([source], 600) >= 400
     assert propose_visual_budget([source], 600, max_left_out=0.1) < 400
 
 
 def test_the_budget_follows_the_weights():
-    text, images = Source([50] * 500, [0] * 500, [0] * 500), Source([50] * 500, [40] * 500, [0] * 500)
-    heavy = Source(text.tokens_I, text.visual_I, text.shard_I, weight=9)
+    text, images = SampleSizes([50] * 500, [0] * 500, [0] * 500), SampleSizes([50] * 500, [40] * 500, [0] * 500)
+    heavy = SampleSizes(text.tokens_I, text.visual_I, text.shard_I, weight=9)
     assert propose_visual_budget([heavy, images], 1000) < propose_visual_budget([text, images], 1000)
-    none = Source(images.tokens_I, images.visual_I, images.shard_I, weight=0)
+    none = SampleSizes(images.tokens_I, images.visual_I, images.shard_I, weight=0)
     assert propose_visual_budget([text, none], 1000) == 0
 
 
 def test_no_budget_without_samples():
     with pytest.raises(ValueError, match="none of the 2 samples has between 1 and 40 tokens"):
-        propose_visual_budget([Source([0, 41], [0, 0], [0, 0])], 40)
+        propose_visual_budget([SampleSizes([0, 41], [0, 0], [0, 0])], 40)

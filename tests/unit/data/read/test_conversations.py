@@ -12,8 +12,8 @@ from laver_megatron.data.read import record_keys
 from laver_megatron.data.read.conversations import Message, parse_conversation, parse_json, read_conversation
 from laver_megatron.data.read.record_keys import add_keys, keys_line
 from laver_megatron.shards.assemble import SampleMaker
-from laver_megatron.shards.found import FoundSample
-from laver_megatron.shards.report import Report
+from laver_megatron.shards.record_source import FoundSample
+from laver_megatron.shards.report import MakeReport
 from tests.content import messages_of, picture_bytes
 
 
@@ -307,7 +307,7 @@ def test_what_is_read_is_what_the_record_says(turns, num_images, interleaved, sy
     except SampleFault as fault:
         assert fault.fault in (Fault.image_count, Fault.video_or_audio, Fault.no_answer)
         with pytest.raises(SampleFault):
-            SampleMaker(images_in_answers=interleaved).make(found_sample, "key", Report())
+            SampleMaker(images_in_answers=interleaved).make(found_sample, "key", MakeReport())
         return
     assert sum(message.num_images for message in found.messages) == num_images
     spoken = [m for m in found.messages if m.role != "system"]
@@ -318,7 +318,7 @@ def test_what_is_read_is_what_the_record_says(turns, num_images, interleaved, sy
         if message.role == "assistant":
             assert message.num_images == (turn["content"].count("<image>") if interleaved and num_images else 0)
             assert message.is_trained == ("loss" not in turn)
-    sample = SampleMaker(images_in_answers=interleaved).make(found_sample, "key", Report())
+    sample = SampleMaker(images_in_answers=interleaved).make(found_sample, "key", MakeReport())
     again = parse_conversation(sample.text, num_images, "x")
     assert again.messages == found.messages and not again.other_keys
 

@@ -12,9 +12,9 @@ import pytest
 from fsspec.implementations.http import HTTPFileSystem
 
 from laver_megatron.data.index.shard_index import Shard
-from laver_megatron.data.read import fetching, remote
+from laver_megatron.data.read import fetching, shard_cache
 from laver_megatron.data.read.fetching import RefusedError, fetch_into
-from laver_megatron.data.read.remote import ShardCache
+from laver_megatron.data.read.shard_cache import ShardCache
 
 CONTENT = bytes(range(256)) * 400
 
@@ -74,7 +74,7 @@ def server():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
     return ShardCache(tmp_path / "cache", 10**6, allow_pipe=True)
 
 
@@ -143,7 +143,7 @@ class Denying(HTTPFileSystem):
 def test_a_store_that_denies_access_is_final(cache, monkeypatch):
     """Stores raise Python's own errors, without a file's name."""
     fsspec.register_implementation("denying", Denying)
-    monkeypatch.setitem(fetching.SCHEMES, "denying", dict)
+    monkeypatch.setitem(fetching.SCHEMES, "denying", lambda url: {})
     with pytest.raises(ValueError, match="the server answers 403; look at the URL"):
         cache.open(Shard("denying://b/a", 10, 1))
 

@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import xxhash
-from braceexpand import braceexpand
 from filelock import BaseFileLock, FileLock, Timeout
 
 from laver_megatron.data.index.index_file import is_url
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
 from laver_megatron.data.read.fetching import PIPE, SCHEMES, MissingPackageError, RefusedError, fetch_into, scheme_of
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +33,22 @@ _REMEDY_SIZE = "if it has been replaced, index it again with tools/index_shards.
 
 
 class ShardCache:
-    """Local copies of shards that are named by URLs.
+    """Local copies of remote shards.
 
-    folder: made when it is first needed; several runs may share it. max_bytes: what the copies may take together.
-    allow_pipe: whether `pipe:COMMAND` may run its command in a shell.
+    Args:
+        folder: created when it is first needed; several runs may share it.
+        max_bytes: total size of the copies.
+        allow_pipe: whether `pipe:COMMAND` may run its command in a shell.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, allow_pipe: bool = False) -> None:
         self.folder, self.max_bytes, self.allow_pipe = Path(folder), max_bytes, allow_pipe
 
     def check(self, index: ShardIndex) -> None:
-        """Looks, without fetching, whether all shards of an index can be had.
+        """Checks, without fetching, whether all shards of an index can be had.
 
         Raises:
-            ValueError: a URL that is not allowed or of an unknown kind; a shard that is larger than the cache.
+            ValueError: a URL that is not allowed or of an unknown scheme; a shard that is larger than the cache.
         """
         self.check_urls([shard.path for shard in index.shards])
         for shard in index.shards:
@@ -54,51 +56,56 @@ class ShardCache:
                 self._check_size(shard)
 
     def check_urls(self, paths: Sequence[str]) -> None:
-        """Looks at those paths that are URLs. Raises ValueError for one that is not allowed or of an unknown kind."""
+        """Checks those paths that are URLs. Raises ValueError for one that is not allowed or of an unknown scheme."""
         for path in paths:
             if is_url(path):
                 self._check_url(path)
 
     def open(self, shard: Shard, wrong: int | None = None) -> int:
-        """A file descriptor to read a shard from: itself if it is local, else its copy, which is fetched if need be.
+        """A file descriptor to read a shard from: of itself if it is local, else of its copy, which is fetched if
+        necessary.
 
-        wrong: a descriptor of a copy that does not hold what the index says: it is fetched anew, unless another process
-        has done so.
+        Args:
+            wrong: a descriptor of a copy that does not match the index: it is fetched again, unless another process has
+                done so.
 
         Raises:
-            ValueError: it cannot be fetched, or has another size than in the index.
+            ValueError: it cannot be fetched, or its size differs from the index.
             OSError: a local shard, or the folder, cannot be used.
         """
         if not is_url(shard.path):
-            return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_file(shard.path)
         if wrong is not None:
             self._drop(shard, wrong)
         while True:
             path = self.fetch(shard.path, shard.num_bytes)
             try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                return open_file(path)
             except FileNotFoundError:  # another process made room in between
                 continue
 
     def open_once(self, path: str) -> int:
-        """A file descriptor to read a shard from that is in no index yet. Of a remote one no copy is kept.
+        """A file descriptor to read a shard from that is in no index yet. No copy of a remote one is kept.
 
-        Raises: as `open` does.
+        Raises:
+            ValueError, OSError: as `open`.
         """
         if not is_url(path):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_file(path)
         while True:
             copy = self.fetch(path)
             try:
-                file = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+                file = open_file(copy)
             except FileNotFoundError:  # another process made room in between
                 continue
             copy.unlink(missing_ok=True)
             return file
 
     def fetch(self, url: str, num_bytes: int | None = None) -> Path:
-        """The path of a copy, which others may remove at any time to make room. num_bytes: its size; if it is not
-        known, the copy is fetched anew.
+        """The path of a copy, which other processes may remove at any time to make room.
+
+        Args:
+            num_bytes: its size; if unknown, it is always fetched.
 
         Raises:
             ValueError: it cannot be fetched, or has another size.
@@ -230,8 +237,3 @@ def _removed(paths: Sequence[Path]) -> bool:
             if path.suffix != ".copy":
                 return False
     return True
-
-
-def expand_urls(names: Sequence[str]) -> list[str]:
-    """Names with `{00000..00099}` written out."""
-    return [name for pattern in names for name in braceexpand(pattern)]

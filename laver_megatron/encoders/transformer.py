@@ -1,22 +1,36 @@
-"""Fixed resolution: every picture becomes as many pixels and as many visual tokens."""
+"""Vision transformers whose features are a hidden state. At fixed resolution every picture becomes as many pixels and
+as many visual tokens."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from laver_megatron.encoders.hidden_states import HiddenStateFamily
-from laver_megatron.encoders.interface import EncoderShape, ImagePreprocessor
+from laver_megatron.encoders.interface import EncoderShape, Family, ImagePreprocessor
+from laver_megatron.encoders.native import native_preprocessor
 from laver_megatron.hf.shape import is_size
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+    from laver_megatron.encoders.modules import HiddenStateEncoder
+
+TRANSFORMER_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+)  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")  # in the name of a parameter, the number of its layer
 
 
 class FixedPreprocessor(ImagePreprocessor):
-    """What the image processor of an encoder of fixed resolution does. height, width: pixels the encoder sees;
-    patch_size: side of a patch, which is a visual token."""
+    """What the image processor of an encoder of fixed resolution does.
+
+    Args:
+        height, width: pixels that the encoder sees.
+        patch_size: side of a patch, which is a visual token.
+    """
 
     def __init__(self, processor: BaseImageProcessor, *, height: int, width: int, patch_size: int) -> None:
         super().__init__(processor, patch_size)
@@ -63,12 +77,51 @@ class FixedPreprocessor(ImagePreprocessor):
         return self(picture).equal(self.processor(images=picture, return_tensors="pt")["pixel_values"][0])
 
 
-class FixedFamily(HiddenStateFamily):
-    """Families of fixed resolution."""
+def transformer_shape(model_type: str, sizes: Mapping[str, int], **others: Any) -> EncoderShape:
+    """The shape of a vision transformer by TRANSFORMER_SIZES; without an image_size it is of native resolution."""
+    side = sizes.get("image_size")
+    return EncoderShape(
+        model_type=model_type,
+        feature_size=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        patch_size=sizes["patch_size"],
+        image_size=None if side is None else (side, side),
+        **others,
+    )
+
+
+class TransformerFamily(Family):
+    """Vision transformers, of fixed resolution unless their shape says otherwise.
+
+    Attributes:
+        behind_layers: beginnings of the names of parameters that no hidden state depends on, such as those of the final
+            norm and of a pooling head.
+    """
+
+    behind_layers: tuple[str, ...]
+
+    def is_idle(self, name: str, num_layers: int | None) -> bool:
+        assert num_layers is not None
+        layer = _LAYER.search(name)
+        # Some versions of transformers have another module around the vision model.
+        behind = name.removeprefix("vision_model.").startswith(self.behind_layers)
+        return behind or (layer is not None and int(layer[1]) >= num_layers)
+
+    def encoder(
+        self, model: PreTrainedModel | None, shape: EncoderShape, feature_layer: int | None
+    ) -> HiddenStateEncoder:
+        from laver_megatron.encoders.modules import HiddenStateEncoder
+
+        assert model is not None and feature_layer is not None
+        return HiddenStateEncoder(model, shape, feature_layer)
 
     def preprocessor(
         self, processor: BaseImageProcessor, shape: EncoderShape, file: Path, max_image_tokens: int | None
     ) -> ImagePreprocessor:
+        if shape.is_native:
+            return native_preprocessor(processor, shape, file, max_image_tokens)
         crops = getattr(processor, "do_center_crop", False)
         size = processor.crop_size if crops else processor.size
         if not (crops or processor.do_resize) or not (size.get("height") and size.get("width")):

@@ -1,12 +1,12 @@
-"""From a sample's JSON to tokens and labels, by the ChatML template of Qwen2.5.
+"""From a sample's conversation to tokens and labels, by the ChatML template of Qwen2.5.
 
 Letters: T tokens of one sample, M messages, I images, V visual tokens of all its images.
 
     <|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n
 
-Only what an assistant says is trained, and the <|im_end|> after it, unless the record says otherwise of a turn. A
-picture in the text becomes <|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is
-ever trained.
+Only the assistant's texts and the <|im_end|> after them are trained, except turns that the record excludes. A picture
+in the text becomes <|vision_start|>, one <|image_pad|> for each visual token, <|vision_end|>; none of these is ever
+trained.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL, EncodedSample
+from laver_megatron.data.batch.packing import EncodedSample
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
+from laver_megatron.objective.language import IGNORE_LABEL
 
 _VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
@@ -50,15 +51,17 @@ class SampleEncoder:
         key: str,
         limits: tuple[int, int] | None = None,
     ) -> EncodedSample:
-        """Tokens, labels and image places of one sample.
+        """Tokens, labels and image positions of one sample, equal to those of the tokenizer's own `apply_chat_template`
+        on the text with the image tokens written out.
 
-        grids: (rows, columns) of the visual tokens of each of the sample's pictures. The tokens equal those
-        of the tokenizer's own `apply_chat_template` on the text with the image tokens written out. limits: (tokens,
-        visual tokens); a longer sample loses its last turns, with their images, until it fits and ends with a
-        trained answer. If not even the first answer fits, it is returned whole: it is the plan's to leave it out.
+        Args:
+            grids: (rows, columns) of the visual tokens of each picture.
+            limits: (tokens, visual tokens); a longer sample loses its last turns, with their images, until it fits and
+                ends with a trained answer. If not even the first answer fits, it is returned whole, and the plan leaves
+                it out.
 
         Raises:
-            ValueError: more or fewer places in the text than pictures, or image tokens spelt out.
+            ValueError: the text has more or fewer places than pictures, or contains image tokens.
         """
         text, assistant_spans, ends = self._render(messages)
         found = sum(message.num_images for message in messages)
@@ -83,8 +86,8 @@ class SampleEncoder:
         return _without_last_turns(whole, messages, first_tokens_M, limits)
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The conversation as ChatML with one image token a picture, where the words to be learnt and their
-        end-of-turn lie in it, and where each of the given messages ends."""
+        """The conversation as ChatML with one image token for each picture; the spans to be trained, with their end of
+        turn; and where each given message ends."""
         added = messages[0].role != "system"
         if added:
             messages = [Message("system", (self.default_system,)), *messages]
@@ -103,8 +106,8 @@ class SampleEncoder:
     def _trained(
         self, tokens_T: Tensor, starts_T: np.ndarray, ends_T: np.ndarray, spans: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Which tokens, which stand in the text from `starts_T` to `ends_T`, lie wholly in an assistant's span and are
-        not an image's: bool `[T]`."""
+        """Which tokens lie wholly in a trained span and are not an image's: bool `[T]`. starts_T, ends_T: their
+        positions in the text."""
         if not spans:
             return torch.zeros_like(tokens_T, dtype=torch.bool)
         span_starts, span_ends = np.array(spans, dtype=np.int64).T  # in order, none within another
@@ -120,7 +123,7 @@ class SampleEncoder:
         return index
 
     def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Holds our rendering against the tokenizer's, so that a model with another template is noticed."""
+        """Compares our rendering with the tokenizer's, to detect a model with another template."""
         messages = [{"role": role, "content": f"{role} speaks"} for role in ("system", "user", "assistant", "user")]
         for probe in (messages, messages[1:3]):
             theirs = tokenizer.apply_chat_template(probe, tokenize=False)
@@ -132,8 +135,8 @@ class SampleEncoder:
 
 
 def _default_system(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The system prompt that the template puts in when a conversation has none (it differs between the base
-    and the instruction-tuned checkpoints)."""
+    """The system prompt that the template inserts when a conversation has none (it differs between the base and the
+    instruction-tuned checkpoints)."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template; Qwen2.5's tokenizers have one")
     text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
@@ -169,8 +172,8 @@ def _with_images(
 def _without_last_turns(
     whole: EncodedSample, messages: Sequence[Message], first_tokens_M: np.ndarray, limits: tuple[int, int]
 ) -> EncodedSample:
-    """As many turns as fit, the last of them a trained answer; the whole sample if there are none. first_tokens_M:
-    tokens of the first turns up to each, an image counting as one."""
+    """The turns that fit, ending with a trained answer; the whole sample if there are none. first_tokens_M: tokens up
+    to the end of each turn, an image counting as one."""
     is_image_T = whole.image_number_T >= 0
     # Where a token before the images were spread out stands now: an image's is its first visual token.
     begins_T = torch.ones_like(is_image_T)

@@ -1,7 +1,7 @@
 """Worker processes: a function over many tasks with progress, and a pool that serves one object for long.
 
-Workers are forked, so that indexes and tokenizers are shared and not copied. If one is killed there is an error, never
-a hang.
+Workers are mostly forked, so that indexes and tokenizers are shared and not copied. If one is killed, there is an error
+and never a hang.
 """
 
 import ctypes
@@ -9,9 +9,10 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import active_children, get_context
 from threading import Thread
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ Function = Callable[[Task, Callable[[int], object]], Result]
 
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 2.0
+_TASKS_AHEAD = 2  # for each worker, so that none waits for the tasks to be listed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_MMAP_THRESHOLD, _KEPT_BYTES = 32 << 20, 256 << 20
 _worker: Any = None  # of a worker process: what it is there for
@@ -33,42 +35,68 @@ def map_in_processes(
     num_workers: int,
     on_progress: Callable[[int], object],
 ) -> list[Result]:
-    """[function(task, progress) for task in tasks], in up to `num_workers` processes.
+    """[function(task, progress) for task in tasks], in up to `num_workers` processes; see `each_in_processes`."""
+    num_workers = min(num_workers, len(tasks))
+    results = dict(each_in_processes(function, tasks, 0 if num_workers <= 1 else num_workers, on_progress))
+    return [results[number] for number in range(len(tasks))]
 
-    progress: to be called with how far the function has come since it called it last; what all workers report
-    is handed to `on_progress` here. Workers are forked: the function may be a closure, tasks and results are pickled.
+
+def each_in_processes(
+    function: Function[Task, Result],
+    tasks: Iterable[Task],
+    num_workers: int,
+    on_progress: Callable[[int], object],
+    *,
+    method: str = "fork",
+    remedy: str = "try again with fewer",
+) -> Iterator[tuple[int, Result]]:
+    """Calls `function(task, progress)` for every task, in worker processes.
+
+    Args:
+        function: calls `progress` with how far it has come since its last call. With "fork" it may be a closure, with
+            "spawn" it is pickled; tasks and results always are.
+        tasks: taken as workers become free.
+        num_workers: processes; 0: the caller does the work.
+        on_progress: is called here with what all workers report.
+        remedy: what the user is told to do if a worker was killed.
+
+    Returns:
+        (number of the task, result), in the order in which they are done.
 
     Raises:
         ValueError: a worker was killed. Whatever the function raises.
     """
-    if num_workers <= 1 or len(tasks) <= 1:
-        return [function(task, on_progress) for task in tasks]
-    context = get_context("fork")
+    numbered = enumerate(tasks)
+    if num_workers == 0:
+        yield from ((number, function(task, on_progress)) for number, task in numbered)
+        return
+    context = get_context(method)
     counter = context.Value("q", 0)
-    initial = function, counter, os.getpid()
+    number_of: dict[Future, int] = {}
     reported = 0
     try:
-        with ProcessPoolExecutor(min(num_workers, len(tasks)), context, _start_worker, initial) as pool:
-            futures = [pool.submit(_work, task) for task in tasks]
-            waiting = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
-                total = counter.value
-                on_progress(total - reported)
-                reported = total
-                for future in done:
-                    if future.exception() is not None:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise future.exception()  # type: ignore[misc]
-            return [future.result() for future in futures]
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (function, counter, os.getpid())) as pool:
+            try:
+                while True:
+                    for number, task in islice(numbered, _TASKS_AHEAD * num_workers - len(number_of)):
+                        number_of[pool.submit(_work, task)] = number
+                    if not number_of:
+                        return
+                    done, _ = wait(number_of, _POLL_SECONDS, FIRST_COMPLETED)
+                    total = counter.value
+                    on_progress(total - reported)
+                    reported = total
+                    for future in done:
+                        yield number_of.pop(future), future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except BrokenProcessPool as error:
-        raise ValueError(
-            f"one of {num_workers} worker processes was killed (out of memory?); try again with fewer"
-        ) from error
+        raise ValueError(f"one of {num_workers} worker processes was killed (out of memory?); {remedy}") from error
 
 
 def end_with_parent(parent: int) -> None:
-    """Has this process end when its parent is gone, by whatever signal; called in a worker."""
+    """Ends this process when its parent is gone, by whatever signal; called in a worker."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -99,9 +127,8 @@ class WorkerPool:
     """Worker processes for one object's method: `submit(*arguments)` calls `work(*arguments)` in one of them.
 
     The workers are forked at once, so `work` may be bound to anything without being pickled. They live until `close`,
-    or until this process is gone. A signal to end that does not come from this process (Ctrl-C, a cluster's SIGTERM
-    to everything) is this process's to answer: it may want to read once more and save.
-    """
+    or until this process is gone. A termination signal from elsewhere (Ctrl-C, a cluster's SIGTERM to all processes) is
+    for this process to handle: it may want to read once more and save."""
 
     def __init__(self, work: Callable[..., Any], num_workers: int) -> None:
         before = set(active_children())
@@ -156,8 +183,8 @@ def _start_reader(work: Callable[..., Any], parent: int) -> None:
 
 
 def _keep_memory() -> None:
-    """Has glibc keep what is freed instead of handing it back to the system: a picture's arrays are of megabytes, and
-    getting their pages anew for each costs a fifth of the time of decoding and resizing it."""
+    """Makes glibc keep freed memory instead of returning it to the system: a picture's arrays take megabytes, and
+    getting fresh pages for each costs a fifth of the time of decoding and resizing it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

@@ -1,5 +1,4 @@
-"""Packs by number: opens the indexes, counts, plans, makes packs in worker processes, and has the next calls' packs
-under way.
+"""Packs by number: made in worker processes, ahead of the calls that ask for them.
 
 Letters: I sample ids.
 """
@@ -7,27 +6,26 @@ Letters: I sample ids.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
 from laver_megatron.data.batch.packing import PackBatch
-from laver_megatron.data.batch.processes import WorkerPool
 from laver_megatron.data.batch.shared_buffers import SharedBuffers
 from laver_megatron.data.index.counts import SampleCounts, count_samples
 from laver_megatron.data.index.faults import FAULTS, Fault, FaultLog
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.plan import PackPlan, Source
+from laver_megatron.data.plan.plan import PackPlan, SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
-from laver_megatron.data.read.reading import open_local
-from laver_megatron.data.read.remote import ShardCache
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.data.read.sample_files import open_local
 from laver_megatron.encoders import ImagePreprocessor
+from laver_megatron.runtime.processes import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +33,16 @@ _PACKS_A_WORKER = 2  # that are under way or wait to be read, at least
 
 
 class PackReader:
-    """Reads packs of a plan, the same ones for any number of workers and in any order.
+    """Reads packs of a plan, the same for any number of workers and in any order.
 
-    num_workers: processes that make packs; with 0 everything happens in the caller and nothing in advance. faults: what
-    is known to be bad; samples that turn out bad when they are read join it, each once: their slots stay padding,
-    and the rest of their pack stays where it was planned. max_bad_fraction: share of all samples that may be bad,
-    judged by `check_bad`.
-    num_bad_samples: how often a sample was left as padding.
+    Args:
+        num_workers: processes that make packs; with 0 the caller makes them, and none in advance.
+        faults: known so far. Samples that prove bad when they are read are added, each once; their slots stay padding,
+            and the rest of their pack stays as planned.
+        max_bad_fraction: share of all samples that may be bad, see `check_bad`.
+
+    Attributes:
+        num_bad_samples: how often a sample was left as padding.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class PackReader:
 
     def read(self, first_pack: int, num_packs: int, micro_batch_size: int) -> list[PackBatch]:
         """Packs `first_pack` to `first_pack + num_packs` as micro-batches of `micro_batch_size`, in order. Their pixels
-        are valid until the next call, which uses their memory again.
+        are valid until the next call, which reuses their memory.
 
-        Meanwhile the packs of the likely next calls are made: as far on from this call as this call is from
-        the one before, which is the global batch for any number of data-parallel ranks.
+        Meanwhile the packs of the likely next calls are made: as far ahead of this call as this call is of the previous
+        one, which is the global batch for any number of data-parallel ranks.
 
         Raises:
-            ValueError: an image's features do not match its tokens, or a sample is not as long
-                as planned; a worker was killed.
+            ValueError: an image's features do not match its tokens, a sample is not as long as planned, or a worker was
+                killed.
             OSError: a shard cannot be opened or read.
         """
         assert num_packs % micro_batch_size == 0, (num_packs, micro_batch_size)
@@ -94,22 +95,22 @@ class PackReader:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever any pack could: a position counts packs and means nothing on other data. Data that were
-        moved, or named in another way, are the same data."""
+        """Changes whenever any pack could: a position counts packs and means nothing on other data. It does not depend
+        on where the data lies or how it was named."""
         parts = [self.plan.fingerprint(), *(index.fingerprint for index in self.maker.indexes)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
     def check_bad(self, num_bad: int, num_read: int, found: Mapping[Fault, int]) -> None:
-        """Whether `num_bad` bad samples among the `num_read` that all readers of a run have read are within bounds: a
-        share of an epoch, or of all that was read if that is more. (Those known beforehand are not planned.)
+        """Checks the `num_bad` bad samples among the `num_read` that all readers of a run have read: as a share of an
+        epoch, or of all that was read if that is more. (Samples known to be bad beforehand are not planned.)
 
         Raises:
-            ValueError: they are not; with the table of what the readers have `found`.
+            ValueError: too many, with the table of the faults that the readers have `found`.
         """
         self.faults.check(self.max_bad_fraction, max(self.plan.num_samples, num_read), num_bad, found)
 
     def close(self) -> None:
-        """Ends the workers; what is under way is dropped."""
+        """Ends the workers and drops what they are making."""
         if self._workers is not None:
             self._workers.close()
         self._buffers.close()
@@ -161,61 +162,39 @@ class PackReader:
                 self.faults.add(bad.fault, bad.shard, bad.key, f"it stays padding: {bad.detail}")
 
 
-def open_dataset(
-    paths: str | Path | Iterable[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    preprocessor: ImagePreprocessor,
-    seq_length: int,
-    visual_seq_length: int,
-    seed: int,
-    num_workers: int,
-    needs_images: bool = False,
-    *,
-    weights: Sequence[float] | None = None,
-    window: int = 10_000,
-    long_samples: str = "skip",
-    max_bad_fraction: float = 0.01,
-    visual_multiple_of: int = 1,
-    cache: ShardCache | None = None,
-) -> PackReader:
-    """Opens the data, counts every sample's tokens, plans, and says in one line what it found.
-
-    needs_images: whether data without a single image that fits is an error (with LaVer it is). weights: repeats in an
-    epoch of each of `paths`. long_samples: "skip", or "drop_turns" to shorten samples that do not fit. With a
-    visual_seq_length of 0 a multiple of `visual_multiple_of` is proposed. cache: of remote shards; without it
-    there can be none.
+def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor: ImagePreprocessor) -> PackReader:
+    """Opens the data, counts every sample's tokens, plans, and reports in one line what there is to train on.
 
     Raises:
         ValueError: missing or damaged data; too many bad samples; a tokenizer that is not Qwen2.5's; no sample that
             fits; nothing to learn from.
     """
-    assert long_samples in ("skip", "drop_turns"), long_samples
+    num_workers = max(spec.num_workers, 1)
     encoder = SampleEncoder(tokenizer)
-    indexes = open_indexes(paths, max(num_workers, 1), cache)
-    open_shard = open_local if cache is None else cache.open
-    limits = (seq_length, visual_seq_length or seq_length) if long_samples == "drop_turns" else None
+    indexes = open_indexes(spec.paths, num_workers, spec.cache)
+    open_shard = open_local if spec.cache is None else spec.cache.open
     faults = FaultLog(logger)
     _add_faults(faults, indexes)
     counts = [
-        count_samples(index, tokenizer, preprocessor, max(num_workers, 1), limits, open_shard, faults)
-        for index in indexes
+        count_samples(index, tokenizer, preprocessor, num_workers, spec.limits, open_shard, faults) for index in indexes
     ]
-    maker = PackMaker(indexes, encoder, preprocessor, seq_length, limits, open_shard)
-    faults.check(max_bad_fraction, maker.num_samples)
-    weights = [1.0] * len(indexes) if weights is None else weights
+    maker = PackMaker(indexes, encoder, preprocessor, spec.seq_length, spec.limits, open_shard)
+    faults.check(spec.max_bad_fraction, maker.num_samples)
+    weights = [1.0] * len(indexes) if spec.weights is None else spec.weights
     sources = [
-        Source(part.tokens_I, part.visual_I, index.shard_I, weight)
+        SampleSizes(part.tokens_I, part.visual_I, index.shard_I, weight)
         for index, part, weight in zip(indexes, counts, weights, strict=True)
     ]
-    if not visual_seq_length:
-        visual_seq_length = propose_visual_budget(sources, seq_length, visual_multiple_of)
-    plan = PackPlan(sources, seq_length, visual_seq_length, seed, window)
-    _report(plan, counts, faults, needs_images)
-    return PackReader(maker, plan, num_workers, faults, max_bad_fraction)
+    visual_seq_length = spec.visual_seq_length or propose_visual_budget(
+        sources, spec.seq_length, spec.visual_multiple_of
+    )
+    plan = PackPlan(sources, spec.seq_length, visual_seq_length, spec.seed, spec.window)
+    _log_contents(plan, counts, faults, spec.needs_images)
+    return PackReader(maker, plan, spec.num_workers, faults, spec.max_bad_fraction)
 
 
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
-    """Adds what indexing found, logged with shard and key."""
+    """Adds the faults that indexing found, logged with shard and key."""
     for index in indexes:
         for row in np.flatnonzero(index.fault_I).tolist():
             log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
@@ -223,8 +202,8 @@ def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
         log.counts.update({Fault(name): count for name, count in index.left_out.items()})
 
 
-def _report(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:
-    """Says what there is to train on.
+def _log_contents(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultLog, needs_images: bool) -> None:
+    """Logs what there is to train on.
 
     Raises:
         ValueError: nothing to learn from.

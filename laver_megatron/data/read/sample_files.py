@@ -1,4 +1,4 @@
-"""Reads samples from shards by the index: one open file a shard, checksums, local copies of remote shards."""
+"""Reads samples from shards by the index: one open file for each shard, checksums, local copies of remote shards."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.index_file import is_url
 from laver_megatron.data.index.members import Member
 from laver_megatron.data.index.shard_index import Shard, ShardSample
+from laver_megatron.runtime.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -18,21 +19,20 @@ _OPEN_FILES = 64
 
 
 class OpenShard(Protocol):
-    """Gives a file descriptor of a shard. wrong: one of a copy of it that does not hold what the index says."""
+    """Gives a file descriptor of a shard. wrong: one of a copy of it that does not match the index."""
 
     def __call__(self, shard: Shard, wrong: int | None = None) -> int: ...
 
 
 def open_local(shard: Shard, wrong: int | None = None) -> int:
-    """A file descriptor of a local shard, of which there are no copies. Raises OSError."""
-    return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    """A file descriptor of a local shard, which has no copies. Raises OSError."""
+    return open_file(shard.path)
 
 
 class SampleFiles:
-    """Open shards, the most recently used ones; reading is safe in forked processes.
+    """The most recently used shards, kept open; reading is safe in forked processes.
 
-    open_shard: `ShardCache.open` fetches remote ones.
-    """
+    open_shard: `ShardCache.open` fetches remote shards."""
 
     def __init__(self, open_shard: OpenShard = open_local) -> None:
         self._open_shard = open_shard
@@ -40,8 +40,8 @@ class SampleFiles:
         self._fetched_anew: set[str] = set()
 
     def read(self, shard: Shard, sample: ShardSample) -> list[bytes]:
-        """The bytes of a sample's .json and of its pictures in order. A copy of a remote shard that does not hold them
-        is fetched anew, once.
+        """The bytes of a sample's .json and of its pictures in order. A copy of a remote shard that does not match the
+        index is fetched again, once.
 
         Raises:
             SampleFault: they are not what was indexed.

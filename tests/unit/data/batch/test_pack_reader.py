@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from laver_megatron.data.batch.loader import open_dataset
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import write_index
@@ -25,9 +26,9 @@ def open_shards(tokenizer, preprocessor):
 
     def open_(paths, num_workers=0, seq_length=256, visual_seq_length=192, **options):
         options = {"max_bad_fraction": 1.0, **options}
-        readers.append(
-            open_dataset(paths, tokenizer, preprocessor, seq_length, visual_seq_length, 1, num_workers, **options)
-        )
+        paths = [paths] if not isinstance(paths, list) else paths
+        spec = DataSpec(paths, seq_length, visual_seq_length, 1, num_workers, **options)
+        readers.append(open_reader(spec, tokenizer, preprocessor))
         return readers[-1]
 
     yield open_
@@ -240,9 +241,9 @@ def test_data_without_answers_are_an_error(write_shard, open_shards):
 
 def test_data_without_images_are_an_error_where_images_are_needed(write_shard, tokenizer, preprocessor):
     shard = write_shard({"a": {"json": question("What is it?")}})
-    open_dataset(shard, tokenizer, preprocessor, 256, 192, 1, 0)
+    open_reader(DataSpec([shard], 256, 192, 1), tokenizer, preprocessor)
     with pytest.raises(ValueError, match="none of the 1 samples that fit has an image.*--no-laver"):
-        open_dataset(shard, tokenizer, preprocessor, 256, 192, 1, 0, needs_images=True)
+        open_reader(DataSpec([shard], 256, 192, 1, needs_images=True), tokenizer, preprocessor)
 
 
 def test_the_fingerprint_follows_what_a_pack_number_means(demo_dir, open_shards):
@@ -286,7 +287,7 @@ def test_workers_end_with_the_trainer(tmp_path):
     """Also if it is killed and cannot close anything."""
     program = """
 import sys, time
-from laver_megatron.data.batch import processes
+from laver_megatron.runtime import processes
 processes._WATCH_SECONDS = 0.1
 pool = processes.WorkerPool(print, 2)
 print(*(worker.pid for worker in pool._workers), flush=True)

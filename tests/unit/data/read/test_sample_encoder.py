@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import Qwen2Tokenizer
 
-from laver_megatron.data.batch.packing import IGNORE_LABEL
 from laver_megatron.data.read.conversations import Message
-from laver_megatron.data.read.samples import SampleEncoder
+from laver_megatron.data.read.sample_encoder import SampleEncoder
+from laver_megatron.objective.language import IGNORE_LABEL
 from tests.content import messages_of
 
 GRID = (2, 3)

@@ -12,11 +12,17 @@ from laver_megatron.data.read.record_keys import first_present
 
 @dataclass(frozen=True, slots=True)
 class FoundSample:
-    """A sample as its source has it. name: for messages; sample_id, origin: kept in the shard's JSON, if there are
-    any; conversation: parsed JSON in any of the accepted forms; pictures: the image files' bytes, in order;
-    num_dropped_turns: those that the user's own filters left out; unread_keys: what the record says beside the
-    conversation that is not used;
-    ignored: extensions of files that came with it and were never opened."""
+    """A sample as its source has it.
+
+    Attributes:
+        name: for messages.
+        sample_id, origin: kept in the shard's JSON, if there are any.
+        conversation: parsed JSON in any of the accepted forms.
+        pictures: the image files' bytes, in order.
+        num_dropped_turns: turns that the user's own filters left out.
+        unread_keys: unused keys beside the conversation.
+        ignored: extensions of files that came with it and were never opened.
+    """
 
     name: str
     sample_id: str | int | None
@@ -30,7 +36,7 @@ class FoundSample:
 
 @dataclass(frozen=True, slots=True)
 class NoSample:
-    """Files that are no sample and have nothing that could be learnt. ignored: their extensions."""
+    """Files that are no sample and hold nothing to learn from. ignored: their extensions."""
 
     ignored: tuple[str, ...]
 
@@ -45,7 +51,7 @@ class Unwanted:
 Found = FoundSample | SampleFault | Unwanted | NoSample
 
 
-class Source(ABC):
+class RecordSource(ABC):
     """Files of one format. Holds paths and settings only, so that it can be sent to worker processes.
 
     A reference stands for one record, which is one sample, or several where a format packs them together.
@@ -66,7 +72,7 @@ class Source(ABC):
         """For each reference in turn, the samples of its record, and what is wrong with those that are none."""
 
     def settings(self) -> dict[str, object]:
-        """What decides, beside the files, what is loaded; part of the fingerprint of a run."""
+        """What determines, beside the files, what is loaded; part of the fingerprint of a run."""
         return {}
 
     @property

@@ -14,19 +14,20 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from laver_megatron.data.batch.loader import open_dataset
+from laver_megatron.data.batch.data_spec import DataSpec
+from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.counts import count_samples
 from laver_megatron.data.index.faults import Fault, SampleFault
 from laver_megatron.data.index.index_file import read_index, write_index
 from laver_megatron.data.index.opening import find_shards, open_indexes
 from laver_megatron.data.index.shard_index import Shard
-from laver_megatron.data.read import remote
+from laver_megatron.data.read import shard_cache
 from laver_megatron.data.read.fetching import SCHEMES
-from laver_megatron.data.read.reading import SampleFiles
-from laver_megatron.data.read.remote import ShardCache, expand_urls
+from laver_megatron.data.read.sample_files import SampleFiles
+from laver_megatron.data.read.shard_cache import ShardCache
 from tests.content import picture_bytes, question
-from tests.unit.data.batch.test_loader import same
+from tests.unit.data.batch.test_pack_reader import same
 
 
 class Disk(LocalFileSystem):
@@ -37,7 +38,7 @@ class Disk(LocalFileSystem):
 
 
 fsspec.register_implementation("disk", Disk)
-SCHEMES["disk"] = dict
+SCHEMES["disk"] = lambda url: {}
 
 TOOL = Path(__file__).parents[4] / "tools" / "index_shards.py"
 
@@ -103,7 +104,7 @@ def test_the_least_recently_used_goes(cache, files):
 def test_a_copy_is_fetched_once(cache, files, monkeypatch):
     [shard] = files(1, 400)
     content(cache, shard)
-    monkeypatch.setattr(remote, "fetch_into", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(shard_cache, "fetch_into", lambda *_: pytest.fail("fetched again"))
     assert content(ShardCache(cache.folder, 1000), shard) == b"a" * 400
 
 
@@ -116,7 +117,7 @@ def test_a_copy_that_goes_stays_readable(cache, files):
 
 
 def test_another_size_than_in_the_index(cache, files, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
     [shard] = files(1, 400)
     with pytest.raises(
         ValueError, match=r"disk://.* cannot be fetched: it has 400 bytes, but 401 in the index \(tried 8"
@@ -228,7 +229,7 @@ def test_no_shell_unless_asked_for_and_allowed(cache, tmp_path):
 
 @pytest.mark.parametrize("url", ["https://h/$(id)", "https://h/;touch ran", "s3://b/`touch ran`", "gs://b/|touch ran"])
 def test_urls_are_never_part_of_a_command_line(cache, url, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a command was started"))
     with pytest.raises(ValueError, match="cannot be fetched: "):
         cache.open(Shard(url, 3, 1))
@@ -246,11 +247,6 @@ def index_of(path, num_bytes):
     from types import SimpleNamespace
 
     return SimpleNamespace(shards=[Shard(path, num_bytes, 1)])
-
-
-def test_braces():
-    numbered = [f"https://h/{number}.tar" for number in ("08", "09", "10")]
-    assert expand_urls(["https://h/{08..10}.tar", "pipe:x"]) == [*numbered, "pipe:x"]
 
 
 def changed(text):
@@ -328,8 +324,10 @@ def test_remote_shards_give_the_same_packs(served, demo_dir, tmp_path, tokenizer
         shutil.copy(shard, folder)
     write_index(index_tars(find_shards(folder)), folder / "index.parquet")
     cache = ShardCache(tmp_path / "cache", 10_000_000)
-    local = open_dataset(demo_dir / "shards", tokenizer, preprocessor, 256, 192, 1, 0)
-    far = open_dataset(f"{url}/index.parquet", tokenizer, preprocessor, 256, 192, 1, num_workers, cache=cache)
+    spec = DataSpec([demo_dir / "shards"], 256, 192, 1)
+    local = open_reader(spec, tokenizer, preprocessor)
+    remote = replace(spec, paths=[f"{url}/index.parquet"], num_workers=num_workers, cache=cache)
+    far = open_reader(remote, tokenizer, preprocessor)
     try:
         assert far.fingerprint == local.fingerprint
         for first in (0, 4, 8):
