@@ -30,7 +30,7 @@ from laver_megatron.data.batch.batches import GlobalBatch
 from laver_megatron.model.laver import StageOutput
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
-from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses
+from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
 from laver_megatron.run_log.interruption import end_interrupted, heed_signals
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
@@ -282,11 +282,8 @@ def evaluate(trainer: Trainer) -> dict:
             totals[name] += value * weight
             weights[name] += weight
     result = {name: totals[name] / max(weights[name], 1) for name in TERMS}
-    result["loss"] = (
-        result["lm_loss"]
-        + config.objective.mim_weight * result["mim_loss"]
-        + config.objective.gram_weight * result["gram_loss"]
-    )
+    losses = result["lm_loss"], result["mim_loss"], result["gram_loss"]
+    result["loss"] = weighted_sum(*losses, config.objective)
     if not config.objective.laver:
         result = {"loss": result["loss"], "lm_loss": result["lm_loss"]}
     return {**result, "elapsed_seconds": time.perf_counter() - started}

@@ -1,6 +1,7 @@
 """The image encoders: one table of families, and what the program asks of an encoder's Hugging Face directory.
 
-A seventh family is one file like its neighbours and one line in the table; docs/encoders.md says how.
+A new family is one file like its neighbours, one line in the table, and its place in the export; docs/encoders.md says
+how.
 """
 
 from __future__ import annotations

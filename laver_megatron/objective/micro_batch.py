@@ -7,6 +7,8 @@ Letters: B packs, S language tokens, V visual slots, T tokens, W vocabulary colu
 columns on this rank, N visual tokens of one image.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,8 @@ from laver_megatron.objective.sharded import (
     sharded_teacher_entropies,
 )
 
+Loss = TypeVar("Loss", float, Tensor)
+
 TERMS = (
     "loss",
     "lm_loss",
@@ -37,11 +41,20 @@ TERMS = (
 
 def count_of(term: str, counts: GlobalCounts) -> int:
     """What a term is a mean over."""
-    if term in ("loss", "lm_loss"):
-        return counts.labels
-    if term == "mim_loss":
-        return counts.masked
-    return counts.visual_tokens if term == "teacher_entropy" else counts.images
+    return {
+        "loss": counts.labels,
+        "lm_loss": counts.labels,
+        "mim_loss": counts.masked,
+        "gram_loss": counts.images,
+        "student_visual_similarity": counts.images,
+        "teacher_visual_similarity": counts.images,
+        "teacher_entropy": counts.visual_tokens,
+    }[term]
+
+
+def weighted_sum(lm_loss: Loss, mim_loss: Loss, gram_loss: Loss, objective: ObjectiveConfig) -> Loss:
+    """The loss that is trained: L = L_LM + w_MIM L_MIM + w_gram L_gram."""
+    return lm_loss + objective.mim_weight * mim_loss + objective.gram_weight * gram_loss
 
 
 def micro_batch_losses(
@@ -68,7 +81,7 @@ def micro_batch_losses(
         reconstruction, gram, monitors = _visual_losses(
             output.student_logits_VBK, output.teacher_logits_VBK, batch, counts, objective, centre, tp_group
         )
-    loss = language + objective.mim_weight * reconstruction + objective.gram_weight * gram
+    loss = weighted_sum(language, reconstruction, gram, objective)
     terms = torch.stack([loss, language, reconstruction, gram, *monitors]).detach().float()
     return loss, terms
 
