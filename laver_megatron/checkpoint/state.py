@@ -140,8 +140,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
         raise ValueError(
             f"{path} is at pack {loaded['progress']['consumed_packs']} of other data: the shards, --seq-length, "
-            "--visual-seq-length, --max-image-tokens, --shuffle-window, --data-weights, --long-samples, --seed, tokenizer "
-            "or encoder have changed since; --finetune in another --run-dir starts on the new data with the weights alone"
+            "--visual-seq-length, --max-image-tokens, --shuffle-window, --data-weights, --long-samples, --seed, "
+            "tokenizer or encoder have changed since; --finetune in another --run-dir starts on the new data with the "
+            "weights alone"
         )
     for name, value in loaded["progress"].items():
         setattr(state.progress, name, value)
