@@ -27,7 +27,7 @@ from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
-from laver_megatron.runtime.files import put_in_place, sync_file, write_text
+from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 
 Item = TypeVar("Item")
@@ -109,6 +109,7 @@ def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, enco
     def put_final_name() -> None:
         put_in_place(temporary, final)
         set_latest(directory, state.progress.iteration)
+        sync_directory(directory)
 
     on_rank_0("put the checkpoint in place", put_final_name)
     return final

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -364,10 +365,10 @@ MOMENTS = (
     (checkpoint.dist_checkpointing, "save", 1),
     (checkpoint, "copy_model_files", 1),
     (checkpoint, "copy_model_files", 2),
-    (checkpoint.os, "replace", 1),  # the run's settings
-    (checkpoint.os, "replace", 2),  # the manifest
-    (checkpoint.os, "replace", 3),  # the whole directory
-    (checkpoint.os, "replace", 4),  # `latest`
+    (os, "replace", 1),  # the run's settings
+    (os, "replace", 2),  # the manifest
+    (os, "replace", 3),  # the whole directory
+    (os, "replace", 4),  # `latest`
     (checkpoint, "sync_directory", 1),
 )
 
