@@ -227,8 +227,8 @@ class HuggingFace(Start):
         return read_export(self.hf_dir) if self.is_export else (None, "")
 
     def fill(self, state: TrainingState, config: Config) -> None:
-        from laver_megatron.checkpoint.state import sharding_metadata
         from laver_megatron.hf.direct_start import load_hugging_face, load_teacher
+        from laver_megatron.runtime.sharded_state import sharding_metadata
 
         load_hugging_face(state.stages, self.hf_dir, sharding_metadata())
         state.optimizer.reload_model_params()

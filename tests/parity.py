@@ -34,6 +34,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism, use_backend
+from laver_megatron.runtime.sharded_state import sharding_metadata
 from tests import oracles
 from tests.packs import pack, padding, stack
 
@@ -180,7 +181,6 @@ class Outputs:
 
 def build_model(config: Config, checkpoints: Checkpoints) -> list:
     """This rank's stages with the checkpoint's weights, the teacher equal to the student."""
-    from laver_megatron.checkpoint.state import sharding_metadata
     from laver_megatron.hf.direct_start import load_hugging_face
     from laver_megatron.model.build import build_stages
     from laver_megatron.model.teacher import pair_by_name

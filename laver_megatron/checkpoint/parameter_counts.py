@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from laver_megatron.checkpoint.state import sharding_metadata
-from laver_megatron.hf.direct_start import sharded_tensors
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.runtime.ranks import gathered
+from laver_megatron.runtime.sharded_state import sharded_tensors, sharding_metadata
 
 # Beginnings of checkpoint keys. A tied LM head is stored as the embedding, and counted there alone.
 _PARTS = {

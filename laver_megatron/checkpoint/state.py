@@ -29,6 +29,7 @@ from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
 from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
+from laver_megatron.runtime.sharded_state import sharding_metadata
 
 Item = TypeVar("Item")
 _PER_PARAMETER = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint has of the optimizer's state of each parameter
@@ -43,17 +44,6 @@ class TrainingState:
     teacher: TeacherAverage | None
     centre: Centre | None
     progress: Progress
-
-
-def sharding_metadata() -> dict:
-    """How Megatron-Core lays out sharded state: layers by global number, optimizer states by parameter, so
-    that both survive any change of TP, PP and DP."""
-    return {
-        "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
 
 
 def _model_state(stages: Sequence[LaverStage], metadata: dict) -> dict:

@@ -4,14 +4,13 @@ Every rank reads only the rows and columns it owns; what all tensor-parallel ran
 first of them and broadcast.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from laver_megatron.hf.rows import join_blocks, runs_of_megatron_rows
@@ -20,12 +19,7 @@ from laver_megatron.hf.source import WeightSource
 from laver_megatron.hf.weights import Weight
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
-
-
-def sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
-    """Every tensor of a sharded state dict as Megatron-Core shards it, with views of its data."""
-    apply_factories(state)
-    return (tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor))
+from laver_megatron.runtime.sharded_state import sharded_tensors
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.config.fields import Config
 from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
 from laver_megatron.hf.shape import ModelShape
@@ -33,6 +32,7 @@ from laver_megatron.planning.memory import StateBytes, with_shares
 from laver_megatron.planning.plan_report import align
 from laver_megatron.planning.sharding import Size, Tile, division_problems, tiles_of, tiling_problems
 from laver_megatron.planning.simulated_rank import simulated_rank
+from laver_megatron.runtime.sharded_state import sharding_metadata
 
 _OPTIMIZER_STATE = "optimizer.state."
 _PER_VALUE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer's checkpoint has of each trained value

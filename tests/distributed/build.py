@@ -20,13 +20,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from laver_megatron import train
-from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch import run_data
 from laver_megatron.data.batch.packing import EncodedSample, PackBatch, PackedSample, build_packs
 from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.plan.plan import PlanMark
 from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.runtime.sharded_state import sharding_metadata
 from tests.distributed.harness import Layout
 
 VOCABULARY, SEQ_LENGTH, VISUAL_SEQ_LENGTH, PACKS_PER_STEP = 128, 64, 32, 8

@@ -26,16 +26,17 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from laver_megatron import train
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
-from laver_megatron.checkpoint.state import load_weights, sharding_metadata
+from laver_megatron.checkpoint.state import load_weights
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf, open_checkpoint
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors
-from laver_megatron.hf.direct_start import load_hugging_face, sharded_tensors
+from laver_megatron.hf.direct_start import load_hugging_face
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.hf.weights import ModelParts, weight_table
 from laver_megatron.model.build import build_stages
+from laver_megatron.runtime.sharded_state import sharded_tensors, sharding_metadata
 from tests.conversions import assert_same_files, assert_same_tensors, tensors_of, write_qwen
 from tests.distributed.build import (
     GRID,

@@ -27,6 +27,7 @@ from laver_megatron.convert.verification.workers import Worker
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER
 from laver_megatron.hf.parts import ModelSettings
 from laver_megatron.hf.shape import read_config, read_model_shape
+from laver_megatron.runtime.sharded_state import sharded_tensors, sharding_metadata
 
 STUDENT, TEACHER = "student", "teacher"
 # A 7B model in fp32 is loaded from slow disks in some minutes.
@@ -249,9 +250,6 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
-
-    from laver_megatron.checkpoint.state import sharding_metadata
-    from laver_megatron.hf.direct_start import sharded_tensors
 
     def state() -> dict:
         sharded = stage.sharded_state_dict(metadata=sharding_metadata())

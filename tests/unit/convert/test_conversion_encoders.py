@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
-from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.convert.export import modeling_laver
 from laver_megatron.convert.export.modeling_laver import LaverConfig
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron, open_source
@@ -37,6 +36,7 @@ from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.parts import settings_of_checkpoint, settings_of_export
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART, read_model_shape
 from laver_megatron.model.build import build_stages
+from laver_megatron.runtime.sharded_state import sharding_metadata
 from tests.conversions import assert_same_files, tensors_of
 from tests.exports import published_name
 from tests.unit.convert.encoders import FEATURE_LAYERS, KINDS, NATIVE, load_vision_model, save_encoder

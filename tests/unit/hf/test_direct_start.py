@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from laver_megatron.checkpoint.state import sharding_metadata
 from laver_megatron.hf.direct_start import load_hugging_face
 from laver_megatron.hf.rows import split
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.weights import ModelParts, weight_table
 from laver_megatron.model.build import build_stages
+from laver_megatron.runtime.sharded_state import sharding_metadata
 from tests.parity import Checkpoints, parity_config, write_checkpoints
 
 pytestmark = pytest.mark.usefixtures("single_process")
