@@ -18,8 +18,8 @@ COPY constraints.txt ./
 # and scipy stay the image's too, as its compiled packages were built against them.
 RUN grep -Ev '^(torch|numpy|scipy)==' constraints.txt > /tmp/constraints.txt \
     && pip install --no-deps -c /tmp/constraints.txt megatron-core transformers safetensors webdataset braceexpand \
-    && pip install -c /tmp/constraints.txt tokenizers huggingface-hub typer regex pillow psutil pyyaml tqdm matplotlib xxhash pyarrow filelock \
-        tensorboard wandb pytest pytest-xdist hypothesis ruff mypy scikit-image scikit-learn
+    && pip install -c /tmp/constraints.txt tokenizers huggingface-hub typer regex pillow psutil pyyaml tqdm matplotlib xxhash pyarrow filelock aiohttp \
+        tensorboard wandb pytest pytest-xdist hypothesis ruff mypy import-linter scikit-image scikit-learn
 
 COPY . .
 RUN pip install --no-deps --no-build-isolation --editable . \
