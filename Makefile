@@ -3,15 +3,16 @@
 #   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
 #   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
 #   make demo-scaling a scaling study in miniature: 24 runs of four sizes, a law and pictures; in runs/demo-scaling
-#   make test         lint, types and the CPU tests
-#   make test-full    the same with the slow tests
+#   make test-fast    unit tests without processes, signals and disks: three minutes on two cores
+#   make test         lint, types and all tests that guard a change, at most twelve minutes on two cores
+#   make test-full    the same with the slow tests, and with new examples in property tests
 #   make test-gpu     the tests that need CUDA
 #
 # PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages demo-scaling test test-full test-gpu lint clean
+.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-gpu lint clean
 
 BASE_PYTHON ?= python3
 ifeq ($(origin PYTHON), undefined)
@@ -20,9 +21,8 @@ READY := .venv/installed
 endif
 
 export OMP_NUM_THREADS ?= 1
-# Unit tests run two at a time, file by file; distributed ones start processes of their own.
-PYTEST := HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q
-UNIT_TESTS := --numprocesses 2 --dist loadfile tests/unit
+# Two at a time, file by file. Distributed tests start four processes for each of the two, which mostly wait.
+PYTEST := HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q --numprocesses 2 --dist loadfile
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 4 examples/pretrain_laver.sh \
 	--config examples/demo.yaml
@@ -66,16 +66,22 @@ demo-scaling: $(READY)
 	$(PYTHON) tools/fit_scaling_law.py --registry runs/demo-scaling/sweep/runs --arm-by laver \
 		--output runs/demo-scaling/law
 
-test: lint
-	$(PYTEST) -m "not slow" $(UNIT_TESTS)
-	$(PYTEST) -m "not slow" tests/distributed
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not processes" tests/unit
 
-test-full: lint
-	$(PYTEST) $(UNIT_TESTS)
-	$(PYTEST) tests/distributed
+test: TESTS := -m "not slow"
+test-full: export HYPOTHESIS_PROFILE := search
+# Every part runs, whatever the ones before say.
+test test-full: $(READY)
+	@failed=; \
+	make --no-print-directory lint || failed="$$failed lint"; \
+	$(PYTEST) $(TESTS) tests/unit || failed="$$failed unit"; \
+	$(PYTEST) $(TESTS) tests/distributed || failed="$$failed distributed"; \
+	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed"; exit 1; fi; \
+	echo "make $@: lint, unit and distributed tests passed"
 
 test-gpu: $(READY)
-	$(PYTEST) tests/gpu
+	$(PYTEST) --numprocesses 0 tests/gpu
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
+# Without deadlines, for busy machines. `make test` tries the same examples every time; `make test-full` searches anew
+# and prints how to repeat what it finds.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors, and often several processes on few cores
 

@@ -3,7 +3,7 @@
     checkpoints = write_checkpoints(directory, tied=True)     # once, on one rank
     config = parity_config(checkpoints, positions="2d", tensor_model_parallel_size=2)
     stages = build_model(config, checkpoints)                 # every rank
-    ours = model_outputs(stages, config, micro_batches)       # every rank; None off the last pipeline stage
+    ours = model_outputs(stages, micro_batches)               # every rank; None off the last pipeline stage
     if ours is not None:
         assert_parity(ours, reference_outputs(config, checkpoints, micro_batches))
 
@@ -31,11 +31,13 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from laver_megatron.config.fields import Config
+from laver_megatron.convert.verification.forward_pass import forward_pass
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism, use_backend
 from laver_megatron.runtime.sharded_state import sharding_metadata
 from tests import oracles
+from tests.checkpoint_writer import prepare_checkpoint_writer
 from tests.packs import pack, padding, stack
 
 # The bound on every output, fp32: some 1e-6 of rounding per layer on values of order 1 to 10.
@@ -128,6 +130,7 @@ def parity_config(checkpoints: Checkpoints, **changes) -> Config:
 def single_process() -> Iterator[None]:
     """Megatron's parallel groups in a process of its own. Import it into a conftest.py to use it."""
     use_backend()
+    prepare_checkpoint_writer()
     initialise_parallelism(
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
@@ -197,78 +200,28 @@ def build_model(config: Config, checkpoints: Checkpoints) -> list:
     return stages
 
 
-@torch.no_grad()
-def model_outputs(stages: list, config: Config, micro_batches: MicroBatches) -> Outputs | None:
-    """Runs Megatron's own pipeline schedule forward and gathers the outputs over the tensor-parallel ranks;
-    None on ranks that are not on the last pipeline stage. Call on every rank."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel.mappings import (
-        gather_from_sequence_parallel_region,
-        gather_from_tensor_model_parallel_region,
-    )
+def model_outputs(stages: list, micro_batches: MicroBatches) -> Outputs | None:
+    """The forward pass that `verify` makes, with outputs gathered over the tensor-parallel ranks; None on ranks that
+    are not on the last pipeline stage. Call on every rank."""
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-    from laver_megatron.model.image_division import own_images
-    from laver_megatron.model.streams import StreamSettings, build_micro_batch
-
-    settings = StreamSettings.of(config, stages[0].shape)
-    device = torch.device(torch.cuda.current_device())
-    outputs, hidden = [], []
-    hooks = [
-        stage.decoder.register_forward_hook(lambda module, args, output: hidden.append(output))
-        for stage in stages
-        if stage.post_process
-    ]
-
-    def feed():
-        for packs, masked_BS in micro_batches:
-            pixels = [image.to(device) for images in packs.pixels for image in images]
-            batch = build_micro_batch(packs, masked_BS, settings, device)
-            yield batch, own_images(pixels, batch.image_num_tokens, stages[0].tp_group)
-
-    def keep(batch, output):
-        outputs.append((batch, output))
-        nothing = torch.zeros((), device=device)
-        return nothing, nothing.int(), nothing
-
-    def forward_step(batches, stage):
-        batch, pixels = next(batches)
-        return stage(batch, pixels), lambda output: keep(batch, output)
-
-    for stage in stages:
-        stage.eval()
-    visual = 2 * config.data.visual_seq_length if config.objective.laver else 0
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[feed() for _ in stages],
-        model=stages,
-        num_microbatches=len(micro_batches),
-        seq_length=config.data.seq_length + visual,
-        micro_batch_size=micro_batches[0][0].tokens_BS.shape[0],
-        forward_only=True,
-    )
-    for hook in hooks:
-        hook.remove()
-    if not outputs:
-        return None
-    if config.parallel.sequence_parallel:
-        hidden = [gather_from_sequence_parallel_region(h) for h in hidden]
+    hidden, language, student, teacher = [], [], [], []
 
     def tokens_of_images(batch, logits_VBK: Tensor) -> Tensor:
         whole_VBK = gather_from_tensor_model_parallel_region(logits_VBK)
         return torch.cat([whole_VBK[start:end, b] for b, start, end in batch.image_slots] or [whole_VBK[:0, 0]])
 
-    return Outputs(
-        hidden_BSH=torch.cat([h[: config.data.seq_length].transpose(0, 1) for h in hidden]),
-        language_logits_BSW=torch.cat(
-            [gather_from_tensor_model_parallel_region(o.language_logits_SBW).transpose(0, 1) for _, o in outputs]
-        ),
-        student_logits_NK=torch.cat([tokens_of_images(b, o.student_logits_VBK) for b, o in outputs])
-        if visual
-        else None,
-        teacher_logits_NK=torch.cat([tokens_of_images(b, o.teacher_logits_VBK) for b, o in outputs])
-        if visual
-        else None,
-    )
+    def keep(batch, hidden_SBH: Tensor, output) -> None:
+        hidden.append(hidden_SBH.transpose(0, 1))
+        language.append(gather_from_tensor_model_parallel_region(output.language_logits_SBW).transpose(0, 1))
+        if stages[0].run_config.objective.laver:
+            student.append(tokens_of_images(batch, output.student_logits_VBK))
+            teacher.append(tokens_of_images(batch, output.teacher_logits_VBK))
+
+    forward_pass(stages, micro_batches, keep)
+    if not hidden:
+        return None
+    return Outputs(*(torch.cat(parts) if parts else None for parts in (hidden, language, student, teacher)))
 
 
 # --- the reference -------------------------------------------------------------------------------------

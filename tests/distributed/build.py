@@ -94,6 +94,7 @@ def make_config(assets: Assets, run_dir: Path | str, layout: Layout = ONE_PROCES
         "data_path": ("packs",),
         "seq_length": SEQ_LENGTH,
         "visual_seq_length": VISUAL_SEQ_LENGTH,
+        "micro_batch_size": 2,
         "global_batch_size": PACKS_PER_STEP,
         "mask_ratio": 0.4,
         "mask_sampling": "fixed",

@@ -114,7 +114,7 @@ class Pool:
         os.environ["HF_HUB_OFFLINE"] = "1"
         # The server imports the heavy packages once and forks the workers, also those that replace stuck ones.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["laver_megatron.train"])
+        context.set_forkserver_preload(["tests.distributed.preload"])
         for number in range(self._num_workers):
             ours, theirs = context.Pipe()
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.
@@ -167,9 +167,11 @@ def _serve(number: int, connection: Connection, stacks: str) -> None:
     import torch
 
     from laver_megatron.runtime.backend import use_backend
+    from tests.checkpoint_writer import prepare_checkpoint_writer
 
     torch.set_num_threads(1)
     use_backend()
+    prepare_checkpoint_writer()
     while True:
         try:
             path, layout, arguments, store = pickle.loads(connection.recv_bytes())

@@ -33,7 +33,7 @@ from tests.distributed.build import (
 )
 from tests.distributed.harness import Layout
 
-WRITTEN_AT = 5  # the iteration of the checkpoint; runs go on to 10
+WRITTEN_AT = 3  # the iteration of the checkpoint; runs go on to 6
 ALL_FOUR = Layout(tp=2, pp=2, sp=True)
 
 
@@ -72,7 +72,7 @@ CONNECTOR_ONLY = {"laver": False, "freeze": ("encoder", "decoder")}
         (Layout(dp=2, pp=2, vpp_layers=1), SCHEDULED),
         (Layout(tp=2, dp=2), {"bf16": True}),
         (Layout(pp=2), CONNECTOR_ONLY),
-        (ALL_FOUR, CONNECTOR_ONLY),
+        pytest.param(ALL_FOUR, CONNECTOR_ONLY, marks=pytest.mark.slow(reason="TP adds nothing to an idle stage")),
         (Layout(dp=2, pp=2, vpp_layers=1), CONNECTOR_ONLY),
     ],
     ids=[
@@ -84,9 +84,9 @@ CONNECTOR_ONLY = {"laver": False, "freeze": ("encoder", "decoder")}
         "connector-only-PP2-VPP-DP2",
     ],  # fmt: skip
 )
-def test_ten_steps_are_five_and_five(pool, assets, tmp_path, layout, settings):
+def test_six_steps_are_three_and_three(pool, assets, tmp_path, layout, settings):
     def config(name, **changes):
-        return make_config(assets, tmp_path / name, layout, train_iters=10, **settings, **changes)
+        return make_config(assets, tmp_path / name, layout, train_iters=2 * WRITTEN_AT, **settings, **changes)
 
     straight = pool.run(run, layout, config("straight"))
     first = pool.run(run, layout, config("parted", exit_interval=WRITTEN_AT))
@@ -141,7 +141,7 @@ def whole_centre(states, layout):
 
 
 def write_and_go_on(layout, config):
-    """Job: five steps, a checkpoint, its contents, five more steps without saving."""
+    """Job: three steps, a checkpoint, its contents, three more steps without saving."""
     trainer = make_trainer(config)
     for _ in range(WRITTEN_AT):
         train.train_step(trainer)
@@ -152,7 +152,7 @@ def write_and_go_on(layout, config):
 
 
 def load_and_go_on(layout, config):
-    """Job: what the checkpoint of the run directory holds, and five steps from there."""
+    """Job: what the checkpoint of the run directory holds, and three steps from there."""
     trainer = make_trainer(config)
     assert trainer.progress.iteration == WRITTEN_AT
     if (reader := trainer.training_data.reader) is not None:  # it need not plan what lies before

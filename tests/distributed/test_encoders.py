@@ -25,10 +25,20 @@ from tests.distributed.build import (
 from tests.distributed.encoders import KINDS, NATIVE, save_encoder
 from tests.distributed.harness import Layout
 
-NUM_STEPS = 3
+NUM_STEPS = 2
 TERMS = ("lm_loss", "mim_loss", "gram_loss", "loss", "grad_norm")
+# (is frozen, layout)
+COVERED = [(False, Layout(tp=2)), (True, Layout(pp=2))]
 CASES = [
-    (kind, is_frozen, layout)
+    pytest.param(
+        kind,
+        is_frozen,
+        layout,
+        marks=pytest.mark.slow(reason="trained at TP2 x DP2 and PP2, and frozen at TP2, it has met every division")
+        if kind != "patches" and (is_frozen, layout) in COVERED
+        else (),
+        id=f"{kind}-{'frozen' if is_frozen else 'trained'}-{layout}",
+    )
     for kind in KINDS
     for is_frozen in (True, False)
     for layout in (Layout(tp=2), Layout(pp=2), Layout(tp=2, dp=2))
@@ -38,7 +48,7 @@ CASES = [
 
 
 def run(layout, config):
-    """Job: three steps; their numbers, the first gradient, the weights before and after."""
+    """Job: two steps; their numbers, the first gradient, the weights before and after."""
     trainer = make_trainer(config)
     before, gradients, prepare = student_shards(trainer), [], trainer.optimizer.prepare_grads
 
@@ -100,9 +110,7 @@ def reference(launch):
     return of
 
 
-@pytest.mark.parametrize(
-    "kind, is_frozen, layout", CASES, ids=[f"{k}-{'frozen' if f else 'trained'}-{layout}" for k, f, layout in CASES]
-)
+@pytest.mark.parametrize("kind, is_frozen, layout", CASES)
 def test_layouts_agree(launch, reference, kind, is_frozen, layout):
     results, expected = launch(kind, is_frozen, layout), reference(kind, is_frozen)
     for result in results:

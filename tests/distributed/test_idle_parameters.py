@@ -21,6 +21,7 @@ from tests.distributed.encoders import KINDS, NATIVE, save_encoder
 from tests.distributed.harness import Layout
 
 FOUR = Layout(tp=2, dp=2)
+ALIKE = pytest.mark.slow(reason="kinds with idle parameters are as siglip, those without as qwen")
 # Its gradient is rounding alone where positions are not rotary.
 KEY_BIASES = ("k_proj.bias", "key.bias")
 
@@ -34,8 +35,18 @@ def three_steps(layout, config):
     return before, student_shards(trainer)
 
 
-@pytest.mark.parametrize("layout, bf16", [(Layout(), False), (FOUR, True)], ids=["one", "four-bf16"])
-@pytest.mark.parametrize("kind", ["siglip", *KINDS])
+@pytest.mark.parametrize(
+    "kind, layout, bf16",
+    [
+        *(pytest.param(kind, Layout(), False, id=f"{kind}-one") for kind in ("siglip", *KINDS)),
+        *(pytest.param(kind, FOUR, True, id=f"{kind}-four-bf16") for kind in ("siglip", "qwen2_5_vl")),
+        *(
+            pytest.param(kind, FOUR, True, id=f"{kind}-four-bf16", marks=ALIKE)
+            for kind in KINDS
+            if kind != "qwen2_5_vl"
+        ),
+    ],
+)
 def test_what_features_do_not_depend_on_stands_still(pool, assets, tmp_path, kind, layout, bf16):
     encoder = assets.encoder
     if kind != "siglip":

@@ -84,7 +84,7 @@ def run(layout, checkpoints):
     outputs = {}
     for case, (micro_batches, settings) in CASES.items():
         config = parity_config(checkpoints, **layout.settings, **settings)
-        outputs[case] = model_outputs(build_model(config, checkpoints), config, micro_batches())
+        outputs[case] = model_outputs(build_model(config, checkpoints), micro_batches())
     return outputs
 
 

@@ -44,12 +44,28 @@ def average_in_fp64(layout, config, num_steps):
     return num_updates, deviation, distance
 
 
-@pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2)], ids=str)
+AVERAGED_AT = (Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2))
+
+
+@pytest.mark.parametrize(
+    "layout, interval",
+    [
+        *((layout, 1) for layout in AVERAGED_AT),
+        (Layout(), 3),
+        *(
+            pytest.param(
+                layout, 3, marks=pytest.mark.slow(reason="when to update is decided without regard to the layout")
+            )
+            for layout in AVERAGED_AT[1:]
+        ),
+    ],
+    ids=str,
+)
 def test_equals_an_fp64_average_of_the_students_weights(pool, assets, tmp_path, layout, interval):
     config = make_config(assets, tmp_path, layout, ema_interval=interval, ema_momentum_schedule="cosine")
-    for num_updates, deviation, distance in pool.run(average_in_fp64, layout, config, 7):
-        assert num_updates == 7 // interval
+    num_steps = 3 + interval
+    for num_updates, deviation, distance in pool.run(average_in_fp64, layout, config, num_steps):
+        assert num_updates == num_steps // interval
         # An update rounds once or twice to 24 bits.
         assert deviation <= 2 * num_updates * 2**-24
         assert distance > 1e-3

@@ -89,7 +89,7 @@ def train(checkpoints, num_steps, **changes):
 @pytest.mark.parametrize("kernel", ["dense", "flex"])
 def test_parity_in_fp32(checkpoints, kernel):
     config = parity_config(checkpoints, attention_kernel=kernel)
-    ours = model_outputs(build_model(config, checkpoints), config, image_micro_batches())
+    ours = model_outputs(build_model(config, checkpoints), image_micro_batches())
     reference = reference_outputs(config, checkpoints, image_micro_batches())
     # The CPU's sums against the GPU's, both fp32 without TF32.
     assert_parity(ours, reference, tolerance=5e-4)

@@ -11,7 +11,7 @@ import datetime
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ def megatron_outputs(
     for parameter in stage.parameters():  # encoder and connector are built with numbers, which would hide missing ones
         parameter.data.fill_(float("nan"))
     unread = _load(stage, model)
-    outputs = _run_schedule(stage.eval(), packed)
+    outputs = _whole_outputs(stage, packed)
     if outputs is None:
         return unread
     hidden_BSH, logits_BSW = outputs
@@ -275,55 +275,27 @@ def stored_key(key: str, weights: str) -> str:
     return f"teacher.{key}" if weights == TEACHER and key.startswith("decoder.") else key
 
 
-@torch.no_grad()
-def _run_schedule(stage: Any, packed: PackedProbes) -> tuple[list[Tensor], list[Tensor]] | None:
+def _whole_outputs(stage: Any, packed: PackedProbes) -> tuple[list[Tensor], list[Tensor]] | None:
     """Hidden states `[S, H]` and logits `[S, W]` of every pack, on the first tensor-parallel rank of the last
     stage; None elsewhere."""
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+    from laver_megatron.convert.verification.forward_pass import forward_pass
 
     hidden: list[Tensor] = []
     logits: list[Tensor] = []
-    if stage.post_process:
-        stage.decoder.register_forward_hook(lambda module, args, output: hidden.append(output[:, 0]))
-    device = torch.device(torch.cuda.current_device())
-
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
 
-    def keep(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def keep(batch: Any, hidden_SBH: Tensor, output: Any) -> None:
         whole_SBW = gather_from_tensor_model_parallel_region(output.language_logits_SBW)
         if is_first:  # a large vocabulary makes large logits
+            hidden.append(hidden_SBH[:, 0])
             logits.append(whole_SBW[:, 0])
-        nothing = torch.zeros((), device=device)
-        return nothing, nothing.int(), nothing
 
-    def forward_step(batches: Iterator, module: Any) -> tuple[Any, Callable]:
-        batch, pixels = next(batches)
-        return module(batch, pixels), keep
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[_micro_batches(stage, packed, device)],
-        model=[stage],
-        num_microbatches=len(packed.packs),
-        seq_length=packed.seq_length,
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    nothing_masked = [torch.zeros_like(pack.image_BS, dtype=torch.bool) for pack in packed.packs]
+    forward_pass([stage], list(zip(packed.packs, nothing_masked, strict=True)), keep)
     return (hidden, logits) if stage.post_process and is_first else None
-
-
-def _micro_batches(stage: Any, packed: PackedProbes, device: torch.device) -> Iterator[tuple[Any, list[Tensor]]]:
-    from laver_megatron.model.image_division import own_images
-    from laver_megatron.model.streams import StreamSettings, build_micro_batch
-
-    settings = StreamSettings.of(stage.run_config, stage.shape)
-    for pack in packed.packs:
-        masked_BS = torch.zeros_like(pack.image_BS, dtype=torch.bool)
-        pixels = [image.to(device) for images in pack.pixels for image in images]
-        batch = build_micro_batch(pack, masked_BS, settings, device)
-        yield batch, own_images(pixels, batch.image_num_tokens, stage.tp_group)
 
 
 def _quiet() -> None:

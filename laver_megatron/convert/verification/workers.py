@@ -4,6 +4,7 @@ A fresh process starts without the parallel groups, device state and memory of t
 models can be run one after the other, at layouts of their own.
 """
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -42,10 +43,17 @@ def run_workers(function: Callable[..., Any], num_workers: int, *arguments: Any)
     Raises:
         WorkerFailed: what the first of them to fail raised; the others are ended.
     """
+    # torch and transformers take seconds to import: a server does so once, and every process is a fork of it.
+    multiprocessing.set_forkserver_preload(["laver_megatron.convert.verification.forward", "transformers"])
     with tempfile.TemporaryDirectory(prefix="laver-workers-") as name:
         directory = Path(name)
         processes = start_processes(
-            _work, (num_workers, directory, function, arguments), num_workers, join=False, daemon=True
+            _work,
+            (num_workers, directory, function, arguments),
+            num_workers,
+            join=False,
+            daemon=True,
+            start_method="forkserver",
         )
         try:
             while not processes.join():

@@ -16,6 +16,7 @@ else:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_processes, least", [(1, 80e6), (2, 160e6)])
 def test_memory_of_a_process_and_its_children(tmp_path, num_processes, least):
     program = tmp_path / "allocates.py"
@@ -31,6 +32,7 @@ def test_a_failed_command_is_told_with_its_output():
         benchmark.measure([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
+@pytest.mark.processes
 def test_the_table(tmp_path, monkeypatch):
     small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
     for name, value in small.items():

@@ -243,6 +243,7 @@ def test_exports_load_in_transformers_with_every_weight(laver, tmp_path):
 # --- the programs ---
 
 
+@pytest.mark.processes
 def test_two_processes_write_what_one_writes(tmp_path, demo_dir):
     source = write_laver(tmp_path / "hf", demo_dir)
     hf_to_megatron(source, tmp_path / "megatron-1")
@@ -358,6 +359,7 @@ def divided(tmp_path_factory, single_process):
     return directory, whole
 
 
+@pytest.mark.processes
 @settings(deadline=None)
 @given(key=st.sampled_from(sorted(DIVIDED)), ends=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_rows_of_what_megatron_core_writes(divided, key, ends):

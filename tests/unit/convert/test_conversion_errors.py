@@ -476,6 +476,7 @@ def test_the_disk_is_full_at_the_end(whole, tmp_path, monkeypatch, name):
     refused(hf_to_megatron, whole / "hf", tmp_path / "a/megatron", "No space left", error=OSError)
 
 
+@pytest.mark.processes
 def test_files_that_the_system_does_not_let_grow(whole, tmp_path):
     """A real error of writing, in the middle of a tensor, as a program's user sees it."""
     limit = 60_000  # bytes of a file: some tensors fit
@@ -797,6 +798,7 @@ def test_exit_status(capsys, monkeypatch, error, status, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_programs_say_one_line(tmp_path):
     for tool, *arguments in (
         ("hf_to_megatron", "--hf", tmp_path / "no", "--megatron", tmp_path / "out"),
@@ -850,6 +852,7 @@ def started(directory, tool, target):
         process.communicate()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "tool, signals",
     [
@@ -882,6 +885,7 @@ def own_memory(process):
     return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("tool", ["hf_to_megatron", "megatron_to_hf"])
 def test_memory_is_what_a_dry_run_says(slow, tmp_path, capsys, tool):
     """Some blocks of rows, where each of the two large tensors has 410 MB."""
@@ -902,6 +906,7 @@ def test_memory_is_what_a_dry_run_says(slow, tmp_path, capsys, tool):
     assert before > 0 and most - before <= bound
 
 
+@pytest.mark.processes
 def test_two_at_once(slow, tmp_path):
     """The second is refused and does not disturb the first."""
     with started(slow, "hf_to_megatron", tmp_path / "out") as process:
@@ -936,6 +941,7 @@ runpy.run_path(tool, run_name="__main__")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "tool, what, words",
     [

@@ -248,6 +248,7 @@ def test_chat_shows_pictures_of_different_sizes(export, tmp_path, capsys):
 # --- files ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_exports_need_nothing_of_this_package(export, tmp_path):
     """In a process where laver_megatron cannot be imported: the same tokens, pixels and logits as here."""
     script = f"""

@@ -154,6 +154,7 @@ def test_the_kinds_differ(export):
         assert (one - other).abs().max() > 100 * TOLERANCE
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_kernels_agree(kernel, export):

@@ -113,6 +113,7 @@ def picture(number: int, size: tuple[int, int] = (90, 50)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@pytest.mark.processes
 def test_the_auto_classes_need_nothing_of_this_package(laver, processor, tmp_path):
     """In a process where laver_megatron cannot be imported: the same tokens, pixels and logits as here."""
     script = f"""
@@ -657,6 +658,7 @@ def test_chat_may_speak_of_the_word_image(format, num_pictures, chat, laver, lla
         assert seen[number].count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 64 * num_pictures
 
 
+@pytest.mark.processes
 def test_chat_is_a_program(laver, tmp_path):
     picture(0).save(tmp_path / "photo.png")
     command = [sys.executable, str(CHAT), "--model", str(laver), "--image", "photo.png", "--question", "What?"]

@@ -87,6 +87,7 @@ def train(shards: Path, demo_dir: Path, run_dir: Path, *options: object) -> subp
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_three_steps(shards, demo_dir, tmp_path):
     """With the visual budget that the data propose; going on takes over what was proposed."""
     done = train(shards, demo_dir, tmp_path / "run", "--visual-seq-length", 0, "--exit-interval", 2)
@@ -103,6 +104,7 @@ def test_three_steps(shards, demo_dir, tmp_path):
     assert 64 <= written <= 256 and written % 64 == 0, "whole images of 64 tokens"
 
 
+@pytest.mark.processes
 def test_too_many_bad_samples_end_the_run(shards, demo_dir, tmp_path):
     """A shard that has changed since it was indexed: the checksums tell, and the table says why the run ends."""
     damaged = tmp_path / "damaged"

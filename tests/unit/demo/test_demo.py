@@ -13,6 +13,7 @@ from laver_megatron.data.read.conversations import parse_conversation
 from laver_megatron.data.read.sample_files import SampleFiles
 from laver_megatron.demo.make import make_demo
 from laver_megatron.demo.photographs import photographs
+from tests.programs import run_here
 
 TOOL = Path(__file__).parents[3] / "tools" / "make_demo.py"
 
@@ -44,8 +45,7 @@ def test_other_encoders(tmp_path, demo_dir):
     make_demo(tmp_path, num_train_samples=6, num_valid_samples=6, encoders=["clip", "patches"])
     assert (tmp_path / "encoder_clip" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "encoder_patches" / "config.json").read_text())["model_type"] == "laver_patches"
-    command = [sys.executable, TOOL, "--dir", tmp_path, "--encoders", "vit"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_here(TOOL, "--dir", tmp_path, "--encoders", "vit")
     assert done.returncode == 2 and "no demo encoder of kind 'vit'" in done.stderr
 
 
@@ -58,9 +58,8 @@ def test_other_sizes(tmp_path, demo_dir):
         assert len(model.model.layers) == num_layers and model.lm_head.weight.shape == (2048, width)
         tokenizers = [path / "tokenizer.json" for path in (tmp_path / f"model_{name}", demo_dir / "model")]
         assert len({path.read_bytes() for path in tokenizers}) == 1
-    command = [sys.executable, TOOL, "--dir", tmp_path, "--models"]
     for size, words in (("40x2", "a multiple of 16"), ("64", "write WIDTHxLAYERS")):
-        done = subprocess.run([*command, size], capture_output=True, text=True)
+        done = run_here(TOOL, "--dir", tmp_path, "--models", size)
         assert done.returncode == 2 and words in done.stderr
         assert not (tmp_path / f"model_{size}").exists()
 

@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory):
 
 
 def compare(config, checkpoints, micro_batches) -> Outputs:
-    ours = model_outputs(build_model(config, checkpoints), config, micro_batches)
+    ours = model_outputs(build_model(config, checkpoints), micro_batches)
     reference = reference_outputs(config, checkpoints, micro_batches)
     assert_parity(ours, reference)
     return ours
@@ -54,9 +54,8 @@ def test_plain_qwen2_on_plain_text(checkpoints):
         pixels=[[]],
         keys=[[]],
     )
-    ours = model_outputs(
-        build_model(config, checkpoints[True]), config, [(first, torch.zeros_like(tokens_BS, dtype=torch.bool))]
-    )
+    nothing_masked_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    ours = model_outputs(build_model(config, checkpoints[True]), [(first, nothing_masked_BS)])
     plain = Reference(parity_config(checkpoints[True], positions="1d"), checkpoints[True]).language
     with torch.no_grad():
         theirs = plain(tokens_BS).logits
@@ -87,7 +86,7 @@ def test_the_comparison_can_fail(checkpoints):
     """A wrong mask or wrong positions are far outside the tolerance, at image positions too."""
     micro_batches = image_micro_batches()
     config = parity_config(checkpoints[True])
-    ours = model_outputs(build_model(config, checkpoints[True]), config, micro_batches)
+    ours = model_outputs(build_model(config, checkpoints[True]), micro_batches)
     visual_BS = torch.cat([packs.image_BS >= 0 for packs, _ in micro_batches])
     for change in ({"attention": "causal"}, {"positions": "1d"}, {"positions": "mrope"}):
         other = reference_outputs(config.replace(**change), checkpoints[True], micro_batches)

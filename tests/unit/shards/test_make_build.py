@@ -21,6 +21,7 @@ from laver_megatron.shards.commands import make_main
 from laver_megatron.shards.record_source import RecordSource
 from laver_megatron.shards.report import MakeReport
 from tests.content import read_member
+from tests.programs import run_here
 from tests.unit.shards.form import encoded, noise, turns, write_llava
 from tests.unit.shards.test_make_pictures import CONVERTED, COPIED
 
@@ -325,7 +326,7 @@ def test_the_command_line(tmp_path, source):
     command += ["--output", str(tmp_path / "out"), "--num-workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "1 of 13 samples cannot be used" in done.stderr
-    done = subprocess.run([*command, "--resume", "--max-bad-fraction", "0.5"], capture_output=True, text=True)
+    done = run_here(*command[1:], "--resume", "--max-bad-fraction", "0.5")
     assert done.returncode == 0, done.stderr
     assert "12 samples, 10 images" in done.stdout and "skipped: 1 (7.69%)" in done.stdout
 

@@ -30,6 +30,7 @@ from laver_megatron.shards.show import (
 )
 from tests.content import picture_bytes
 from tests.packs import pack, padding
+from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -129,14 +130,18 @@ def test_picture(config, reader, tmp_path):
 def test_the_tool(demo_dir, tmp_path, options, code, words):
     parts = {"--load": f"hf:{demo_dir / 'model'}", "--encoder": demo_dir / "encoder", "--num-workers": 0}
     parts["--data-path"] = demo_dir / "shards/valid-00000.tar"
-    command = [sys.executable, ROOT / "tools/show_sample.py", "--config", ROOT / "examples/demo.yaml"]
+    command = [ROOT / "tools/show_sample.py", "--config", ROOT / "examples/demo.yaml"]
     command += [word for pair in parts.items() for word in pair if pair[0] not in options]
-    done = subprocess.run(
-        list(map(str, [*command, *options, "--output", tmp_path / "shown", "--run-dir", tmp_path / "run"])),
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-    )
+    command += [*options, "--output", tmp_path / "shown", "--run-dir", tmp_path / "run"]
+    if code == 0:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        )
+    else:
+        done = run_here(*command)
     assert done.returncode == code, done.stderr
     assert all(word in done.stdout + done.stderr for word in words), done.stdout + done.stderr
     assert "Traceback" not in done.stderr

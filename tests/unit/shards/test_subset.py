@@ -15,6 +15,7 @@ from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.index.shard_index import concatenate, select
 from laver_megatron.shards.subset import choose, manifest_hash, read_manifest, write_subset
 from tests.content import picture_bytes, question, read_member
+from tests.programs import run_here
 
 TOOL = Path(__file__).parents[3] / "tools" / "subset_shards.py"
 NUM_SAMPLES = 40
@@ -137,17 +138,7 @@ def test_remote_shards_are_chosen_from_without_fetching_any(index, tmp_path):
     far = replace(index, shards=tuple(replace(s, path=f"https://host/{s.name}") for s in index.shards))
     write_index(far, tmp_path / "far.parquet")
     output = tmp_path / "subset.parquet"
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--index",
-        tmp_path / "far.parquet",
-        "--num-samples",
-        "38",
-        "--output",
-        output,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_here(TOOL, "--index", tmp_path / "far.parquet", "--num-samples", 38, "--output", output)
     assert done.returncode == 0, done.stderr
     assert [shard.path for shard in read_index(output).shards] == [shard.path for shard in far.shards]
     with pytest.raises(ValueError, match="there is no folder for copies"):
@@ -156,24 +147,24 @@ def test_remote_shards_are_chosen_from_without_fetching_any(index, tmp_path):
 
 def test_the_command_line(index, shards, tmp_path):
     write_index(index, tmp_path / "index.parquet")
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
-
     large = tmp_path / "large.parquet"
-    done = run("--index", tmp_path, "--num-samples", 30, "--seed", 2, "--output", large)
+    command = [sys.executable, TOOL, "--index", tmp_path, "--num-samples", "30", "--seed", "2", "--output", large]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"manifest hash: {read_manifest(large).hash}" in done.stdout
     small = tmp_path / "small.parquet"
-    assert run("--index", *shards, "--num-samples", 10, "--seed", 2, "--output", small).returncode == 0
+    assert run_here(TOOL, "--index", *shards, "--num-samples", 10, "--seed", 2, "--output", small).returncode == 0
     assert chosen(read_index(small)) < chosen(read_index(large))
-    again = run("--index", tmp_path, "--num-samples", 10, "--output", small)
+    again = run_here(TOOL, "--index", tmp_path, "--num-samples", 10, "--output", small)
     assert again.returncode == 2 and "replace it with --overwrite" in again.stderr
     before = read_manifest(small).hash
-    assert run("--index", tmp_path, "--num-samples", 10, "--output", small, "--overwrite").returncode == 0
+    assert run_here(TOOL, "--index", tmp_path, "--num-samples", 10, "--output", small, "--overwrite").returncode == 0
     assert read_manifest(small).hash != before  # the default seed is another
-    assert run("--index", tmp_path, "--num-samples", 99, "--output", tmp_path / "b.parquet").returncode == 1
-    assert "must end with .parquet" in run("--index", tmp_path, "--num-samples", 9, "--output", tmp_path / "b").stderr
+    assert run_here(TOOL, "--index", tmp_path, "--num-samples", 99, "--output", tmp_path / "b.parquet").returncode == 1
+    assert (
+        "must end with .parquet"
+        in run_here(TOOL, "--index", tmp_path, "--num-samples", 9, "--output", tmp_path / "b").stderr
+    )
 
 
 def test_several_indexes_are_one(index, shards):

@@ -16,6 +16,7 @@ from laver_megatron.config.fields import ConfigError
 from laver_megatron.stages import chain
 from laver_megatron.stages.chain import check_stages, differences, read_stages, run_stages
 from laver_megatron.start import find_start
+from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
@@ -103,10 +104,8 @@ def launcher(monkeypatch):
 def test_every_official_stage_passes_a_dry_run_by_itself(place, file):
     """With nothing but configurations there: no weights, no shards, no checkpoint of the stage before."""
     before = set(place.rglob("*"))
-    done = subprocess.run(
-        ["bash", str(EXAMPLES / "pretrain_laver.sh"), "--config", file, "--dry-run", "8"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_here(EXAMPLES / "pretrain_laver.sh", "--config", file, "--dry-run", "8")
+    assert done.returncode == 0, done.stderr
     assert "28 layers of width 3584; 8 processes as TP 2 x PP 1 x DP 4; 16 micro-batches" in done.stdout
     assert set(place.rglob("*")) == before
 
@@ -358,14 +357,12 @@ def test_what_does_not_change_the_outcome_is_no_difference(place, launcher):
 
 
 def test_command_line(place):
-    def run(*arguments):
-        return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
-
-    done = run(*OFFICIAL, "--dry-run", "--runs", "runs/x", "--baseline", "--seed", "5")
+    command = [sys.executable, TOOL, *OFFICIAL, "--dry-run", "--runs", "runs/x", "--baseline", "--seed", "5"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["stage1_align", "stage2_laver", "stage3_instruct"]
     assert "--seed 5 --run-dir runs/x/stage2_laver-baseline --load runs/x/stage1_align-baseline/checkpoints" in lines[1]
-    done = run(*OFFICIAL, "--mask-ratoi", "1")
+    done = run_here(TOOL, *OFFICIAL, "--mask-ratoi", "1")
     assert done.returncode == 2 and "unknown flag --mask-ratoi" in done.stderr and "1 problem " in done.stderr
-    assert run("--baseline").returncode == 2 and "--baseline" in run("--help").stdout
+    assert run_here(TOOL, "--baseline").returncode == 2 and "--baseline" in run_here(TOOL, "--help").stdout

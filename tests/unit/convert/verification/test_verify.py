@@ -39,6 +39,7 @@ from laver_megatron.hf.parts import ModelSettings, parts_of_megatron
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
+from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[4]
 LAYER = "model.layers.2."
@@ -161,15 +162,18 @@ def test_the_same_model_is_found_the_same(kind, request):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_the_tool(text, images, tmp_path, same):
-    """A grid of two processes for text, one process with pictures; each in processes of their own."""
+    """A grid of two processes for text, as a program; one process with pictures."""
     directories = text if same else replace(images, hugging_face=changed(images, tmp_path, negate("linear_2.bias")))
     picture = tmp_path / "picture.png"
     Image.radial_gradient("L").resize((90, 50)).save(picture)
     options = ["--grid", "--max-processes", "2"] if same else ["--image", picture, "--prompt", "A <image>!", "B C"]
-    command = [sys.executable, ROOT / "tools" / "verify_conversion.py", *options]
-    command += ["--hf", directories.hugging_face, "--megatron", directories.megatron]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    options += ["--hf", directories.hugging_face, "--megatron", directories.megatron]
+    if same:
+        command = [sys.executable, ROOT / "tools/verify_conversion.py", *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    else:
+        done = run_here("tools/verify_conversion.py", *options)
     assert done.returncode == (0 if same else 1), done.stdout + done.stderr
     lines = done.stdout.splitlines()
     rows = [line for line in lines if line.endswith(("same", "DIFFERS"))]

@@ -22,10 +22,12 @@ def die(worker):
     os._exit(3)
 
 
+@pytest.mark.processes
 def test_workers_answer_by_rank():
     assert run_workers(rank_and_argument, 2, "x") == [(0, 2, "x"), (1, 2, "x")]
 
 
+@pytest.mark.processes
 def test_the_worker_that_failed_is_heard_and_the_others_are_ended():
     with pytest.raises(WorkerFailed, match="^ValueError: of its own$"):
         run_workers(fail_on_rank_1, 2)

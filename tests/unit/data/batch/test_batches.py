@@ -73,6 +73,7 @@ def keys_at(source, rank, num_ranks, first_pack):
     return [(keys, masked.sum().item()) for p, masked in zip(batch.packs, batch.masked, strict=True) for keys in p.keys]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks, num_workers", [(1, 0), (2, 1), (4, 3)])
 def test_whole_epochs(config, reader_of, num_ranks, num_workers):
     """Every sample once in each of two epochs, whatever the ranks and workers; batches run across the end of an epoch;

@@ -17,6 +17,7 @@ def test_buffers_are_used_again():
     buffers.close()
 
 
+@pytest.mark.processes
 def test_other_processes_see_them_also_those_taken_after_the_fork():
     buffers, go_read, done_write = SharedBuffers(100), *map(list, (os.pipe(), os.pipe()))
     child = os.fork()

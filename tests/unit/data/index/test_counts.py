@@ -59,6 +59,7 @@ def test_counts_are_those_of_the_encoder(index, count, encoder, preprocessor):
     assert not counts.fault_I.any()
 
 
+@pytest.mark.processes
 def test_processes_and_the_file_change_nothing(index, count, no_counting, monkeypatch):
     monkeypatch.setattr(counts_module, "_SAMPLES_A_TASK", 7)
     alone = count(replace(index, path=None))

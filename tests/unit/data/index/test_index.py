@@ -25,6 +25,7 @@ from laver_megatron.data.index.opening import find_shards, find_shards_and_urls,
 from laver_megatron.data.index.shard_index import concatenate, select
 from laver_megatron.shards.commands import index_summary
 from tests.content import picture_bytes, question, read_member
+from tests.programs import run_here
 
 TOOL = Path(__file__).parents[4] / "tools" / "index_shards.py"
 
@@ -67,6 +68,7 @@ def test_the_index_holds_what_webdataset_reads(demo_dir, demo_index):
     assert sum(shard.num_samples for shard in demo_index.shards) == len(demo_index)
 
 
+@pytest.mark.processes
 def test_processes_change_nothing_but_who_works(demo_dir, demo_index):
     paths = find_shards(demo_dir / "shards")
     progress = []
@@ -455,14 +457,12 @@ def test_lists_of_urls_are_written_out():
 # --- the tool ------------------------------------------------------------------------------------------
 
 
-def run_tool(*arguments):
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
-
-
+@pytest.mark.processes
 def test_the_tool_writes_an_index_and_says_what_is_in_it(write_shard, tmp_path):
     samples = {"a": {"json": question(), "jpg": picture_bytes()}, "b": {"json": b"{"}, "c": {"jpg": b"", "npy": b""}}
     write_shard(samples)
-    done = run_tool("--shards", tmp_path, "--num-workers", 2)
+    command = [sys.executable, TOOL, "--shards", tmp_path, "--num-workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line in (
         "1  usable samples", "1  pictures in them", "2  samples that cannot be used:", "1  invalid_json ",
@@ -471,13 +471,13 @@ def test_the_tool_writes_an_index_and_says_what_is_in_it(write_shard, tmp_path):
         assert line in done.stdout
     assert "train-00000.tar: 'b' cannot be used (invalid_json" in done.stderr
     assert len(read_index(tmp_path / "index.parquet")) == 2
-    again = run_tool("--shards", tmp_path)
+    again = run_here(TOOL, "--shards", tmp_path)
     assert again.returncode == 2 and "is there already; replace it with --overwrite" in again.stderr
     assert "Traceback" not in again.stderr
-    assert run_tool("--shards", tmp_path, "--overwrite").returncode == 0
-    other = run_tool("--shards", tmp_path / "*.tar", "--output", tmp_path / "x" / "y.parquet")
+    assert run_here(TOOL, "--shards", tmp_path, "--overwrite").returncode == 0
+    other = run_here(TOOL, "--shards", tmp_path / "*.tar", "--output", tmp_path / "x" / "y.parquet")
     assert other.returncode == 0 and len(read_index(tmp_path / "x" / "y.parquet")) == 2
-    nothing = run_tool("--shards", tmp_path / "gone")
+    nothing = run_here(TOOL, "--shards", tmp_path / "gone")
     assert nothing.returncode == 2 and "gone does not exist" in nothing.stderr
 
 

@@ -31,6 +31,7 @@ def epoch_packs(plan, epoch):
     return [plan.pack(first + i) for i in range(plan.num_packs(epoch))]
 
 
+@pytest.mark.processes
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 200),
@@ -75,6 +76,7 @@ def test_it_does_not_matter_how_the_plan_is_asked(numbers):
     assert [in_order.pack(number) for number in range(150)] == [shuffled[number] for number in range(150)]
 
 
+@pytest.mark.processes
 def test_a_new_process_packs_the_same():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_plan import plan\n"

@@ -187,6 +187,7 @@ def test_other_formats_are_never_tried():
         decode_image(buffer.getvalue())
 
 
+@pytest.mark.processes
 def test_indexing_imports_neither_torch_nor_transformers():
     program = (
         "import sys, laver_megatron.data.index.build; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

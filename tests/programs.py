@@ -1,0 +1,33 @@
+"""Programs in this process: a fresh one takes seconds to import torch, which few tests are about."""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_here(program: str | Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """What `python program arguments` returns and says. program: a path, from the repository's root."""
+    said, complained = io.StringIO(), io.StringIO()
+    command = [str(ROOT / program), *map(str, arguments)]
+    code: object = 0
+    with (
+        mock.patch.object(sys, "argv", command),
+        contextlib.chdir(cwd or os.getcwd()),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                complained.write(code + "\n")
+    returncode = code if isinstance(code, int) else int(code is not None)
+    return subprocess.CompletedProcess(command, returncode, said.getvalue(), complained.getvalue())
