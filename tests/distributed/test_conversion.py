@@ -493,7 +493,7 @@ def checksums_of(directory: Path) -> dict[str, str]:
     return checksums
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="there and back, at large sizes")
 def test_widths_of_72b(assets, tmp_path):
     """There and back by way of eight ranks at TP4 x PP2. Needs 17 GB of disk and 14 GB of memory;
     takes minutes."""

@@ -199,7 +199,7 @@ def test_attention_and_positions_are_carried(chain, tmp_path):
 # --- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="the chain in the pool, once more as programs")
 def test_command_in_processes_of_its_own(demo_dir, tmp_path):
     """Stopped, gone on with, called again, and the other arm."""
     flags = {

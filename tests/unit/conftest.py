@@ -1,6 +1,7 @@
 """The demo's tokenizer and preprocessor, shards to order, and one process as Megatron-Core sees it."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,37 @@ from webdataset import TarWriter
 from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
 from tests.parity import single_process  # noqa: F401
+
+# --- what `make test-fast` leaves out ------------------------------------------------------------------
+
+_is_fast_run = False
+_may_start_processes = True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_fast_run
+    _is_fast_run = "not processes" in config.option.markexpr
+    if _is_fast_run:
+        sys.addaudithook(_refuse_processes)
+
+
+def _refuse_processes(event: str, arguments: tuple) -> None:
+    if not _may_start_processes and event in ("subprocess.Popen", "os.fork"):
+        raise RuntimeError("this test starts a process: mark it `processes`, and `make test-fast` will leave it out")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Among the fast tests none starts a process."""
+    global _may_start_processes
+    _may_start_processes = not _is_fast_run
+    try:
+        return (yield)
+    finally:
+        _may_start_processes = True
+
+
+# --- fixtures ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # What comes before the examples: a finder that is asked first, and refuses Megatron-Core.
@@ -21,6 +23,7 @@ sys.meta_path.insert(0, NoMegatron())
 """
 
 
+@pytest.mark.processes
 def test_examples_run_without_megatron(tmp_path):
     examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(examples) >= 5

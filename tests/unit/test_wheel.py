@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ("plan", "--model", "7b", "--gpus", "16", "--gpu", "a100-80gb")
 
@@ -89,7 +91,7 @@ def test_a_reader_that_leaves_early_is_no_error(bare, tmp_path):
     assert done.returncode == 1 and done.stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="training through the launcher is tried without a wheel")
 def test_with_everything(full, demo_dir, tmp_path):
     """A dry run, and training on one process, of the examples that came with the wheel."""
     assert laver(full, "examples", "mine", cwd=tmp_path).returncode == 0

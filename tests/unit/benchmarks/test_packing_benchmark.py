@@ -24,7 +24,16 @@ def test_native_resolutions_fill_both_budgets():
     assert fill.token_fill >= 0.98 and fill.visual_fill >= 0.90  # what a plan has to reach
 
 
-@pytest.mark.parametrize("name", ["729", "576", "many 729", "many 576", "captions 729", "captions 576"])
+OTHER_SIZE = pytest.mark.slow(reason="the same form of data, with images of the other size")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("729", "many 576", "captions 576"),
+        *(pytest.param(name, marks=OTHER_SIZE) for name in ("576", "many 729", "captions 729")),
+    ],
+)
 def test_fixed_resolutions_come_within_a_hundredth_of_the_bound(name):
     fill = measure_fill(planned(name))
     assert fill.share_of_bound >= 0.99

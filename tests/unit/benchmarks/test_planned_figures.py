@@ -18,8 +18,9 @@ from tools.benchmarks.planned_figures import (
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs/planning.md").read_text()
-AT_ONCE = ("0.5b", "7b")  # the others take seconds
-SIZES = [pytest.param(size, marks=[] if size in AT_ONCE else pytest.mark.slow) for size in LADDER]
+AT_ONCE = ("0.5b", "7b")
+OTHER_SIZE = pytest.mark.slow(reason="other sizes of the ladder, seconds each")
+SIZES = [pytest.param(size, marks=[] if size in AT_ONCE else OTHER_SIZE) for size in LADDER]
 LAYOUT = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
     "sequence_parallel", "micro_batch_size", "recompute_granularity", FIRST, LAST,

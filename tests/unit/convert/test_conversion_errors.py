@@ -852,6 +852,9 @@ def started(directory, tool, target):
         process.communicate()
 
 
+OTHER_TOOL = pytest.mark.slow(reason="signals that the other tool is sent")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "tool, signals",
@@ -859,8 +862,8 @@ def started(directory, tool, target):
         ("hf_to_megatron", ["SIGTERM"]),
         ("megatron_to_hf", ["SIGHUP"]),
         ("hf_to_megatron", ["SIGINT", "SIGTERM", "SIGINT"]),
-        ("megatron_to_hf", ["SIGINT"]),
-        ("megatron_to_hf", ["SIGTERM", "SIGTERM"]),
+        pytest.param("megatron_to_hf", ["SIGINT"], marks=OTHER_TOOL),
+        pytest.param("megatron_to_hf", ["SIGTERM", "SIGTERM"], marks=OTHER_TOOL),
     ],
     ids=str,
 )

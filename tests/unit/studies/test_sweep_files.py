@@ -115,7 +115,7 @@ def test_arrays_on_slurm(scripts, tmp_path):
     assert calls(tmp_path) == []  # all are finished
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="real runs; counts and hashes are held against plans piece by piece")
 def test_runs_cost_what_was_planned(sweep):
     """Real runs on one process, one of which goes on from where it was stopped: what they count is the manifest to the
     last token, FLOP and digit of the hash."""

@@ -41,6 +41,8 @@ from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
 from tests.programs import run_here
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[4]
 LAYER = "model.layers.2."
 SIGLIP = {"model_type": "siglip_vision_model"}
