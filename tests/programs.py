@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +12,15 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_here(program: str | Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """What `python program arguments` returns and says. program: a path, from the repository's root."""
+def run_here(program: str | Path, *arguments: object) -> subprocess.CompletedProcess:
+    """What `python program arguments` returns and says; its handlers of signals end with it. program: a path, from the
+    repository's root."""
     said, complained = io.StringIO(), io.StringIO()
     command = [str(ROOT / program), *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     code: object = 0
     with (
         mock.patch.object(sys, "argv", command),
-        contextlib.chdir(cwd or os.getcwd()),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):
@@ -29,5 +30,8 @@ def run_here(program: str | Path, *arguments: object, cwd: Path | None = None) -
             code = end.code
             if isinstance(code, str):
                 complained.write(code + "\n")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     returncode = code if isinstance(code, int) else int(code is not None)
     return subprocess.CompletedProcess(command, returncode, said.getvalue(), complained.getvalue())

@@ -27,6 +27,7 @@ def test_memory_of_a_process_and_its_children(tmp_path, num_processes, least):
     assert measured.seconds >= 0.3
 
 
+@pytest.mark.processes
 def test_a_failed_command_is_told_with_its_output():
     with pytest.raises(RuntimeError, match="no such thing"):
         benchmark.measure([sys.executable, "-c", "raise SystemExit('no such thing')"])

@@ -314,6 +314,7 @@ def dist_checkpointing_tensors(directory):
     return state
 
 
+@pytest.mark.processes
 def test_megatron_core_reads_what_is_written(tmp_path, single_process):
     source = write_qwen(tmp_path / "hf", dtype=torch.bfloat16)
     hf_to_megatron(source, tmp_path / "megatron")
@@ -372,6 +373,7 @@ def test_rows_of_what_megatron_core_writes(divided, key, ends):
         assert torch.equal(reader.read_rows(key, start, stop), whole[key][start:stop])
 
 
+@pytest.mark.processes
 def test_many_threads_read_one_checkpoint(divided):
     directory, whole = divided
     reader = TorchDistReader(directory)

@@ -41,7 +41,8 @@ from tests.conversions import assert_same_files, tensors_of
 from tests.exports import published_name
 from tests.unit.convert.encoders import FEATURE_LAYERS, KINDS, NATIVE, load_vision_model, save_encoder
 
-pytestmark = pytest.mark.usefixtures("single_process")
+# Megatron-Core writes the checkpoints, in processes of its own.
+pytestmark = [pytest.mark.usefixtures("single_process"), pytest.mark.processes]
 
 # fp32, sums of some hundred products in either order through ten layers.
 TOLERANCE = 1e-4
@@ -125,7 +126,6 @@ RUNS = [(kind, {"max_image_tokens": CAP} if kind in NATIVE else {}) for kind in 
 ]
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "settings"), RUNS, ids=str)
 def test_an_export_computes_what_the_training_model_computes(kind, settings, trained, pictures):
     """Tokens, pixels, logits and hidden states, at text and at images of different sizes."""
@@ -234,7 +234,6 @@ def test_what_the_export_s_code_says_of_the_encoder_is_what_training_says(kind, 
 # --- caps ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("kind", NATIVE)
 def test_the_cap_of_the_run_is_the_export_s(kind, trained, tmp_path):
     capped, plain = trained(kind, max_image_tokens=CAP), trained(kind)
@@ -290,7 +289,6 @@ def test_layers_are_held_against_the_encoder(trained, tmp_path):
 # --- llava ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
 @torch.no_grad()
 def test_llava_computes_the_same_with_clip(trained, pictures, tmp_path):
     found = trained("clip", positions="1d", attention="causal")
