@@ -27,7 +27,7 @@ from laver_megatron.config.command_line import (
     read_command_line,
 )
 from laver_megatron.config.fields import Config
-from laver_megatron.program import EXAMPLES, FAILED, program
+from laver_megatron.program import EXAMPLES, FAILED, INTERRUPTED, program
 from laver_megatron.run_log.interruption import LAUNCHED, interruption_message
 
 LAUNCHER = EXAMPLES / "pretrain_laver.sh"
@@ -118,8 +118,8 @@ def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         _end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
-    except SignalException as error:
-        _end(interruption_message(run_dir), 128 + error.sigval)
+    except SignalException:
+        _end(interruption_message(run_dir), INTERRUPTED)
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:

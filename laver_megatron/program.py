@@ -61,7 +61,8 @@ def program_parser(
 def program(main: Main) -> Main:
     """Ends the process by the rule above when `main` raises: one line on stderr in place of a traceback.
 
-    ValueError is the user's mistake and OSError the machine's. What else is raised is ours, and keeps its traceback.
+    ValueError is the user's mistake, and so is a path that is not there, is in the way or may not be used; any other
+    OSError is the machine's. What else is raised is ours, and keeps its traceback.
     """
 
     @wraps(main)
@@ -77,7 +78,9 @@ def program(main: Main) -> Main:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(FAILED) from None
         except OSError as error:
-            _end(f"error: {error}", FAILED)
+            is_wrong_path = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
+            reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            _end(f"error: {reason}", WRONG_USE if is_wrong_path else FAILED)
         except KeyboardInterrupt as interruption:
             _end(str(interruption) or "interrupted", INTERRUPTED)
 

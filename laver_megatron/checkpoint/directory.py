@@ -50,9 +50,12 @@ def latest_checkpoint(directory: Path) -> Path | None:
         text = pointer.read_text().strip()
     except (OSError, ValueError) as error:
         raise ConfigError([f"{pointer} cannot be read ({error})"]) from None
-    path = iteration_directory(directory, int(text)) if text.isdecimal() else directory / "iter_?"
+    remedy = f"copy the folder again, or remove {pointer} to take the newest complete checkpoint"
+    if not text.isdecimal():
+        raise ConfigError([f"{pointer} says {text!r}, which is no iteration; {remedy}"])
+    path = iteration_directory(directory, int(text))
     if not (path / "hf" / "config.json").is_file():
-        raise ConfigError([f"{pointer} says {text!r}, but {path}/hf/config.json does not exist"])
+        raise ConfigError([f"{pointer} says {text!r}, but {path}/hf/config.json does not exist; {remedy}"])
     return path
 
 

@@ -196,8 +196,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: Any, item: dataclasses.Field[Any], kind: FieldType) -> None:
-    default = "required" if is_required(item) else f"default: {_shown(item.default)}"
-    help_text = f"{item.metadata['help']} [{default}]".replace("%", "%%")
+    help_text = item.metadata["help"].replace("%", "%%")
+    if is_required(item):
+        help_text += " (required)"
+    elif "(default:" not in help_text:  # some say it in words
+        help_text += f" (default: {_shown(item.default)})"
     choices = item.metadata["choices"]
     if kind.scalars == (bool,):
         group.add_argument(_flag(item.name), action=argparse.BooleanOptionalAction, help=help_text)

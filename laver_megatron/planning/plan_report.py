@@ -9,7 +9,7 @@ from typing import Any
 from laver_megatron.config.fields import Config
 from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
-from laver_megatron.planning.search import FIRST, LAST, Search
+from laver_megatron.planning.search import FIRST, LAST, MOST_TIMES, Search
 
 _SHOWN_REASONS = 6
 _LAYOUT = (
@@ -114,7 +114,7 @@ def _nothing_fits(found: Search, instead: Plan | None) -> Iterator[str]:
         f"{_gib(least.fullest.memory_bytes)}: {layout_name(least.config, least.job.num_gpus)}"
     )
     if instead is None:
-        yield "nor is there a larger number of GPUs on which one fits"
+        yield f"nor does one fit on {MOST_TIMES * least.job.num_gpus} GPUs, the most that were tried"
     elif instead.job.num_gpus == least.job.num_gpus:
         yield f"the nearest that fits: {layout_name(instead.config, instead.job.num_gpus)}"
     else:

@@ -25,7 +25,7 @@ _CHUNK = "num_layers_per_virtual_pipeline_stage"
 
 Pinned = Mapping[str, Any]  # fields of the configuration that are given, not searched
 _SHOWN_REASONS = 3
-_MOST_TIMES = 64  # as many GPUs are looked at for a model that does not fit
+MOST_TIMES = 64  # as many GPUs are looked at for a model that does not fit
 
 
 def layouts(job: Job, pinned: Pinned) -> Iterator[Config]:
@@ -180,7 +180,7 @@ def nearest_that_fits(job: Job, pinned: Pinned) -> Plan | None:
 
     nearest = _nearest_layout(job, pinned, fits)
     factor = 2
-    while nearest is None and factor <= _MOST_TIMES:
+    while nearest is None and factor <= MOST_TIMES:
         nearest = next(iter(search(replace(job, num_gpus=job.num_gpus * factor)).fitting), None)
         factor *= 2
     return nearest

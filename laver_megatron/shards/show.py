@@ -27,6 +27,7 @@ from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.model.spans import language_spans, spans_to_mask
 from laver_megatron.objective import schedules
 from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.shards.build import UsageError
 
 # Kinds of tokens in the strip, with their colours; images alternate between two, so that neighbours differ.
 PADDING, TEXT, ANSWER, IMAGE, OTHER_IMAGE, MASKED = range(6)
@@ -237,7 +238,7 @@ def show_packs(
     most = _MOST_EPOCHS * reader.plan.estimate_num_packs()
     for number in numbers:
         if number >= most:
-            raise ValueError(f"pack {number} is far beyond the data: an epoch has about {most // _MOST_EPOCHS} packs")
+            raise UsageError(f"pack {number} is far beyond the data: an epoch has about {most // _MOST_EPOCHS} packs")
         (pack,) = reader.read(number, 1, 1)
         at = number // config.data.global_batch_size if step is None else step
         mask_ratio = (

@@ -18,6 +18,7 @@ import xxhash
 
 from laver_megatron.data.index.index_file import read_table, write_index, write_table
 from laver_megatron.data.index.shard_index import ShardIndex, select
+from laver_megatron.shards.build import UsageError
 
 _METADATA_KEY = b"laver_subset"
 
@@ -42,11 +43,11 @@ def choose(index: ShardIndex, num_samples: int, seed: int) -> ShardIndex:
     """The subset, in the order of the index.
 
     Raises:
-        ValueError: there are fewer usable samples, or none is wanted.
+        UsageError: there are fewer usable samples, or none is wanted.
     """
     usable_I = np.flatnonzero(index.fault_I == 0)
     if not 0 < num_samples <= len(usable_I):
-        raise ValueError(
+        raise UsageError(
             f"--num-samples {num_samples:,}: the index has {len(usable_I):,} usable samples of {len(index):,}; choose "
             "between 1 and that"
         )
@@ -59,7 +60,7 @@ def write_subset(index: ShardIndex, num_samples: int, seed: int, path: Path) -> 
     """Writes a subset as an index over the same tars, with its manifest inside, atomically.
 
     Raises:
-        ValueError: as `choose`.
+        UsageError: as `choose`.
     """
     subset = choose(index, num_samples, seed)
     manifest = Manifest(
@@ -89,7 +90,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     content = (read_table(path).schema.metadata or {}).get(_METADATA_KEY)
     if content is None:
-        raise ValueError(f"{path} is no subset: it has no manifest; tools/subset_shards.py makes subsets")
+        raise ValueError(f"{path} is no subset: it has no manifest; `laver shards subset` makes subsets")
     return Manifest(**json.loads(content))
 
 

@@ -103,6 +103,9 @@ def test_examples_are_copied_to_a_new_directory(tmp_path, capsys):
     [
         (ConfigError(["lr is -1", "no data"]), 2, "2 problems in the configuration:\n  - lr is -1\n  - no data\n"),
         (ValueError("no samples in a.tar"), 2, "error: no samples in a.tar\n"),
+        (FileNotFoundError(2, "No such file or directory", "runs/x"), 2, "error: runs/x: No such file or directory\n"),
+        (FileExistsError(17, "File exists", "out"), 2, "error: out: File exists\n"),
+        (OSError(28, "No space left on device", "a.tar"), 1, "error: a.tar: No space left on device\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt("interrupted; go on with --resume"), 130, "interrupted; go on with --resume\n"),

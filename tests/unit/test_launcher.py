@@ -160,8 +160,9 @@ def test_the_status_is_that_of_the_rank_that_failed(monkeypatch, tmp_path, capsy
         assert capsys.readouterr().err == words
 
 
-def test_an_interruption_says_what_is_kept(monkeypatch, tmp_path, capsys):
-    interrupted = SignalException("got a signal", signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_what_is_kept(monkeypatch, tmp_path, capsys, number):
+    interrupted = SignalException("got a signal", number)
     assert run_torchrun(monkeypatch, interrupted, tmp_path) == 130
     assert capsys.readouterr().err == f"interrupted; {tmp_path} has no checkpoint yet: the same command starts over\n"
     checkpoint = tmp_path / "checkpoints" / "iter_0000030"

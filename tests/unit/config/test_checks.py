@@ -628,6 +628,9 @@ def test_checkpoint_without_its_model(run, tmp_path):
     path = write_checkpoint(tmp_path / "old")
     (path / "hf" / "config.json").unlink()
     assert f"says '10', but {path}/hf/config.json does not exist" in found(run.replace(load=str(tmp_path / "old")))[0]
+    (tmp_path / "old" / "latest").write_text("iter_0000010")
+    problem = found(run.replace(load=str(tmp_path / "old")))[0]
+    assert "says 'iter_0000010', which is no iteration; " in problem and f"remove {tmp_path}/old/latest" in problem
     assert any("not a checkpoint" in problem for problem in found(run.replace(load=str(path))))
 
 

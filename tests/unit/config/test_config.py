@@ -363,8 +363,9 @@ def test_help_names_every_field_with_its_default():
     text = " ".join(output.getvalue().split())
     for name in all_fields():
         assert "--" + name.replace("_", "-") in text
-    assert "[default: 2e-05]" in text
-    assert "[required]" in text
+    assert "(default: 2e-05)" in text
+    assert "(required)" in text
+    assert "(default: as is usual for its kind) --attention" in text  # said once
     for usage in ("--lr FLOAT highest", "--data-path STR [STR ...] training", "--config FILE YAML"):
         assert usage in text
     assert "%" not in command_line.build_parser().usage

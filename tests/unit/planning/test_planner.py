@@ -110,6 +110,13 @@ def test_nothing_fits_ends_with_1(capsys):
     assert "do not fit 34.8 GiB (of 40) at their smallest" in text
 
 
+def test_more_gpus_are_tried_up_to_a_number_that_is_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", "110b", "--gpus", "1", "--gpu", "a100-40gb"])  # 128 would do
+    assert caught.value.code == 1
+    assert "nor does one fit on 64 GPUs, the most that were tried" in capsys.readouterr().out
+
+
 def test_what_fits_instead_is_in_the_json(capsys):
     """Pinned values that are possible, but too large: 1, and the layout that changes one of them."""
     with pytest.raises(SystemExit) as caught:

@@ -123,6 +123,7 @@ def test_picture(config, reader, tmp_path):
     "options, code, words",
     [
         (["--packs", "1", "2"], 0, ["pack 1: ", "pack 2: ", "[[", "pack-2.png"]),
+        (["--packs", "99999"], 2, ["error: pack 99999 is far beyond the data"]),
         (["--packs", "-1"], 2, ["error: ", "packs from 0 on"]),
         (["--data-path", "nowhere"], 2, ["error: ", "nowhere does not exist"]),
     ],

@@ -160,7 +160,7 @@ def test_the_command_line(index, shards, tmp_path):
     before = read_manifest(small).hash
     assert run_here(TOOL, "--index", tmp_path, "--num-samples", 10, "--output", small, "--overwrite").returncode == 0
     assert read_manifest(small).hash != before  # the default seed is another
-    assert run_here(TOOL, "--index", tmp_path, "--num-samples", 99, "--output", tmp_path / "b.parquet").returncode == 1
+    assert run_here(TOOL, "--index", tmp_path, "--num-samples", 99, "--output", tmp_path / "b.parquet").returncode == 2
     assert (
         "must end with .parquet"
         in run_here(TOOL, "--index", tmp_path, "--num-samples", 9, "--output", tmp_path / "b").stderr
