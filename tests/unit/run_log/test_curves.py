@@ -114,4 +114,4 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").exists()
     failed = run(tmp_path / "nowhere.jsonl")
-    assert failed.returncode == 1 and "nowhere.jsonl" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and "nowhere.jsonl" in failed.stderr and "Traceback" not in failed.stderr
