@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,22 @@ def pytest_configure(config: pytest.Config) -> None:
     _is_fast_run = "not processes" in config.option.markexpr
     if _is_fast_run:
         sys.addaudithook(_refuse_processes)
+        BaseProcess.start = _refusing(BaseProcess.start)
 
 
-def _refuse_processes(event: str, arguments: tuple) -> None:
+def _refuse_processes(event: str, arguments: tuple = ()) -> None:
     if not _may_start_processes and event in ("subprocess.Popen", "os.fork"):
         raise RuntimeError("this test starts a process: mark it `processes`, and `make test-fast` will leave it out")
+
+
+def _refusing(start: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
+    """Of spawned processes there is no event."""
+
+    def refuse_or_start(process: BaseProcess) -> None:
+        _refuse_processes("os.fork")
+        start(process)
+
+    return refuse_or_start
 
 
 @pytest.hookimpl(wrapper=True)

@@ -130,6 +130,7 @@ def test_what_is_our_mistake_keeps_its_traceback():
         fail([])
 
 
+@pytest.mark.processes
 def test_sigterm_is_ctrl_c_here_and_ends_what_was_forked():
     """In a process of its own: what the tests fork would go on with the tests."""
     program = (
@@ -163,6 +164,7 @@ def run_python(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.processes
 def test_help_and_plan_need_no_torch_and_are_quick():
     program = (
         "import contextlib, io, sys, time\n"
@@ -190,6 +192,7 @@ def core():
     return dict(line.split(" ", 1) for line in run_python(program))
 
 
+@pytest.mark.processes
 def test_training_loads_no_program(core):
     rooms = {name.split(".")[1] for name in core if "." in name}
     assert "trainer" in rooms and not rooms & set(PROGRAMS)

@@ -95,6 +95,7 @@ def slurm(tmp_path, monkeypatch):
     return {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "node[07-09]"}
 
 
+@pytest.mark.processes
 def test_slurm(slurm):
     assert launcher.count_processes([], {**slurm, "NPROC_PER_NODE": "8"}) == (8, 3)
     assert launcher.meeting(3, slurm) == (
@@ -173,6 +174,7 @@ def test_an_interruption_says_what_is_kept(monkeypatch, tmp_path, capsys, number
     assert capsys.readouterr().err == f"interrupted; {checkpoint} is kept: the same command resumes from it\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name, says_it", [("SIGTERM", True), ("SIGINT", True), ("SIGTERM", False)])
 def test_a_rank_that_is_told_to_end(tmp_path, name, says_it):
     """Rank 0 closes what is open and says the line, unless a launcher does; 130, without a traceback."""
@@ -205,6 +207,7 @@ def run_script(tmp_path):
     return run
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("interpreter", ["bash", sys.executable])
 def test_print_config_under_bash_and_python(interpreter, run_script, tmp_path):
     done = run_script(interpreter, "--config", str(DEMO), "--print-config", "--lr", "0.5")
@@ -213,6 +216,7 @@ def test_print_config_under_bash_and_python(interpreter, run_script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_mistakes_end_in_our_lines_and_not_in_torchruns(run_script, tmp_path):
     """What the flags say, and what they say of files: neither starts a process."""
     done = run_script("bash", "--config", str(DEMO), "--mask-ratoi", "0.3")
@@ -225,6 +229,7 @@ def test_mistakes_end_in_our_lines_and_not_in_torchruns(run_script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_fresh_clone_uses_its_own_environment(tmp_path):
     """Without torchrun on PATH, the .venv beside the script is used, from any current directory."""
     clone = tmp_path / "clone"

@@ -79,8 +79,9 @@ def shards(tmp_path_factory) -> Path:
 
 
 def train(shards: Path, demo_dir: Path, run_dir: Path, *options: object) -> subprocess.CompletedProcess:
+    """One process, without the launcher and torchrun."""
     return run(
-        ROOT / "examples/pretrain_laver.sh", "--config", ROOT / "examples/demo.yaml", "--data-path", shards,
+        "-m", "laver_megatron.train", "--config", ROOT / "examples/demo.yaml", "--data-path", shards,
         "--load", f"hf:{demo_dir / 'model'}", "--encoder", demo_dir / "encoder", "--run-dir", run_dir,
         "--tensor-model-parallel-size", 1, "--pipeline-model-parallel-size", 1, "--no-sequence-parallel",
         "--train-iters", 3, "--lr-warmup-iters", 0, "--valid-data-path", "none", "--eval-interval", "none", *options,

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,6 +117,7 @@ def test_samples_of_every_kind(demo_dir):
     assert len(photographs()) >= 15 and not texts["train"] & texts["valid"]
 
 
+@pytest.mark.processes
 def test_command_line():
     done = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True)
     assert "--dir" in done.stdout

@@ -17,6 +17,8 @@ from laver_megatron.objective.gram import gram_loss, inner_products
 from laver_megatron.objective.language import IGNORE_LABEL, language_losses
 from laver_megatron.objective.reconstruction import reconstruction_losses, teacher_entropies
 
+pytestmark = pytest.mark.processes
+
 WORLD_SIZE, WIDTH, IMAGE_SIZES = 4, 12, (5, 1, 8)
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 # fp64 in and through: only the order of the sums differs. The gradients reach a few hundred.
@@ -159,7 +161,9 @@ def worker(rank, folder):
 def saved(tmp_path_factory):
     """Per tensor-parallel size: the results of the ranks of one group."""
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
+    # Forks of one process that has imported torch.
+    multiprocessing.set_forkserver_preload(["megatron.core.parallel_state", "laver_megatron.objective.sharded"])
+    multiprocessing.start_processes(worker, (str(folder),), WORLD_SIZE, start_method="forkserver")
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in (2, 4)}
 
 

@@ -181,6 +181,7 @@ def test_spans():
     assert spans([3, 0, 1, 2, 2, 7]) == "0-3,7"
 
 
+@pytest.mark.processes
 def test_72b_on_128_ranks_in_a_minute_and_a_gigabyte(demo_dir, tmp_path):
     """The command as a user gives it, on a directory with neither weights nor shards. 60 s are promised for two free
     cores; here other tests may share them, so what counts is the processor's time."""

@@ -100,6 +100,7 @@ def test_nothing_to_draw(tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.processes
 def test_command_line(tmp_path):
     tool = Path(__file__).parents[3] / "tools" / "plot_curves.py"
     write(tmp_path / "metrics.jsonl", 3)

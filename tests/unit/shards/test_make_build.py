@@ -46,6 +46,7 @@ def content_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".tar", ".parquet")}
 
 
+@pytest.mark.processes
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, settings):
     report = make_shards(settings())
     first = content_of(tmp_path / "out")
@@ -215,6 +216,7 @@ def test_faults_are_logged_with_keys_but_not_all(settings, source, caplog):
     assert 5 <= caplog.text.count("cannot be used") <= 7
 
 
+@pytest.mark.processes
 def test_counts_of_the_report(tmp_path, settings, source, demo_dir):
     report = make_shards(settings())
     images = list((tmp_path / "images").iterdir())
@@ -259,6 +261,7 @@ class Deadly(RecordSource):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_a_killed_worker_ends_the_work(settings, monkeypatch):
     monkeypatch.setattr(build, "open_source", lambda *_: Deadly())
     with pytest.raises(ValueError, match="one of 1 worker processes was killed"):
@@ -319,6 +322,7 @@ def test_reports_add_up():
     assert MakeReport.from_json(json.loads(json.dumps(first.to_json()))).to_json() == first.to_json()
 
 
+@pytest.mark.processes
 def test_the_command_line(tmp_path, source):
     lines = tmp_path / "more.jsonl"
     lines.write_text(json.dumps({"conversations": turns("Q")}) + "\n" + json.dumps({"conversations": []}))

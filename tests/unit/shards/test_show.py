@@ -119,6 +119,7 @@ def test_picture(config, reader, tmp_path):
     assert red[0] > 2 * red[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "options, code, words",
     [

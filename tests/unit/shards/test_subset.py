@@ -145,6 +145,7 @@ def test_remote_shards_are_chosen_from_without_fetching_any(index, tmp_path):
         open_indexes(output)
 
 
+@pytest.mark.processes
 def test_the_command_line(index, shards, tmp_path):
     write_index(index, tmp_path / "index.parquet")
     large = tmp_path / "large.parquet"

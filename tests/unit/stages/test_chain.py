@@ -198,6 +198,7 @@ def test_all_stages_can_be_put_elsewhere(place, launcher):
     assert {config.start.encoder for config in launcher.runs} == {"runs/demo/encoder"}
 
 
+@pytest.mark.processes
 def test_the_entry_script_gets_the_arguments(place, monkeypatch):
     """And a stage's exit status is that of the script."""
     Path("script.sh").write_text('echo "$@" >> arguments; exit 7\n')
@@ -206,6 +207,7 @@ def test_the_entry_script_gets_the_arguments(place, monkeypatch):
     assert Path("arguments").read_text() == f"--config {DEMO[0]} --seed 3\n"
 
 
+@pytest.mark.processes
 def test_a_signal_to_end_reaches_the_entry_script(place):
     Path("script.sh").write_text("trap 'exit 5' TERM\ntouch begun\nwhile true; do sleep 0.05; done\n")
     program = "import pathlib, sys; from laver_megatron.stages import chain; chain.LAUNCHER = pathlib.Path('script.sh')"
@@ -356,6 +358,7 @@ def test_what_does_not_change_the_outcome_is_no_difference(place, launcher):
 # --- the command ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_command_line(place):
     command = [sys.executable, TOOL, *OFFICIAL, "--dry-run", "--runs", "runs/x", "--baseline", "--seed", "5"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -42,6 +42,7 @@ def calls(place):
     return lines
 
 
+@pytest.mark.processes
 def test_the_loop_does_what_is_left(scripts, tmp_path):
     names = list(scripts.runs)
     (tmp_path / "fail").write_text(names[1])
@@ -55,12 +56,14 @@ def test_the_loop_does_what_is_left(scripts, tmp_path):
     assert calls(tmp_path) == [expected[1]]
 
 
+@pytest.mark.processes
 def test_the_loop_runs_those_that_are_named(scripts, tmp_path):
     name = list(scripts.runs)[2]
     assert run_script(scripts.output / "run.sh", name).returncode == 0
     assert [call.split("/")[-1] for call in calls(tmp_path)] == [f"{name}.yaml"]
 
 
+@pytest.mark.processes
 def test_the_loop_refuses_names_that_it_does_not_know(scripts, tmp_path):
     first, second, *_ = scripts.runs
     for wrong in ("nosuch", f"{first} {second}", first[:-1], ".*"):
@@ -71,6 +74,7 @@ def test_the_loop_refuses_names_that_it_does_not_know(scripts, tmp_path):
     assert done.returncode == 0 and f"finished: {first}" in done.stderr and "all runs" not in done.stderr
 
 
+@pytest.mark.processes
 def test_the_loop_without_its_manifest_is_not_finished(scripts, tmp_path):
     """As after the sweep was moved: its paths are those of where it was made."""
     scripts.output.rename(tmp_path / "moved")
@@ -79,6 +83,7 @@ def test_the_loop_without_its_manifest_is_not_finished(scripts, tmp_path):
     assert calls(tmp_path) == []
 
 
+@pytest.mark.processes
 def test_a_place_with_odd_characters(sweep, tmp_path, monkeypatch):
     """What is printed can be pasted, and what SLURM reads is one word."""
     (tmp_path / "launcher.sh").write_text(LAUNCHER.format(place=tmp_path))
@@ -92,6 +97,7 @@ def test_a_place_with_odd_characters(sweep, tmp_path, monkeypatch):
     assert len(calls(tmp_path)) == 4 and not (tmp_path / "pwned").exists(), done.stderr
 
 
+@pytest.mark.processes
 def test_arrays_on_slurm(scripts, tmp_path):
     """sbatch is played by running what it was given once for each number of --array."""
     tools = tmp_path / "tools"

@@ -48,6 +48,7 @@ def same(one, other):
             assert left.dtype == torch.int64 and torch.equal(left, right), field.name
 
 
+@pytest.mark.processes
 def test_workers_change_nothing(demo_dir, open_shards):
     shards = demo_dir / "shards" / "train-*.tar"
     plain, threaded = open_shards(shards), open_shards(shards, num_workers=3)
@@ -101,6 +102,7 @@ def test_summary_line(demo_dir, open_shards, caplog):
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_corrupt_picture_leaves_padding(write_shard, open_shards, caplog, num_workers):
     good, bad = picture_bytes((200, 200)), bytearray(picture_bytes((200, 200)))
@@ -169,6 +171,7 @@ def test_too_many_unusable_samples_stop_the_start(write_shard, open_shards):
     assert "1  image_count       not as many <image> in the questions as images" in str(caught.value)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_samples_that_turn_out_bad_stop_the_run(write_shard, open_shards, num_workers):
     whole = picture_bytes((200, 200))
@@ -193,6 +196,7 @@ def test_the_limit_is_a_share_of_an_epoch(write_shard, open_shards):
             reader.check_bad(num_bad=num_samples // 3 + 1, num_read=2, found={})
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_shard_that_changes_under_the_run(write_shard, open_shards, num_workers):
     shard = write_shard({f"s{i}": {"json": question("?", "word " * (10 + i))} for i in range(3)})
@@ -214,6 +218,7 @@ def test_a_shard_that_shrinks_under_the_run(write_shard, open_shards):
     assert len(batch.keys[0]) < 3 and reader.faults.counts[Fault.damaged_shard] == 3 - len(batch.keys[0])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_that_do_not_match_are_an_error(write_shard, open_shards, monkeypatch, num_workers):
     monkeypatch.setattr(ImagePreprocessor, "num_features", lambda self, pixels: 63)
@@ -246,6 +251,7 @@ def test_data_without_images_are_an_error_where_images_are_needed(write_shard, t
         open_reader(DataSpec([shard], 256, 192, 1, needs_images=True), tokenizer, preprocessor)
 
 
+@pytest.mark.processes
 def test_the_fingerprint_follows_what_a_pack_number_means(demo_dir, open_shards):
     shards = demo_dir / "shards" / "train-*.tar"
     assert open_shards(shards).fingerprint == open_shards(shards, num_workers=2).fingerprint
@@ -256,6 +262,7 @@ def worker_ids(reader):
     return [worker.pid for worker in reader._workers._workers]
 
 
+@pytest.mark.processes
 def test_a_killed_worker_is_an_error_and_no_hang(demo_dir, open_shards):
     reader = open_shards(demo_dir / "shards", num_workers=2)
     reader.read(0, 2, 1)
@@ -266,6 +273,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(demo_dir, open_shards):
             reader.read(first, 2, 1)
 
 
+@pytest.mark.processes
 def test_workers_leave_signals_to_the_trainer(demo_dir, open_shards):
     reader, plain = open_shards(demo_dir / "shards", num_workers=2), open_shards(demo_dir / "shards")
     killer = "import os, sys; [os.kill(int(pid), number) for pid in sys.argv[1:] for number in (15, 2)]"
@@ -275,6 +283,7 @@ def test_workers_leave_signals_to_the_trainer(demo_dir, open_shards):
             same(one, other)
 
 
+@pytest.mark.processes
 def test_close_ends_the_workers(demo_dir, open_shards):
     reader = open_shards(demo_dir / "shards", num_workers=2)
     reader.read(0, 2, 1)
@@ -283,6 +292,7 @@ def test_close_ends_the_workers(demo_dir, open_shards):
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 
+@pytest.mark.processes
 def test_workers_end_with_the_trainer(tmp_path):
     """Also if it is killed and cannot close anything."""
     program = """
@@ -313,6 +323,7 @@ def is_running(process):
         return False
 
 
+@pytest.mark.processes
 def test_long_samples_lose_their_last_turns(write_shard, open_shards):
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a b c"}]
     long = [*turns, {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "d " * 300}]
@@ -332,6 +343,7 @@ def test_entries_that_overlap_are_told(write_shard, open_shards, caplog):
     assert "both have samples of" in caplog.text
 
 
+@pytest.mark.processes
 def test_memory_is_used_again_but_not_while_it_is_lent(demo_dir, open_shards):
     """However long a run is, the memory is that of one call and of what is under way."""
     reader = open_shards(demo_dir / "shards" / "train-*.tar", num_workers=2)

@@ -165,6 +165,7 @@ def test_keys_that_come_twice(tmp_path):
 MANY = [f"{number:04d}" for number in range(20)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it?"])
 @pytest.mark.parametrize("order", [("json", "jpg"), ("jpg", "json")])
 def test_files_of_a_sample_that_do_not_lie_together(tmp_path, order, text, caplog):

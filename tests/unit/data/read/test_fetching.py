@@ -181,6 +181,7 @@ def test_a_server_that_stalls_is_given_up(server, impatient, fetched, name):
     assert time.monotonic() - started < 6 and not children()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["printf abc; sleep 60; true", "exec >&-; sleep 60; true"])
 def test_a_command_that_stalls_is_ended_with_all_it_started(impatient, fetched, command):
     started = time.monotonic()
@@ -189,6 +190,7 @@ def test_a_command_that_stalls_is_ended_with_all_it_started(impatient, fetched, 
     assert time.monotonic() - started < 6 and not children()
 
 
+@pytest.mark.processes
 def test_a_slow_command_is_waited_for_as_long_as_enough_comes(impatient, fetched, monkeypatch):
     """It takes longer than a silence may, and is never silent for nearly so long."""
     monkeypatch.setattr(fetching, "_MIN_BYTES", 1)
@@ -196,6 +198,7 @@ def test_a_slow_command_is_waited_for_as_long_as_enough_comes(impatient, fetched
     assert fetched("pipe:for i in 1 2 3 4 5 6 7 8 9; do sleep 0.5; printf x; done") == b"x" * 9
 
 
+@pytest.mark.processes
 def test_a_command_that_fails(cache):
     with pytest.raises(ValueError, match="cannot be fetched: its command failed with exit code 3"):
         cache.open(Shard("pipe:printf abc; exit 3", 3, 1))

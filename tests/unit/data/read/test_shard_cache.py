@@ -205,6 +205,7 @@ def read_all(cache, shards, number, failures):
             failures.put((number, turn))
 
 
+@pytest.mark.processes
 def test_processes_share_a_folder_that_is_too_small_for_all(cache, files):
     shards = files(5, 400)
     context = multiprocessing.get_context("fork")
@@ -218,6 +219,7 @@ def test_processes_share_a_folder_that_is_too_small_for_all(cache, files):
     assert len(copies(cache)) <= 2
 
 
+@pytest.mark.processes
 def test_no_shell_unless_asked_for_and_allowed(cache, tmp_path):
     command = Shard(f"pipe:cat {tmp_path}/x; touch {tmp_path}/ran", 3, 1)
     (tmp_path / "x").write_bytes(b"xyz")
@@ -317,6 +319,7 @@ def test_counts_are_not_those_of_an_old_copy(replaced, tokenizer, preprocessor):
 # --- all of it -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_remote_shards_give_the_same_packs(served, demo_dir, tmp_path, tokenizer, preprocessor, num_workers):
     folder, url, requests = served
@@ -347,6 +350,7 @@ def test_remote_data_need_a_cache_and_an_index(served):
         open_indexes(f"{url}/a.tar")
 
 
+@pytest.mark.processes
 def test_the_tool_indexes_remote_shards(served, demo_dir, tmp_path):
     folder, url, _ = served
     for number, shard in enumerate(find_shards(demo_dir / "shards")):
