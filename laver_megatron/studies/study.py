@@ -222,7 +222,7 @@ def setting_notes(arm: Registry) -> list[str]:
         varying.remove(_DATA_PATH)
         notes.append(
             f"{_DATA_PATH} changes with the number of tokens: right where these are nested subsets "
-            "(tools/subset_shards.py); what else differs between the data, the law takes for an effect of D"
+            "(`laver shards subset`); what else differs between the data, the law takes for an effect of D"
         )
     if varying:
         notes.append(f"the runs also differ in {', '.join(varying)}, which the law takes for noise")

@@ -212,7 +212,7 @@ def _subset_problems(paths: Sequence[str]) -> Iterator[str]:
     if len(origins) > 1:
         yield (
             f"--subsets {', '.join(origins.values())} are not nested: they are of other data or of another seed; make "
-            "all with one --index and one --seed of tools/subset_shards.py"
+            "all with one --index and one --seed of `laver shards subset`"
         )
 
 
