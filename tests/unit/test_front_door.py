@@ -198,6 +198,7 @@ def test_training_loads_no_program(core):
     assert "trainer" in rooms and not rooms & set(PROGRAMS)
 
 
+@pytest.mark.processes
 def test_training_loads_no_more_lines_than_the_bound(core):
     num_lines = sum(len(Path(file).read_text().splitlines()) for file in core.values())
     assert num_lines < MOST_LINES_OF_THE_CORE, f"{len(core)} modules, {num_lines:,} lines"

@@ -19,6 +19,7 @@ def planned(name, count=10_000, multiple_of=8):
     return PackPlan([source], 4096, propose_visual_budget([source], 4096, multiple_of), seed=0)
 
 
+@pytest.mark.processes
 def test_native_resolutions_fill_both_budgets():
     fill = measure_fill(planned("native"))
     assert fill.token_fill >= 0.98 and fill.visual_fill >= 0.90  # what a plan has to reach
@@ -27,6 +28,7 @@ def test_native_resolutions_fill_both_budgets():
 OTHER_SIZE = pytest.mark.slow(reason="the same form of data, with images of the other size")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "name",
     [
@@ -132,6 +134,7 @@ def test_where_it_says_nothing():
     assert least_packs_jointly(tokens[:0], tokens[:0], 100, 50) == 0
 
 
+@pytest.mark.processes
 def test_it_is_far_tighter_than_the_budgets_own_where_samples_have_many_images():
     source = draw_source("many 729", 2_000, seed=0)
     fits = (source.tokens_I <= 4096) & (source.visual_I <= 2920)

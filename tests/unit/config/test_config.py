@@ -340,6 +340,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=
 FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 
 
+@pytest.mark.processes
 @settings(max_examples=50, deadline=None)
 @given(paths=st.lists(TEXT, min_size=1, max_size=3), lr=FLOAT, seed=st.integers(), project=TEXT)
 def test_to_yaml_round_trips_any_value(tmp_path_factory, paths, lr, seed, project):

@@ -305,6 +305,7 @@ def change_metadata(directory, edit):
     renew_manifest(directory)
 
 
+@pytest.mark.processes
 def test_no_flipped_byte_passes(whole, megatron, tmp_path):
     """At many places of a file: an error that names the file, or a byte without meaning and the same tensors."""
     path = megatron / "__0_0.distcp"
@@ -735,6 +736,7 @@ def test_a_failure_spares_what_it_would_have_replaced(whole, tmp_path, monkeypat
     refused(hf_to_megatron, whole / "hf", out, "Input/output error", error=OSError, overwrite=True)
 
 
+@pytest.mark.processes
 def test_targets_in_and_around_the_input(hf, megatron, tmp_path):
     (tmp_path / "link").symlink_to(hf)
     for overwrite in (False, True):

@@ -254,6 +254,7 @@ def test_the_nearest_layout_that_fits():
     )
 
 
+@pytest.mark.processes
 def test_where_nothing_fits_more_gpus_do():
     job = job_of("--model", "72b", "--gpus", "8", "--gpu", "h100-80gb")
     nearest = nearest_that_fits(job, {})

@@ -46,6 +46,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.processes
 def test_a_study_with_two_arms(study, tmp_path, capsys):
     output = tmp_path / "out"
     assert run_tool("--registry", study, "--arm-by", "laver", "--resamples", 20, "--output", output) == 0
@@ -109,6 +110,7 @@ def test_plain_points_are_fitted_without_any_run(tmp_path, capsys):
     assert "the 1 runs with the highest final loss are left out" in text and "pretrained" not in text
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("no_pictures")
 def test_points_with_arms_and_a_ceiling(tmp_path):
     points = make_points((0.2, 5.0, 40.0, 0.2, 0.2), num_sizes=4, num_amounts=4)
@@ -129,6 +131,7 @@ def test_points_with_arms_and_a_ceiling(tmp_path):
 OPTIONS = {"delta": 1.0, "seed": 3, "level": 0.5, "tokens": "text"}
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("no_pictures")
 def test_options_change_the_numbers(study, tmp_path):
     def fitted(*options):
@@ -156,6 +159,7 @@ def examples():
     return [shlex.split(line) for line in fit_command.EXAMPLES]
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_examples_of_the_help_are_true(study, tmp_path, number):
@@ -286,6 +290,7 @@ def test_noise_does_not_move_the_study(study):
     assert np.asarray(values) == pytest.approx(Law(TRUE_5).value(sizes, amounts), rel=5e-4)
 
 
+@pytest.mark.processes
 def test_what_an_earlier_study_left_is_removed(study, tmp_path, no_pictures, capsys):
     """Its tables would pass for this study's own; files of others stay."""
     options = ("--registry", study, "--output", tmp_path, "--resamples", 0)

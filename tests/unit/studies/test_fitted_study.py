@@ -193,6 +193,7 @@ def test_a_bad_fit_is_called_bad():
     assert all(note in study_text(report) for note in (first, second))
 
 
+@pytest.mark.processes
 def test_residuals_are_held_against_the_difference_of_the_arms():
     """1% apart: noise of 4% hides that from the laws, that of 0.1% does not. The pairs measure it either way."""
     for noise, told in ((0.04, True), (1e-3, False)):
@@ -207,6 +208,7 @@ def test_residuals_are_held_against_the_difference_of_the_arms():
     )
 
 
+@pytest.mark.processes
 def test_means_are_in_the_text_and_need_no_resamples():
     study = make_study(noise=1e-3)
     for settings in (SETTINGS, FitSettings(num_resamples=0)):

@@ -72,6 +72,7 @@ def test_no_start_of_a_wide_grid_finds_a_lower_minimum():
 STUDY = pytest.mark.slow(reason="a study of 50 seeds")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_seeds, needed, num_resamples", [(6, 4, 50), pytest.param(50, 43, 200, marks=STUDY)])
 def test_intervals_cover_the_truth(num_seeds, needed, num_resamples):
     """95% intervals of E, a and b: at least 43 of 50 seeds each (a right interval is below that in 1 of 100 trials),

@@ -6,6 +6,7 @@ from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks.packing import draw_source
 
 
+@pytest.mark.processes
 def test_the_budget_is_a_number_of_images_where_all_are_of_one_size():
     for name, image in (("729", 729), ("captions 576", 576)):
         source = draw_source(name, 3000, seed=0)
