@@ -3,8 +3,8 @@
 #   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
 #   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
 #   make demo-scaling a scaling study in miniature: 24 runs of four sizes, a law and pictures; in runs/demo-scaling
-#   make test-fast    unit tests without processes, signals and disks: three minutes on two cores
-#   make test         lint, types and all tests that guard a change, at most twelve minutes on two cores
+#   make test-fast    unit tests without processes, signals and disks: some minutes on two cores
+#   make test         lint, types and all tests that guard a change: up to twenty minutes on two cores
 #   make test-full    the same with the slow tests, and with new examples in property tests
 #   make test-gpu     the tests that need CUDA
 #
