@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from laver_megatron import __version__
-from laver_megatron.program import FAILED, WRONG_USE
+from laver_megatron.runtime.exit_status import FAILED, WRONG_USE
 
 
 class Command(NamedTuple):

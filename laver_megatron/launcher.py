@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from laver_megatron.config.checks import check, check_run
 from laver_megatron.config.command_line import (
@@ -27,8 +26,9 @@ from laver_megatron.config.command_line import (
     read_command_line,
 )
 from laver_megatron.config.fields import Config
-from laver_megatron.program import EXAMPLES, FAILED, INTERRUPTED, program
+from laver_megatron.program import EXAMPLES, program
 from laver_megatron.run_log.interruption import LAUNCHED, interruption_message
+from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, end
 
 LAUNCHER = EXAMPLES / "pretrain_laver.sh"
 DEMO_CONFIG = EXAMPLES / "demo.yaml"
@@ -117,9 +117,9 @@ def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
         torchrun.main(words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
+        end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
     except SignalException:
-        _end(interruption_message(run_dir), INTERRUPTED)
+        end(interruption_message(run_dir), INTERRUPTED)
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -164,11 +164,6 @@ def _ending(exit_code: int) -> str:
     if exit_code >= 0:
         return f"with exit status {exit_code}"
     return f"by {signal.Signals(-exit_code).name}" + (" (out of memory?)" if -exit_code == signal.SIGKILL else "")
-
-
-def _end(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
-    raise SystemExit(status)
 
 
 # --- the demo --------------------------------------------------------------------------------------------

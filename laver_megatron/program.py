@@ -1,7 +1,6 @@
 """What the programs of this package have in common: the help page, the exit status, and where the examples are.
 
-Exit status: 0 done; 1 failed while running (a disk, a worker process, a check that did not hold); 2 wrong use (a flag,
-a file or a number that the user gave); 130 ended by Ctrl-C or by another signal that asks a program to end.
+The exit statuses are those of `runtime/exit_status.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from functools import wraps
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from laver_megatron.config.fields import ConfigError
-
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE, end
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel brings the examples inside the package; in a clone they lie beside it.
@@ -71,18 +69,18 @@ def program(main: Main) -> Main:
         try:
             main(argv)
         except ConfigError as error:
-            _end(str(error), WRONG_USE)
+            end(str(error), WRONG_USE)
         except ValueError as error:
-            _end(f"error: {error}", WRONG_USE)
+            end(f"error: {error}", WRONG_USE)
         except BrokenPipeError:  # whoever read what we print, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(FAILED) from None
         except OSError as error:
             is_wrong_path = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
             reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-            _end(f"error: {reason}", WRONG_USE if is_wrong_path else FAILED)
+            end(f"error: {reason}", WRONG_USE if is_wrong_path else FAILED)
         except KeyboardInterrupt as interruption:
-            _end(str(interruption) or "interrupted", INTERRUPTED)
+            end(str(interruption) or "interrupted", INTERRUPTED)
 
     return run
 
@@ -98,8 +96,3 @@ def _interrupt_on_sigterm() -> None:
 
     if current_thread() is main_thread():  # no other may set handlers
         signal.signal(signal.SIGTERM, interrupt)
-
-
-def _end(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
-    raise SystemExit(status)

@@ -31,8 +31,8 @@ from laver_megatron.config.fields import (
 )
 from laver_megatron.config.options import FieldType, is_required
 from laver_megatron.config.schema import json_schema
+from laver_megatron.runtime.exit_status import WRONG_USE
 
-EXIT_BAD_INPUT = 2
 _PATIENCE_SECONDS = 20.0
 _NO_VALUE = object()  # what argparse makes of a flag without its value
 
@@ -88,7 +88,7 @@ def exit_on_config_error() -> Iterator[None]:
             # The launcher ends all processes when one ends: the one that prints must be the first to end.
             time.sleep(_PATIENCE_SECONDS)
         print(f"{_node()}{error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        raise SystemExit(WRONG_USE) from None
 
 
 def read_command_line(argv: Sequence[str]) -> Invocation:

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.program import FAILED, INTERRUPTED, WRONG_USE, program_parser
+from laver_megatron.program import program_parser
+from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE
 
 
 def conversion_parser(

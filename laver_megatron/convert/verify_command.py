@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from laver_megatron.program import FAILED, program, program_parser
+from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.exit_status import FAILED
 
 DESCRIPTION = """
 Says whether a Hugging Face directory and a Megatron checkpoint hold the same model.

@@ -36,7 +36,8 @@ from laver_megatron.planning.search import (
     search,
 )
 from laver_megatron.planning.workload import Workload, workload_of
-from laver_megatron.program import FAILED, program, program_parser
+from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.exit_status import FAILED
 
 DESCRIPTION = """
 Plans a run: which layout on these GPUs is the fastest that fits, what it takes in memory, time and GPU hours, and why

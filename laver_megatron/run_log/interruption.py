@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.runtime.exit_status import INTERRUPTED
 
 LAUNCHED = "LAVER_LAUNCHED"  # environment: the launcher, which outlives the ranks, says the line
-EXIT_INTERRUPTED = 130
 _CLOSING_SECONDS = 15.0  # torchrun waits for 30
 
 
@@ -40,7 +40,7 @@ def end_interrupted(run_dir: str) -> NoReturn:
         print(interruption_message(run_dir), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(INTERRUPTED)
 
 
 def interruption_message(run_dir: str) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.program import FAILED, program, program_parser
+from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.exit_status import FAILED
 from laver_megatron.shards.build import UsageError, usage_errors
 
 if TYPE_CHECKING:

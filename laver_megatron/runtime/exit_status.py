@@ -1,0 +1,16 @@
+"""With which status a process ends, and ending with one.
+
+0 done; FAILED while running (a disk, a worker process, a check that did not hold); WRONG_USE (a flag, a file or a
+number that the user gave); INTERRUPTED by Ctrl-C or by another signal that asks a program to end.
+"""
+
+import sys
+from typing import NoReturn
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+
+def end(message: str, status: int) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)
