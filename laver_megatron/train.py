@@ -92,15 +92,16 @@ def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) ->
         # Megatron asks for a number of tokens to divide by; the losses are divided already.
         return value, torch.zeros((), dtype=torch.int32, device=value.device), terms
 
-    def micro_batches() -> Iterator[tuple[MicroBatch, list[Tensor] | None]]:
-        for i, (packs, masked) in enumerate(zip(batch.packs, batch.masked, strict=True)):
-            pixels = batch.pixels[i] if batch.pixels is not None else None
-            yield build_micro_batch(packs, masked, trainer.streams, trainer.backend.device), pixels
-
+    # Before the schedule starts, so that the device waits for none of them; every chunk takes the same.
+    micro_batches = [
+        build_micro_batch(packs, masked, trainer.streams, trainer.backend.device)
+        for packs, masked in zip(batch.packs, batch.masked, strict=True)
+    ]
+    pixels = batch.pixels if batch.pixels is not None else [None] * len(micro_batches)
     visual_tokens = 2 * config.data.visual_seq_length if config.objective.laver else 0
     reported = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[micro_batches() for _ in trainer.chunks],
+        data_iterator=[iter(list(zip(micro_batches, pixels, strict=True))) for _ in trainer.chunks],
         model=trainer.chunks,
         num_microbatches=len(batch.packs),
         seq_length=config.data.seq_length + visual_tokens,

@@ -207,16 +207,13 @@ def model_outputs(stages: list, micro_batches: MicroBatches) -> Outputs | None:
 
     hidden, language, student, teacher = [], [], [], []
 
-    def tokens_of_images(batch, logits_VBK: Tensor) -> Tensor:
-        whole_VBK = gather_from_tensor_model_parallel_region(logits_VBK)
-        return torch.cat([whole_VBK[start:end, b] for b, start, end in batch.image_slots] or [whole_VBK[:0, 0]])
-
     def keep(batch, hidden_SBH: Tensor, output) -> None:
         hidden.append(hidden_SBH.transpose(0, 1))
-        language.append(gather_from_tensor_model_parallel_region(output.language_logits_SBW).transpose(0, 1))
+        whole_RW = gather_from_tensor_model_parallel_region(output.language_logits_RW)
+        language.append(whole_RW.unflatten(0, hidden_SBH.shape[:2]).transpose(0, 1))
         if stages[0].run_config.objective.laver:
-            student.append(tokens_of_images(batch, output.student_logits_VBK))
-            teacher.append(tokens_of_images(batch, output.teacher_logits_VBK))
+            student.append(gather_from_tensor_model_parallel_region(output.student_logits_TK))
+            teacher.append(gather_from_tensor_model_parallel_region(output.teacher_logits_TK))
 
     forward_pass(stages, micro_batches, keep)
     if not hidden:

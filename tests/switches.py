@@ -6,7 +6,7 @@
 Pieces are compared to the last bit. Everything is computed by the program's own trainer, on the synthetic packs
 of `tests.distributed.build`, in this process alone; one micro-batch holds all packs of a step.
 
-Letters: B packs, S language tokens, V visual slots, L = S + V, H hidden, K the vision head's logits.
+Letters: B packs, S language tokens, V visual slots, L = S + V, T visual tokens, H hidden, K the vision head's logits.
 """
 
 import gc
@@ -21,6 +21,7 @@ from torch import Tensor
 from laver_megatron import train
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import GlobalBatch
+from laver_megatron.data.batch.broadcast import image_num_tokens
 from laver_megatron.model.laver import StageOutput
 from laver_megatron.model.teacher import pair_by_name
 from laver_megatron.runtime.backend import shut_down_parallelism
@@ -193,7 +194,7 @@ def pieces(run: Run, step: int) -> dict[str, Any]:
     hidden_BSH = it.hidden_LBH[:SEQ_LENGTH].transpose(0, 1)
     found.update({kind: hidden_BSH[where_BS] for kind, where_BS in positions_of(it.batch).items()})
     found["masks"] = it.batch.masked[0]
-    found["student logits"], found["teacher logits"] = it.output.student_logits_VBK, it.output.teacher_logits_VBK
+    found["student logits"], found["teacher logits"] = it.output.student_logits_TK, it.output.teacher_logits_TK
     found["centre"] = it.centre_K
     if step == 0:
         found.update(_by_part("start of {}", run.weights))
@@ -243,13 +244,7 @@ def averaged(*parts: str) -> set[str]:
 def of_images(step: Step, value: Callable[[Tensor, Tensor, Tensor], Any]) -> list[Any]:
     """`value(student_NK, teacher_NK, masked_N)` of every image of a step, logits in fp64: N is its nine tokens."""
     (packs,), (masked_BS,) = step.batch.packs, step.batch.masked
-    results = []
-    for b, image_S in enumerate(packs.image_BS):
-        images_N = image_S[image_S >= 0]
-        for image in images_N.unique():
-            slots = (images_N == image).nonzero()[:, 0]
-            student_NK, teacher_NK = (
-                logits[slots, b].double() for logits in (step.output.student_logits_VBK, step.output.teacher_logits_VBK)
-            )
-            results.append(value(student_NK, teacher_NK, masked_BS[b][image_S == image]))
-    return results
+    num_tokens = image_num_tokens(packs)
+    visual_BS = packs.image_BS >= 0
+    of_all = (step.output.student_logits_TK.double(), step.output.teacher_logits_TK.double(), masked_BS[visual_BS])
+    return [value(*of_image) for of_image in zip(*(tensor.split(num_tokens) for tensor in of_all), strict=True)]

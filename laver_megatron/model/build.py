@@ -21,6 +21,7 @@ from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import transformer_config
+from laver_megatron.runtime.weight_gradients import fuse_weight_gradients
 
 
 def build_stages(
@@ -90,6 +91,7 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
         DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=i > 0)
         for i, stage in enumerate(stages)
     ]
+    fuse_weight_gradients(stages)
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=training.lr,

@@ -16,6 +16,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from laver_megatron.data.batch.division import Division, divide_images
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
+from laver_megatron.runtime.transfer import on_device
 
 _PARTIAL = "gradient_is_partial_over_tensor_parallel"
 
@@ -32,7 +33,7 @@ def gather_visual_tokens(
 ) -> Tensor:
     """All visual tokens in the order of the images, `[T, H]`, on every rank of the group. own_tH: those of this rank's
     images in order. Their gradient is this rank's part of the (everywhere same) gradient of the result. Collective."""
-    if group.size() == 1:
+    if group.size() == 1 or not num_tokens:
         return own_tH
     division = divide_images(num_tokens, group.size(), cost)
     return _Gather.apply(own_tH, division, tuple(num_tokens), group)
@@ -48,7 +49,7 @@ class _Gather(torch.autograd.Function):
         padded_tH[: len(own_tH)] = own_tH
         parts = [torch.empty_like(padded_tH) for _ in division]
         dist.all_gather(parts, padded_tH, group=group)
-        places = [_places(images, num_tokens).to(own_tH.device) for images in division]
+        places = [on_device(_places(images, num_tokens), own_tH.device) for images in division]
         tokens_TH = own_tH.new_empty(sum(sizes), own_tH.shape[1])
         for part_tH, place_t in zip(parts, places, strict=True):
             tokens_TH[place_t] = part_tH[: len(place_t)]

@@ -1,7 +1,7 @@
 """The pipeline-stage module: the student and, beside it, the teacher, on one tensor that flows through the pipeline.
 
 Letters: B packs, S language tokens, V visual slots, L a sequence, H width, E feature width, W vocabulary
-columns and K vision-head columns on this rank, T tokens of all images.
+columns and K vision-head columns on this rank, R rows with a label, T tokens of all images, t those of this rank's.
 
 A micro-batch is `[language S | masked visual V | unmasked visual V]` along the sequence. The student's
 layers run the first S + V (spans keep the two apart), the teacher's the last V without gradients. What goes
@@ -40,17 +40,17 @@ from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
 from laver_megatron.model.image_division import gather_visual_tokens, mark_partial
 from laver_megatron.model.qwen import build_decoder, transformer_config
-from laver_megatron.model.streams import MicroBatch
+from laver_megatron.model.streams import MicroBatch, StreamSettings
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What the last stage hands to the losses. Logits are split over the tensor-parallel ranks; the visual
-    ones are None without LaVer."""
+    """What the last stage hands to the losses. Logits are split over the tensor-parallel ranks: those of the language
+    stream's rows that have a label, and those of all visual tokens, None without LaVer."""
 
-    language_logits_SBW: Tensor
-    student_logits_VBK: Tensor | None
-    teacher_logits_VBK: Tensor | None
+    language_logits_RW: Tensor
+    student_logits_TK: Tensor | None
+    teacher_logits_TK: Tensor | None
 
 
 class Teacher(nn.Module):
@@ -101,6 +101,7 @@ class LaverStage(LanguageModule):
         megatron_config = megatron_config or transformer_config(config, shape)
         super().__init__(config=megatron_config)
         self.run_config, self.shape, self.image_cost = config, shape, image_cost
+        self.streams = StreamSettings.of(config, shape)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = shape.tie_word_embeddings
@@ -202,20 +203,22 @@ class LaverStage(LanguageModule):
         if self.training and torch.is_grad_enabled() and not student_LBH.requires_grad:
             # Activation recompute gives layers no gradient at all when their input needs none.
             student_LBH.requires_grad_()
+        dtype = self.config.params_dtype
         student_LBH = self.decoder(
             hidden_states=student_LBH,
             attention_mask=batch.student_spans_B2L,
-            rotary_pos_emb=batch.student_angles_LB1D,
+            rotary_pos_emb=self.streams.rotary_table(batch.student_positions_3BL, dtype),
         )
         if self.teacher is not None:
+            assert batch.teacher_positions_3BV is not None
             with torch.no_grad():
                 teacher_VBH = self.teacher.decoder(
                     hidden_states=teacher_VBH,
                     attention_mask=batch.teacher_spans_B2V,
-                    rotary_pos_emb=batch.teacher_angles_VB1D,
+                    rotary_pos_emb=self.streams.rotary_table(batch.teacher_positions_3BV, dtype),
                 )
         if self.post_process:
-            return self._heads(student_LBH, teacher_VBH)
+            return self._heads(student_LBH, teacher_VBH, batch)
         return student_LBH if teacher_VBH is None else torch.cat([student_LBH, teacher_VBH])
 
     def _received(self) -> tuple[Tensor, Tensor | None]:
@@ -237,16 +240,14 @@ class LaverStage(LanguageModule):
         if self.encoder is None:
             self._refuse_images(batch, pixels)
         else:
-            visual_VBH = self._visual_tokens(batch, pixels)
-            # Contiguous, so that the hidden states are: torch.where takes over the layout of its condition.
-            slot_SB = batch.slot_BS.t().contiguous()
-            gathered_SBH = visual_VBH.gather(0, slot_SB.clamp(min=0).unsqueeze(-1).expand_as(words_SBH))
-            student_LBH = torch.where((slot_SB >= 0).unsqueeze(-1), gathered_SBH, words_SBH)
+            tokens_TH = self._visual_tokens(batch, pixels)
+            student_LBH = _with_rows(words_SBH, batch.language_rows_T, tokens_TH)
         if self.teacher is not None:
-            masked_VB1 = batch.masked_BV.t().unsqueeze(-1)
-            masked_visual_VBH = torch.where(masked_VB1, self.mask_token, visual_VBH)
-            student_LBH = torch.cat([student_LBH, masked_visual_VBH])
-            teacher_VBH = visual_VBH.detach()
+            num_slots = self.run_config.data.visual_seq_length
+            empty_VBH = words_SBH.new_zeros(num_slots, *words_SBH.shape[1:])
+            masked_TH = torch.where(batch.masked_T[:, None], self.mask_token, tokens_TH)
+            student_LBH = torch.cat([student_LBH, _with_rows(empty_VBH, batch.visual_rows_T, masked_TH)])
+            teacher_VBH = _with_rows(empty_VBH, batch.visual_rows_T, tokens_TH.detach())
         if self.config.sequence_parallel:
             student_LBH = scatter_to_sequence_parallel_region(student_LBH, group=self.tp_group)
             if teacher_VBH is not None:
@@ -254,7 +255,7 @@ class LaverStage(LanguageModule):
         return student_LBH, teacher_VBH
 
     def _refuse_images(self, batch: MicroBatch, pixels: list[Tensor]) -> None:
-        num_images = max(len(batch.image_slots), len(pixels))
+        num_images = max(len(batch.image_num_tokens), len(pixels))
         if num_images:
             raise ValueError(
                 f"the model has no image encoder, but the micro-batch holds {num_images} images; leave the images "
@@ -262,20 +263,10 @@ class LaverStage(LanguageModule):
             )
 
     def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
-        """Encoder and connector on the images of the micro-batch, divided over the tensor-parallel ranks, and all of
-        them put into their slots: `[V, B, H]`."""
-        num_slots, num_packs = batch.image_BV.shape[1], batch.image_BV.shape[0]
-        dtype, device = self.config.params_dtype, batch.slot_BS.device
-        visual_NH = torch.zeros(num_packs * num_slots, self.shape.hidden_size, dtype=dtype, device=device)
-        num_tokens = batch.image_num_tokens
-        if num_tokens:
-            own_tH = self._encode(pixels, num_tokens).to(dtype)
-            tokens_TH = gather_visual_tokens(own_tH, num_tokens, self.tp_group, self.image_cost)
-            filled = (batch.image_BV >= 0).flatten().nonzero().squeeze(1)
-            visual_NH = visual_NH.index_put((filled,), tokens_TH)
-        elif pixels:
-            raise ValueError(f"got {len(pixels)} images for no place in the micro-batch")
-        return visual_NH.view(num_packs, num_slots, -1).transpose(0, 1)
+        """Encoder and connector on the images of the micro-batch, divided over the tensor-parallel ranks; all of their
+        visual tokens in order, `[T, H]`."""
+        own_tH = self._encode(pixels, batch.image_num_tokens).to(self.config.params_dtype)
+        return gather_visual_tokens(own_tH, batch.image_num_tokens, self.tp_group, self.image_cost)
 
     def _encode(self, pixels: list[Tensor], num_tokens: Sequence[int]) -> Tensor:
         """The visual tokens of this rank's images: `[t, H]`. num_tokens: of all images of the micro-batch."""
@@ -307,14 +298,26 @@ class LaverStage(LanguageModule):
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
-    def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None) -> StageOutput:
+    def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None, batch: MicroBatch) -> StageOutput:
+        """Logits where losses need them: at rows with a label, and at visual tokens."""
         hidden_LBH = self._whole_sequence(student_LBH)
         seq_length = self.run_config.data.seq_length
         shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        language_logits, _ = self.output_layer(hidden_LBH[:seq_length], weight=shared_weight)
+        language_logits, _ = self.output_layer(_rows(hidden_LBH[:seq_length], batch.label_rows_R), weight=shared_weight)
         if self.teacher is None:
             return StageOutput(language_logits, None, None)
         assert teacher_VBH is not None
         with torch.no_grad():
-            teacher_logits = self.teacher.vision_head(self._whole_sequence(teacher_VBH))
-        return StageOutput(language_logits, self.vision_head(hidden_LBH[seq_length:]), teacher_logits)
+            teacher_logits = self.teacher.vision_head(_rows(self._whole_sequence(teacher_VBH), batch.visual_rows_T))
+        student_logits = self.vision_head(_rows(hidden_LBH[seq_length:], batch.visual_rows_T))
+        return StageOutput(language_logits, student_logits, teacher_logits)
+
+
+def _rows(stream_LBH: Tensor, rows_N: Tensor) -> Tensor:
+    """Rows of a flattened stream, `[N, H]`."""
+    return stream_LBH.flatten(0, 1).index_select(0, rows_N)
+
+
+def _with_rows(stream_LBH: Tensor, rows_T: Tensor, tokens_TH: Tensor) -> Tensor:
+    """The stream with some of its flattened rows replaced: `[L, B, H]`."""
+    return stream_LBH.flatten(0, 1).index_copy(0, rows_T, tokens_TH).view_as(stream_LBH)

@@ -1,6 +1,6 @@
-"""Rotary positions of text and visual tokens: three indices a token, and the angles they turn into.
+"""Rotary positions of text and visual tokens: three indices a token, the angles they turn into, and the turning.
 
-Letters: B packs, L tokens of a sequence, D width of an attention head.
+Letters: B packs, L tokens of a sequence, A heads, D width of an attention head, F = D / 2 frequency pairs.
 
 Every token carries (t, row, column) as in Qwen2.5-VL. Text carries three equal indices, so a pretrained
 Qwen2.5 is unchanged on text. A visual token stands at the index where its image starts, plus its grid row
@@ -14,6 +14,8 @@ In the reconstruction stream every image starts at 0. With `1d`, tokens are simp
 document (or image). The paper gives visual tokens "block-wise 2D-RoPE"; the official code uses the
 contiguous sections of Qwen2.5-VL in its second stage and 1D positions in the first and third.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,14 +54,14 @@ def reconstruction_positions(image_BL: Tensor, row_BL: Tensor, col_BL: Tensor, p
     return torch.stack([torch.zeros_like(row_BL), row_BL * visual_BL, col_BL * visual_BL])
 
 
-def frequency_axes(num_frequencies: int, positions: str) -> Tensor:
+def frequency_axes(num_frequencies: int, positions: str, device: torch.device | None = None) -> Tensor:
     """Which of (0: t, 1: row, 2: column) each frequency pair turns with, int64 `[num_frequencies]`.
 
     `2d` interleaves: even pairs turn with the row, odd pairs with the column, so both see low and high
     frequencies alike. `mrope` is Qwen2.5-VL's contiguous 16:24:24, scaled to the head; it leaves the column
     only the slowest frequencies. With `1d` all three indices are equal and the choice is without effect.
     """
-    pair_F = torch.arange(num_frequencies)
+    pair_F = torch.arange(num_frequencies, device=device)
     if positions == "mrope":
         t_end = num_frequencies * _MROPE_SHARES[0] // sum(_MROPE_SHARES)
         row_end = t_end + (num_frequencies - t_end) // 2
@@ -74,7 +76,42 @@ def rotary_angles(position_3BL: Tensor, head_dim: int, theta: float, positions: 
     device = position_3BL.device
     exponent_F = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inverse_frequency_F = 1.0 / theta**exponent_F
-    axis_F = frequency_axes(head_dim // 2, positions).to(device)
+    axis_F = frequency_axes(head_dim // 2, positions, device)
     position_FBL = position_3BL.float()[axis_F]
     angles_LBF = position_FBL.permute(2, 1, 0) * inverse_frequency_F
     return torch.cat([angles_LBF, angles_LBF], dim=-1).unsqueeze(2)
+
+
+def rotary_table(angles_LB1D: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of a micro-batch's angles for `rotate`, `[2, L, B, 1, F]` in `dtype`."""
+    angles_LB1F = angles_LB1D[..., : angles_LB1D.shape[-1] // 2]
+    return torch.stack([angles_LB1F.cos(), angles_LB1F.sin()]).to(dtype)
+
+
+def rotate(heads_LBAD: Tensor, table_2LB1F: Tensor) -> Tensor:
+    """Turns pair f of every head, entries f and f + F, by its angle: `[L, B, A, D]`."""
+    return _Rotation.apply(heads_LBAD, table_2LB1F)
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps the table alone: the gradient turns back by the same angles."""
+
+    @staticmethod
+    def forward(ctx: Any, heads_LBAD: Tensor, table_2LB1F: Tensor) -> Tensor:
+        ctx.save_for_backward(table_2LB1F)
+        cos_LB1F, sin_LB1F = table_2LB1F
+        return _turned(heads_LBAD, cos_LB1F, sin_LB1F)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ((cos_LB1F, sin_LB1F),) = ctx.saved_tensors
+        return _turned(gradients[0], cos_LB1F, -sin_LB1F), None
+
+
+def _turned(heads_LBAD: Tensor, cos_LB1F: Tensor, sin_LB1F: Tensor) -> Tensor:
+    first, second = heads_LBAD.chunk(2, dim=-1)
+    turned_LBAD = torch.empty_like(heads_LBAD, memory_format=torch.contiguous_format)
+    turned_first, turned_second = turned_LBAD.chunk(2, dim=-1)
+    torch.mul(first, cos_LB1F, out=turned_first).addcmul_(second, sin_LB1F, value=-1)
+    torch.mul(second, cos_LB1F, out=turned_second).addcmul_(first, sin_LB1F)
+    return turned_LBAD

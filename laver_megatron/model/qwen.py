@@ -6,6 +6,7 @@ the file, nothing is inferred from a size's name.
 
 import importlib.util
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -25,6 +26,7 @@ from torch import Tensor
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
+from laver_megatron.model.positions import rotate
 
 # Without TransformerEngine, Megatron-Core defines these names as mocks.
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -60,6 +62,25 @@ class RMSNorm(torch.nn.Module):
         hidden_fp32 = hidden.float()
         scale = torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (hidden_fp32 * scale).to(hidden.dtype)
+
+
+class RotatedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention with `rotary_pos_emb` as a table of cosines and sines (`rotary_table`).
+
+    Megatron takes angles and computes their cosines and sines anew for query and key of every layer.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._table = rotary_pos_emb  # read within this call alone, so no schedule can mix it up
+        output = super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs)
+        self._table = None
+        return output
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return rotate(query, self._table), rotate(key, self._table), value
 
 
 def num_virtual_stages(config: Config, num_layers: int) -> int | None:
@@ -130,7 +151,7 @@ def layer_spec(kernel: str, segments: tuple[int, ...]) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             **({} if with_te else {"input_layernorm": RMSNorm, "pre_mlp_layernorm": RMSNorm}),
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotatedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=TELayerNormColumnParallelLinear if with_te else ColumnParallelLinear,

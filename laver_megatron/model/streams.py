@@ -1,21 +1,30 @@
 """One micro-batch as the model sees it: `[language S | masked visual V | unmasked visual V]`.
 
-Letters: B packs, S language tokens, V visual slots, L either, D width of an attention head.
+Letters: B packs, S language tokens, V visual slots, L either, R rows with a label, T visual tokens, M masked ones, I
+images of N visual tokens.
 
 The visual stream is not stored anywhere: it is the visual tokens of the language stream in order, moved to
 the front and padded. Spans and positions of all three parts follow from the packs' metadata.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from laver_megatron.config.fields import Config
+from laver_megatron.data.batch.broadcast import image_num_tokens
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.model.positions import language_positions, reconstruction_positions, rotary_angles
+from laver_megatron.model.positions import language_positions, reconstruction_positions, rotary_angles, rotary_table
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans, span_area
+from laver_megatron.objective.language import IGNORE_LABEL
+from laver_megatron.runtime.transfer import on_device
+
+# Matrix products in FP8 take multiples of 16; fewer shapes also mean fewer kernels to choose.
+ROWS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -41,32 +50,46 @@ class StreamSettings:
             laver=config.objective.laver,
         )
 
+    def rotary_table(self, position_3BL: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines `[2, L, B, 1, F]` of these positions, on their device."""
+        return rotary_table(rotary_angles(position_3BL, self.head_dim, self.rope_theta, self.positions), dtype)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Everything a pipeline stage needs to know of a micro-batch besides the hidden states, on the device.
+    """Everything a pipeline stage needs to know of a micro-batch besides the hidden states, on the device. A "row" is a
+    place in a stream `[length, B]` that is flattened; visual tokens are in the order of packs, then of images.
 
-    slot_BS: the visual slot of a visual token, -1 for text and padding. image_BV: the image in a slot, -1
-    for padding. masked_BV: slots that the student sees as [MASK]. The student's spans and angles cover
-    S + V tokens (S without LaVer), the teacher's V. image_slots: (pack, first slot, one past the last) of
-    every image, on the host.
+    Attributes:
+        tokens_BS: token ids.
+        label_rows_R: rows of the language stream whose logits are computed, int64; filled up to a multiple of
+            ROWS_MULTIPLE with row 0.
+        labels_R: their labels, IGNORE_LABEL in what is filled up.
+        language_rows_T: row of each visual token in the language stream, int64.
+        visual_rows_T: its row in the masked and in the unmasked visual stream, int64.
+        masked_T: whether the student sees it as [MASK], bool.
+        masked_M: the visual tokens that are masked, int64.
+        student_spans_B2L: of S + V tokens (S without LaVer).
+        student_positions_3BL: the same.
+        teacher_spans_B2V, teacher_positions_3BV: of the unmasked visual stream; None without LaVer.
+        image_num_tokens: visual tokens of every image, in order, on the host.
+        images_by_size: for each number of tokens that images have, that number, and which visual tokens theirs are,
+            int64 `[images, tokens]`.
     """
 
     tokens_BS: Tensor
-    labels_BS: Tensor
-    slot_BS: Tensor
-    image_BV: Tensor
-    masked_BV: Tensor
+    label_rows_R: Tensor
+    labels_R: Tensor
+    language_rows_T: Tensor
+    visual_rows_T: Tensor
+    masked_T: Tensor
+    masked_M: Tensor
     student_spans_B2L: Tensor
-    student_angles_LB1D: Tensor
+    student_positions_3BL: Tensor
     teacher_spans_B2V: Tensor | None
-    teacher_angles_VB1D: Tensor | None
-    image_slots: tuple[tuple[int, int, int], ...]
-
-    @property
-    def image_num_tokens(self) -> tuple[int, ...]:
-        """Visual tokens of every image, in order."""
-        return tuple(end - start for _, start, end in self.image_slots)
+    teacher_positions_3BV: Tensor | None
+    image_num_tokens: tuple[int, ...]
+    images_by_size: tuple[tuple[int, Tensor], ...]
 
 
 def visual_slots(image_BS: Tensor, visual_seq_length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,17 +109,22 @@ def visual_slots(image_BS: Tensor, visual_seq_length: int) -> tuple[Tensor, Tens
     return slot_BS, source_BV, filled_BV
 
 
-def images_of(image_BV: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """(pack, first slot, one past the last slot) of every image, in order."""
-    found = []
-    for pack, images_V in enumerate(image_BV.tolist()):
-        start = 0
-        for slot in range(1, len(images_V) + 1):
-            if slot == len(images_V) or images_V[slot] != images_V[start]:
-                if images_V[start] >= 0:
-                    found.append((pack, start, slot))
-                start = slot
-    return tuple(found)
+def images_by_size(num_tokens: tuple[int, ...]) -> list[tuple[int, Tensor]]:
+    """(tokens, which visual tokens theirs are, int64 `[images, tokens]`) for each number of tokens that images have."""
+    ranges_of: dict[int, list[Tensor]] = {}
+    for end, size in zip(accumulate(num_tokens), num_tokens, strict=True):
+        ranges_of.setdefault(size, []).append(torch.arange(end - size, end))
+    return [(size, torch.stack(ranges)) for size, ranges in sorted(ranges_of.items())]
+
+
+def label_rows(labels_BS: Tensor, everywhere: bool) -> tuple[Tensor, Tensor]:
+    """(label_rows_R, labels_R) of a MicroBatch. everywhere: of all rows, labelled or not."""
+    labels_N = labels_BS.t().flatten()
+    if everywhere:
+        return torch.arange(len(labels_N)), labels_N
+    rows_R = (labels_N != IGNORE_LABEL).nonzero().squeeze(1)
+    filled_up = -len(rows_R) % ROWS_MULTIPLE
+    return pad(rows_R, (0, filled_up)), pad(labels_N[rows_R], (0, filled_up), value=IGNORE_LABEL)
 
 
 def span_areas(packs: PackBatch, settings: StreamSettings) -> tuple[int, int]:
@@ -109,41 +137,56 @@ def span_areas(packs: PackBatch, settings: StreamSettings) -> tuple[int, int]:
 
 
 def build_micro_batch(
-    packs: PackBatch, masked_BS: Tensor, settings: StreamSettings, device: torch.device
+    packs: PackBatch,
+    masked_BS: Tensor,
+    settings: StreamSettings,
+    device: torch.device,
+    *,
+    all_logits: bool = False,
 ) -> MicroBatch:
-    """Derives the streams of one micro-batch from its packs (metadata only, no pixels) on the CPU and moves
-    them to the device. masked_BS: visual tokens to hide from the student's reconstruction stream."""
+    """Derives the streams of one micro-batch from its packs (metadata only, no pixels) on the CPU and moves them to the
+    device, which does not wait for it.
+
+    Args:
+        masked_BS: visual tokens to hide from the student's reconstruction stream.
+        all_logits: also the logits of tokens without a label, in the order `[S, B]`.
+    """
     slot_BS, source_BV, filled_BV = visual_slots(packs.image_BS, settings.visual_seq_length)
+    num_packs = len(packs.tokens_BS)
 
     def in_slots(values_BS: Tensor, padding: int) -> Tensor:
         return torch.where(filled_BV, values_BS.gather(1, source_BV), padding)
 
     image_BV = in_slots(packs.image_BS, -1)
-    row_BV, col_BV = in_slots(packs.row_BS, 0), in_slots(packs.col_BS, 0)
-
-    def angles(position_3BL: Tensor) -> Tensor:
-        return rotary_angles(position_3BL, settings.head_dim, settings.rope_theta, settings.positions)
-
-    student_spans = language_spans(packs.document_BS, packs.image_BS, settings.attention)
-    student_angles = angles(
-        language_positions(packs.document_BS, packs.image_BS, packs.row_BS, packs.col_BS, settings.positions)
-    )
-    teacher_spans = teacher_angles = None
+    spans = language_spans(packs.document_BS, packs.image_BS, settings.attention)
+    positions = language_positions(packs.document_BS, packs.image_BS, packs.row_BS, packs.col_BS, settings.positions)
+    of_teacher: dict[str, Tensor | None] = {"teacher_spans_B2V": None, "teacher_positions_3BV": None}
     if settings.laver:
         teacher_spans = reconstruction_spans(image_BV)
-        teacher_angles = angles(reconstruction_positions(image_BV, row_BV, col_BV, settings.positions))
-        student_spans = concatenate_spans(student_spans, teacher_spans)
-        student_angles = torch.cat([student_angles, teacher_angles])
-        teacher_spans, teacher_angles = teacher_spans.to(device), teacher_angles.to(device)
+        teacher_positions = reconstruction_positions(
+            image_BV, in_slots(packs.row_BS, 0), in_slots(packs.col_BS, 0), settings.positions
+        )
+        spans = concatenate_spans(spans, teacher_spans)
+        positions = torch.cat([positions, teacher_positions], dim=2)
+        of_teacher = {
+            "teacher_spans_B2V": on_device(teacher_spans, device),
+            "teacher_positions_3BV": on_device(teacher_positions, device),
+        }
+    pack_T, place_T = (packs.image_BS >= 0).nonzero(as_tuple=True)
+    masked_T = masked_BS[pack_T, place_T]
+    label_rows_R, labels_R = label_rows(packs.labels_BS, all_logits)
+    num_tokens = tuple(image_num_tokens(packs))
     return MicroBatch(
-        tokens_BS=packs.tokens_BS.to(device),
-        labels_BS=packs.labels_BS.to(device),
-        slot_BS=slot_BS.to(device),
-        image_BV=image_BV.to(device),
-        masked_BV=(in_slots(masked_BS.long(), 0) > 0).to(device),
-        student_spans_B2L=student_spans.to(device),
-        student_angles_LB1D=student_angles.to(device),
-        teacher_spans_B2V=teacher_spans,
-        teacher_angles_VB1D=teacher_angles,
-        image_slots=images_of(image_BV),
+        tokens_BS=on_device(packs.tokens_BS, device),
+        label_rows_R=on_device(label_rows_R, device),
+        labels_R=on_device(labels_R, device),
+        language_rows_T=on_device(place_T * num_packs + pack_T, device),
+        visual_rows_T=on_device(slot_BS[pack_T, place_T] * num_packs + pack_T, device),
+        masked_T=on_device(masked_T, device),
+        masked_M=on_device(masked_T.nonzero().squeeze(1), device),
+        student_spans_B2L=on_device(spans, device),
+        student_positions_3BL=on_device(positions, device),
+        **of_teacher,
+        image_num_tokens=num_tokens,
+        images_by_size=tuple((size, on_device(tokens_IN, device)) for size, tokens_IN in images_by_size(num_tokens)),
     )

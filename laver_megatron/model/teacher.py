@@ -3,8 +3,8 @@
 The teacher computes with run-dtype weights, sharded as the student's. Beside them stand fp32 accumulators,
 fed from the optimizer's fp32 master weights (an average kept in bf16 loses its updates: at momentum 0.996
 it is off by 87%). Each data-parallel rank accumulates exactly the slices whose master weights Megatron's
-distributed optimizer keeps on it, so the update needs no communication; afterwards every rank broadcasts
-its slices, in the run dtype, to its replicas.
+distributed optimizer keeps on it, so the update needs no communication; afterwards the ranks gather their slices
+from one another, in the run dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from laver_megatron.model.laver import LaverStage
+
+# Weights of the teacher that are under way at once, all data-parallel ranks together: half a GB in bf16.
+GATHERED_ELEMENTS = 1 << 28
 
 
 @dataclass
@@ -69,7 +72,15 @@ class TeacherAverage:
             self._find_master(pair, optimizer)
         table: list[list[tuple[int, int]]] = [[]] * self.group.size()
         dist.all_gather_object(table, [(pair.start, pair.end) for pair in self._pairs], group=self.group)
-        self._slices_of_rank = table
+        # What each data-parallel rank accumulates, flat views of the teacher's weights in the order of the pairs.
+        self._targets_of_rank = [
+            [
+                pair.teacher.data.view(-1)[start:end]
+                for pair, (start, end) in zip(self._pairs, slices, strict=True)
+                if end > start
+            ]
+            for slices in table
+        ]
         self.copy_student()
 
     def _find_master(self, pair: _Pair, optimizer: MegatronOptimizer) -> None:
@@ -106,29 +117,41 @@ class TeacherAverage:
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, in fp32; exact at momentum 0 and 1."""
+        of_fp32 = [(accumulator, master) for _, accumulator, master in self._owned() if master.dtype == torch.float32]
+        if of_fp32:
+            accumulators, masters = map(list, zip(*of_fp32, strict=True))
+            torch._foreach_lerp_(accumulators, masters, 1.0 - momentum)
         for _, accumulator, master in self._owned():
-            accumulator.lerp_(master.float(), 1.0 - momentum)
+            if master.dtype != torch.float32:  # the student's own weights, where they are frozen
+                accumulator.lerp_(master.float(), 1.0 - momentum)
         self._publish()
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Writes the run-dtype weights of the teacher from the accumulators of all data-parallel ranks."""
-        for rank, slices in enumerate(self._slices_of_rank):
-            targets = [
-                pair.teacher.view(-1)[start:end]
-                for pair, (start, end) in zip(self._pairs, slices, strict=True)
-                if end > start
-            ]
-            if not targets:
-                continue
-            if rank == self.group.rank():
-                for target, (_, accumulator, _) in zip(targets, self._owned(), strict=True):
-                    target.copy_(accumulator)
-            if self.group.size() > 1:
-                flat = torch.cat(targets)
-                dist.broadcast(flat, src=dist.get_global_rank(self.group, rank), group=self.group)
-                for target, part in zip(targets, flat.split([t.numel() for t in targets]), strict=True):
-                    target.copy_(part)
+        """Writes the run-dtype weights of the teacher from the accumulators of all data-parallel ranks: one all-gather
+        for GATHERED_ELEMENTS of them, so that no rank needs a second copy of the teacher."""
+        own, num_ranks = self.accumulators(), self.group.size()
+        if num_ranks == 1:
+            torch._foreach_copy_(self._targets_of_rank[0], own)
+            return
+        longest = max(sum(map(len, targets)) for targets in self._targets_of_rank)
+        if not longest:
+            return
+        length = min(longest, max(GATHERED_ELEMENTS // num_ranks, 1))
+        teacher = self._pairs[0].teacher
+        sent = torch.zeros(length, dtype=teacher.dtype, device=teacher.device)
+        received = sent.new_empty(num_ranks, length)
+        for start in range(0, longest, length):
+            offset = 0
+            for part in _window(own, start, start + length):
+                sent[offset : offset + len(part)].copy_(part)
+                offset += len(part)
+            dist.all_gather_into_tensor(received.view(-1), sent, group=self.group)
+            for targets, gathered in zip(self._targets_of_rank, received, strict=True):
+                parts = _window(targets, start, start + length)
+                if parts:
+                    lengths = [len(part) for part in parts]
+                    torch._foreach_copy_(parts, list(gathered[: sum(lengths)].split(lengths)))
 
     # --- checkpoints: whole fp32 tensors under `teacher.*`, sharded over TP and PP like the student's ---
 
@@ -136,30 +159,43 @@ class TeacherAverage:
     def sharded_state(self, metadata: dict, is_loading: bool) -> dict:
         """The accumulators as Megatron-Core's sharded tensors, keys `teacher.decoder...`, `teacher.vision_head...`.
 
-        Saving gathers each parameter over the data-parallel ranks and keeps it on the first; loading gives
-        every rank a whole fp32 buffer, from which `load_sharded_state` takes its slice.
+        Saving gathers one parameter at a time over the data-parallel ranks and keeps it in the memory of the host, each
+        rank its share of the parameters; loading gives every rank a whole fp32 buffer, from which `load_sharded_state`
+        takes its slice.
         """
-        keeps = is_loading or self.group.rank() == 0
         sharded: dict = {}
         templates = [
             stage.teacher.sharded_state_dict("teacher.", (), metadata)
             for stage in self.stages
             if stage.teacher is not None
         ]
-        for pair in self._pairs:
+        keepers = self._keepers()
+        for pair, keeper in zip(self._pairs, keepers, strict=True):
             whole = torch.zeros(pair.student.numel(), dtype=torch.float32, device=pair.student.device)
             if not is_loading:
                 if pair.accumulator is not None:
                     whole[pair.start : pair.end] = pair.accumulator
                 if self.group.size() > 1:
                     dist.all_reduce(whole, group=self.group)
-            if not keeps:
-                continue
+                if keeper != self.group.rank():
+                    continue
+                whole = whole.cpu()
             template = templates[pair.stage][f"teacher.{pair.name}"]
             tensor = make_sharded_optimizer_tensor(template, whole.view(pair.student.shape), "teacher")
             tensor.key = template.key
+            if not is_loading:
+                tensor.replica_id = (*template.replica_id[:-1], 0)  # no other data-parallel rank has it
             sharded[f"{pair.stage}.{pair.name}"] = tensor
         return sharded
+
+    def _keepers(self) -> list[int]:
+        """The data-parallel rank that keeps each parameter of a checkpoint: shares of about equal size."""
+        sizes = [0] * self.group.size()
+        keepers = []
+        for pair in self._pairs:
+            keepers.append(sizes.index(min(sizes)))
+            sizes[keepers[-1]] += pair.student.numel()
+        return keepers
 
     @torch.no_grad()
     def load_sharded_state(self, state: dict[str, Tensor]) -> None:
@@ -168,6 +204,17 @@ class TeacherAverage:
                 whole = state[f"{pair.stage}.{pair.name}"]
                 pair.accumulator.copy_(whole.view(-1)[pair.start : pair.end])
         self._publish()
+
+
+def _window(tensors: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
+    """Views of what lies between `start` and `end` of flat tensors laid one after the other."""
+    parts, offset = [], 0
+    for tensor in tensors:
+        part = tensor[max(start - offset, 0) : max(end - offset, 0)]
+        if len(part):
+            parts.append(part)
+        offset += len(tensor)
+    return parts
 
 
 class Centre:

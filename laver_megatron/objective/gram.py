@@ -1,6 +1,7 @@
 """L_GA and L_CGA: Gram-Anchoring keeps the visual tokens of an image from collapsing into one another.
 
-Letters: N visual tokens of one image, K width of the vision head's logits.
+Letters: I images of N visual tokens each, K width of the vision head's logits. Every function takes many images of one
+size at once: 32 of them cost about as many kernels as one.
 
 The Gram matrix is built in two steps, inner products first and then cosines from them, G = D^-1/2 (Z Z^T)
 D^-1/2 with D = diag(Z Z^T), instead of normalising Z. The result is the same, and with K split over ranks a
@@ -18,30 +19,32 @@ from laver_megatron.objective import at_least_fp32
 SQUARED_NORM_EPS = 1e-12
 
 
-def inner_products(z_NK: Tensor) -> Tensor:
-    """Z Z^T of one image: [N, N], fp32 (fp64 for fp64 logits), from logits of any float dtype."""
-    z_NK = at_least_fp32(z_NK)
-    return z_NK @ z_NK.T
+def inner_products(z_INK: Tensor) -> Tensor:
+    """Z Z^T of each image: [I, N, N], fp32 (fp64 for fp64 logits), from logits of any float dtype."""
+    z_INK = at_least_fp32(z_INK)
+    return z_INK @ z_INK.mT
 
 
-def cosine_gram(inner_NN: Tensor) -> Tensor:
-    """The paper's G(Z) = Norm(Z) Norm(Z)^T, from the inner products Z Z^T of all visual tokens of one image.
+def cosine_gram(inner_INN: Tensor) -> Tensor:
+    """The paper's G(Z) = Norm(Z) Norm(Z)^T, from the inner products Z Z^T of all visual tokens of each image.
 
-    [N, N] cosines, the dtype of `inner_NN`. The diagonal is the constant 1. A row with a squared norm of at
+    [I, N, N] cosines, the dtype of `inner_INN`. The diagonal is the constant 1. A row with a squared norm of at
     most SQUARED_NORM_EPS has cosine 0 to every other row and no gradient.
 
     Example: Z = [[3, 0], [1, 1]] has inner products [[9, 3], [3, 2]] and the cosine 3 / sqrt(9 * 2) = 0.7071.
     """
-    squared_norms_N = inner_NN.diagonal()
-    scale_N = squared_norms_N.clamp(min=SQUARED_NORM_EPS).rsqrt()
-    scale_N = torch.where(squared_norms_N > SQUARED_NORM_EPS, scale_N, 0.0)
-    gram_NN = inner_NN * scale_N[:, None] * scale_N[None, :]
-    identity_NN = torch.eye(len(inner_NN), dtype=torch.bool, device=inner_NN.device)
-    return gram_NN.masked_fill(identity_NN, 1.0)
+    squared_norms_IN = inner_INN.diagonal(dim1=-2, dim2=-1)
+    scale_IN = squared_norms_IN.clamp(min=SQUARED_NORM_EPS).rsqrt()
+    scale_IN = torch.where(squared_norms_IN > SQUARED_NORM_EPS, scale_IN, 0.0)
+    gram_INN = inner_INN * scale_IN[..., :, None] * scale_IN[..., None, :]
+    identity_NN = torch.eye(inner_INN.shape[-1], dtype=torch.bool, device=inner_INN.device)
+    return gram_INN.masked_fill(identity_NN, 1.0)
 
 
-def gram_loss(student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "cga", reduction: str = "mean") -> Tensor:
-    """Gram-Anchoring of one image, from the inner products of the student's and the teacher's logits:
+def gram_losses(
+    student_gram_INN: Tensor, teacher_gram_INN: Tensor, kind: str = "cga", reduction: str = "mean"
+) -> Tensor:
+    """Gram-Anchoring of each image, from the cosines of the student's and the teacher's logits:
 
         "ga":   sum_ij (G_student - G_teacher)_ij^2
         "cga":  sum_ij max(0, G_student - G_teacher)_ij^2
@@ -55,11 +58,10 @@ def gram_loss(student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "c
     images share it; ours is per image.
 
     Args:
-        student_inner_NN, teacher_inner_NN: [N, N] from `inner_products`, complete sums over K. The teacher
-            is detached.
+        student_gram_INN, teacher_gram_INN: [I, N, N] from `cosine_gram`. The teacher is detached.
 
     Returns:
-        a scalar for one image; the caller averages over the images of the global batch.
+        [I], one value an image; the caller averages over the images of the global batch.
 
     Raises:
         ValueError: an unknown kind or reduction.
@@ -72,20 +74,20 @@ def gram_loss(student_inner_NN: Tensor, teacher_inner_NN: Tensor, kind: str = "c
         raise ValueError(f"gram_loss is {kind!r}; it must be 'ga' or 'cga'")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"gram_reduction is {reduction!r}; it must be 'mean' or 'sum'")
-    difference_NN = cosine_gram(student_inner_NN) - cosine_gram(teacher_inner_NN.detach())
+    difference_INN = student_gram_INN - teacher_gram_INN.detach()
     if kind == "cga":
-        difference_NN = difference_NN.clamp(min=0)
-    squares_NN = difference_NN.square()
-    return squares_NN.mean() if reduction == "mean" else squares_NN.sum()
+        difference_INN = difference_INN.clamp(min=0)
+    squares_INN = difference_INN.square()
+    return squares_INN.mean((-2, -1)) if reduction == "mean" else squares_INN.sum((-2, -1))
 
 
-def mean_off_diagonal(gram_NN: Tensor) -> Tensor:
-    """Mean cosine of the N(N-1) pairs of different tokens; a monitor, without gradient. 0 for an image of one
-    token.
+@torch.no_grad()
+def mean_off_diagonal(gram_INN: Tensor) -> Tensor:
+    """Mean cosine of the N(N-1) pairs of different tokens of each image, [I]; a monitor, without gradient. 0 for
+    images of one token.
 
     Near 1 the tokens of the image have collapsed into one. Zero rows count with the cosine 0.
     """
-    num_tokens = len(gram_NN)
-    gram_NN = gram_NN.detach()
-    off_diagonal_sum = gram_NN.sum() - gram_NN.diagonal().sum()
-    return off_diagonal_sum / max(num_tokens * (num_tokens - 1), 1)
+    num_tokens = gram_INN.shape[-1]
+    off_diagonal_sum_I = gram_INN.sum((-2, -1)) - gram_INN.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return off_diagonal_sum_I / max(num_tokens * (num_tokens - 1), 1)

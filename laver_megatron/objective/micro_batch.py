@@ -3,8 +3,8 @@
 L = sum(lm) / N_label + w_mim * sum(mim) / N_masked + w_gram * sum(gram) / N_images: with global counts as
 denominators, the sum over micro-batches and data-parallel ranks is the same for every layout of the run.
 
-Letters: B packs, S language tokens, V visual slots, T tokens, W vocabulary columns and K vision-head
-columns on this rank, N visual tokens of one image.
+Letters: R rows with a label, W vocabulary columns and K vision-head columns on this rank, T visual tokens, M masked
+ones, I images of N visual tokens each.
 """
 
 from typing import TypeVar
@@ -18,9 +18,9 @@ from laver_megatron.data.batch.batches import GlobalCounts
 from laver_megatron.model.laver import StageOutput
 from laver_megatron.model.streams import MicroBatch
 from laver_megatron.model.teacher import Centre
-from laver_megatron.objective.gram import cosine_gram, gram_loss, mean_off_diagonal
+from laver_megatron.objective.gram import cosine_gram, gram_losses, mean_off_diagonal
 from laver_megatron.objective.sharded import (
-    sharded_inner_products_of_images,
+    sharded_inner_products,
     sharded_language_losses,
     sharded_reconstruction_losses,
     sharded_teacher_entropies,
@@ -70,16 +70,14 @@ def micro_batch_losses(
     Summed over micro-batches and data-parallel ranks the shares are the global values: losses as defined
     above, similarities as means over images, entropy as mean over visual tokens.
     """
-    language_T = sharded_language_losses(
-        output.language_logits_SBW.flatten(0, 1), batch.labels_BS.t().flatten(), tp_group
-    )
-    language = language_T.sum() / max(counts.labels, 1)
+    language_R = sharded_language_losses(output.language_logits_RW, batch.labels_R, tp_group)
+    language = language_R.sum() / max(counts.labels, 1)
     zero = torch.zeros((), device=language.device)
     reconstruction, gram, monitors = zero, zero, [zero, zero, zero]
-    if output.student_logits_VBK is not None:
-        assert output.teacher_logits_VBK is not None
+    if output.student_logits_TK is not None:
+        assert output.teacher_logits_TK is not None
         reconstruction, gram, monitors = _visual_losses(
-            output.student_logits_VBK, output.teacher_logits_VBK, batch, counts, objective, centre, tp_group
+            output.student_logits_TK, output.teacher_logits_TK, batch, counts, objective, centre, tp_group
         )
     loss = weighted_sum(language, reconstruction, gram, objective)
     terms = torch.stack([loss, language, reconstruction, gram, *monitors]).detach().float()
@@ -87,8 +85,8 @@ def micro_batch_losses(
 
 
 def _visual_losses(
-    student_VBK: Tensor,
-    teacher_VBK: Tensor,
+    student_TK: Tensor,
+    teacher_TK: Tensor,
     batch: MicroBatch,
     counts: GlobalCounts,
     objective: ObjectiveConfig,
@@ -96,36 +94,37 @@ def _visual_losses(
     tp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     centre_K = None if centre is None else centre.value_K
-    masked_VB, filled_VB = batch.masked_BV.t(), (batch.image_BV >= 0).t()
-    reconstruction_T = sharded_reconstruction_losses(
-        student_VBK[masked_VB],
-        teacher_VBK[masked_VB],
+    reconstruction_M = sharded_reconstruction_losses(
+        student_TK.index_select(0, batch.masked_M),
+        teacher_TK.index_select(0, batch.masked_M),
         tp_group,
         centre_K=centre_K,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
     )
-    reconstruction = reconstruction_T.sum() / max(counts.masked, 1)
+    reconstruction = reconstruction_M.sum() / max(counts.masked, 1)
 
-    images = batch.image_slots
-    inner = sharded_inner_products_of_images(
-        [student_VBK[start:end, pack] for pack, start, end in images]
-        + [teacher_VBK[start:end, pack] for pack, start, end in images],
+    inner = sharded_inner_products(
+        [
+            _by_image(logits_TK, tokens_IN)
+            for logits_TK in (student_TK, teacher_TK)
+            for _, tokens_IN in batch.images_by_size
+        ],
         tp_group,
     )
-    num_images = max(counts.images, 1)
-    gram = torch.zeros((), device=student_VBK.device)
-    similarity = torch.zeros(2, device=student_VBK.device)
-    for student_NN, teacher_NN in zip(inner[: len(images)], inner[len(images) :], strict=True):
+    num_sizes = len(batch.images_by_size)
+    gram = torch.zeros((), device=student_TK.device)
+    similarity = torch.zeros(2, device=student_TK.device)
+    for student_INN, teacher_INN in zip(inner[:num_sizes], inner[num_sizes:], strict=True):
+        student_INN, teacher_INN = cosine_gram(student_INN), cosine_gram(teacher_INN)
         if objective.gram_loss != "none":
-            gram = gram + gram_loss(
-                student_NN, teacher_NN, kind=objective.gram_loss, reduction=objective.gram_reduction
+            losses_I = gram_losses(
+                student_INN, teacher_INN, kind=objective.gram_loss, reduction=objective.gram_reduction
             )
-        with torch.no_grad():
-            similarity[0] += mean_off_diagonal(cosine_gram(student_NN))
-            similarity[1] += mean_off_diagonal(cosine_gram(teacher_NN))
+            gram = gram + losses_I.sum()
+        similarity += torch.stack([mean_off_diagonal(cosines).sum() for cosines in (student_INN, teacher_INN)])
 
-    teacher_TK = teacher_VBK[filled_VB]
+    num_images = max(counts.images, 1)
     entropy = sharded_teacher_entropies(teacher_TK, centre_K, objective.teacher_temperature, tp_group).sum()
     if centre is not None and torch.is_grad_enabled():
         centre.accumulate(teacher_TK)
@@ -135,3 +134,10 @@ def _visual_losses(
         entropy / max(counts.visual_tokens, 1),
     ]
     return reconstruction, gram / num_images, monitors
+
+
+def _by_image(logits_TK: Tensor, tokens_IN: Tensor) -> Tensor:
+    """The logits of images of one size, `[I, N, K]`."""
+    if tokens_IN.numel() == len(logits_TK):  # all images are of this size: they are in order already
+        return logits_TK.view(*tokens_IN.shape, -1)
+    return logits_TK[tokens_IN]

@@ -11,21 +11,18 @@ same T or N. With `group` None or of size one there is no communication and the 
 unsharded function.
 """
 
-from typing import TypeGuard
+from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    reduce_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from laver_megatron.objective import at_least_fp32
 from laver_megatron.objective.gram import inner_products
-from laver_megatron.objective.language import IGNORE_LABEL, language_losses
+from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.objective.reconstruction import (
     reconstruction_losses,
     scaled_teacher_logits,
@@ -36,21 +33,54 @@ from laver_megatron.objective.reconstruction import (
 def sharded_language_losses(logits_TW: Tensor, labels_T: Tensor, group: ProcessGroup | None) -> Tensor:
     """`language.language_losses` for vocabulary-parallel logits: rank r holds words [r W, (r + 1) W).
 
-    `labels_T` are global word ids or IGNORE_LABEL. `group` must be Megatron's tensor-parallel group: the
-    cross-entropy of megatron-core 0.16 knows no other. Always fp32 inside, fp64 logits included. The logits
-    are left as they are.
+    `labels_T` are global word ids or IGNORE_LABEL. Computed in fp32 (fp64 for fp64 logits) a few rows at a time: there
+    is never an fp32 copy of all logits, and what is kept for the backward pass are the logits as they came.
     """
-    if not _is_sharded(group):
-        return language_losses(logits_TW, labels_T)
-    megatron_group = parallel_state.get_tensor_model_parallel_group()
-    assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(megatron_group), (
-        "Megatron's cross-entropy reduces over the group of parallel_state, not over the one given"
-    )
-    # Megatron works in place on what `.float()` gives, which is the caller's own tensor if that is in fp32.
-    logits_TW = logits_TW.clone() if logits_TW.dtype == torch.float32 else logits_TW.float()
-    has_label_T = labels_T != IGNORE_LABEL
-    losses_T = vocab_parallel_cross_entropy(logits_TW, labels_T.where(has_label_T, 0))
-    return losses_T.where(has_label_T, 0.0)
+    first_word = group.rank() * logits_TW.shape[1] if _is_sharded(group) else 0
+    return _CrossEntropy.apply(logits_TW, labels_T, first_word, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TW: Tensor, labels_T: Tensor, first_word: int, group: ProcessGroup | None) -> Tensor:
+        num_words = logits_TW.shape[1]
+        words_T = labels_T - first_word
+        is_here_T = (labels_T != IGNORE_LABEL) & (words_T >= 0) & (words_T < num_words)
+        words_T = words_T.clamp(0, num_words - 1)
+        log_sum_T = torch.cat([torch.logsumexp(rows_CW, -1) for rows_CW in _rows_in_fp32(logits_TW)])
+        label_logits_T = at_least_fp32(logits_TW.gather(1, words_T[:, None]).squeeze(1)).where(is_here_T, 0.0)
+        if _is_sharded(group):
+            largest_T = log_sum_T.clone()
+            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+            sums_2T = torch.stack([(log_sum_T - largest_T).exp(), label_logits_T])
+            dist.all_reduce(sums_2T, group=group)
+            log_sum_T, label_logits_T = sums_2T[0].log() + largest_T, sums_2T[1]
+        ctx.save_for_backward(logits_TW, log_sum_T, labels_T != IGNORE_LABEL, is_here_T, words_T)
+        return (log_sum_T - label_logits_T).where(labels_T != IGNORE_LABEL, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """softmax - 1 at the label, times the gradient of the loss; 0 where there is no label."""
+        logits_TW, log_sum_T, has_label_T, is_here_T, words_T = ctx.saved_tensors
+        weight_T = gradients[0].where(has_label_T, 0.0)
+        gradient_TW = torch.empty_like(logits_TW)
+        start = 0
+        for rows_CW in _rows_in_fp32(logits_TW):
+            part = slice(start, start + len(rows_CW))
+            softmax_CW = (rows_CW - log_sum_T[part, None]).exp_().mul_(weight_T[part, None])
+            softmax_CW.scatter_add_(1, words_T[part, None], -(weight_T[part] * is_here_T[part])[:, None])
+            gradient_TW[part] = softmax_CW
+            start = part.stop
+        return gradient_TW, None, None, None
+
+
+# Logits that are in fp32 at a time: 64 MB.
+_FP32_LOGITS = 1 << 24
+
+
+def _rows_in_fp32(logits_TW: Tensor) -> Iterator[Tensor]:
+    for rows_CW in logits_TW.split(max(_FP32_LOGITS // logits_TW.shape[1], 1)):
+        yield at_least_fp32(rows_CW)
 
 
 def sharded_reconstruction_losses(
@@ -103,20 +133,19 @@ def sharded_teacher_entropies(
     return weight_sum_T.log() - dot_T / weight_sum_T
 
 
-def sharded_inner_products_of_images(z_of_images: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    """`gram.inner_products` of many images, [N_i, K] each, with one all-reduce for all of them.
+def sharded_inner_products(z_of_sizes: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """`gram.inner_products` of images of several sizes, [I, N, K] each, with one all-reduce for all of them.
 
-    Images may differ in N. The student's and the teacher's logits may share the call; the teacher's get no
-    gradient if they require none. The list must have the same lengths N_i on all ranks; an empty list returns
-    [] without communication.
+    The student's and the teacher's logits may share the call; the teacher's get no gradient if they require none. The
+    list must have the same shapes on all ranks; an empty list returns [] without communication.
     """
-    partial_products = [inner_products(z_NK) for z_NK in z_of_images]
+    partial_products = [inner_products(z_INK) for z_INK in z_of_sizes]
     if not partial_products or not _is_sharded(group):
         return partial_products
-    flat = torch.cat([inner_NN.flatten() for inner_NN in partial_products])
+    flat = torch.cat([inner_INN.flatten() for inner_INN in partial_products])
     flat = reduce_from_tensor_model_parallel_region(flat, group=group)
-    parts = flat.split([inner_NN.numel() for inner_NN in partial_products])
-    return [part.view_as(inner_NN) for part, inner_NN in zip(parts, partial_products, strict=True)]
+    parts = flat.split([inner_INN.numel() for inner_INN in partial_products])
+    return [part.view_as(inner_INN) for part, inner_INN in zip(parts, partial_products, strict=True)]
 
 
 def _is_sharded(group: ProcessGroup | None) -> TypeGuard[ProcessGroup]:

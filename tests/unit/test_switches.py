@@ -27,6 +27,7 @@ from laver_megatron.data.batch import run_data
 from laver_megatron.data.plan.plan import PackPlan, SampleSizes
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
+from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.objective.masking import mask_visual_tokens
 from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.runtime.backend import shut_down_parallelism
@@ -538,7 +539,7 @@ def test_without_laver_a_step_is_plain_language_training(assets, of):
     for ours, theirs in zip(plain.steps, laver.steps, strict=True):
         assert ours.hidden_LBH.shape[0] == SEQ_LENGTH
         assert theirs.hidden_LBH.shape[0] == SEQ_LENGTH + VISUAL_SEQ_LENGTH
-        assert ours.output.student_logits_VBK is None and ours.output.teacher_logits_VBK is None
+        assert ours.output.student_logits_TK is None and ours.output.teacher_logits_TK is None
         assert not ours.batch.masked[0].any() and ours.centre_K is None
         of_laver = [name for name in (*TERMS, "mask_ratio", "num_masked_tokens", "ema_momentum") if "loss" not in name]
         assert all(ours.record[name] is None for name in [*of_laver, "mim_loss", "gram_loss"])
@@ -554,8 +555,9 @@ def test_without_laver_a_step_is_plain_language_training(assets, of):
 
 
 def expected_language_loss(it):
-    logits_BSW = it.output.language_logits_SBW.transpose(0, 1).double()
-    return float(torch.nn.functional.cross_entropy(logits_BSW.flatten(0, 1), it.batch.packs[0].labels_BS.flatten()))
+    labels_N = it.batch.packs[0].labels_BS.t().flatten()
+    labels_R = labels_N[labels_N != IGNORE_LABEL]
+    return float(torch.nn.functional.cross_entropy(it.output.language_logits_RW[: len(labels_R)].double(), labels_R))
 
 
 MIXED, TWO_D = {"attention": "mixed"}, {"positions": "2d"}
@@ -637,7 +639,7 @@ def test_micro_batches_divide_the_same_step(of):
 def test_visual_slots_beyond_the_tokens_are_without_effect(of):
     base, longer = of().steps, of(visual_seq_length=40).steps
     for one, other in zip(base, longer, strict=True):
-        assert other.output.student_logits_VBK.shape[0] == other.output.teacher_logits_VBK.shape[0] == 40
+        assert other.hidden_LBH.shape[0] == one.hidden_LBH.shape[0] + 40 - VISUAL_SEQ_LENGTH
         assert_same_numbers(one, other)
 
 

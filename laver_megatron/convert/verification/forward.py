@@ -288,10 +288,10 @@ def _whole_outputs(stage: Any, packed: PackedProbes) -> tuple[list[Tensor], list
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
 
     def keep(batch: Any, hidden_SBH: Tensor, output: Any) -> None:
-        whole_SBW = gather_from_tensor_model_parallel_region(output.language_logits_SBW)
+        whole_SW = gather_from_tensor_model_parallel_region(output.language_logits_RW)
         if is_first:  # a large vocabulary makes large logits
             hidden.append(hidden_SBH[:, 0])
-            logits.append(whole_SBW[:, 0])
+            logits.append(whole_SW)
 
     nothing_masked = [torch.zeros_like(pack.image_BS, dtype=torch.bool) for pack in packed.packs]
     forward_pass([stage], list(zip(packed.packs, nothing_masked, strict=True)), keep)

@@ -26,7 +26,8 @@ def forward_pass(
         stages: this rank's parts of the model.
         micro_batches: packs of one size, and which of their tokens are masked, bool `[B, S]`.
         keep: called on the ranks of the last stage for each micro-batch, in order, with the micro-batch, its final
-            hidden states `[S, B, H]`, whole on every rank, and the output, of whose logits a rank has its part.
+            hidden states `[S, B, H]`, whole on every rank, and the output, of whose logits (at all rows) a rank has its
+            part.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -41,7 +42,7 @@ def forward_pass(
     def feed() -> Iterator[tuple[MicroBatch, list[Tensor] | None]]:
         for packs, masked_BS in micro_batches:
             pixels = [image.to(device) for images in packs.pixels for image in images]
-            batch = build_micro_batch(packs, masked_BS, settings, device)
+            batch = build_micro_batch(packs, masked_BS, settings, device, all_logits=True)
             yield batch, own_images(pixels, batch.image_num_tokens, stages[0].tp_group)
 
     def report(batch: MicroBatch, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:

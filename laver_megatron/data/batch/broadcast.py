@@ -16,6 +16,7 @@ from torch import Tensor
 from laver_megatron.data.batch.division import divide_images
 from laver_megatron.data.batch.packing import PACK_TENSORS, PackBatch
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
+from laver_megatron.runtime.transfer import on_device
 
 
 def is_reader() -> bool:
@@ -59,7 +60,7 @@ def scatter_pixels(
     if not any(num_tokens):
         return [[] for _ in packs]
     divisions = [divide_images(of_pack, group.size(), cost) for of_pack in num_tokens]
-    images = [[image.to(device, dtype) for images in pack.pixels for image in images] for pack in packs]
+    images = [[on_device(image, device, dtype) for images in pack.pixels for image in images] for pack in packs]
     if group.rank() == 0:
         _check_pixels(packs, num_tokens, images)
     if group.size() == 1:

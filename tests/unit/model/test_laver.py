@@ -60,13 +60,14 @@ def run(stage, packs, masked_BS=None):
         drawn_BS = torch.rand(packs.image_BS.shape, generator=torch.Generator().manual_seed(1)) < 0.4
         masked_BS = drawn_BS & (packs.image_BS >= 0)
     device = torch.device(torch.cuda.current_device())
-    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(stage.run_config, stage.shape), device)
+    settings = StreamSettings.of(stage.run_config, stage.shape)
+    batch = build_micro_batch(packs, masked_BS, settings, device, all_logits=True)
     with torch.no_grad():
         output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
     return (
-        output.language_logits_SBW.transpose(0, 1),
-        [output.student_logits_VBK[start:end, b] for b, start, end in batch.image_slots],
-        [output.teacher_logits_VBK[start:end, b] for b, start, end in batch.image_slots],
+        output.language_logits_RW.unflatten(0, (-1, len(packs.tokens_BS))).transpose(0, 1),
+        output.student_logits_TK.split(batch.image_num_tokens),
+        output.teacher_logits_TK.split(batch.image_num_tokens),
     )
 
 
@@ -191,7 +192,7 @@ def test_a_frozen_input_leaves_the_decoders_gradient(checkpoints, recompute):
         masked_BS = torch.zeros_like(packs.image_BS, dtype=torch.bool)
         batch = build_micro_batch(packs, masked_BS, StreamSettings.of(config, stage.shape), device)
         output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
-        output.language_logits_SBW.square().mean().backward()
+        output.language_logits_RW.square().mean().backward()
         gradients[granularity] = stage.decoder.layers[0].self_attention.linear_qkv.weight.grad
     assert gradients[None].norm() > 1e-3
     torch.testing.assert_close(gradients[recompute], gradients[None], atol=1e-7, rtol=1e-5)

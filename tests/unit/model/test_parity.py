@@ -112,10 +112,11 @@ def test_gradients(checkpoints, recompute):
     ((theirs.language_logits_BSW * language_BSW).mean() + (theirs.student_logits_NK * student_NK).mean()).backward()
 
     stage.train()
-    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(config, stage.shape), device)
+    settings = StreamSettings.of(config, stage.shape)
+    batch = build_micro_batch(packs, masked_BS, settings, device, all_logits=True)
     output = stage(batch, [image.to(device) for images in packs.pixels for image in images])
-    student = torch.cat([output.student_logits_VBK[start:end, b] for b, start, end in batch.image_slots])
-    language = output.language_logits_SBW.transpose(0, 1)
+    student = output.student_logits_TK
+    language = output.language_logits_RW.unflatten(0, (-1, len(packs.tokens_BS))).transpose(0, 1)
     ((language * language_BSW.to(device)).mean() + (student * student_NK.to(device)).mean()).backward()
 
     expected = {name: p.grad for name, p in reference.language.named_parameters()}

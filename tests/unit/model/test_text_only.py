@@ -36,8 +36,8 @@ def build(encoder_dir=None):
 def run(stage, packs, pixels=None):
     device = torch.device(torch.cuda.current_device())
     masked_BS = torch.zeros_like(packs.image_BS, dtype=torch.bool)
-    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(CONFIG, SHAPE), device)
-    return stage(batch, pixels).language_logits_SBW
+    batch = build_micro_batch(packs, masked_BS, StreamSettings.of(CONFIG, SHAPE), device, all_logits=True)
+    return stage(batch, pixels).language_logits_RW
 
 
 @pytest.fixture(scope="module")

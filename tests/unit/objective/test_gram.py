@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from laver_megatron.objective.gram import cosine_gram, gram_loss, inner_products, mean_off_diagonal
+from laver_megatron.objective.gram import cosine_gram, gram_losses, inner_products, mean_off_diagonal
 
 
 def naive_cosines(z_NK):
@@ -32,7 +32,9 @@ def example(num_tokens=6, width=4):
 
 
 def loss_of(student_NK, teacher_NK, kind="cga", reduction="mean"):
-    return gram_loss(inner_products(student_NK), inner_products(teacher_NK), kind, reduction)
+    return gram_losses(
+        cosine_gram(inner_products(student_NK)), cosine_gram(inner_products(teacher_NK)), kind, reduction
+    )
 
 
 @pytest.mark.parametrize("kind", ["ga", "cga"])
@@ -92,10 +94,8 @@ def test_cga_leaves_a_more_discriminative_student_exactly_alone():
 def test_cga_acts_pair_by_pair():
     """Only the pairs above the teacher's reach the student's similarities."""
     student_NK, teacher_NK = example()
-    inner_NN = inner_products(student_NK)
-    norms_N = inner_NN.diagonal().sqrt()
-    gram_NN = (inner_NN / norms_N[:, None] / norms_N[None, :]).requires_grad_()  # cosines are inner products too
-    gram_loss(gram_NN, inner_products(teacher_NK), "cga").backward()
+    gram_NN = cosine_gram(inner_products(student_NK)).requires_grad_()
+    gram_losses(gram_NN, cosine_gram(inner_products(teacher_NK)), "cga").backward()
     above_NN = gram_NN.detach() > cosine_gram(inner_products(teacher_NK))
     off_diagonal_NN = ~torch.eye(6, dtype=torch.bool)
     assert (gram_NN.grad[~above_NN & off_diagonal_NN] == 0).all()
@@ -149,6 +149,18 @@ def test_mean_off_diagonal():
 def test_refusals():
     inner_NN = torch.eye(2)
     with pytest.raises(ValueError, match="cga"):
-        gram_loss(inner_NN, inner_NN, "none")
+        gram_losses(inner_NN, inner_NN, "none")
     with pytest.raises(ValueError, match="mean"):
-        gram_loss(inner_NN, inner_NN, "ga", "none")
+        gram_losses(inner_NN, inner_NN, "ga", "none")
+
+
+@pytest.mark.parametrize("kind", ["ga", "cga"])
+def test_many_images_at_once_are_each_by_itself(kind):
+    pairs = [example(), tuple(z_NK.flip(0) for z_NK in example()), tuple(z_NK + 1 for z_NK in example())]
+    student_INK, teacher_INK = (torch.stack(z_of_images) for z_of_images in zip(*pairs, strict=True))
+    losses_I = loss_of(student_INK, teacher_INK, kind)
+    expected = [naive_loss(student_NK, teacher_NK, kind, "mean") for student_NK, teacher_NK in pairs]
+    assert losses_I.tolist() == pytest.approx(expected, rel=1e-12)
+    similarity_I = mean_off_diagonal(cosine_gram(inner_products(student_INK)))
+    one_by_one = [mean_off_diagonal(cosine_gram(inner_products(student_NK))).item() for student_NK, _ in pairs]
+    assert similarity_I.tolist() == pytest.approx(one_by_one, rel=1e-12)
