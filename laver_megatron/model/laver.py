@@ -320,4 +320,5 @@ def _rows(stream_LBH: Tensor, rows_N: Tensor) -> Tensor:
 
 def _with_rows(stream_LBH: Tensor, rows_T: Tensor, tokens_TH: Tensor) -> Tensor:
     """The stream with some of its flattened rows replaced: `[L, B, H]`."""
-    return stream_LBH.flatten(0, 1).index_copy(0, rows_T, tokens_TH).view_as(stream_LBH)
+    # Unlike index_copy it keeps nothing but the rows for the backward pass.
+    return stream_LBH.flatten(0, 1).index_put((rows_T,), tokens_TH).view_as(stream_LBH)

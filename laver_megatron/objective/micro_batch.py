@@ -104,10 +104,12 @@ def _visual_losses(
     )
     reconstruction = reconstruction_M.sum() / max(counts.masked, 1)
 
+    trains = objective.gram_loss != "none"
+    anchored_TK = student_TK if trains else student_TK.detach()
     inner = sharded_inner_products(
         [
             _by_image(logits_TK, tokens_IN)
-            for logits_TK in (student_TK, teacher_TK)
+            for logits_TK in (anchored_TK, teacher_TK)
             for _, tokens_IN in batch.images_by_size
         ],
         tp_group,
@@ -117,7 +119,7 @@ def _visual_losses(
     similarity = torch.zeros(2, device=student_TK.device)
     for student_INN, teacher_INN in zip(inner[:num_sizes], inner[num_sizes:], strict=True):
         student_INN, teacher_INN = cosine_gram(student_INN), cosine_gram(teacher_INN)
-        if objective.gram_loss != "none":
+        if trains:
             losses_I = gram_losses(
                 student_INN, teacher_INN, kind=objective.gram_loss, reduction=objective.gram_reduction
             )

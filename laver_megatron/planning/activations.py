@@ -35,7 +35,7 @@ class ActivationBytes:
         layers: the decoder's.
         inputs: embedding, encoder, connector and what came from the previous stage.
         heads: final norm and vision head.
-        logits: the language model's, their softmax and gradient.
+        logits: the language model's, and their gradient.
         losses: the visual ones.
         workspace: one layer while it is recomputed or runs backward.
     """
@@ -85,6 +85,15 @@ class Saved:
         return self.config.data.micro_batch_size * self.config.data.visual_seq_length
 
     @property
+    def num_visual_tokens(self) -> int:
+        return int(self.config.data.micro_batch_size * self.workload.num_visual_tokens)
+
+    @property
+    def num_labels(self) -> int:
+        """At most: every token but the visual ones."""
+        return self.num_text_slots - self.num_visual_tokens
+
+    @property
     def num_tokens(self) -> int:
         """The student's, of the whole sequence, padding included: B L."""
         return self.num_text_slots + (self.num_visual_slots if self.config.objective.laver else 0)
@@ -114,11 +123,9 @@ class Saved:
         tokens = self.num_tokens
         query = tokens * shape.num_attention_heads * shape.kv_channels // tp * width
         key = tokens * max(shape.num_query_groups // tp, 1) * shape.kv_channels * width
-        # The rotary angles' cosines and sines, for query and key.
-        rotary = 4 * tokens * shape.kv_channels * width
         # Without a copy of its own the value keeps the whole projection alive.
         inputs = query + 2 * key if self.fused and not selective else 2 * query + 3 * key
-        kept = inputs + rotary + query  # and the output projection's input
+        kept = inputs + query  # and the output projection's input
         if selective:
             return kept
         statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
@@ -131,13 +138,14 @@ class Saved:
 
     def layers(self, num_layers: int) -> int:
         """Decoder layers under the configured recomputation."""
-        if self.config.parallel.recompute_granularity == "full":
-            # Every layer's input; spans and angles are the same for all.
-            arguments = self.num_tokens * (2 * _INT32_BYTES + FP32_BYTES * self.shape.kv_channels)
-            return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + arguments
+        # The spans, and the cosines and sines of the rotary angles, are the same for all layers.
+        shared = self.num_tokens * (2 * _INT32_BYTES + self.shape.kv_channels * self.value_bytes)
+        if self.config.parallel.recompute_granularity == "full":  # every layer's input
+            return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + shared
         if self.config.parallel.recompute_granularity == "selective":
-            return num_layers * (self.layer() - self.attention(selective=False) + self.attention(selective=True))
-        return num_layers * self.layer()
+            layer = self.layer() - self.attention(selective=False) + self.attention(selective=True)
+            return num_layers * layer + shared
+        return num_layers * self.layer() + shared
 
     def input_side(self) -> int:
         """Embedding and connector of the first stage; with a trained encoder its layers, roughly."""
@@ -148,14 +156,13 @@ class Saved:
         most = -(-config.data.micro_batch_size * work.num_images // self.tp)
         own = most * work.image_tokens
         connector = own * (work.encoder.feature_size + 2 * self.shape.hidden_size) * width
-        slots = self.num_visual_slots * self.shape.hidden_size * width
-        indices = _INT64_BYTES * (2 * self.num_text_slots + own)
+        indices = _INT64_BYTES * (self.num_text_slots + 2 * self.num_visual_tokens)
         encoder = 0
         if "encoder" not in config.model.freeze:
             patches = own * work.encoder.merge_size**2
             per_layer = 10 * work.encoder.hidden_size + 2 * work.encoder.intermediate_size
             encoder = patches * work.encoder.num_layers * per_layer * width
-        return connector + slots + indices + encoder
+        return connector + indices + encoder
 
     def received(self) -> int:
         """What a later stage got from the one before it: the student's part and the teacher's."""
@@ -163,16 +170,17 @@ class Saved:
         return (self.num_tokens + teacher) // self.sequence_ranks * self.shape.hidden_size * self.value_bytes
 
     def heads(self) -> int:
-        """Final norm, the heads' shared input, and the vision head."""
-        hidden = self.num_tokens * self.shape.hidden_size * self.value_bytes
+        """Final norm, the rows of its output that the heads read, and the vision head."""
+        of_language = self.norm() + self.num_labels * self.shape.hidden_size * self.value_bytes
         if not self.config.objective.laver:
-            return self.norm() + hidden
-        middle = self.num_visual_slots * self.config.objective.vision_head_hidden_size
-        return self.norm() + hidden + 2 * (middle // self.tp + middle) * self.value_bytes
+            return of_language
+        hidden = self.num_visual_tokens * self.shape.hidden_size
+        middle = self.num_visual_tokens * self.config.objective.vision_head_hidden_size
+        return of_language + (hidden + 2 * (middle // self.tp + middle)) * self.value_bytes
 
     def logits(self) -> int:
-        """The softmax over this rank's words, fp32."""
-        return FP32_BYTES * self.num_text_slots * self.shape.vocab_size // self.tp
+        """Over this rank's words, at the labels."""
+        return self.value_bytes * self.num_labels * self.shape.vocab_size // self.tp
 
     def losses(self) -> int:
         """Of the visual objective: masked tokens' logits, and what the Gram loss keeps of every image."""
@@ -180,11 +188,12 @@ class Saved:
         if not config.objective.laver:
             return 0
         output = (config.objective.vision_head_output_size or self.shape.hidden_size) // self.tp
-        tokens = config.data.micro_batch_size * work.num_visual_tokens
+        tokens = self.num_visual_tokens
         masked = int(config.objective.mask_ratio * tokens) * 2 * FP32_BYTES * output
-        in_fp32 = tokens * output * FP32_BYTES  # for the inner products, which are monitored without the loss, too
-        pairs = config.data.micro_batch_size * work.image_area if config.objective.gram_loss != "none" else 0
-        return masked + in_fp32 + pairs * _GRAM_BYTES_PER_PAIR
+        if config.objective.gram_loss == "none":
+            return masked
+        in_fp32 = tokens * output * FP32_BYTES  # for the inner products
+        return masked + in_fp32 + config.data.micro_batch_size * work.image_area * _GRAM_BYTES_PER_PAIR
 
 
 def activations_of_stage(
@@ -202,8 +211,7 @@ def activations_of_stage(
     logits = losses = heads = 0
     if is_last:
         heads, losses = saved.heads(), saved.losses()
-        # The softmax, the logits themselves, and the fp32 copy that becomes their gradient.
-        logits = saved.logits() * (2 * FP32_BYTES + saved.value_bytes) // FP32_BYTES
+        logits = 2 * saved.logits()  # and their gradient
     return ActivationBytes(
         layers=in_flight * saved.layers(chunks[stage][0]),
         inputs=first_chunks * saved.input_side() * is_first + received * saved.received(),
