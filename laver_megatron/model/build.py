@@ -21,7 +21,7 @@ from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import transformer_config
-from laver_megatron.runtime.weight_gradients import fuse_weight_gradients
+from laver_megatron.runtime.cpu_kernels import fuse_weight_gradients
 
 
 def build_stages(

@@ -44,7 +44,7 @@ def _fill_with_nan(weight: Tensor) -> None:
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, computed in fp32 and rounded before the gain, as Hugging Face's Qwen2 does.
+    """Root-mean-square norm, computed in fp32.
 
     Megatron-Core's local norm refuses sequence parallelism; this one tells Megatron to sum the gain's
     gradient over the tensor-parallel ranks, each of which sees a part of the sequence.
@@ -59,9 +59,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden_fp32 = hidden.float()
-        scale = torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (hidden_fp32 * scale).to(hidden.dtype)
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class RotatedSelfAttention(SelfAttention):
@@ -111,7 +109,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         add_qkv_bias=True,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_fill_with_nan,

@@ -4,7 +4,7 @@ Letters: B packs, S language tokens, V visual slots, L the student's sequence (S
 
 Everything is per rank, and of one micro-batch unless it says otherwise. What autograd saves depends on the kernels:
 
-    plain   on the CPU: dense attention with a mask for each layer, norms in fp32, nothing fused. Held against
+    plain   on the CPU: dense attention with a mask for each layer, norms in fp32 and not fused. Held against
             autograd's saved tensors in the tests.
     fused   on a GPU with TransformerEngine: FlexAttention, fused norms and SwiGLU. Never measured.
 
@@ -104,17 +104,17 @@ class Saved:
         return self.num_tokens // self.sequence_ranks
 
     def norm(self) -> int:
-        """A norm over H: its input, in fp32 where it is not fused, the scale, and the normalised values."""
+        """A norm over H: its input and the scale; where it is not fused the input in fp32, and the result."""
         values = self.num_local_tokens * self.shape.hidden_size
         scale = FP32_BYTES * self.num_local_tokens
-        return values * self.value_bytes + scale if self.fused else values * (FP32_BYTES + self.value_bytes) + scale
+        return values * (self.value_bytes if self.fused else 2 * FP32_BYTES) + scale
 
     def layer(self) -> int:
         """One decoder layer, nothing recomputed."""
         width = self.value_bytes
         hidden = self.num_local_tokens * self.shape.hidden_size * width
         ffn = self.num_tokens * self.shape.ffn_hidden_size // self.tp * width
-        mlp = (3 if self.fused else 5) * ffn  # gate and up, SwiGLU's output; plain also SiLU(gate) and up once more
+        mlp = 3 * ffn  # gate and up, and SwiGLU's output
         return 2 * (self.norm() + hidden) + self.attention(selective=False) + mlp
 
     def attention(self, *, selective: bool) -> int:

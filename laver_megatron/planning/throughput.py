@@ -194,15 +194,25 @@ def _flops(
 
 
 def computed_flops(config: Config, model: ModelFlops, workload: Workload) -> StepFlops:
-    """FLOPs of one micro-batch of one replica as they run, recomputation apart: decoder and vision head compute every
-    visual slot, filled or not. An empty slot attends to itself alone, and has no part in images."""
+    """FLOPs of one micro-batch of one replica as they run, recomputation apart: the decoder computes every visual slot,
+    filled or not, and the language head no visual token. An empty slot attends to itself alone."""
     real = micro_batch_flops(config, model, workload)
+    lm_head = int(real.lm_head * (1 - workload.visual_share))
     if not config.objective.laver:
-        return real
-    num_slots = config.data.micro_batch_size * config.data.visual_seq_length
-    num_empty = num_slots - config.data.micro_batch_size * workload.num_visual_tokens
-    in_slots = _flops(config, model, workload, num_slots, num_empty)
-    return replace(in_slots, gram=real.gram, connector=real.connector, encoder=real.encoder)
+        return replace(real, lm_head=lm_head)
+    packs = config.data.micro_batch_size
+    num_slots, num_tokens = packs * config.data.visual_seq_length, packs * workload.num_visual_tokens
+    headless = replace(model, vision_head_per_token=0)
+    in_slots = _flops(config, headless, workload, num_slots, num_slots - num_tokens)
+    return replace(
+        in_slots,
+        lm_head=lm_head,
+        teacher=in_slots.teacher + num_tokens * model.vision_head_per_token,
+        vision_head=real.vision_head,
+        gram=real.gram,
+        connector=real.connector,
+        encoder=real.encoder,
+    )
 
 
 def stage_work(
@@ -216,7 +226,7 @@ def stage_work(
     step = computed_flops(config, model, workload)
     slots = packs * config.data.visual_seq_length if objective.laver else 0
     num_empty = slots - packs * workload.num_visual_tokens
-    head = slots * model.vision_head_per_token
+    head = packs * workload.num_visual_tokens * model.vision_head_per_token if objective.laver else 0
     in_images = (packs * workload.image_area + num_empty) * model.attention_per_pair if objective.laver else 0
     student_attention = step.student_attention_forward
     # Both operands of attention are activations: its backward pass is twice its forward pass wherever there is one.
@@ -237,7 +247,8 @@ def stage_work(
     if stage == parallel.pipeline_model_parallel_size - 1:
         on_stage += (step.lm_head + step.vision_head + step.gram + head) / ranks
         # Logits as bf16 and fp32, their softmax, and the gradients of both.
-        traffic += packs * workload.seq_length * shape.vocab_size * 20 / tp
+        labels = packs * (workload.seq_length - workload.num_visual_tokens)
+        traffic += labels * shape.vocab_size * 20 / tp
     return StageWork(on_stage, attention_on_stage, traffic / context_ranks)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from laver_megatron.runtime.adam import ResumableAdam
+from laver_megatron.runtime.cpu_kernels import cpu_kernels
 from laver_megatron.runtime.gradient_norm import blockwise_l2_norm
 from laver_megatron.runtime.lone_groups import local_collectives
 
@@ -117,7 +118,7 @@ def use_backend() -> Backend:
     else:
         cpu = torch.device("cpu")
         _replace_attributes(cuda_calls(cpu))
-        _replace_attributes(local_collectives())
+        _replace_attributes([*local_collectives(), *cpu_kernels()])
         CudaTo(cpu).__enter__()
         _backend = Backend(device=cpu, communication="gloo")
     _replace_kernels_that_are_missing()

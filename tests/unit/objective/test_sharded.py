@@ -4,7 +4,6 @@ Four processes are started once for the file: two tensor-parallel groups of two,
 computes on its slice of the same seeded logits and saves what it got; the tests put the slices together.
 """
 
-
 import pytest
 import torch
 import torch.distributed as dist

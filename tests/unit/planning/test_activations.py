@@ -84,8 +84,9 @@ def test_stages_in_flight(encoder_dir):
     assert layers(config, 0, num_micro_batches=2) == 2 * of_one
     interleaved = config.replace(num_layers_per_virtual_pipeline_stage=1)
     # 2 x 3 stages behind, a round of 4 for the chunk before the last, and the one that runs: 11 chunks of one layer.
-    assert layers(interleaved, 0) == 11 * of_one // 2
-    assert layers(interleaved, 3) == 5 * of_one // 2
+    # Spans and rotary angles are kept once for each micro-batch, not by layers.
+    assert layers(interleaved, 0) == pytest.approx(11 * of_one / 2, rel=0.02)
+    assert layers(interleaved, 3) == pytest.approx(5 * of_one / 2, rel=0.02)
 
 
 def test_parallelism_divides(encoder_dir):
@@ -94,7 +95,5 @@ def test_parallelism_divides(encoder_dir):
     two = Saved(settings(2, tensor_model_parallel_size=2), SHAPE, work, fused=True)
     scattered = Saved(settings(2, tensor_model_parallel_size=2, sequence_parallel=True), SHAPE, work, fused=True)
     assert one.layer() > two.layer() > scattered.layer()
-    # All but the rotary angles is divided.
-    rotary = 4 * one.num_tokens * SHAPE.kv_channels * one.value_bytes
-    assert 2 * (scattered.layer() - rotary) == one.layer() - rotary
+    assert 2 * scattered.layer() == one.layer()
     assert Saved(settings(2), SHAPE, work, fused=False).layer() > one.layer()

@@ -116,7 +116,7 @@ def test_whole_images_are_divided(encoder_dir, num_packs, tp):
     own = Saved(config, SHAPE, work, fused=True).input_side()
     one = Saved(config.replace(tensor_model_parallel_size=1), SHAPE, work, fused=True).input_side()
     tokens = 2 * num_packs * SIDE**2
-    per_token = work.encoder.feature_size * 4 + 2 * SHAPE.hidden_size * 4 + 8
+    per_token = work.encoder.feature_size * 4 + 2 * SHAPE.hidden_size * 4
     assert one - own == pytest.approx(tokens * (1 - share) * per_token)
 
 
