@@ -115,7 +115,7 @@ def _common_state_of_0_19() -> Any:
             state: dict[str, Any] = {key: io.BytesIO()}
             reader = torch.distributed.checkpoint.FileSystemReader(checkpoint_dir)
             torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
-            (common,) = torch.load(io.BytesIO(state[key].getvalue()), weights_only=True)
+            (common,) = state[key]
             return common
 
     return CommonState()
