@@ -105,16 +105,15 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
 
 def _common_state_of_0_19() -> Any:
     """What 0.16 reads the part of a checkpoint with that is not sharded, where 0.19 wrote it."""
-    import torch
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+    from torch.distributed.checkpoint import FileSystemReader, load
 
     class CommonState(TorchCommonLoadStrategy):
         def load_common(self, checkpoint_dir: str | Path) -> dict:
             key = ShardedObject(_COMMON_STATE, None, (1,), (0,)).unique_key
             state: dict[str, Any] = {key: io.BytesIO()}
-            reader = torch.distributed.checkpoint.FileSystemReader(checkpoint_dir)
-            torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+            load(state, storage_reader=FileSystemReader(checkpoint_dir), no_dist=True)
             (common,) = state[key]
             return common
 

@@ -1,10 +1,9 @@
-"""Goes on with runs of the frozen checkpoint: `python -m tests.distributed.engines VERSION JOBS`, under the Megatron-Core
-that PYTHONPATH puts first.
+"""Goes on with runs of the frozen checkpoint, under the Megatron-Core that PYTHONPATH puts first:
+`python -m tests.distributed.engines VERSION JOBS`.
 
 JOBS is JSON: [[directory, number of processes, last iteration, steps of the run], ...].
 """
 
-import functools
 import json
 import sys
 from pathlib import Path
