@@ -1,4 +1,7 @@
-"""The package and what it needs; the versions that were tested together are pinned in constraints.txt."""
+"""The package and what it needs.
+
+The versions that were tested together are pinned in constraints.txt (Python 3.11) and constraints-py312.txt (>= 3.12).
+"""
 
 import re
 from pathlib import Path
@@ -20,8 +23,9 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
-        # 0.16.1 is the last line that supports Python 3.11.
-        "megatron-core>=0.16.1,<0.17",
+        # 0.16 is the last line that supports Python 3.11; what differs stands in laver_megatron/runtime/engine.py.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
         "transformers>=5",
         "webdataset",
         "fsspec[http]",

@@ -2,6 +2,8 @@
 
 import warnings
 
+from laver_megatron.runtime.engine import prepare_import
+
 __version__ = "0.1.0"
 
 # What Megatron-Core and torch say at every start about things that are as they should be here. Some of it is
@@ -9,6 +11,7 @@ __version__ = "0.1.0"
 for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
+    "absl.logging is not installed",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
     "The .grad attribute of a Tensor that is not a leaf",
     "full scope is deprecated",
@@ -16,3 +19,5 @@ for _message in (
     "`?load_state_dict`? is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+prepare_import()

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import laver_megatron  # noqa: F401  # before any test file imports Megatron-Core, which it prepares the import of
+
 # Without deadlines, for busy machines. `make test` tries the same examples every time; `make test-full` searches anew
 # and prints how to repeat what it finds.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -22,6 +22,7 @@ from laver_megatron.encoders import encoder_tensor_sizes
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.hf.weights import ModelParts, is_training_state, weight_table
 from tests.exports import add_processor, write_export
+from tests.programs import python_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -170,7 +171,7 @@ def command(tool: str, *arguments: object, num_processes: int = 1) -> list[str]:
 def environment() -> dict[str, str]:
     """Without what a surrounding torchrun or an interactive shell would add."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_tool(tool: str, *arguments: object, num_processes: int = 1) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import signal
 import subprocess
@@ -10,6 +11,12 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def python_path() -> str:
+    """PYTHONPATH for a program of the repository: behind it what this process was given, such as a Megatron-Core."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(ROOT), *([given] if given else [])])
 
 
 def run_here(program: str | Path, *arguments: object) -> subprocess.CompletedProcess:

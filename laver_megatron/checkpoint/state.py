@@ -13,10 +13,8 @@ from typing import TypeVar
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, iteration_directory, set_latest
@@ -27,6 +25,7 @@ from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.runtime.engine import load_sharded, stored_keys
 from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 from laver_megatron.runtime.sharded_state import sharding_metadata
@@ -123,7 +122,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=True))
     sharded.update(_teacher_state(state, metadata, is_loading=True))
     _check_keys(sharded, path, may_ignore=_moments_of_idle_parameters(state.stages))
-    loaded = all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path))
+    loaded = all_ranks(f"read the checkpoint {path}", lambda: load_sharded(sharded, path))
     _fill_stages(state.stages, loaded)
     if "optimizer" in loaded:
         state.optimizer.load_state_dict(loaded["optimizer"])
@@ -159,14 +158,14 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
         sharded = _teacher_state(state, sharding_metadata(), is_loading=True)
         if "teacher.centre" not in stored:
             sharded.pop("centre", None)
-        _fill_teacher(state, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+        _fill_teacher(state, all_ranks(f"read the checkpoint {path}", lambda: load_sharded(sharded, path)))
 
 
 def load_weights(stages: Sequence[LaverStage], path: Path, *, may_lack: tuple[str, ...] = ()) -> None:
     """Fills the student's weights of all stages; may_lack: beginnings of keys that then stay as they are."""
     sharded = _model_state(stages, sharding_metadata())
     _check_keys(sharded, path, may_lack, (*MODULES["heads"], "teacher.", "optimizer."))
-    _fill_stages(stages, all_ranks(f"read the checkpoint {path}", lambda: _load(sharded, path)))
+    _fill_stages(stages, all_ranks(f"read the checkpoint {path}", lambda: load_sharded(sharded, path)))
 
 
 def _fill_stages(stages: Sequence[LaverStage], loaded: dict) -> None:
@@ -181,14 +180,8 @@ def _fill_teacher(state: TrainingState, loaded: dict) -> None:
         state.centre.value_K.copy_(loaded["centre"])
 
 
-def _load(sharded: dict, path: Path) -> dict:
-    # Keys that the checkpoint lacks are dropped; `_check_keys` has judged them.
-    loaded, *_ = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
-    return loaded
-
-
 def _stored_keys(path: Path) -> set[str]:
-    return all_ranks(f"read the checkpoint {path}", lambda: set(load_sharded_metadata(str(path))))
+    return all_ranks(f"read the checkpoint {path}", lambda: stored_keys(path))
 
 
 def _moments_of_idle_parameters(stages: Sequence[LaverStage]) -> tuple[str, ...]:

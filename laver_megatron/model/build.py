@@ -22,6 +22,7 @@ from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import transformer_config
 from laver_megatron.runtime.cpu_kernels import fuse_weight_gradients
+from laver_megatron.runtime.engine import data_parallel
 
 
 def build_stages(
@@ -87,10 +88,7 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
         overlap_grad_reduce=False,
         check_for_nan_in_grad=False,
     )
-    chunks = [
-        DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=i > 0)
-        for i, stage in enumerate(stages)
-    ]
+    chunks = [data_parallel(stage, ddp_config, disable_bucketing=i > 0) for i, stage in enumerate(stages)]
     fuse_weight_gradients(stages)
     optimizer_config = OptimizerConfig(
         optimizer="adam",

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -27,6 +27,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.model.positions import rotate
+from laver_megatron.runtime.engine import mlp_builder
 
 # Without TransformerEngine, Megatron-Core defines these names as mocks.
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -139,7 +140,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     )
 
 
-def layer_spec(kernel: str, segments: tuple[int, ...]) -> ModuleSpec:
+def layer_spec(kernel: str, segments: tuple[int, ...], ffn_hidden_size: int) -> ModuleSpec:
     """One decoder layer whose attention runs over spans. With TransformerEngine its linear layers and norms
     are used; checkpoint keys are the same with and without."""
     core_attention = partial(SpanAttention, kernel=kernel, segments=segments)
@@ -158,12 +159,12 @@ def layer_spec(kernel: str, segments: tuple[int, ...]) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
+            mlp=mlp_builder(
+                MLPSubmodules(
                     linear_fc1=TELayerNormColumnParallelLinear if with_te else ColumnParallelLinear,
                     linear_fc2=TERowParallelLinear if with_te else RowParallelLinear,
                 ),
+                ffn_hidden_size,
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
@@ -188,7 +189,7 @@ def build_decoder(
     return TransformerBlock(
         config=config,
         spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(kernel, segments)] * num_layers,
+            layer_specs=[layer_spec(kernel, segments, config.ffn_hidden_size)] * num_layers,
             layer_norm=TENorm if HAVE_TRANSFORMER_ENGINE else RMSNorm,
         ),
         pre_process=True,

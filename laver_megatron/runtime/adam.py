@@ -24,9 +24,11 @@ class ResumableAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented; set decoupled_weight_decay=True")
+        assert not capturable, "Megatron-Core 0.19 asks for it under optimizer_cuda_graph alone, which is not set"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -77,6 +77,8 @@ def cuda_calls(device: torch.device) -> list[tuple[Any, str, Any]]:
 
     return [
         (torch.cuda, "current_device", lambda: device),
+        # Of 0.19: before it reduces gradients, it takes the stream to let it wait for graphs, of which there are none.
+        (torch.cuda, "current_stream", lambda *args, **kwargs: None),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),

@@ -318,7 +318,7 @@ def cut(path):
 
 BREAKAGES = {
     "payload": ("*.distcp", flip_a_byte, "is damaged"),
-    "common": ("common.pt", flip_a_byte, "is damaged"),
+    "metadata": (".metadata", flip_a_byte, "is damaged"),
     "length": ("*.distcp", cut, "bytes, the manifest says"),
     "payload-missing": ("*.distcp", Path.unlink, "is missing"),
     "config-missing": ("hf/config.json", Path.unlink, "is missing"),

@@ -27,22 +27,27 @@ MEASURED = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def written(tmp_path) -> Path:
+def unpack(directory: Path) -> Path:
     """config.yaml, shards/ and run/ with the checkpoint after two of four steps."""
     with tarfile.open(FROZEN / "run.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path
+        archive.extractall(directory, filter="data")
+    return directory
 
 
-def go_on(layout, directory):
-    """Job: the command of the run again."""
+@pytest.fixture
+def written(tmp_path) -> Path:
+    return unpack(tmp_path)
+
+
+def go_on(layout, directory, **changes):
+    """Job: the command of the run again, with other settings."""
     settings = {
         "config": directory / "config.yaml",
         "data-path": directory / "shards/train-*.tar",
         "run-dir": directory / "run",
         "tensor-model-parallel-size": layout.tp,
         "pipeline-model-parallel-size": layout.pp,
+        **changes,
     }
     flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     train.train(train.setup(from_command_line([*flags, *(["--sequence-parallel"] if layout.sp else [])]).config))

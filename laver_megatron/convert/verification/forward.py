@@ -27,6 +27,7 @@ from laver_megatron.convert.verification.workers import Worker
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER
 from laver_megatron.hf.parts import ModelSettings
 from laver_megatron.hf.shape import read_config, read_model_shape
+from laver_megatron.runtime.engine import load_sharded
 from laver_megatron.runtime.sharded_state import sharded_tensors, sharding_metadata
 
 STUDENT, TEACHER = "student", "teacher"
@@ -245,11 +246,9 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     """Fills the stage; the checkpoint keys of weights that hold NaN afterwards. The teacher's weights take the
     place of the student's, from under keys of their own, and as training uses them: stored in fp32, they are
     rounded to the type of the student's."""
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-    from megatron.core.dist_checkpointing.validation import StrictHandling
 
     def state() -> dict:
         sharded = stage.sharded_state_dict(metadata=sharding_metadata())
@@ -259,9 +258,7 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
         return sharded
 
     # Keys that the checkpoint lacks are left out: their weights stay NaN and are named.
-    loaded, *_ = dist_checkpointing.load(
-        {"model": state()}, str(model.checkpoint), strict=StrictHandling.RETURN_UNEXPECTED
-    )
+    loaded = load_sharded({"model": state()}, model.checkpoint)
     stage.load_state_dict(loaded["model"], strict=False)
     if model.weights == TEACHER:
         dtype = load_sharded_metadata(str(model.checkpoint))[_LAST_NORM].dtype

@@ -58,6 +58,7 @@ def test_cuda_methods():
     assert torch.cuda.current_device() == CPU
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
+    assert torch.cuda.current_stream() is None
 
 
 @cpu_only

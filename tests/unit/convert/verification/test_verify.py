@@ -39,7 +39,7 @@ from laver_megatron.hf.parts import ModelSettings, parts_of_megatron
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.hf.weights import ModelParts, weight_table
 from tests.exports import add_processor
-from tests.programs import run_here
+from tests.programs import python_path, run_here
 
 pytestmark = pytest.mark.processes
 
@@ -172,7 +172,7 @@ def test_the_tool(text, images, tmp_path, same):
     options += ["--hf", directories.hugging_face, "--megatron", directories.megatron]
     if same:
         command = [sys.executable, ROOT / "tools/verify_conversion.py", *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     else:
         done = run_here("tools/verify_conversion.py", *options)

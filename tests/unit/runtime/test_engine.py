@@ -1,0 +1,67 @@
+"""What differs between versions of Megatron-Core; `make test-engine` runs this on the newest, too."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from laver_megatron.runtime import engine
+from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_kernels_of_triton_are_replaced_where_it_is_missing(monkeypatch, has_triton):
+    monkeypatch.delitem(sys.modules, engine._PAGED_STASH, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace() if has_triton else None)
+    engine.prepare_import()
+    assert (engine._PAGED_STASH in sys.modules) is not has_triton
+    sys.modules.pop(engine._PAGED_STASH, None)
+
+
+@pytest.fixture
+def one_process():
+    initialise_parallelism(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        timeout_minutes=1,
+        seed=3,
+    )
+    yield
+    shut_down_parallelism()
+
+
+def buckets(wrapped):
+    """(First element, number of elements) of every bucket, and where each parameter lies."""
+    (buffer,) = wrapped.buffers
+    places = [tuple(buffer.param_index_map[parameter]) for parameter in wrapped.module.parameters()]
+    return [(bucket.offset, bucket.grad_data.numel()) for bucket in buffer.buckets], places
+
+
+@pytest.mark.parametrize("overlap, bucket_size, disable", [(False, 100, False), (True, 100, False), (True, 100, True)])
+def test_buckets_are_those_that_megatron_chooses(one_process, caplog, overlap, bucket_size, disable):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    def module():
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        stage = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(6)))
+        stage.config = config
+        stage[3].requires_grad_(False)
+        return stage
+
+    def settings():
+        return DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=overlap, bucket_size=bucket_size
+        )
+
+    stage = module()
+    by_megatron = DistributedDataParallel(stage.config, settings(), stage, disable_bucketing=disable)
+    caplog.clear()
+    ours = engine.data_parallel(module(), settings(), disable_bucketing=disable)
+    assert not caplog.records
+    stage.pop(3), ours.module.pop(3)  # has no place
+    assert buckets(ours) == buckets(by_megatron)
+    assert (len(buckets(ours)[0]) > 1) is (overlap and not disable)
