@@ -76,8 +76,8 @@ def test_packs_hold_what_the_plan_says(demo_dir, open_shards):
         [batch] = reader.read(number, 1, 1)
         ids = plan.pack(number)
         assert batch.keys == [[index.key(row) for index, row in map(reader.maker.locate_sample, ids)]]
-        assert (batch.document_BS >= 0).sum() == plan.token_counts_I[list(ids)].sum() <= 256
-        assert (batch.image_BS >= 0).sum() == plan.visual_counts_I[list(ids)].sum() <= 192
+        assert (batch.document_BS >= 0).sum() == plan.sizes(ids)[0].sum() <= 256
+        assert (batch.image_BS >= 0).sum() == plan.sizes(ids)[1].sum() <= 192
         assert torch.equal(batch.image_BS >= 0, batch.tokens_BS == reader.maker.encoder.image_pad)
         assert len(batch.pixels[0]) == int(batch.image_BS.max()) + 1
         assert set(batch.sample_id_BS[0].tolist()) - {-1} == set(ids)
@@ -112,7 +112,7 @@ def test_a_corrupt_picture_leaves_padding(write_shard, open_shards, caplog, num_
     assert reader.plan.num_packs(0) == 2
     batches = reader.read(0, 2, 1)
     assert sorted(key for batch in batches for key in batch.keys[0]) == ["s0", "s2"]
-    tokens = reader.plan.token_counts_I
+    tokens, _ = reader.plan.sizes(range(3))
     assert sum(int((batch.document_BS >= 0).sum()) for batch in batches) == tokens[0] + tokens[2]
     assert reader.num_bad_samples == 1
     assert "train-00000.tar: 's1' cannot be used (unreadable_image, 1 so far): it stays padding" in caplog.text
