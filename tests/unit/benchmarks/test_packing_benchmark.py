@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from laver_megatron.data.plan.best_fit import pack_window
 from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.plan import PackPlan
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks import packing
 from tools.benchmarks.packing import DATA_SETS, benchmark, draw_source, least_packs_jointly, measure_fill
