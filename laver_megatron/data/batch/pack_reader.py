@@ -17,7 +17,7 @@ from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMa
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.data.batch.shared_buffers import SharedBuffers
 from laver_megatron.data.index.counts import SampleCounts, count_samples
-from laver_megatron.data.index.faults import FAULTS, Fault, FaultLog
+from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.index.shard_index import ShardIndex
 from laver_megatron.data.plan.plan import PackPlan
@@ -176,8 +176,10 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
     open_shard = open_local if spec.cache is None else spec.cache.open
     faults = FaultLog(logger)
     _add_faults(faults, indexes)
+    spare = None if spec.cache is None else spec.cache.folder
     counts = [
-        count_samples(index, tokenizer, preprocessor, num_workers, spec.limits, open_shard, faults) for index in indexes
+        count_samples(index, tokenizer, preprocessor, num_workers, spec.limits, open_shard, faults, spare)
+        for index in indexes
     ]
     maker = PackMaker(indexes, encoder, preprocessor, spec.seq_length, spec.limits, open_shard)
     faults.check(spec.max_bad_fraction, maker.num_samples)
@@ -197,8 +199,8 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
     """Adds the faults that indexing found, logged with shard and key."""
     for index in indexes:
-        for row in np.flatnonzero(index.fault_I).tolist():
-            log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+        rows_I = index.faulty_rows()
+        log.add_rows(rows_I, index.fault_I[rows_I], index.name)
     for index in indexes:
         log.counts.update({Fault(name): count for name, count in index.left_out.items()})
 
