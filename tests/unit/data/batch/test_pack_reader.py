@@ -13,6 +13,7 @@ import torch
 
 from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_reader import open_reader
+from laver_megatron.data.index import mapped
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import write_index
@@ -58,6 +59,19 @@ def test_workers_change_nothing(demo_dir, open_shards):
         for one, other in zip(plain.read(first, 4, 2), threaded.read(first, 4, 2), strict=True):
             same(one, other)
     assert len(threaded._under_way) == 8  # what the next two calls are expected to ask for: six packs for 3 workers
+
+
+@pytest.mark.processes
+def test_a_mapped_index_changes_nothing(demo_dir, open_shards, monkeypatch, tmp_path):
+    write_index(index_tars(sorted((demo_dir / "shards").glob("train-*.tar"))), tmp_path / "index.parquet")
+    plain = open_shards(tmp_path)
+    monkeypatch.setattr(mapped, "SMALLEST", 1)
+    for _ in range(2):  # made, and found
+        reader = open_shards(tmp_path, num_workers=2)
+        assert reader.fingerprint == plain.fingerprint
+        for one, other in zip(plain.read(3, 4, 2), reader.read(3, 4, 2), strict=True):
+            same(one, other)
+    assert len(list(tmp_path.glob("*.mapped"))) == 2
 
 
 def test_micro_batches_and_ranks_cut_the_same_packs(demo_dir, open_shards):
