@@ -3,14 +3,16 @@
 Letters: I sample ids.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
@@ -27,6 +29,9 @@ from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.data.read.sample_files import open_local
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.runtime.processes import WorkerPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,15 @@
 Letters: I samples of one index.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +19,6 @@ import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.index import mapped
 from laver_megatron.data.index.faults import FAULT_NAMES, Fault, FaultLog, SampleFault
@@ -29,6 +31,9 @@ from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_l
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.runtime.processes import map_in_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +132,7 @@ def _kept_counts(path: Path, index: ShardIndex, log: FaultLog, spare: Path | Non
     return counts
 
 
-def _count(counter: "_Counter", num_workers: int, log: FaultLog) -> SampleCounts:
+def _count(counter: _Counter, num_workers: int, log: FaultLog) -> SampleCounts:
     index = counter.index
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
     hidden = not sys.stderr.isatty()
