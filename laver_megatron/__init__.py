@@ -2,6 +2,8 @@
 
 import warnings
 
+from laver_megatron.runtime.lazy_compile import defer_compilation
+
 __version__ = "0.1.0"
 
 # What Megatron-Core and torch say at every start about things that are as they should be here. Some of it is
@@ -16,3 +18,5 @@ for _message in (
     "`?load_state_dict`? is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+defer_compilation()
