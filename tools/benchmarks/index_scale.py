@@ -43,7 +43,10 @@ _MIB = 1 << 20
 
 
 def draw(folder: Path, num_samples: int, directory: Path) -> None:
-    """Writes `index.parquet`, its counts and its empty shards. The columns are drawn into files, not into memory."""
+    """Writes `index.parquet`, its counts and its empty shards, unless they are there. The columns are drawn into files,
+    not into memory."""
+    if (folder / "index.parquet").exists():
+        return
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
 
@@ -184,8 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for num_samples in options.samples:
             folder = (options.folder or Path(temporary)) / str(num_samples)
-            if not folder.exists():
-                draw(folder, num_samples, options.dir)
+            draw(folder, num_samples, options.dir)
             _print_row(num_samples, folder, options.dir)
             if options.folder is None:
                 shutil.rmtree(folder)
