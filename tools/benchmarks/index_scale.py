@@ -3,11 +3,11 @@
     python tools/benchmarks/index_scale.py --dir runs/demo --samples 1000000 10000000      # 0.35 GB and 3.5 GB of disk
     python tools/benchmarks/index_scale.py --dir runs/demo --samples 100000000 --folder /tmp/scale     # 35 GB, an hour
 
-Samples are the native mix of packing.py, in shards of 10,000, which are empty files of the right length. Each row is
-two processes that open the same data, the second while the first still has it open: what it needs for itself is what
-each further reader of a node costs. Private memory is the process's own (RssAnon), which includes what Python and
-torch take; the highest value while opening is beside it. Resuming is finding the first pack in the middle of the epoch
-from a mark.
+Samples are the native mix of packing.py (a million, then the same sizes again), in shards of 10,000, which are empty
+files of the right length. Each row is a process that opens the data and stays; the second one shows what each further
+reader of a node costs. Private memory is the process's own (RssAnon), which includes what Python and torch take; the
+highest value while opening is beside it. USS also counts pages of mapped files that no other process has mapped.
+Resuming is finding the first pack in the middle of the epoch from a mark.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
 from laver_megatron.data.batch.data_spec import DataSpec
-from laver_megatron.data.batch.pack_reader import open_reader
+from laver_megatron.data.batch.pack_reader import PackReader, open_reader
 from laver_megatron.data.index.counts import SampleCounts, _settings_hash, write_counts
 from laver_megatron.data.index.index_file import write_index
 from laver_megatron.data.index.shard_index import Shard, ShardIndex
@@ -64,18 +64,19 @@ def draw(folder: Path, num_samples: int, directory: Path) -> None:
     fault_I = column("fault", num_samples, np.int8)
     start_I, key_start_I = (column(name, num_samples + 1, np.int64) for name in ("starts", "key_starts"))
     letters = column("letters", num_samples * _KEY_LETTERS, np.uint8)
+    source = draw_source("native", min(num_samples, _DRAWN_TOGETHER), seed=0)  # the others have the same sizes
     for begin in range(0, num_samples, _DRAWN_TOGETHER):
         part = slice(begin, min(begin + _DRAWN_TOGETHER, num_samples))
         number_I = np.arange(part.start, part.stop)
         random = np.random.default_rng(begin)
-        source = draw_source("native", len(number_I), seed=begin)
-        counts["tokens_I"][part], counts["visual_I"][part] = source.tokens_I, source.visual_I
-        counts["images_I"][part], counts["labels_I"][part] = source.visual_I > 0, source.tokens_I // 3
+        tokens_I, visual_I = source.tokens_I[: len(number_I)], source.visual_I[: len(number_I)]
+        counts["tokens_I"][part], counts["visual_I"][part] = tokens_I, visual_I
+        counts["images_I"][part], counts["labels_I"][part] = visual_I > 0, tokens_I // 3
         rows["shard_I"][part] = number_I // _SAMPLES_A_SHARD
         rows["text_offset_I"][part] = number_I % _SAMPLES_A_SHARD * 100_000 + 512
-        rows["text_size_I"][part] = source.tokens_I * 4
+        rows["text_size_I"][part] = tokens_I * 4
         rows["checksum_I"][part] = random.integers(0, 1 << 64, len(number_I), np.uint64)
-        start_I[part.start + 1 : part.stop + 1] = start_I[part.start] + np.cumsum(source.visual_I > 0)
+        start_I[part.start + 1 : part.stop + 1] = start_I[part.start] + np.cumsum(visual_I > 0)
         digits = number_I[:, None] // 10 ** np.arange(_KEY_LETTERS - 1, -1, -1) % 10 + ord("0")
         letters[part.start * _KEY_LETTERS : part.stop * _KEY_LETTERS] = digits.reshape(-1)
         key_start_I[part.start + 1 : part.stop + 1] = (number_I + 1) * _KEY_LETTERS
@@ -112,8 +113,8 @@ def _tools(directory: Path) -> tuple:
     return load_tokenizer(directory / "model"), open_preprocessor(directory / "encoder")
 
 
-def measure(folder: Path, directory: Path) -> dict[str, float]:
-    """Opens data and asks for two packs, in this process."""
+def measure(folder: Path, directory: Path) -> tuple[dict[str, float], PackReader]:
+    """Opens data and asks for two packs, in this process; returns the reader, too, so that the data stay open."""
     tokenizer, preprocessor = _tools(directory)
     spec = DataSpec([folder], _SEQ_LENGTH, _VISUAL_SEQ_LENGTH, seed=1)
     result = {"before_mib": private_mib()}
@@ -139,7 +140,7 @@ def measure(folder: Path, directory: Path) -> dict[str, float]:
     result["resume_cpu_s"] = _cpu_seconds(resume)
     result["private_mib"] = private_mib()
     result["uss_mib"] = psutil.Process().memory_full_info().uss / _MIB
-    return result
+    return result, reader
 
 
 def private_mib() -> float:
@@ -181,8 +182,10 @@ def main() -> None:
     add("--measure", type=Path, help=argparse.SUPPRESS)  # what a process of a row does
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.dir)), flush=True)
-        sys.stdin.read()  # keeps the data open
+        result, reader = measure(options.measure, options.dir)
+        print(json.dumps(result), flush=True)
+        sys.stdin.read()
+        reader.close()
         return
     with tempfile.TemporaryDirectory() as temporary:
         for num_samples in options.samples:

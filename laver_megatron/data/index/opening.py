@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
-from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select
+from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select, successive
 from laver_megatron.data.read.record_keys import keys_line
 from laver_megatron.data.read.shard_cache import ShardCache
 from laver_megatron.runtime.files import open_file
@@ -201,6 +201,8 @@ def _only(index: ShardIndex, numbers: list[int]) -> ShardIndex:
     """The samples of some shards, in the order of these shards."""
     if numbers == list(range(len(index.shards))):
         return index
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and index.is_by_shard:
+        return replace(successive(index, numbers[0], numbers[-1]), path=index.path)
     rank = np.full(len(index.shards), -1, np.int64)
     rank[numbers] = np.arange(len(numbers))
     rank_I = rank[index.shard_I]

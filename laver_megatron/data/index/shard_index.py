@@ -135,6 +135,11 @@ class ShardIndex:
             fault=FAULTS[code - 1] if code else None,
         )
 
+    @cached_property
+    def is_by_shard(self) -> bool:
+        """Whether the samples are in the order of the shards."""
+        return all(bool(np.all(part[1:] >= part[:-1])) for part in _parts(self.shard_I, overlap=1))
+
     def name(self, row: int) -> tuple[str, str]:
         """(path of the shard, key) of a sample, for messages."""
         return self.shards[self.shard_I[row]].path, self.key(row)
@@ -274,6 +279,24 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         left_out=sum((index.left_out for index in indexes), Counter()),
         ignored=sum((index.ignored for index in indexes), Counter()),
         other_keys=other_keys,
+    )
+
+
+def successive(index: ShardIndex, first: int, last: int) -> ShardIndex:
+    """The samples of the shards `first` to `last`, of an index in the order of its shards. Columns are views where that
+    is possible, so that mapped ones stay so. Samples that were left out are no part of it."""
+    rows = slice(*(sum(shard.num_samples for shard in index.shards[:end]) for end in (first, last + 1)))
+    pictures = slice(int(index.image_start_I[rows.start]), int(index.image_start_I[rows.stop]))
+    shard_I, image_start_I = index.shard_I[rows], index.image_start_I[rows.start : rows.stop + 1]
+    return ShardIndex(
+        shards=index.shards[first : last + 1],
+        extensions=index.extensions,
+        shard_I=shard_I - np.int32(first) if first else shard_I,
+        keys=index.keys[rows],
+        image_start_I=image_start_I - pictures.start if pictures.start else image_start_I,
+        image_extension_P=index.image_extension_P[pictures],
+        **{name: getattr(index, name)[rows] for name in _ROW_COLUMNS},
+        **{name: getattr(index, name)[pictures] for name in _PICTURE_COLUMNS},
     )
 
 

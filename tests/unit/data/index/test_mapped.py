@@ -1,6 +1,7 @@
 """Indexes and counts of many samples: the same as in memory, made again when they must be, shared by processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,8 +17,8 @@ from laver_megatron.data.index import index_file, mapped
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.counts import count_samples, read_counts, write_counts
 from laver_megatron.data.index.index_file import read_index, write_index
-from laver_megatron.data.index.opening import find_shards
-from laver_megatron.data.index.shard_index import ShardIndex
+from laver_megatron.data.index.opening import find_shards, open_indexes
+from laver_megatron.data.index.shard_index import ShardIndex, select, successive
 from tests.unit.data.index.test_formats import assert_same, the_counts, the_index
 
 
@@ -173,3 +174,27 @@ def pages_of(process, file):
     lines = Path(f"/proc/{process}/smaps").read_text().splitlines()
     [start] = [number for number, line in enumerate(lines) if line.endswith(str(file))]
     return {line.split(":")[0]: int(line.split()[1]) for line in lines[start + 1 : start + 16]}
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 2), (2, 2)])
+def test_successive_shards_stay_mapped(path, demo_dir, tmp_path, first, last):
+    train, valid = find_shards(demo_dir / "shards")
+    shards = [shutil.copy(shard, tmp_path / f"{number}.tar") for number, shard in enumerate((train, valid, train))]
+    write_index(index_tars(shards), path)
+    index = read_index(path)
+    part = successive(index, first, last)
+    expected = select(index, np.flatnonzero((index.shard_I >= first) & (index.shard_I <= last)))
+    assert index.is_by_shard
+    assert_same(part, expected, without=("keys",))
+    assert part.keys.to_pylist() == expected.keys.to_pylist() and part.fingerprint == expected.fingerprint
+    assert part.sample(len(part) - 1) == expected.sample(len(part) - 1)
+    assert is_mapped(part.checksum_I) and is_mapped(part.image_offset_P) and is_mapped(part.shard_I) == (first == 0)
+
+
+def test_a_glob_of_successive_shards_stays_mapped(path, demo_dir):
+    folder = path.parent
+    for shard in find_shards(demo_dir / "shards"):
+        shutil.copy(shard, folder)
+    write_index(index_tars(find_shards(folder)), path)
+    [index] = open_indexes([folder / "train-*.tar"])
+    assert len(index) == 96 and is_mapped(index.shard_I) and index.path == path
