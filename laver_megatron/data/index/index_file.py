@@ -134,7 +134,8 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 def batches(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of some columns, part by part."""
-    return file.iter_batches(_ROWS_A_GROUP, columns=columns)
+    yield from file.iter_batches(_ROWS_A_GROUP, columns=columns)
+    pa.default_memory_pool().release_unused()
 
 
 def read_index(path: str | Path, url: str | None = None, spare: Path | None = None) -> ShardIndex:
