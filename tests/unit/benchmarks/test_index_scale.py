@@ -20,6 +20,6 @@ def test_what_is_drawn_can_be_opened_and_measured(demo_dir, tmp_path, monkeypatc
     assert not index.faults and index.image_sizes(0) in ([], [(640, 480)])
     result, reader = index_scale.measure(folder, demo_dir)
     assert reader.plan.num_samples > 3900 and not list(folder.glob("scratch"))
-    assert 0 < result["before_mib"] <= result["private_mib"] and result["resume_cpu_s"] > 0
+    assert min(result.values()) >= 0 and result["private_mib"] > 10 and result["resume_cpu_s"] > 0
     assert len(list(folder.glob("*.mapped"))) == 2 * is_mapped
     reader.close()
