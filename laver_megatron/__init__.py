@@ -3,6 +3,7 @@
 import warnings
 
 from laver_megatron.runtime.engine import prepare_import
+from laver_megatron.runtime.lazy_compile import defer_compilation
 
 __version__ = "0.1.0"
 
@@ -21,3 +22,4 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 prepare_import()
+defer_compilation()

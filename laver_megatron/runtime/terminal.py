@@ -7,24 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-import transformers
 
 
 def log_to_terminal() -> None:
     """Shows the package's own messages, of rank 0 all and of the others only warnings, and silences the
     progress bars that transformers would draw on every rank."""
+    from transformers.utils.logging import disable_progress_bar  # here, because importing it takes a second
+
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("laver_megatron")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' warnings and progress bars."""
-    logging = transformers.utils.logging
+    from transformers.utils import logging
+
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

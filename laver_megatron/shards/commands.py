@@ -162,14 +162,6 @@ def subset_main(argv: Sequence[str] | None = None) -> None:
 @program
 def show_main(argv: Sequence[str] | None = None) -> None:
     """Prints and draws packs of a run."""
-    from laver_megatron.data.batch.data_spec import DataSpec
-    from laver_megatron.data.batch.pack_reader import open_reader
-    from laver_megatron.data.index.opening import path_problems
-    from laver_megatron.encoders import open_preprocessor
-    from laver_megatron.hf.tokenizer import load_tokenizer
-    from laver_megatron.shards.show import describe, draw, show_packs
-    from laver_megatron.start import find_start
-
     examples = [
         "--config examples/demo.yaml --packs 0 1 --output shown/",
         "--config examples/demo.yaml --packs 7 --step 90 --mask-ratio 0.3 --output shown/",
@@ -181,6 +173,16 @@ def show_main(argv: Sequence[str] | None = None) -> None:
     add("--validation", action="store_true", help="packs of --valid-data-path")
     add("--output", type=Path, required=True, metavar="DIR", help="where the pictures go")
     options, of_trainer = parser.parse_known_args(argv)
+
+    # Here, because they take seconds, which --help should not.
+    from laver_megatron.data.batch.data_spec import DataSpec
+    from laver_megatron.data.batch.pack_reader import open_reader
+    from laver_megatron.data.index.opening import path_problems
+    from laver_megatron.encoders import open_preprocessor
+    from laver_megatron.hf.tokenizer import load_tokenizer
+    from laver_megatron.shards.show import describe, draw, show_packs
+    from laver_megatron.start import find_start
+
     config = from_command_line(of_trainer).config
 
     def show() -> None:

@@ -3,10 +3,12 @@
 Letters: B packs (here one), S tokens of a pack, N visual tokens of an image, L a row of the token strip.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +19,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import mask_pack
@@ -28,6 +29,9 @@ from laver_megatron.model.spans import language_spans, spans_to_mask
 from laver_megatron.objective import schedules
 from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.shards.build import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Kinds of tokens in the strip, with their colours; images alternate between two, so that neighbours differ.
 PADDING, TEXT, ANSWER, IMAGE, OTHER_IMAGE, MASKED = range(6)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.pack_reader import PackReader
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.plan import SampleSizes
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops

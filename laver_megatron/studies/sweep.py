@@ -17,10 +17,9 @@ from laver_megatron.encoders import read_encoder
 from laver_megatron.run_log.run_summary import config_hash
 from laver_megatron.studies.iteration_counts import IterationCounts
 from laver_megatron.studies.observations import first_few
+from laver_megatron.studies.sweep_options import ARMS, SweepOptions
 from laver_megatron.studies.sweep_sizes import (
-    ARMS,
     Size,
-    SweepOptions,
     amount_label,
     open_training_data,
     read_sizes,

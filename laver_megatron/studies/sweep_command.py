@@ -1,18 +1,22 @@
 """`laver sweep`: the runs of a scaling study."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laver_megatron.program import program, program_parser
 from laver_megatron.run_log.run_summary import MANIFEST
 from laver_megatron.studies.observations import NEEDED_DISTINCT
-from laver_megatron.studies.sweep import SweepRun, sweep_runs
-from laver_megatron.studies.sweep_files import write_sweep
-from laver_megatron.studies.sweep_sizes import ARMS, SweepOptions, varying_settings
+from laver_megatron.studies.sweep_options import ARMS, SweepOptions
+
+if TYPE_CHECKING:
+    from laver_megatron.studies.sweep import SweepRun
 
 DESCRIPTION = """
 Makes the runs of a scaling study: sizes x amounts of data or compute x LaVer on and off x seeds.
@@ -76,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_sweep(options: SweepOptions) -> None:
     """Works out the runs, writes them, and prints a table and notes."""
+    from laver_megatron.studies.sweep import sweep_runs
+    from laver_megatron.studies.sweep_files import write_sweep
+
     runs, output = sweep_runs(options), options.output
     write_sweep(runs, output, options.gpus_per_node)
     print(table(runs))
@@ -101,6 +108,8 @@ def table(runs: Sequence[SweepRun]) -> str:
 
 def notes(runs: Sequence[SweepRun], kind: str) -> Iterator[str]:
     """What a reader should know before so much is computed."""
+    from laver_megatron.studies.sweep_sizes import varying_settings
+
     sizes = list({run.size.name: run.size for run in runs}.values())
     for what, number in (("sizes", len(sizes)), ("amounts", len({run.amount for run in runs}))):
         if number < NEEDED_DISTINCT:

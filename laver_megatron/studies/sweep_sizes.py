@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,55 +23,13 @@ from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
 from laver_megatron.start import HF_PREFIX, find_start
+from laver_megatron.studies.sweep_options import SweepOptions
 
-ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
-AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
 _SET_BY_THE_SWEEP = (
     "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver",
     "--print-config", "--dry-run",
 )  # fmt: skip
-
-
-@dataclass
-class SweepOptions:
-    """The options of a sweep and their defaults, which the command line's parser fills in.
-
-    Attributes:
-        models: configuration files, or model directories to be trained by the configuration `base`.
-        iterations, tokens, flops, subsets: the amounts; one of these is given, subsets as paths.
-        seeds: empty for the configuration's own.
-        num_gpus: for each model or one for all; empty for the smallest number that its layout fits.
-        lr_exponent: the rate falls as N to the power of minus this.
-        lr_warmup_share: of the iterations; None keeps the configuration's number.
-        flags: of the trainer, for all runs.
-    """
-
-    models: list[str] = field(default_factory=list)
-    base: str | None = None
-    iterations: list[str] | None = None
-    tokens: list[str] | None = None
-    flops: list[str] | None = None
-    subsets: list[str] | None = None
-    output: Path = Path()
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
-    seeds: list[int] = field(default_factory=list)
-    max_epochs: float = 1.0
-    num_gpus: list[int] = field(default_factory=list)
-    gpus_per_node: int = 8
-    lr_exponent: float | None = None
-    lr_warmup_share: float | None = None
-    flags: list[str] = field(default_factory=list)
-
-    @property
-    def amount_kind(self) -> str:
-        (kind,) = (kind for kind in AMOUNT_KINDS if getattr(self, kind))
-        return kind
-
-    @property
-    def amounts(self) -> list[str]:
-        amounts: list[str] = getattr(self, self.amount_kind)
-        return amounts
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,32 @@ def test_training_loads_no_program(core):
     assert "trainer" in rooms and not rooms & set(PROGRAMS)
 
 
+SLOW_TO_IMPORT = ("transformers", "torch._dynamo", "torch._inductor", "matplotlib", "scipy", "pandas", "webdataset")
+
+
+@pytest.mark.processes
+def test_training_imports_nothing_slow_before_it_needs_it():
+    """The trainer starts on every rank; each of these takes a second of it, or two."""
+    code = (
+        f"import sys, laver_megatron.train\nprint(*(name for name in {SLOW_TO_IMPORT} if name in sys.modules), sep=',')"
+    )
+    assert run_python(code) == [""]
+
+
+@pytest.mark.processes
+def test_help_pages_import_nothing_slow():
+    code = (
+        "import contextlib, io, sys\n"
+        "from laver_megatron.__main__ import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as page:\n"
+        "        main([*name.split(), '--help'])\n"
+        "    assert page.getvalue().startswith('usage: laver'), name\n"
+        f"print(*(name for name in {('torch', 'megatron', *SLOW_TO_IMPORT)} if name in sys.modules), sep=',')"
+    )
+    assert run_python(code) == ["scipy"]  # of `laver fit`, in 0.4 s
+
+
 @pytest.mark.processes
 def test_training_loads_no_more_lines_than_the_bound(core):
     num_lines = sum(len(Path(file).read_text().splitlines()) for file in core.values())

@@ -24,7 +24,8 @@ from laver_megatron.config.command_line import load_config
 from laver_megatron.config.fields import PRESETS, Config, all_fields
 from laver_megatron.config.modules import MODULES
 from laver_megatron.data.batch import run_data
-from laver_megatron.data.plan.plan import PackPlan, SampleSizes
+from laver_megatron.data.plan.plan import PackPlan
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.hf.shape import read_model_shape
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.objective.language import IGNORE_LABEL

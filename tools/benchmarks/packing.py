@@ -36,8 +36,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.mixture import SampleSizes
 from laver_megatron.data.plan.plan import PackPlan
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 
 DATA_SETS = ("native", "729", "576", "many 729", "many 576", "captions 729", "captions 576")
@@ -167,7 +167,7 @@ def measure_fill(plan: PackPlan, first_window: int = 0, num_windows: int = 1) ->
     parts = [plan.window_packs(window) for window in range(first_window, first_window + num_windows)]
     ids_I = np.concatenate([part.sample_id_I for part in parts])
     num_packs = sum(len(part) for part in parts)
-    sizes = tokens_I, visual_I = plan.token_counts_I[ids_I], plan.visual_counts_I[ids_I]
+    sizes = tokens_I, visual_I = plan.sizes(ids_I)
     least = least_packs(*sizes, plan.seq_length, plan.visual_seq_length)
     if num_packs > least * _GOOD_ENOUGH:
         least = max(least, least_packs_jointly(*sizes, plan.seq_length, plan.visual_seq_length))

@@ -3,29 +3,35 @@
 Letters: I sample ids.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.data.batch.shared_buffers import SharedBuffers
 from laver_megatron.data.index.counts import SampleCounts, count_samples
-from laver_megatron.data.index.faults import FAULTS, Fault, FaultLog
+from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.index.opening import open_indexes
 from laver_megatron.data.index.shard_index import ShardIndex
-from laver_megatron.data.plan.plan import PackPlan, SampleSizes
+from laver_megatron.data.plan.plan import PackPlan
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.data.read.sample_files import open_local
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.runtime.processes import WorkerPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +127,7 @@ class PackReader:
     def _task(self, number: int) -> tuple[int, list[int], list[int]]:
         """The arguments of `_make` for a pack."""
         sample_ids = list(self.plan.pack(number))
-        return self._buffers.take(), sample_ids, self.plan.token_counts_I[sample_ids].tolist()
+        return self._buffers.take(), sample_ids, self.plan.sizes(sample_ids)[0].tolist()
 
     def _make_now(self, numbers: range) -> list[PackContent]:
         contents = []
@@ -175,8 +181,10 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
     open_shard = open_local if spec.cache is None else spec.cache.open
     faults = FaultLog(logger)
     _add_faults(faults, indexes)
+    spare = None if spec.cache is None else spec.cache.folder
     counts = [
-        count_samples(index, tokenizer, preprocessor, num_workers, spec.limits, open_shard, faults) for index in indexes
+        count_samples(index, tokenizer, preprocessor, num_workers, spec.limits, open_shard, faults, spare)
+        for index in indexes
     ]
     maker = PackMaker(indexes, encoder, preprocessor, spec.seq_length, spec.limits, open_shard)
     faults.check(spec.max_bad_fraction, maker.num_samples)
@@ -196,8 +204,8 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
     """Adds the faults that indexing found, logged with shard and key."""
     for index in indexes:
-        for row in np.flatnonzero(index.fault_I).tolist():
-            log.add(FAULTS[index.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+        rows_I = index.faulty_rows()
+        log.add_rows(rows_I, index.fault_I[rows_I], index.name)
     for index in indexes:
         log.counts.update({Fault(name): count for name, count in index.left_out.items()})
 
@@ -208,29 +216,33 @@ def _log_contents(plan: PackPlan, counts: Sequence[SampleCounts], faults: FaultL
     Raises:
         ValueError: nothing to learn from.
     """
-    kept = plan.sample_ids
-    images, labels = (
-        int(np.concatenate([getattr(part, name) for part in counts])[kept].sum(dtype=np.int64))
-        for name in ("images_I", "labels_I")
-    )
-    dropped_I = np.concatenate([part.dropped_I for part in counts])[kept]
-    if dropped_I.any():
-        logger.info("%d samples lose their last %d turns: they were too long", (dropped_I > 0).sum(), dropped_I.sum())
+    # Of the samples that take part: images, labels, tokens, visual tokens, turns that were dropped, samples they miss.
+    totals = np.zeros(6, np.int64)
+    for rows, part in zip(plan.rows, counts, strict=True):
+        columns = part.images_I, part.labels_I, part.tokens_I, part.visual_I, part.dropped_I
+        for rows_N in rows.chunks():
+            totals[:5] += [column_I[rows_N].sum(dtype=np.int64) for column_I in columns]
+            totals[5] += np.count_nonzero(part.dropped_I[rows_N])
+    images, labels, tokens, visual, dropped, num_shortened = totals.tolist()
+    if dropped:
+        logger.info("%d samples lose their last %d turns: they were too long", num_shortened, dropped)
     skipped = Counter({str(fault): count for fault, count in faults.counts.items()}) + plan.skipped
     logger.info(
         "data: %d samples, %d images, %d tokens (%d visual), %s%d packs in the first epoch; skipped: %s",
-        len(kept),
+        plan.num_fitting,
         images,
-        plan.token_counts_I[kept].sum(dtype=np.int64),
-        plan.visual_counts_I[kept].sum(dtype=np.int64),
+        tokens,
+        visual,
         "" if plan.num_windows == 1 else "about ",  # one window is packed now, the others when they are needed
         plan.estimate_num_packs(),
         ", ".join(f"{count} ({reason})" for reason, count in skipped.items()) or "none",
     )
     if not labels:
-        raise ValueError(f"none of the {len(kept)} samples that fit has an answer to learn from (an assistant's turn)")
+        raise ValueError(
+            f"none of the {plan.num_fitting} samples that fit has an answer to learn from (an assistant's turn)"
+        )
     if needs_images and not images:
         raise ValueError(
-            f"none of the {len(kept)} samples that fit has an image, so LaVer has nothing to reconstruct; "
+            f"none of the {plan.num_fitting} samples that fit has an image, so LaVer has nothing to reconstruct; "
             "raise --seq-length or --visual-seq-length, look at the data, or train with --no-laver"
         )

@@ -3,29 +3,37 @@
 Letters: I samples of one index.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault
-from laver_megatron.data.index.index_file import codes, is_url, read_table, write_table
-from laver_megatron.data.index.shard_index import ShardIndex
+from laver_megatron.data.index import mapped
+from laver_megatron.data.index.faults import FAULT_NAMES, Fault, FaultLog, SampleFault
+from laver_megatron.data.index.index_file import NUMBER_OF_FAULT, batches, codes, is_url, open_parquet, write_table
+from laver_megatron.data.index.mapped import Columns, Recipe, map_columns
+from laver_megatron.data.index.shard_index import ShardIndex, flat_nonzero
 from laver_megatron.data.read.conversations import parse_conversation
 from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.data.read.sample_files import OpenShard, SampleFiles, open_local
 from laver_megatron.encoders import ImagePreprocessor
 from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.runtime.processes import map_in_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +68,9 @@ class SampleCounts:
         return len(self.tokens_I)
 
 
+_TYPES = {column.name: np.int8 if column.name == "fault_I" else np.int32 for column in fields(SampleCounts)}
+
+
 def count_samples(
     index: ShardIndex,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,6 +79,7 @@ def count_samples(
     limits: Limits = None,
     open_shard: OpenShard = open_local,
     log: FaultLog | None = None,
+    spare: Path | None = None,
 ) -> SampleCounts:
     """The counts of an index, from the file beside it if they have been counted before.
 
@@ -76,6 +88,7 @@ def count_samples(
     Args:
         limits: (tokens, visual tokens) to which `SampleEncoder.encode` shortens longer samples.
         log: receives the faults that the index does not have, with details if they are counted now.
+        spare: a folder for the columns of a large index (mapped.py) if its own cannot be written to.
 
     Raises:
         ValueError: a tokenizer that is not Qwen2.5's; a worker process that was killed.
@@ -85,17 +98,18 @@ def count_samples(
     if index.path is None:
         return _count(counter, num_workers, log)
     path = index.path.with_name(f"counts-{_settings_hash(index, tokenizer, preprocessor, limits)}.parquet")
-    if (counts := _kept_counts(path, index, log)) is not None:
+    if (counts := _kept_counts(path, index, log, spare)) is not None:
         return counts
     try:
         # Several readers start together: one counts, the others wait.
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if (counts := _kept_counts(path, index, log)) is not None:
+            if (counts := _kept_counts(path, index, log, spare)) is not None:
                 return counts
             counts = _count(counter, num_workers, log)
             # A shard that is being damaged or replaced is not remembered.
             if not ((counts.fault_I == Fault.damaged_shard.code) & (index.fault_I == 0)).any():
                 write_counts(counts, path)
+                counts = read_counts(path, len(index), spare)  # mapped, if there are many
     except OSError as error:
         logger.warning("the counts of %s cannot be kept beside it: %s", index.path, error)
         if counts is None:
@@ -103,21 +117,22 @@ def count_samples(
     return counts
 
 
-def _kept_counts(path: Path, index: ShardIndex, log: FaultLog) -> SampleCounts | None:
+def _kept_counts(path: Path, index: ShardIndex, log: FaultLog, spare: Path | None) -> SampleCounts | None:
     """The stored counts; None if there are none or the file is damaged."""
     if not path.is_file():
         return None
     try:
-        counts = read_counts(path, len(index))
+        counts = read_counts(path, len(index), spare)
     except ValueError as error:
         logger.warning("%s", error)
         return None
-    for row in np.flatnonzero(counts.fault_I * (index.fault_I == 0)).tolist():
-        log.add(FAULTS[counts.fault_I[row] - 1], index.shards[index.shard_I[row]].path, index.key(row))
+    rows_I = flat_nonzero(counts.fault_I)
+    rows_I = rows_I[index.fault_I[rows_I] == 0]
+    log.add_rows(rows_I, counts.fault_I[rows_I], index.name)
     return counts
 
 
-def _count(counter: "_Counter", num_workers: int, log: FaultLog) -> SampleCounts:
+def _count(counter: _Counter, num_workers: int, log: FaultLog) -> SampleCounts:
     index = counter.index
     tasks = [range(start, min(start + _SAMPLES_A_TASK, len(index))) for start in range(0, len(index), _SAMPLES_A_TASK)]
     hidden = not sys.stderr.isatty()
@@ -201,26 +216,41 @@ def write_counts(counts: SampleCounts, path: Path) -> None:
     write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps({"version": _VERSION}).encode()}), path)
 
 
-def read_counts(path: Path, num_samples: int) -> SampleCounts:
-    """Counts from their file.
+def read_counts(path: Path, num_samples: int, spare: Path | None = None) -> SampleCounts:
+    """Counts from their file, mapped if there are many.
+
+    Args:
+        spare: a folder for the mapped columns if the file's own cannot be written to.
 
     Raises:
         ValueError: it is damaged, of another version, or of another number of samples.
     """
     try:
-        table = read_table(path)
-        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-        version = metadata.get("version", 2)  # which the first files of that version do not say
-        if version != _VERSION:
-            raise ValueError(f"they are of version {version}, not {_VERSION}")
-        columns = [table.column(field.name.removesuffix("_I")).combine_chunks() for field in fields(SampleCounts)]
-        if len(table) != num_samples:
-            raise ValueError(f"it has {len(table)} rows for {num_samples} samples")
-        *numbers, faults = columns
-        tokens_I, visual_I, images_I, labels_I, dropped_I = (
-            column.to_numpy(zero_copy_only=False).astype(np.int32) for column in numbers
-        )
-        fault_I = codes(faults, list(FAULT_NAMES)).astype(np.int8)
-        return SampleCounts(tokens_I, visual_I, images_I, labels_I, dropped_I, fault_I)
+        with open_parquet(path) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
+            version = metadata.get("version", 2)  # which the first files of that version do not say
+            if version != _VERSION:
+                raise ValueError(f"they are of version {version}, not {_VERSION}")
+            if file.metadata.num_rows != num_samples:
+                raise ValueError(f"it has {file.metadata.num_rows} rows for {num_samples} samples")
+            columns = None
+            if num_samples >= mapped.SMALLEST:
+                lengths = {name: (dtype, num_samples) for name, dtype in _TYPES.items()}
+                recipe = Recipe(lengths, lambda: _parts(file))
+                columns = map_columns(path, f"counts {FAULT_NAMES}", lambda: recipe, spare)
+            if columns is None:
+                parts = [{name: np.empty(0, dtype) for name, dtype in _TYPES.items()}, *_parts(file)]
+                columns = {name: np.concatenate([part[name] for part in parts]) for name in _TYPES}
+        return SampleCounts(**columns)
     except (ValueError, KeyError) as error:
         raise ValueError(f"the counts {path} cannot be used ({error}); they are made anew") from error
+
+
+def _parts(file: pq.ParquetFile) -> Iterator[Columns]:
+    for batch in batches(file):
+        part = {
+            name: batch.column(name.removesuffix("_I")).to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+            for name, dtype in _TYPES.items()
+            if name != "fault_I"
+        }
+        yield {**part, "fault_I": codes(batch.column("fault"), NUMBER_OF_FAULT).astype(np.int8)}

@@ -2,12 +2,17 @@
 
 A bad sample never ends a run by itself: it is left out, or stays padding, and is counted here. Only when the share of
 bad samples exceeds a limit does the run end, with a table of what was found.
+
+Letters: I samples.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 REMEDY = "look at these samples, or allow more with --max-bad-fraction"
 _NAME_THE_FOLDER = "say in which folder their pictures lie with --images (and start anew with --overwrite)"
@@ -116,6 +121,32 @@ class FaultLog:
                 detail or fault.description,
                 last,
             )
+
+    def add_rows(
+        self,
+        rows_I: NDArray[np.integer],
+        code_I: NDArray[np.integer],
+        name: Callable[[int], tuple[str, str]],
+    ) -> None:
+        """Adds the faults of many rows as if one after the other.
+
+        Args:
+            rows_I, code_I: ascending rows, and the `Fault.code` of each.
+            name: (shard, key) of a row; asked for those that are logged.
+        """
+        logged: list[tuple[int, Fault, int]] = []  # row, its fault, how many there were before
+        totals = Counter(self.counts)
+        for code in np.unique(code_I).tolist():
+            fault, of_fault_I = FAULTS[code - 1], rows_I[code_I == code]
+            before, totals[fault] = totals[fault], totals[fault] + len(of_fault_I)
+            powers = (10**digits - 1 for digits in range(1, len(str(totals[fault]))))
+            for number in {*range(self._first), *powers}:  # of this fault, from 0
+                if before <= number < totals[fault]:
+                    logged.append((int(of_fault_I[number - before]), fault, number))
+        for row, fault, number in sorted(logged):
+            self.counts[fault] = number
+            self.add(fault, *name(row))
+        self.counts.update(totals - self.counts)
 
     def check(
         self,

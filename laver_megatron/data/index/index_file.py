@@ -3,15 +3,20 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from laver_megatron.data.index import mapped
 from laver_megatron.data.index.faults import FAULT_NAMES
-from laver_megatron.data.index.shard_index import Shard, ShardIndex
+from laver_megatron.data.index.mapped import Columns, Recipe, map_columns
+from laver_megatron.data.index.shard_index import Shard, ShardIndex, string_bytes
 from laver_megatron.runtime.files import replacing
 
 INDEX_NAME = "index.parquet"
@@ -19,6 +24,33 @@ PROGRESS_NAME = ".progress"  # in a folder of shards that is still being made
 _METADATA_KEY = b"laver_index"
 _VERSION = 2  # the first one judged records by other rules
 _ROWS_A_GROUP = 1 << 17
+_HOW = {"compression": "zstd", "write_page_checksum": True}
+NUMBER_OF_FAULT = {str(name): code for code, name in enumerate(FAULT_NAMES)}
+_STORED_AS = {  # columns of numbers, here and in the file
+    "text_offset_I": "text_offset",
+    "text_size_I": "text_size",
+    "checksum_I": "checksum",
+    "image_offset_P": "image_offsets",
+    "image_size_P": "image_sizes_bytes",
+    "image_width_P": "image_widths",
+    "image_height_P": "image_heights",
+}
+_COLUMNS: dict[str, tuple[type[np.generic], str]] = {  # as they are mapped
+    "shard_I": (np.int32, "I"),
+    "key_start": (np.int64, "I + 1"),
+    "letters": (np.uint8, "letters"),
+    "text_offset_I": (np.int64, "I"),
+    "text_size_I": (np.int64, "I"),
+    "image_start_I": (np.int64, "I + 1"),
+    "image_offset_P": (np.int64, "P"),
+    "image_size_P": (np.int32, "P"),
+    "image_extension_P": (np.int16, "P"),
+    "image_width_P": (np.int32, "P"),
+    "image_height_P": (np.int32, "P"),
+    "checksum_I": (np.uint64, "I"),
+    "fault_I": (np.int8, "I"),
+    "extensions": (np.uint8, "E"),
+}
 _AGAIN = "index the shards again with tools/index_shards.py --overwrite"
 
 
@@ -60,14 +92,17 @@ def write_index(index: ShardIndex, path: str | Path) -> None:
         "other_keys": dict(index.other_keys),
         "fingerprint": index.fingerprint,
     }
-    table = _table(index, names).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
-    write_table(table, path)
+    schema = _table(index, names, slice(0, 0)).schema.with_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **_HOW) as writer:
+        for begin in range(0, len(index), _ROWS_A_GROUP) or (0,):
+            part = slice(begin, min(begin + _ROWS_A_GROUP, len(index)))
+            writer.write_table(_table(index, names, part).cast(schema), row_group_size=_ROWS_A_GROUP)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Writes a Parquet file, atomically."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS_A_GROUP, write_page_checksum=True)
+        pq.write_table(table, temporary, row_group_size=_ROWS_A_GROUP, **_HOW)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -76,37 +111,62 @@ def read_table(path: Path) -> pa.Table:
     Raises:
         ValueError: the file does not exist or is damaged.
     """
+    with open_parquet(path) as file:
+        return file.read()
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose checksums are verified as it is read.
+
+    Raises:
+        ValueError: the file does not exist, or is damaged, which can also be found as it is read.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         # Not mapped: a file that is replaced meanwhile would be read half old, half new.
-        return pq.read_table(path, page_checksum_verification=True, memory_map=False)
+        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False) as file:
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({str(error).strip()})") from error
 
 
-def read_index(path: str | Path, url: str | None = None) -> ShardIndex:
-    """Reads an index; paths of shards become absolute. url: where the file was copied from, if it is a copy: its shards
-    are beside the original.
+def batches(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of some columns, part by part."""
+    yield from file.iter_batches(_ROWS_A_GROUP, columns=columns)
+    pa.default_memory_pool().release_unused()
+
+
+def read_index(path: str | Path, url: str | None = None, spare: Path | None = None) -> ShardIndex:
+    """Reads an index, or maps a large one; paths of shards become absolute.
+
+    Args:
+        url: where the file was copied from, if it is a copy: its shards are beside the original.
+        spare: a folder for the columns of a large one, if the file's own cannot be written to.
 
     Raises:
         ValueError: no such file, another kind of file, or one that is damaged; with the remedy.
     """
     path = Path(path).absolute()
     try:
-        table = read_table(path)
-        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-        if metadata.get("version") != _VERSION:
-            raise ValueError(f"it is no index of version {_VERSION} (it says {metadata.get('version', 'nothing')})")
-        index = _from_table(table, metadata, path, url)
+        with open_parquet(path) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
+            if metadata.get("version") != _VERSION:
+                raise ValueError(f"it is no index of version {_VERSION} (it says {metadata.get('version', 'nothing')})")
+            content = _Content(file, metadata, path, url)
+            columns = None
+            if file.metadata.num_rows >= mapped.SMALLEST:
+                columns = map_columns(path, f"index {FAULT_NAMES}", content.recipe, spare)
+            if columns is None:
+                index = content.index(content.read())
+                content.check(index)
+            else:
+                index = content.index(columns)
+                index.__dict__["fingerprint"] = metadata["fingerprint"]  # compared when they were written
+        return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the index {path} cannot be used: {error}; {_AGAIN}") from error
-    if index.fingerprint != metadata["fingerprint"]:
-        raise ValueError(
-            f"the index {path} is damaged: its content has the hash {index.fingerprint}, but it was written with "
-            f"{metadata['fingerprint']}; {_AGAIN}"
-        )
-    return index
 
 
 def check_index(index: ShardIndex) -> None:
@@ -141,83 +201,145 @@ def _stored_path(path: str, folder: Path) -> str:
     return os.path.relpath(absolute, folder)
 
 
-def _table(index: ShardIndex, names: list[str]) -> pa.Table:
-    starts = pa.array(index.image_start_I.astype(np.int32))
+def _table(index: ShardIndex, names: list[str], rows: slice) -> pa.Table:
+    starts_I = index.image_start_I[rows.start : rows.stop + 1]
+    pictures_P = slice(int(starts_I[0]), int(starts_I[-1]))
+    starts = pa.array((starts_I - starts_I[0]).astype(np.int32))
 
     def pictures(values: np.ndarray | pa.Array) -> pa.ListArray:
         return pa.ListArray.from_arrays(starts, pa.array(values) if isinstance(values, np.ndarray) else values)
 
     names_E = pa.array(index.extensions, pa.string())
-    extensions = pa.DictionaryArray.from_arrays(pa.array(index.image_extension_P), names_E)
+    extensions = pa.DictionaryArray.from_arrays(pa.array(index.image_extension_P[pictures_P]), names_E)
     return pa.table(
         {
-            "shard": pa.DictionaryArray.from_arrays(pa.array(index.shard_I), pa.array(names, pa.string())),
-            "key": index.keys.cast(pa.string()),
-            "text_offset": index.text_offset_I,
-            "text_size": index.text_size_I,
-            "image_offsets": pictures(index.image_offset_P),
-            "image_sizes_bytes": pictures(index.image_size_P),
+            "shard": pa.DictionaryArray.from_arrays(pa.array(index.shard_I[rows]), pa.array(names, pa.string())),
+            "key": index.keys[rows].cast(pa.string()),
+            "text_offset": index.text_offset_I[rows],
+            "text_size": index.text_size_I[rows],
+            "image_offsets": pictures(index.image_offset_P[pictures_P]),
+            "image_sizes_bytes": pictures(index.image_size_P[pictures_P]),
             "image_extensions": pictures(extensions.cast(pa.string())),
-            "image_widths": pictures(index.image_width_P),
-            "image_heights": pictures(index.image_height_P),
-            "checksum": index.checksum_I,
-            "fault": pa.DictionaryArray.from_arrays(pa.array(index.fault_I), pa.array(FAULT_NAMES, pa.string())),
+            "image_widths": pictures(index.image_width_P[pictures_P]),
+            "image_heights": pictures(index.image_height_P[pictures_P]),
+            "checksum": index.checksum_I[rows],
+            "fault": pa.DictionaryArray.from_arrays(pa.array(index.fault_I[rows]), pa.array(FAULT_NAMES, pa.string())),
         }
     )
 
 
-def _from_table(table: pa.Table, metadata: dict, path: Path, url: str | None) -> ShardIndex:
-    def column(name: str) -> pa.Array:
-        return table.column(name).combine_chunks()
+class _Content:
+    """What an index file holds, read at once or in parts."""
 
-    def numbers(name: str, dtype: type) -> np.ndarray:
-        return column(name).to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    def __init__(self, file: pq.ParquetFile, metadata: dict, path: Path, url: str | None) -> None:
+        self._file, self._metadata, self._path, self._url = file, metadata, path, url
+        self._number_of_shard = {entry["path"]: number for number, entry in enumerate(metadata["shards"])}
+        self._number_of_extension: dict[str, int] = {}  # in the order in which they come
 
-    def pictures(name: str, dtype: type) -> np.ndarray:
-        return column(name).flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    def read(self) -> Columns:
+        """All columns, in memory."""
+        parts = list(self._parts())
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {**columns, "extensions": self._extension_names()}
 
-    stored = [entry["path"] for entry in metadata["shards"]]
-    extensions = column("image_extensions").flatten().dictionary_encode()
-    widths = column("image_widths")
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths.value_lengths().to_numpy(zero_copy_only=False))])
-    return ShardIndex(
-        shards=tuple(
-            Shard(_absolute(entry["path"], path.parent, url), entry["num_bytes"], entry["num_samples"])
-            for entry in metadata["shards"]
-        ),
-        extensions=tuple(extensions.dictionary.to_pylist()),
-        shard_I=codes(column("shard"), stored).astype(np.int32),
-        keys=column("key").cast(pa.large_string()),
-        text_offset_I=numbers("text_offset", np.int64),
-        text_size_I=numbers("text_size", np.int64),
-        image_start_I=starts.astype(np.int64),
-        image_offset_P=pictures("image_offsets", np.int64),
-        image_size_P=pictures("image_sizes_bytes", np.int32),
-        image_extension_P=extensions.indices.to_numpy(zero_copy_only=False).astype(np.int16),
-        image_width_P=pictures("image_widths", np.int32),
-        image_height_P=pictures("image_heights", np.int32),
-        checksum_I=numbers("checksum", np.uint64),
-        fault_I=codes(column("fault"), list(FAULT_NAMES)).astype(np.int8),
-        left_out=Counter(metadata["left_out"]),
-        ignored=Counter(metadata["ignored"]),
-        other_keys=Counter(metadata["other_keys"]),
-        path=path,
-    )
+    def recipe(self) -> Recipe:
+        """How its columns are mapped; after a first pass, which finds out how long they are."""
+        num_pictures = num_letters = 0
+        for batch in batches(self._file, ["key", "image_extensions"]):
+            num_letters += pc.sum(pc.binary_length(batch.column("key"))).as_py() or 0
+            num_pictures += len(self._extension_numbers(batch))
+        names = self._extension_names()
+        lengths = {"I": len(self), "P": num_pictures, "I + 1": len(self) + 1, "letters": num_letters, "E": len(names)}
+
+        def parts() -> Iterator[Columns]:
+            yield {"extensions": names}
+            yield from self._parts()
+
+        return Recipe(
+            columns={name: (dtype, lengths[length]) for name, (dtype, length) in _COLUMNS.items()},
+            parts=parts,
+            check=lambda columns: self.check(self.index(columns)),
+        )
+
+    def check(self, index: ShardIndex) -> None:
+        """Raises ValueError if an index is not the one that was written."""
+        if index.fingerprint != self._metadata["fingerprint"]:
+            raise ValueError(
+                f"it is damaged: its content has the hash {index.fingerprint}, but it was written with "
+                f"{self._metadata['fingerprint']}"
+            )
+
+    def index(self, columns: Columns) -> ShardIndex:
+        """The index over these columns."""
+        columns = dict(columns)
+        key_start, letters, names = (columns.pop(name) for name in ("key_start", "letters", "extensions"))
+        return ShardIndex(
+            shards=tuple(
+                Shard(_absolute(entry["path"], self._path.parent, self._url), entry["num_bytes"], entry["num_samples"])
+                for entry in self._metadata["shards"]
+            ),
+            extensions=tuple(json.loads(names.tobytes())),
+            keys=pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(key_start), pa.py_buffer(letters)),
+            **columns,
+            left_out=Counter(self._metadata["left_out"]),
+            ignored=Counter(self._metadata["ignored"]),
+            other_keys=Counter(self._metadata["other_keys"]),
+            path=self._path,
+        )
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    def _parts(self) -> Iterator[Columns]:
+        """The columns, but for the names of extensions."""
+        zero = np.zeros(1, np.int64)
+        first = {name: np.empty(0, dtype) for name, (dtype, _) in _COLUMNS.items() if name != "extensions"}
+        yield first | {"key_start": zero, "image_start_I": zero}
+        num_letters = num_pictures = 0
+        for batch in batches(self._file):
+            keys = batch.column("key").cast(pa.large_string())
+            key_end, image_end = (
+                np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+                for lengths in (pc.binary_length(keys), batch.column("image_widths").value_lengths())
+            )
+            yield {
+                "key_start": num_letters + key_end,
+                "letters": np.frombuffer(string_bytes(keys), np.uint8),
+                "image_start_I": num_pictures + image_end,
+                "shard_I": codes(batch.column("shard"), self._number_of_shard).astype(np.int32),
+                "fault_I": codes(batch.column("fault"), NUMBER_OF_FAULT).astype(np.int8),
+                "image_extension_P": self._extension_numbers(batch),
+                **{column: _numbers(batch.column(name), _COLUMNS[column][0]) for column, name in _STORED_AS.items()},
+            }
+            num_letters, num_pictures = num_letters + int(key_end[-1]), num_pictures + int(image_end[-1])
+
+    def _extension_numbers(self, batch: pa.RecordBatch) -> np.ndarray:
+        found = batch.column("image_extensions").flatten().dictionary_encode()
+        for name in found.dictionary.to_pylist():
+            self._number_of_extension.setdefault(name, len(self._number_of_extension))
+        return codes(found, self._number_of_extension).astype(np.int16)
+
+    def _extension_names(self) -> np.ndarray:
+        return np.frombuffer(json.dumps(list(self._number_of_extension)).encode(), np.uint8)
 
 
-def codes(values: pa.Array, names: list[str]) -> np.ndarray:
-    """Numbers into `names` of a column of strings.
+def _numbers(column: pa.Array, dtype: type[np.generic]) -> np.ndarray:
+    values = column.flatten() if isinstance(column, pa.ListArray) else column
+    return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+
+
+def codes(values: pa.Array, number_of: Mapping[str, int]) -> np.ndarray:
+    """Numbers of a column of strings.
 
     Raises:
         ValueError: a value that is none of the names.
     """
     encoded = values if isinstance(values, pa.DictionaryArray) else values.dictionary_encode()
-    number_of = {str(name): number for number, name in enumerate(names)}
     used = set(np.unique(encoded.indices.to_numpy(zero_copy_only=False)).tolist())
     found = encoded.dictionary.to_pylist()
     unknown = [value for number, value in enumerate(found) if number in used and value not in number_of]
     if unknown:
-        raise ValueError(f"it names {unknown[0]!r}, which is none of {', '.join(map(repr, names[:20]))}")
+        raise ValueError(f"it names {unknown[0]!r}, which is none of {', '.join(map(repr, list(number_of)[:20]))}")
     table = np.array([number_of.get(value, 0) for value in found], np.int64)
     return table[encoded.indices.to_numpy(zero_copy_only=False)] if len(encoded) else np.zeros(0, np.int64)
 

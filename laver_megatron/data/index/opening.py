@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import INDEX_NAME, PROGRESS_NAME, check_index, is_url, local_path, read_index
-from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select
+from laver_megatron.data.index.shard_index import ShardIndex, concatenate, select, successive
 from laver_megatron.data.read.record_keys import keys_line
 from laver_megatron.data.read.shard_cache import ShardCache
 from laver_megatron.runtime.files import open_file
@@ -124,17 +124,18 @@ def _entries(paths: str | Path | Iterable[str | Path]) -> list[str]:
 
 def _open(entry: str, num_workers: int, cache: ShardCache | None, reads_shards: bool) -> ShardIndex:
     path = Path(entry)
+    spare = None if cache is None else cache.folder
     if path.is_dir() and (path / INDEX_NAME).is_file():
-        index = read_index(path / INDEX_NAME)
+        index = read_index(path / INDEX_NAME, spare=spare)
         _check_complete(index, path)
     elif is_url(entry) and not path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{entry}: remote shards are opened through an index of them ({_TOOL} makes one)")
         index = _fetch_index(_need(cache, entry), entry)
     elif path.suffix == ".parquet":
-        index = read_index(path)
+        index = read_index(path, spare=spare)
     else:
-        return _of_tars(find_shards(entry), num_workers)
+        return _of_tars(find_shards(entry), num_workers, spare)
     check_index(index)
     remote = [shard.path for shard in index.shards if is_url(shard.path)]
     if remote and reads_shards:
@@ -169,18 +170,18 @@ def _check_complete(index: ShardIndex, folder: Path) -> None:
         )
 
 
-def _of_tars(shards: list[Path], num_workers: int) -> ShardIndex:
+def _of_tars(shards: list[Path], num_workers: int, spare: Path | None) -> ShardIndex:
     """The tars' index, in their order: from the indexes of their folders as far as these list them."""
     parts = []
     for folder in dict.fromkeys(shard.parent for shard in shards):
-        parts += _of_folder(folder, [shard for shard in shards if shard.parent == folder], num_workers)
+        parts += _of_folder(folder, [shard for shard in shards if shard.parent == folder], num_workers, spare)
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def _of_folder(folder: Path, shards: list[Path], num_workers: int) -> list[ShardIndex]:
+def _of_folder(folder: Path, shards: list[Path], num_workers: int, spare: Path | None) -> list[ShardIndex]:
     parts, others = [], shards
     if (folder / INDEX_NAME).is_file():
-        index = read_index(folder / INDEX_NAME)
+        index = read_index(folder / INDEX_NAME, spare=spare)
         number_of = {Path(shard.path): number for number, shard in enumerate(index.shards)}
         listed = [shard for shard in shards if shard.absolute() in number_of]
         others = [shard for shard in shards if shard.absolute() not in number_of]
@@ -200,6 +201,8 @@ def _only(index: ShardIndex, numbers: list[int]) -> ShardIndex:
     """The samples of some shards, in the order of these shards."""
     if numbers == list(range(len(index.shards))):
         return index
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and index.is_by_shard:
+        return replace(successive(index, numbers[0], numbers[-1]), path=index.path)
     rank = np.full(len(index.shards), -1, np.int64)
     rank[numbers] = np.arange(len(numbers))
     rank_I = rank[index.shard_I]

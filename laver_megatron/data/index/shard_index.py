@@ -2,8 +2,8 @@
 
 Letters: I samples, P pictures of all samples, one after the other.
 
-An index is held in columns, about 100 bytes a sample, and is kept in one Parquet file (`index.parquet` in a folder of
-shards) with one row a sample:
+An index is held in columns, about 100 bytes a sample, which are mapped if they are large (mapped.py). It is kept in one
+Parquet file (`index.parquet` in a folder of shards) with one row a sample:
 
     shard            dictionary<string>  relative to the index file's folder, or absolute, or a URL
     key              string
@@ -14,7 +14,7 @@ shards) with one row a sample:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from laver_megatron.data.read.record_keys import add_keys
 # Columns whose values stay the same in every selection of samples.
 _ROW_COLUMNS = ("text_offset_I", "text_size_I", "checksum_I", "fault_I")
 _PICTURE_COLUMNS = ("image_offset_P", "image_size_P", "image_width_P", "image_height_P")
+_PART = 1 << 20  # numbers that are looked at together: large indexes are never copied whole
 _MAX_INT32 = (1 << 31) - 1  # in the column of sizes; pictures of so many bytes are never read
 
 
@@ -134,6 +135,15 @@ class ShardIndex:
             fault=FAULTS[code - 1] if code else None,
         )
 
+    @cached_property
+    def is_by_shard(self) -> bool:
+        """Whether the samples are in the order of the shards."""
+        return all(bool(np.all(part[1:] >= part[:-1])) for part in _parts(self.shard_I, overlap=1))
+
+    def name(self, row: int) -> tuple[str, str]:
+        """(path of the shard, key) of a sample, for messages."""
+        return self.shards[self.shard_I[row]].path, self.key(row)
+
     def key(self, row: int) -> str:
         """A sample's key: a name for messages, never a path."""
         return self.keys[row].as_py()
@@ -141,7 +151,7 @@ class ShardIndex:
     @cached_property
     def faults(self) -> Counter[str]:
         """Rows that cannot be used, by fault."""
-        counts = np.bincount(self.fault_I, minlength=len(FAULT_NAMES)).tolist()
+        counts = _count(self.fault_I, len(FAULT_NAMES)).tolist()
         return Counter({FAULTS[code - 1]: counts[code] for code in range(1, len(counts)) if counts[code]})
 
     @cached_property
@@ -151,28 +161,34 @@ class ShardIndex:
         for shard in self.shards:
             digest.update(f"{len(shard.name)}:{shard.name}".encode())
         # Which number an extension has, and whether unused ones are listed, depends on how the index came about.
-        used = np.flatnonzero(np.bincount(self.image_extension_P, minlength=len(self.extensions))).tolist()
+        used = np.flatnonzero(_count(self.image_extension_P, len(self.extensions))).tolist()
         ranked = sorted(used, key=self.extensions.__getitem__)
         rank = np.zeros(len(self.extensions), np.int16)
         rank[ranked] = np.arange(len(ranked))
         digest.update("/".join(self.extensions[number] for number in ranked).encode())
-        key_length_I = np.diff(_string_offsets(self.keys))
-        for column, dtype in (
-            (self.shard_I, np.int32),
-            (key_length_I, np.int64),
-            (self.text_size_I, np.int64),
-            (self.num_images_I, np.int64),
-            (self.image_size_P, np.int32),
-            (rank[self.image_extension_P], np.int16),
-            (self.image_width_P, np.int32),
-            (self.image_height_P, np.int32),
-            (self.checksum_I, np.uint64),
-        ):
-            digest.update(np.ascontiguousarray(column, dtype=dtype).data)
-        for row in np.flatnonzero(self.fault_I).tolist():  # by name: numbers of faults are nowhere kept
+        starts = _string_offsets(self.keys)
+        columns: list[tuple[np.ndarray, type[np.generic], Callable[[np.ndarray], np.ndarray]]] = [
+            (self.shard_I, np.int32, _same),
+            (starts, np.int64, np.diff),
+            (self.text_size_I, np.int64, _same),
+            (self.image_start_I, np.int64, np.diff),
+            (self.image_size_P, np.int32, _same),
+            (self.image_extension_P, np.int16, rank.__getitem__),
+            (self.image_width_P, np.int32, _same),
+            (self.image_height_P, np.int32, _same),
+            (self.checksum_I, np.uint64, _same),
+        ]
+        for column, dtype, values in columns:
+            for part in _parts(column, overlap=int(values is np.diff)):
+                digest.update(np.ascontiguousarray(values(part), dtype=dtype).data)
+        for row in self.faulty_rows().tolist():  # by name: numbers of faults are nowhere kept
             digest.update(f"{row}:{FAULT_NAMES[self.fault_I[row]]}".encode())
-        digest.update(_string_bytes(self.keys))
+        digest.update(string_bytes(self.keys))
         return digest.hexdigest()
+
+    def faulty_rows(self) -> np.ndarray:
+        """The rows that cannot be used, ascending."""
+        return flat_nonzero(self.fault_I)
 
     def _pictures(self, row: int) -> slice:
         return slice(int(self.image_start_I[row]), int(self.image_start_I[row + 1]))
@@ -266,6 +282,24 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     )
 
 
+def successive(index: ShardIndex, first: int, last: int) -> ShardIndex:
+    """The samples of the shards `first` to `last`, of an index in the order of its shards. Columns are views where that
+    is possible, so that mapped ones stay so. Samples that were left out are no part of it."""
+    rows = slice(*(sum(shard.num_samples for shard in index.shards[:end]) for end in (first, last + 1)))
+    pictures = slice(int(index.image_start_I[rows.start]), int(index.image_start_I[rows.stop]))
+    shard_I, image_start_I = index.shard_I[rows], index.image_start_I[rows.start : rows.stop + 1]
+    return ShardIndex(
+        shards=index.shards[first : last + 1],
+        extensions=index.extensions,
+        shard_I=shard_I - np.int32(first) if first else shard_I,
+        keys=index.keys[rows],
+        image_start_I=image_start_I - pictures.start if pictures.start else image_start_I,
+        image_extension_P=index.image_extension_P[pictures],
+        **{name: getattr(index, name)[rows] for name in _ROW_COLUMNS},
+        **{name: getattr(index, name)[pictures] for name in _PICTURE_COLUMNS},
+    )
+
+
 def select(index: ShardIndex, rows_I: np.ndarray) -> ShardIndex:
     """The samples of these rows, in this order, over the shards that hold them. Samples that were left out of the index
     are no part of a selection."""
@@ -295,6 +329,27 @@ def _string_offsets(keys: pa.LargeStringArray) -> np.ndarray:
     return offsets[keys.offset : keys.offset + len(keys) + 1]
 
 
-def _string_bytes(keys: pa.LargeStringArray) -> memoryview:
+def string_bytes(keys: pa.LargeStringArray) -> memoryview:
+    """The bytes of all strings, one after the other."""
     offsets, content = _string_offsets(keys), keys.buffers()[2] if len(keys) else None
     return memoryview(content)[offsets[0] : offsets[-1]] if content is not None else memoryview(b"")
+
+
+def flat_nonzero(values_I: np.ndarray) -> np.ndarray:
+    """As np.flatnonzero, with no more memory than the result takes."""
+    found = [np.flatnonzero(part) + number * _PART for number, part in enumerate(_parts(values_I))]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _count(codes: np.ndarray, num_codes: int) -> np.ndarray:
+    """How often each code comes."""
+    return sum((np.bincount(part, minlength=num_codes) for part in _parts(codes)), np.zeros(num_codes, np.int64))
+
+
+def _parts(values: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
+    """Views of some values at a time. overlap: of the next part's, which each has at its end."""
+    return (values[begin : begin + _PART + overlap] for begin in range(0, len(values) - overlap, _PART))
+
+
+def _same(values: np.ndarray) -> np.ndarray:
+    return values

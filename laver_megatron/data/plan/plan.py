@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import ALGORITHM, Style, pack_window, rank_styles
-from laver_megatron.data.plan.mixture import Mixture, SampleSizes, shuffle
-
-__all__ = ["PackPlan", "SampleSizes", "WindowPacks"]
+from laver_megatron.data.plan.mixture import EpochOrder, Mixture, shuffle
+from laver_megatron.data.plan.sizes import SampleSizes
+from laver_megatron.data.plan.usable import UsableRows
 
 _WINDOW, _PACKS = 2, 3  # streams of random bits, after the mixture's
 _WINDOWS_KEPT = 4  # batches run across the end of a window, and what is read ahead does too
@@ -68,8 +68,8 @@ class PackPlan:
             shards open.
 
     Attributes:
-        token_counts_I, visual_counts_I: all sizes, by global sample id.
-        sample_ids: those that take part.
+        rows: of each source, those that take part; num_fitting: of all sources.
+        skipped: samples that do not fit, by reason.
 
     Raises:
         ValueError: no sample fits, or the weights leave none.
@@ -82,32 +82,31 @@ class PackPlan:
             raise ValueError(f"a window of {window} samples holds none")
         self.sources, self.seq_length, self.visual_seq_length = tuple(sources), seq_length, visual_seq_length
         self.seed, self.window = seed, window
-        self.token_counts_I = _joined([source.tokens_I for source in self.sources])
-        self.visual_counts_I = _joined([source.visual_I for source in self.sources])
         self._first_sample_ids = np.cumsum([0, *(len(source) for source in self.sources)])
-        fits_I = self._fitting()
-        self.sample_ids = np.flatnonzero(fits_I)
-        if len(self.sample_ids) == 0:
+        self.rows = tuple(UsableRows(source, seq_length, visual_seq_length) for source in self.sources)
+        self.num_fitting = sum(map(len, self.rows))
+        self.skipped = self._skipped()
+        if self.num_fitting == 0:
             raise ValueError(self._nothing_fits())
-        usable = np.split(fits_I, self._first_sample_ids[1:-1])
-        self._mixture = Mixture(self.sources, usable, seed)
+        self._mixture = Mixture(self.sources, self.rows, seed)
         if len(self._mixture) == 0:
             raise ValueError(
-                f"the weights {[source.weight for source in self.sources]} leave none of {len(self.sample_ids)} samples"
+                f"the weights {[source.weight for source in self.sources]} leave none of {self.num_fitting} samples"
             )
-        for source, usable_I in zip(self.sources, usable, strict=True):
-            if source.weight > 0 and usable_I.any() and round(source.weight * usable_I.sum()) == 0:
+        for source, rows in zip(self.sources, self.rows, strict=True):
+            if source.weight > 0 and len(rows) and round(source.weight * len(rows)) == 0:
                 raise ValueError(
-                    f"a weight of {source.weight} leaves none of a source's {usable_I.sum()} samples in any epoch; "
+                    f"a weight of {source.weight} leaves none of a source's {len(rows)} samples in any epoch; "
                     "raise it, or leave the source out"
                 )
         self.num_windows = -(-len(self._mixture) // window)  # of an epoch, all of the same size or one less
         # The number of each window's first pack, through all epochs, as far as they are packed, and which window's
         # is the first one.
         self._first_packs, self._first_window = [0], 0
-        self._orders: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._windows: OrderedDict[int, WindowPacks] = OrderedDict()
         self._styles: tuple[Style, ...] | None = None  # until a window is packed
+        self._fingerprint = ""  # until it is asked for
 
     def mark(self, number: int) -> PlanMark:
         """The start of the last known window that begins at or before a pack; packs at most one window."""
@@ -164,19 +163,33 @@ class PackPlan:
 
     def locate_sample(self, sample_id: int) -> tuple[int, int]:
         """(number of its source, row in it) of a global sample id."""
-        assert 0 <= sample_id < len(self.token_counts_I), sample_id
+        assert 0 <= sample_id < self._first_sample_ids[-1], sample_id
         source = int(np.searchsorted(self._first_sample_ids, sample_id, side="right")) - 1
         return source, sample_id - int(self._first_sample_ids[source])
 
+    def sizes(self, sample_ids: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Tokens and visual tokens of samples, by their global ids."""
+        ids_I = np.asarray(sample_ids, np.int64)
+        tokens_I, visual_I = np.empty(len(ids_I), np.int32), np.empty(len(ids_I), np.int32)
+        source_I = np.searchsorted(self._first_sample_ids, ids_I, side="right") - 1
+        for number in np.unique(source_I).tolist():
+            asked_I = source_I == number
+            rows_I = ids_I[asked_I] - self._first_sample_ids[number]
+            tokens_I[asked_I] = self.sources[number].tokens_I[rows_I]
+            visual_I[asked_I] = self.sources[number].visual_I[rows_I]
+        return tokens_I, visual_I
+
     def fingerprint(self) -> str:
         """Changes whenever any pack could: stored with a position, and compared on resuming."""
-        settings = [ALGORITHM, self.seq_length, self.visual_seq_length, self.seed, self.window]
-        sources = [(len(source), source.weight) for source in self.sources]
-        digest = hashlib.sha256(json.dumps([settings, sources]).encode())
-        for source in self.sources:
-            for values_I in (source.tokens_I, source.visual_I, source.shard_I):
-                digest.update(np.ascontiguousarray(values_I, dtype="<i4").data)
-        return digest.hexdigest()[:16]
+        if not self._fingerprint:
+            settings = [ALGORITHM, self.seq_length, self.visual_seq_length, self.seed, self.window]
+            sources = [(len(source), source.weight) for source in self.sources]
+            digest = hashlib.sha256(json.dumps([settings, sources]).encode())
+            for source in self.sources:
+                for values_I in (source.tokens_I, source.visual_I, source.shard_I):
+                    digest.update(np.ascontiguousarray(values_I, dtype="<i4").data)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
     def _find(self, number: int) -> int:
         """The window that a pack is in."""
@@ -222,15 +235,14 @@ class PackPlan:
 
     def _pack_window(self, window: int) -> WindowPacks:
         epoch, part = divmod(window, self.num_windows)
-        order_I = self._order(epoch)
-        begin, end = (len(order_I) * edge // self.num_windows for edge in (part, part + 1))
-        ids_I = order_I[begin:end][shuffle(end - begin, self.seed, epoch, _WINDOW, part)]
+        order = self._order(epoch)
+        begin, end = (len(order) * edge // self.num_windows for edge in (part, part + 1))
+        ids_I = order.at(begin + shuffle(end - begin, self.seed, epoch, _WINDOW, part))
         if self._styles is None:
             self._styles, self._good_enough = self._rank_styles()
         pack_I = pack_window(
-            self.token_counts_I[ids_I], self.visual_counts_I[ids_I], self.seq_length, self.visual_seq_length,
-            self._styles, self._good_enough,
-        )  # fmt: skip
+            *self.sizes(ids_I), self.seq_length, self.visual_seq_length, self._styles, self._good_enough
+        )
         place_P = shuffle(int(pack_I.max()) + 1, self.seed, epoch, _PACKS, part)
         place_I = place_P[pack_I]
         begin_P = np.concatenate([[0], np.cumsum(np.bincount(place_I))])
@@ -239,14 +251,13 @@ class PackPlan:
     def _rank_styles(self) -> tuple[tuple[Style, ...], float]:
         """The ways of packing that suit the first epoch best, judged by a window's worth of its samples, and how good
         they are."""
-        order_I = self._order(0)
-        num_samples = min(self.window, len(order_I))
-        ids_I = order_I[np.arange(num_samples) * len(order_I) // num_samples]  # spread over all shards
-        sizes = self.token_counts_I[ids_I], self.visual_counts_I[ids_I]
-        styles, good_enough = rank_styles(*sizes, self.seq_length, self.visual_seq_length)
+        order = self._order(0)
+        num_samples = min(self.window, len(order))
+        ids_I = order.at(np.arange(num_samples) * len(order) // num_samples)  # spread over all shards
+        styles, good_enough = rank_styles(*self.sizes(ids_I), self.seq_length, self.visual_seq_length)
         return styles[:_STYLES_TRIED], good_enough
 
-    def _order(self, epoch: int) -> NDArray[np.integer]:
+    def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
             self._orders[epoch] = self._mixture.order(epoch)
             if len(self._orders) > _EPOCHS_KEPT:
@@ -254,28 +265,24 @@ class PackPlan:
         self._orders.move_to_end(epoch)
         return self._orders[epoch]
 
-    def _fitting(self) -> NDArray[np.bool_]:
-        """Which samples take part; counts the others, except those that could not be read when they were counted."""
-        too_long_I = self.token_counts_I > self.seq_length
-        too_visual_I = ~too_long_I & (self.visual_counts_I > self.visual_seq_length)
-        self.skipped: Counter[str] = Counter()
-        if too_long_I.any():
-            self.skipped[f"more than {self.seq_length} tokens"] = int(too_long_I.sum())
-        if too_visual_I.any():
-            self.skipped[f"more than {self.visual_seq_length} visual tokens"] = int(too_visual_I.sum())
-        return (self.token_counts_I > 0) & ~too_long_I & ~too_visual_I
-
-    def _nothing_fits(self) -> str:
-        usable_I = self.token_counts_I > 0
-        if not usable_I.any():
-            return f"none of the {len(usable_I)} samples can be used"
-        return (
-            f"none of the {len(usable_I)} samples fits: the shortest has "
-            f"{self.token_counts_I[usable_I].min()} tokens (seq_length is {self.seq_length}), the fewest visual "
-            f"tokens are {self.visual_counts_I[usable_I].min()} (visual_seq_length is {self.visual_seq_length})"
+    def _skipped(self) -> Counter[str]:
+        """Samples that do not fit, without those that could not be read when they were counted."""
+        return +Counter(
+            {
+                f"more than {self.seq_length} tokens": sum(rows.num_too_long for rows in self.rows),
+                f"more than {self.visual_seq_length} visual tokens": sum(rows.num_too_visual for rows in self.rows),
+            }
         )
 
-
-def _joined(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """One array; the only one there is without a copy."""
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+    def _nothing_fits(self) -> str:
+        tokens = [source.tokens_I[source.tokens_I > 0] for source in self.sources]
+        visual = [source.visual_I[source.tokens_I > 0] for source in self.sources]
+        num_samples = int(self._first_sample_ids[-1])
+        if not sum(map(len, tokens)):
+            return f"none of the {num_samples} samples can be used"
+        return (
+            f"none of the {num_samples} samples fits: the shortest has "
+            f"{min(part.min() for part in tokens if len(part))} tokens (seq_length is {self.seq_length}), the fewest "
+            f"visual tokens are {min(part.min() for part in visual if len(part))} "
+            f"(visual_seq_length is {self.visual_seq_length})"
+        )

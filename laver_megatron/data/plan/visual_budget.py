@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laver_megatron.data.plan.best_fit import STYLES, pack_window
-from laver_megatron.data.plan.mixture import SampleSizes
+from laver_megatron.data.plan.sizes import SampleSizes
+from laver_megatron.data.plan.usable import UsableRows
 
 _BEST_FIT = STYLES[:1]  # quick, and wrong by much the same for neighbouring budgets
 _SAMPLES_TRIED = 5_000
@@ -67,14 +68,14 @@ def _try_budget(
 
 def _spread_samples(sources: Sequence[SampleSizes], seq_length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Tokens and visual tokens of a few thousand samples that fit, of each source as many as its weight asks for."""
-    usable = [np.flatnonzero((source.tokens_I > 0) & (source.tokens_I <= seq_length)) for source in sources]
-    shares = np.array([source.weight * len(rows_I) for source, rows_I in zip(sources, usable, strict=True)])
+    usable = [UsableRows(source, seq_length, by_shard=False) for source in sources]
+    shares = np.array([source.weight * len(rows) for source, rows in zip(sources, usable, strict=True)])
     if shares.sum() == 0:
         raise ValueError(f"none of the {sum(map(len, sources))} samples has between 1 and {seq_length} tokens")
     nums = np.ceil(shares * (min(_SAMPLES_TRIED, shares.sum()) / shares.sum())).astype(int)
     picked = [
-        (source, rows_I[np.arange(num) * len(rows_I) // num]) if num else (source, rows_I[:0])
-        for source, rows_I, num in zip(sources, usable, nums, strict=True)
+        (source, rows.at(np.arange(num) * len(rows) // max(num, 1)))
+        for source, rows, num in zip(sources, usable, nums, strict=True)
     ]
     return (
         np.concatenate([source.tokens_I[rows_I] for source, rows_I in picked]),

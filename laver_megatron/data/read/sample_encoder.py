@@ -9,17 +9,22 @@ in the text becomes <|vision_start|>, one <|image_pad|> for each visual token, <
 trained.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from laver_megatron.data.batch.packing import EncodedSample
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER, Message
 from laver_megatron.objective.language import IGNORE_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 

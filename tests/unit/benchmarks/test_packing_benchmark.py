@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from laver_megatron.data.plan.best_fit import pack_window
 from laver_megatron.data.plan.bound import least_packs
-from laver_megatron.data.plan.mixture import SampleSizes
 from laver_megatron.data.plan.plan import PackPlan
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks import packing
 from tools.benchmarks.packing import DATA_SETS, benchmark, draw_source, least_packs_jointly, measure_fill
@@ -61,7 +61,7 @@ def test_several_windows_are_held_against_one_bound():
 def test_the_bound_is_of_both_budgets_together_where_packs_are_far_from_each_ones():
     # Of two kinds that share no pack, neither with its own: each budget alone would let some do so.
     plan = PackPlan([SampleSizes([70, 40] * 20, [20, 70] * 20, [0] * 40)], 100, 100, seed=0)
-    assert least_packs(plan.token_counts_I, plan.visual_counts_I, 100, 100) < 35
+    assert least_packs(*plan.sizes(range(40)), 100, 100) < 35
     fill = measure_fill(plan)
     assert fill.num_packs == fill.least_packs == 40
 

@@ -96,7 +96,7 @@ def test_sources_with_weights(directory):
     planned = IterationCounts(reader, config, WINDOW_TOKENS)
     iterations = planned.iterations_in(1)
     assert planned.counts(iterations) == counted(reader, streams, iterations * BATCH)
-    whole = planned.plan.token_counts_I
+    whole = np.concatenate([source.tokens_I for source in planned.plan.sources])
     assert planned.epoch_tokens == pytest.approx(whole[:96].sum() / 2 + 2 * whole[96:].sum(), rel=0.05)
     assert planned.epochs(iterations) == pytest.approx(1, abs=BATCH / planned.plan.num_packs())
     reader.close()

@@ -13,6 +13,7 @@ import torch
 
 from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_reader import open_reader
+from laver_megatron.data.index import mapped
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import write_index
@@ -60,6 +61,19 @@ def test_workers_change_nothing(demo_dir, open_shards):
     assert len(threaded._under_way) == 8  # what the next two calls are expected to ask for: six packs for 3 workers
 
 
+@pytest.mark.processes
+def test_a_mapped_index_changes_nothing(demo_dir, open_shards, monkeypatch, tmp_path):
+    write_index(index_tars(sorted((demo_dir / "shards").glob("train-*.tar"))), tmp_path / "index.parquet")
+    plain = open_shards(tmp_path)
+    monkeypatch.setattr(mapped, "SMALLEST", 1)
+    for _ in range(2):  # made, and found
+        reader = open_shards(tmp_path, num_workers=2)
+        assert reader.fingerprint == plain.fingerprint
+        for one, other in zip(plain.read(3, 4, 2), reader.read(3, 4, 2), strict=True):
+            same(one, other)
+    assert len(list(tmp_path.glob("*.mapped"))) == 2
+
+
 def test_micro_batches_and_ranks_cut_the_same_packs(demo_dir, open_shards):
     reader = open_shards(demo_dir / "shards")
     [whole] = reader.read(0, 4, 4)
@@ -76,8 +90,8 @@ def test_packs_hold_what_the_plan_says(demo_dir, open_shards):
         [batch] = reader.read(number, 1, 1)
         ids = plan.pack(number)
         assert batch.keys == [[index.key(row) for index, row in map(reader.maker.locate_sample, ids)]]
-        assert (batch.document_BS >= 0).sum() == plan.token_counts_I[list(ids)].sum() <= 256
-        assert (batch.image_BS >= 0).sum() == plan.visual_counts_I[list(ids)].sum() <= 192
+        assert (batch.document_BS >= 0).sum() == plan.sizes(ids)[0].sum() <= 256
+        assert (batch.image_BS >= 0).sum() == plan.sizes(ids)[1].sum() <= 192
         assert torch.equal(batch.image_BS >= 0, batch.tokens_BS == reader.maker.encoder.image_pad)
         assert len(batch.pixels[0]) == int(batch.image_BS.max()) + 1
         assert set(batch.sample_id_BS[0].tolist()) - {-1} == set(ids)
@@ -112,7 +126,7 @@ def test_a_corrupt_picture_leaves_padding(write_shard, open_shards, caplog, num_
     assert reader.plan.num_packs(0) == 2
     batches = reader.read(0, 2, 1)
     assert sorted(key for batch in batches for key in batch.keys[0]) == ["s0", "s2"]
-    tokens = reader.plan.token_counts_I
+    tokens, _ = reader.plan.sizes(range(3))
     assert sum(int((batch.document_BS >= 0).sum()) for batch in batches) == tokens[0] + tokens[2]
     assert reader.num_bad_samples == 1
     assert "train-00000.tar: 's1' cannot be used (unreadable_image, 1 so far): it stays padding" in caplog.text

@@ -1,7 +1,11 @@
 import logging
+import logging.handlers
 import pickle
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from laver_megatron.data.index.faults import FAULT_NAMES, FAULTS, Fault, FaultLog, SampleFault, fault_table
 
@@ -29,6 +33,26 @@ def test_the_log_names_the_first_and_then_every_power_of_ten(log, caplog):
     assert caplog.messages[0] == "a.tar: 'k1' cannot be used (no_turns, 1 so far): detail 1"
     assert caplog.messages[1].endswith("detail 2; more of these are counted and rarely logged")
     assert log.counts == {Fault.no_turns: 1000}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, len(FAULTS)), max_size=150), st.integers(0, 12))
+def test_many_rows_are_added_as_one_after_the_other(codes, before):
+    messages, counts = [], []
+    for together in (False, True):
+        logger = logging.Logger("test")
+        logger.addHandler(handler := logging.handlers.BufferingHandler(1000))
+        log = FaultLog(logger, first=2)
+        for _ in range(before):
+            log.add(FAULTS[0], "b.tar", "x")
+        if together:
+            log.add_rows(np.arange(len(codes)), np.array(codes, int), lambda row: ("a.tar", f"k{row}"))
+        else:
+            for row, code in enumerate(codes):
+                log.add(FAULTS[code - 1], "a.tar", f"k{row}")
+        messages.append([record.getMessage() for record in handler.buffer])
+        counts.append(log.counts)
+    assert messages[0] == messages[1] and counts[0] == counts[1]
 
 
 def test_each_fault_is_limited_by_itself(log, caplog):

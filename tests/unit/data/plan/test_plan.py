@@ -1,3 +1,4 @@
+import hashlib
 import random
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laver_megatron.data.plan.plan import PackPlan, SampleSizes
+from laver_megatron.data.plan.plan import PackPlan, PlanMark
+from laver_megatron.data.plan.sizes import SampleSizes
 
 
 def sizes(count, seed=0, longest=120):
@@ -63,7 +65,7 @@ def test_weights_are_how_often_a_sample_comes(weights, seed):
     for epoch in range(2):
         times = Counter(i for pack in epoch_packs(p, epoch) for i in pack)
         for number, weight in enumerate(weights):
-            ids = [i for i in p.sample_ids.tolist() if p.locate_sample(i)[0] == number]
+            ids = [60 * number + row for part in p.rows[number].chunks() for row in part.tolist()]
             assert {times[i] for i in ids} <= {int(weight), int(weight) + 1}
             assert sum(times[i] for i in ids) == int(weight) * len(ids) + round(weight % 1 * len(ids))
 
@@ -123,7 +125,35 @@ def test_what_is_kept_of_epochs_is_bounded():
     for epoch in range(5):
         p.num_packs(epoch)
     assert len(p._orders) <= 2 and len(p._windows) <= 4
-    assert all(order_I.dtype == np.int32 for order_I in p._orders.values())  # 40 MB for ten million samples
+    for order in p._orders.values():  # of 100 shards
+        assert sum(part.nbytes for part in vars(order).values() if isinstance(part, np.ndarray)) < 100 * 100
+
+
+def test_a_position_means_what_it_meant_before():
+    """Packs, fingerprint and mark as noted with the code of commit 4d1fafb, which held an epoch's order in a list."""
+    n = np.arange(40_000)
+    first, second, third = (
+        (n[:size] * 7919 * factor + 13) % 131 for size, factor in ((40_000, 1), (9000, 3), (500, 5))
+    )
+    p = plan(
+        SampleSizes(first, first // 3, n // 300, 1.3),
+        SampleSizes(second, second // 2, n[:9000] // 77, 2.0),
+        SampleSizes(third, 0 * third, n[:500] // 9, 0.25),
+        visual_seq_length=45,
+        seed=7,
+        window=5000,
+    )
+    digest = hashlib.sha256()
+    for window in (0, 1, 30):
+        packs = p.window_packs(window)
+        digest.update(f"{packs.sample_id_I.tolist()}{packs.begin_P.tolist()}".encode())
+    assert digest.hexdigest()[:16] == "c1eeaf9edd88fbf7" and p.fingerprint() == "e18229f0e0e08bba"
+    mark = PlanMark(window=3, first_pack=7107, digest="7014f0af0dcd08c6")
+    expected = p.pack(7110)
+    assert p.mark(7110) == mark
+    fresh = PackPlan(p.sources, 100, 45, 7, 5000)
+    fresh.resume_from(mark)
+    assert fresh.pack(7110) == expected
 
 
 def test_epochs_and_seeds_and_windows_differ():
@@ -200,7 +230,7 @@ def test_nothing_fits():
 def test_ids_count_through_the_sources():
     p = plan(source(30), source(50))
     assert [p.locate_sample(i) for i in (0, 29, 30, 79)] == [(0, 0), (0, 29), (1, 0), (1, 49)]
-    assert p.token_counts_I[30:].tolist() == source(50).tokens_I.tolist()
+    assert p.sizes(range(30, 80))[0].tolist() == source(50).tokens_I.tolist()
     assert all(type(i) is int for i in p.pack(0)) and not isinstance(p.pack(0)[0], np.integer)
     empty_first = plan(SampleSizes([], [], []), source(50))
     assert empty_first.locate_sample(0) == (1, 0)
@@ -208,7 +238,7 @@ def test_ids_count_through_the_sources():
 
 def test_sizes_are_not_copied():
     one = source()
-    assert plan(one).token_counts_I is one.tokens_I
+    assert plan(one).sources[0].tokens_I is one.tokens_I
     assert one.tokens_I.dtype == one.visual_I.dtype == one.shard_I.dtype == np.int32
 
 

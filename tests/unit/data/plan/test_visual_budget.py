@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from laver_megatron.data.plan.mixture import SampleSizes
+from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
 from tools.benchmarks.packing import draw_source
 
