@@ -244,10 +244,7 @@ def peaks(key: str, options: argparse.Namespace) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    backend = use_backend()
-    device = backend.device if options.device == "cuda" else torch.device("cpu")
-    if backend.device.type != device.type:
-        sys.exit(f"--device {options.device}: this machine has {backend.device.type}, which training would use")
+    device = report.chosen_device(use_backend().device, options.device)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if options.peak_of:
@@ -256,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench = Bench(SHAPES[options.shapes[0]], Path(directory), device, bf16=options.bf16)
             print(peak_of_steps(lambda: bench.build(options.peak_of).step, device))
         return
-    sections = ["# One training step", report.environment(device), _legend(options)]
+    sections = [_legend(options)]
     for key in options.shapes:
         memory = peaks(key, options)
         with tempfile.TemporaryDirectory() as directory:
@@ -266,12 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done = measure(bench, options.contenders, options.rounds, one_at_a_time=options.one_at_a_time)
                 sections.append(report_shape(SHAPES[key], done, bench.lm_parts, memory, threads))
             bench.forget()
-    text = "\n\n".join(sections) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    else:
-        print(text)
+    report.write("One training step", device, sections, options.output)
 
 
 def _legend(options: argparse.Namespace) -> str:
