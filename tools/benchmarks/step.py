@@ -190,7 +190,8 @@ def _conclusions(shape: StepShape, done: dict[str, Contender], lm_parts: dict[st
         lines.append(
             f"- LaVer / LM: time {report.ratio(laver.seconds, lm.seconds)}, FLOPs {laver.flops / lm.flops:.3f}; floor "
             f"1 + (4/3) v phi = {floor:.3f} (v = {shape.visual_share:.3f} of the tokens are visual, phi = {phi:.3f} of "
-            f"the LM's FLOPs are the decoder's layers): time / floor {report.spread(ratios, '.3f')}"
+            f"the LM's FLOPs are the decoder's layers): time / floor {report.spread(ratios, '.3f')}, fastest "
+            f"{min(laver.seconds) / min(lm.seconds) / floor:.3f}"
         )
     if "official" in done and "laver" in done:
         official, laver = done["official"], done["laver"]
@@ -271,7 +272,7 @@ def _legend(options: argparse.Namespace) -> str:
     memory = "of the allocator" if options.device == "cuda" else "of the resident set (VmHWM) above the libraries'"
     lines = [f"- `{name}`: {CONTENDERS[name]}" for name in options.contenders]
     lines += [
-        f"- {dtype}; median (range) of {options.rounds} rounds"
+        f"- {dtype}; median (range) of {options.rounds} rounds, and where it says `fastest` of each one's fastest"
         + (", one contender after the other" if options.one_at_a_time else ", the steps in turns"),
         "- FLOPs of real tokens and the exact mask area, recomputation apart; those of `official` are counted as "
         "executed, full squares of attention included",
