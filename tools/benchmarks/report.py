@@ -85,17 +85,12 @@ def write(title: str, device: torch.device, sections: Sequence[str], output: Pat
     output.write_text(text)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
+def ratio(numerators: Sequence[float], denominators: Sequence[float], *, over: float = 1.0) -> str:
     """Median of the ratios of each round, their range, and the ratio of the smallest, which a busy machine disturbs
-    least."""
-    ratios = ratios_of(numerators, denominators)
-    smallest = min(numerators) / min(denominators)
+    least. over: divides all of them."""
+    ratios = [a / b / over for a, b in zip(numerators, denominators, strict=True)]
+    smallest = min(numerators) / min(denominators) / over
     return f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}), fastest {smallest:.3f}"
-
-
-def ratios_of(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Ratios of each round."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def spread(values: Sequence[float], spec: str = ".1f") -> str:

@@ -77,7 +77,8 @@ def test_the_report_holds_ratios_of_the_same_round():
     text = step.report_shape(TINY, done, {"decoder_student": 2, "attention": 1}, {"lm": 2**20}, 1)
     assert "| lm | 0.0 (0.0-0.0) |" in text and "| 50.0% | 1 |" in text
     floor = 1 + 4 / 3 * TINY.visual_share * 0.75
-    assert f"= {floor:.3f}" in text and f"time / floor {2 / floor:.3f}" in text
+    assert f"= {floor:.3f}" in text and f"by the floor: {2 / floor:.3f} (" in text
+    assert "by their FLOPs: 1.143 (" in text
 
 
 def test_peak_memory_is_that_of_the_steps():
@@ -95,4 +96,4 @@ def test_a_quick_run_reports_every_contender(capsys):
     step.main(["--quick", "--no-memory"])
     text = capsys.readouterr().out
     assert all(f"\n| {name} |" in text for name in step.CONTENDERS)
-    assert "time / floor" in text and "of the step's host time" in text
+    assert "by the floor" in text and "of the step's host time" in text
