@@ -8,12 +8,13 @@
 #   make test-full    the same with the slow tests, and with new examples in property tests
 #   make test-engine  what touches Megatron-Core, on its newest version: ten minutes on two cores
 #   make test-gpu     the tests that need CUDA
+#   make bench        measures a step, teacher, checkpoint and loader on this CPU, in a quarter of an hour; in runs/bench
 #
 # PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-engine test-gpu lint clean
+.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-engine test-gpu bench lint clean
 
 BASE_PYTHON ?= python3
 ifeq ($(origin PYTHON), undefined)
@@ -109,6 +110,19 @@ test-engine: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) --numprocesses 0 tests/gpu
+
+# BENCH=--quick shows in two minutes that all of it runs.
+BENCH ?=
+LOADER := $(if $(findstring --quick,$(BENCH)),--samples 96 --repeats 1 --num-workers 0,)
+bench: export HF_HUB_OFFLINE := 1
+bench: $(READY)
+	$(PYTHON) tools/make_demo.py --dir runs/demo
+	mkdir -p runs/bench
+	$(PYTHON) -m tools.benchmarks.step $(BENCH) --output runs/bench/step.md
+	$(PYTHON) -m tools.benchmarks.state $(BENCH) --output runs/bench/state.md
+	{ echo "# Loader"; echo; $(PYTHON) -m tools.benchmarks.report; echo; \
+		$(PYTHON) tools/benchmarks/loader.py --dir runs/demo $(LOADER); } > runs/bench/loader.md
+	@echo "bench: done; see runs/bench/step.md, state.md and loader.md"
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

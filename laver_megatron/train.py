@@ -20,6 +20,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.profiler import record_function
 
 from laver_megatron.checkpoint.parameter_counts import count_parameters
 from laver_megatron.checkpoint.state import save_checkpoint
@@ -33,8 +34,10 @@ from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
 from laver_megatron.run_log.interruption import end_interrupted, heed_signals
 from laver_megatron.run_log.metrics import RunLog
+from laver_megatron.run_log.profile import ProfileWindow
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.run_log.step_record import advance, flops_of, step_record
+from laver_megatron.run_log.utilisation import missing_peak
 from laver_megatron.runtime.backend import hardware_of, shut_down_parallelism
 from laver_megatron.runtime.terminal import say
 from laver_megatron.trainer import Trainer, setup
@@ -156,7 +159,7 @@ def train_step(trainer: Trainer) -> dict:
         config,
         trainer.progress,
         batch.counts,
-        flops,
+        trainer.flops,
         terms,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
@@ -169,6 +172,7 @@ def train_step(trainer: Trainer) -> dict:
     )
 
 
+@record_function("optimizer")
 def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, bool]:
     """Clips and applies the gradients unless loss or norm is not finite; returns (norm, skipped). The norm is
     over all ranks and the loss was broadcast, so every rank decides alike."""
@@ -203,11 +207,15 @@ def train(trainer: Trainer) -> None:
         return
     parameters = count_parameters(trainer.stages)
     log = open_log(trainer, run_dir)
+    if unmeasured := missing_peak(config, trainer.backend.device):
+        say(unmeasured)
+    window = ProfileWindow(trainer)
     skipped_in_a_row = 0
     try:
         while progress.iteration < config.training.train_iters:
             skipped_before = progress.skipped_iterations
-            entry = train_step(trainer)
+            with window.step(progress.iteration):
+                entry = train_step(trainer)
             if log:
                 log.log(entry)
             skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
@@ -236,6 +244,7 @@ def train(trainer: Trainer) -> None:
                 )
                 break
     finally:
+        window.close()
         if log:
             log.close()
 

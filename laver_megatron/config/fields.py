@@ -308,6 +308,18 @@ class RunConfig:
     )
     tensorboard: bool = option("also write TensorBoard events to run_dir/tensorboard", default=False)
     wandb_project: str | None = option("also log to this Weights & Biases project", default=None)
+    peak_tflops: float | None = option(
+        "dense TFLOP/s of a device, of which MFU and HFU are shares (default: the data sheet's of a known GPU in bf16)",
+        valid=ABOVE_ZERO,
+        default=None,
+    )
+    profile: bool = option(
+        "profile a few iterations on one process of each pipeline stage: where the time goes, a Chrome trace and, on "
+        "CUDA, a memory snapshot, in run_dir/profile",
+        default=False,
+    )
+    profile_step_start: int = option("iterations before the profiled ones", valid=NOT_NEGATIVE, default=10)
+    profile_step_end: int = option("the last profiled iteration", valid=POSITIVE, default=12)
 
 
 @dataclass(frozen=True, kw_only=True)

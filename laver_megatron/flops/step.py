@@ -7,7 +7,8 @@ Convention, which every figure made from this file uses:
 - Only matrix products count: 2 m n k each. Norms, softmax, rotary, activations, losses and the optimizer don't.
 - Only real tokens count, padding does not. Attention counts the exact mask area (the sum of span lengths over
   real queries), not the square of the sequence.
-- The language head runs on every real LM token, not only on those that have a label.
+- The language head counts on every real LM token, not only on those that have a label, as in figures of others and in
+  scaling laws; `num_label_tokens` counts it where its logits are needed, which is what is computed.
 - Backward: one product for the gradient of the weights where they are trained, one for that of the input where
   something below needs it. So a trained decoder costs 3x its forward, a frozen one under a trained connector 2x
   (its attention 3x: both operands are activations), a frozen encoder 1x, the teacher 1x.
@@ -187,6 +188,7 @@ def step_flops(
     reconstruction_span_area: int = 0,
     num_images: int = 0,
     image_window_area: int = 0,
+    num_label_tokens: int | None = None,
     laver: bool = True,
     gram: bool = True,
     frozen: Collection[str] = ("encoder",),
@@ -202,6 +204,7 @@ def step_flops(
         reconstruction_span_area: sum over images of N^2.
         num_images: their number, which an encoder with class or register tokens asks for.
         image_window_area: pairs of visual tokens that share a window of the encoder's (`encoder_flops.window_area`).
+        num_label_tokens: LM tokens that the LM head runs on; None: all.
         laver: False is plain LM training: no reconstruction stream, no teacher, no vision head, no Gram matrices.
         gram: False for `gram_loss: none`.
         frozen: names from `MODULES`. The token embedding and the LM head are frozen with the decoder, the [MASK]
@@ -217,6 +220,7 @@ def step_flops(
     lm_needs_gradient = images_need_gradient or trains["decoder"]
     masked_needs_gradient = lm_needs_gradient or trains["heads"]  # the [MASK] embedding
 
+    num_head_tokens = num_tokens if num_label_tokens is None else num_label_tokens
     num_masked_stream = num_visual_tokens if laver else 0
     masked_area = reconstruction_span_area if laver else 0
     lm_linear = num_tokens * model.decoder_per_token
@@ -229,7 +233,7 @@ def step_flops(
     return StepFlops(
         decoder_student=lm_linear * (1 + trains["decoder"] + lm_needs_gradient),
         attention=lm_attention * (1 + 2 * lm_needs_gradient),
-        lm_head=num_tokens * model.lm_head_per_token * (1 + trains["decoder"] + lm_needs_gradient),
+        lm_head=num_head_tokens * model.lm_head_per_token * (1 + trains["decoder"] + lm_needs_gradient),
         reconstruction=masked_linear * (1 + trains["decoder"] + masked_needs_gradient)
         + masked_attention * (1 + 2 * masked_needs_gradient),
         teacher=masked_linear + masked_attention + head,

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.profiler import record_function
 
 from laver_megatron.model.laver import LaverStage
 
@@ -114,6 +115,7 @@ class TeacherAverage:
                 pair.accumulator = pair.master.float().clone()
         self._publish()
 
+    @record_function("EMA")
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, in fp32; exact at momentum 0 and 1."""

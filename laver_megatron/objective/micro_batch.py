@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from laver_megatron.config.fields import ObjectiveConfig
 from laver_megatron.data.batch.batches import GlobalCounts
@@ -57,6 +58,7 @@ def weighted_sum(lm_loss: Loss, mim_loss: Loss, gram_loss: Loss, objective: Obje
     return lm_loss + objective.mim_weight * mim_loss + objective.gram_weight * gram_loss
 
 
+@record_function("losses")
 def micro_batch_losses(
     output: StageOutput,
     batch: MicroBatch,

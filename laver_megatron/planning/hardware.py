@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.flops.hardware import PEAK_BF16_TFLOPS
 
 GIB, GIGA, TERA = 1 << 30, 10**9, 10**12
 # What is left of a GPU's memory for tensors: the rest goes to CUDA, NCCL, the libraries and what lies between blocks.
@@ -49,18 +50,23 @@ class Gpu:
         return num_gpus <= self.node_size or self.node_size % num_ranks == 0
 
 
-# The data sheets' figures: memory, dense bf16, HBM, NVLink in one direction (PCIe 5 for the L40S); the network is one
-# 400 Gb/s adapter for each GPU (200 Gb/s with the A100), as in NVIDIA's own clusters.
+def _peak(name: str) -> float:
+    return PEAK_BF16_TFLOPS[name] * TERA
+
+
+# The data sheets' figures: memory, HBM, NVLink in one direction (PCIe 5 for the L40S), and the peaks of
+# `flops/hardware.py`; the network is one 400 Gb/s adapter for each GPU (200 Gb/s with the A100), as in NVIDIA's own
+# clusters.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul_efficiency=0.65),
-        Gpu("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul_efficiency=0.65),
-        Gpu("h100-80gb", 80 * GIB, 989.4e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200-141gb", 141 * 10**9, 989.4e12, 4.8e12, 450e9, 50e9),
-        Gpu("h20-96gb", 96 * GIB, 148e12, 4.0e12, 450e9, 50e9, matmul_efficiency=0.85),
-        Gpu("b200-180gb", 180 * 10**9, 2250e12, 8.0e12, 900e9, 50e9),
-        Gpu("l40s-48gb", 48 * GIB, 362e12, 0.864e12, 32e9, 25e9),
+        Gpu("a100-40gb", 40 * GIB, _peak("A100"), 1.555e12, 300e9, 25e9, matmul_efficiency=0.65),
+        Gpu("a100-80gb", 80 * GIB, _peak("A100"), 2.039e12, 300e9, 25e9, matmul_efficiency=0.65),
+        Gpu("h100-80gb", 80 * GIB, _peak("H100"), 3.35e12, 450e9, 50e9),
+        Gpu("h200-141gb", 141 * 10**9, _peak("H200"), 4.8e12, 450e9, 50e9),
+        Gpu("h20-96gb", 96 * GIB, _peak("H20"), 4.0e12, 450e9, 50e9, matmul_efficiency=0.85),
+        Gpu("b200-180gb", 180 * 10**9, _peak("B200"), 8.0e12, 900e9, 50e9),
+        Gpu("l40s-48gb", 48 * GIB, _peak("L40S"), 0.864e12, 32e9, 25e9),
     )
 }
 # The field and the unit of what a flag gives.

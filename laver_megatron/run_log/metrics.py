@@ -27,7 +27,9 @@ from laver_megatron.run_log.records import drop_after, json_line
 
 REQUIRED_FIELDS = (
     "iteration", "loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "learning_rate", "mask_ratio",
-    "num_masked_tokens", "ema_momentum", "visual_token_share", "tokens_per_second", "tflops_per_gpu",
+    "num_masked_tokens", "ema_momentum", "visual_token_share", "tokens_per_second", "visual_tokens_per_second",
+    "images_per_second", "tflops_per_gpu",
+    "mfu", "hfu", "mfu_full_square",  # shares of the peak (`utilisation.py`), None where it is not known
     "peak_memory_bytes", "consumed_samples", "consumed_packs",
     "skipped_iterations",  # since the start of training, not since the last line
     "elapsed_seconds",  # of the step alone: no save, no validation, no logging
@@ -47,7 +49,11 @@ LINE_FIELDS = (
     ("ema momentum", "ema_momentum", ".6f"),
     ("grad norm", "grad_norm", ".3f"),
     ("tokens/s", "tokens_per_second", ".1f"),
+    ("visual tokens/s", "visual_tokens_per_second", ".1f"),
+    ("images/s", "images_per_second", ".2f"),
     ("TFLOP/s/GPU", "tflops_per_gpu", ".3f"),
+    ("MFU", "mfu", ".1%"),
+    ("HFU", "hfu", ".1%"),
     ("peak memory (MiB)", "peak_memory_bytes", ".1f"),
     ("number of skipped iterations", "skipped_iterations", "3d"),
 )

@@ -20,6 +20,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
                             gram_loss and the collapse monitors student_visual_similarity, teacher_visual_similarity,
                             teacher_entropy; null without validation
     training                the same numbers as means over the last num_iterations (at most 20)
+    throughput              means over the same: tokens, visual tokens, images a second, TFLOP/s of a device; MFU, HFU
+                            and MFU over full squares (`utilisation.py`), null where the peak is not known
     hardware                device, num_devices, tensor, pipeline and data parallel sizes, versions
     time                    training_seconds (steps alone, without validation and saving), device_hours (the same
                             times devices), written_at (UTC)
@@ -54,6 +56,10 @@ FINISHED, UNFINISHED = "finished", "unfinished"
 LANGUAGE_COLUMNS = ("loss", "lm_loss")
 LAVER_COLUMNS = (
     "mim_loss", "gram_loss", "student_visual_similarity", "teacher_visual_similarity", "teacher_entropy",
+)  # fmt: skip
+THROUGHPUT_COLUMNS = (
+    "tokens_per_second", "visual_tokens_per_second", "images_per_second", "tflops_per_gpu",
+    "mfu", "hfu", "mfu_full_square",
 )  # fmt: skip
 _AVERAGED_ITERATIONS = 20
 # What decides a run's numbers lies in these sections, and in what is validated; layout and logging change none.
@@ -117,6 +123,7 @@ def make_summary(
         },
         "validation": _last_and_best(validation, columns),
         "training": _recent_means(training, columns),
+        "throughput": _recent_means(training, THROUGHPUT_COLUMNS),
         "hardware": dict(hardware),
         "time": {
             "training_seconds": progress.training_seconds,

@@ -14,22 +14,12 @@ from laver_megatron.data.batch.batches import GlobalCounts
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops, tflops_per_gpu
 from laver_megatron.objective.micro_batch import TERMS
 from laver_megatron.run_log.metrics import peak_memory_bytes
+from laver_megatron.run_log.utilisation import utilisation, work_of
 
 
 def flops_of(model: ModelFlops, counts: GlobalCounts, config: Config) -> StepFlops:
     """Model FLOPs of a step with these counts, all devices together."""
-    return step_flops(
-        model,
-        num_tokens=counts.tokens,
-        lm_span_area=counts.language_span_area,
-        num_visual_tokens=counts.visual_tokens,
-        reconstruction_span_area=counts.image_span_area,
-        num_images=counts.images,
-        image_window_area=counts.image_window_area,
-        laver=config.objective.laver,
-        gram=config.objective.gram_loss != "none",
-        frozen=config.model.freeze,
-    )
+    return step_flops(model, **work_of(counts, config))
 
 
 def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: StepFlops, seconds: float) -> None:
@@ -52,7 +42,7 @@ def step_record(
     config: Config,
     progress: Progress,
     counts: GlobalCounts,
-    flops: StepFlops,
+    model: ModelFlops,
     terms: dict[str, float],
     *,
     grad_norm: float,
@@ -65,6 +55,7 @@ def step_record(
     device: torch.device,
 ) -> dict[str, Any]:
     """What is logged of one iteration. Fields of LaVer are None where it is off."""
+    num_devices = dist.get_world_size()
     of_laver: dict[str, Any] = {name: terms[name] for name in TERMS if name not in ("loss", "lm_loss")}
     of_laver.update(mask_ratio=mask_ratio, num_masked_tokens=counts.masked, ema_momentum=momentum)
     return {
@@ -79,7 +70,10 @@ def step_record(
         "num_bad_samples": counts.bad_samples,
         "num_tokens": counts.tokens,
         "tokens_per_second": counts.tokens / seconds,
-        "tflops_per_gpu": tflops_per_gpu(flops.total, seconds, dist.get_world_size()),
+        "visual_tokens_per_second": counts.visual_tokens / seconds,
+        "images_per_second": counts.images / seconds,
+        "tflops_per_gpu": tflops_per_gpu(flops_of(model, counts, config).total, seconds, num_devices),
+        **utilisation(model, counts, config, seconds=seconds, num_devices=num_devices, device=device),
         "peak_memory_bytes": peak_memory_bytes(device),
         "consumed_samples": progress.consumed_samples,
         "consumed_packs": progress.consumed_packs,

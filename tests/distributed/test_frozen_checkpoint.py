@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 # What depends on the clock and on the machine.
 MEASURED = (
     "tokens_per_second", "tflops_per_gpu", "peak_memory_bytes", "elapsed_seconds", "data_seconds", "data_wait_seconds",
+    "visual_tokens_per_second", "images_per_second", "mfu", "hfu", "mfu_full_square",
 )  # fmt: skip
 
 

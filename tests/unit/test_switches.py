@@ -714,11 +714,13 @@ LOOPS = {
     "train_iters": ({"train_iters": 2}, 2, [2], []),
     "eval_interval": ({"eval_interval": 2, "valid_data_path": ("other-answers",)}, 4, [4], [2, 4]),
     "eval_interval 3": ({"eval_interval": 3, "valid_data_path": ("other-answers",)}, 4, [4], [3, 4]),
+    "profile": ({"profile": True, "profile_step_start": 1, "profile_step_end": 3, "peak_tflops": 2.0}, 4, [4], []),
 }
 
 
 @shows("save_interval", "exit_interval", "eval_interval", "eval_iters", "run_dir", "train_iters")
-@shows("log_interval", "tensorboard", "wandb_project")
+@shows("log_interval", "tensorboard", "wandb_project", "profile", "profile_step_start", "profile_step_end")
+@shows("peak_tflops")
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name):
     """Nothing of that touches the training: the records are those of the base run."""
@@ -746,6 +748,14 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
     if "train_iters" not in LOOPS[name][0]:  # the schedules end there
         for record, step in zip(records, of().steps, strict=False):
             assert all(record[number] == step.record[number] for number in NUMBERS)
+    with_peak = "peak_tflops" in settings
+    assert all(
+        (record["mfu"] is not None and 0 < record["mfu"] < record["mfu_full_square"]) == with_peak for record in records
+    )
+    profiles = sorted(path.name for path in (tmp_path / "run").glob("profile/*"))
+    assert profiles == (["stage-0.md", "stage-0.trace.json.gz"] if "profile" in settings else [])
+    if profiles:
+        assert "iterations 2 to 3" in (tmp_path / "run" / "profile" / "stage-0.md").read_text()
     validations = [call.args for call in log.log_validation.call_args_list]
     assert [iteration for iteration, _ in validations] == validated
     # Three global batches an evaluation, always the same ones.

@@ -26,9 +26,10 @@ from laver_megatron.data.batch.batches import BatchSource
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.plan.plan import PlanMark
-from laver_megatron.flops.step import StepFlops
+from laver_megatron.flops.step import StepFlops, step_flops
 from laver_megatron.model import attention
 from laver_megatron.run_log.metrics import RunLog
+from laver_megatron.run_log.utilisation import work_of
 from tools.benchmarks.plain_steps import build_qwen
 from tools.benchmarks.step_shapes import PATCH_SIZE, StepShape, make_packs
 
@@ -131,10 +132,11 @@ class OurStep:
             self.log.log(train.train_step(self.trainer))
 
     def flops(self) -> StepFlops:
-        """Model FLOPs of a step."""
+        """What a step needs: the LM head where there is a label, as `mfu` counts."""
         config = self.trainer.config
         batch = self.trainer.training_data.at(0, mask_ratio=config.objective.mask_ratio, step=0)
-        return train.flops_of(self.trainer.flops, batch.counts, config)
+        work = work_of(batch.counts, config)
+        return step_flops(self.trainer.flops, **work, num_label_tokens=batch.counts.labels)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""What every report of the benchmarks begins with, and numbers with their spread."""
+"""What every report of the benchmarks begins with, and numbers with their spread.
+
+python -m tools.benchmarks.report     prints date, hardware, versions and commit
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -64,15 +68,29 @@ def commit() -> str:
     return name.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
-    """Median of the ratios of each round, and their range."""
-    ratios = ratios_of(numerators, denominators)
-    return f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+def chosen_device(ours: torch.device, kind: str) -> torch.device:
+    """The device that was asked for; ends the process with a message if training would run on another."""
+    if ours.type != kind:
+        sys.exit(f"--device {kind}: training on this machine runs on {ours.type}; ask for --device {ours.type}")
+    return ours
 
 
-def ratios_of(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Ratios of each round."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+def write(title: str, device: torch.device, sections: Sequence[str], output: Path | None) -> None:
+    """A report to a file, whose folder is made, or to standard output."""
+    text = "\n\n".join([f"# {title}", environment(device), *sections]) + "\n"
+    if output is None:
+        print(text)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], *, over: float = 1.0) -> str:
+    """Median of the ratios of each round, their range, and the ratio of the smallest, which a busy machine disturbs
+    least. over: divides all of them."""
+    ratios = [a / b / over for a, b in zip(numerators, denominators, strict=True)]
+    smallest = min(numerators) / min(denominators) / over
+    return f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}), fastest {smallest:.3f}"
 
 
 def spread(values: Sequence[float], spec: str = ".1f") -> str:
@@ -84,3 +102,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

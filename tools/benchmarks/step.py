@@ -186,11 +186,16 @@ def _conclusions(shape: StepShape, done: dict[str, Contender], lm_parts: dict[st
         lm, laver = done["lm"], done["laver"]
         phi = (lm_parts["decoder_student"] + lm_parts["attention"]) / lm.flops
         floor = 1 + 4 / 3 * shape.visual_share * phi
-        ratios = [ratio / floor for ratio in report.ratios_of(laver.seconds, lm.seconds)]
         lines.append(
-            f"- LaVer / LM: time {report.ratio(laver.seconds, lm.seconds)}, FLOPs {laver.flops / lm.flops:.3f}; floor "
+            f"- LaVer / LM: time {report.ratio(laver.seconds, lm.seconds)}; FLOPs {laver.flops / lm.flops:.3f}"
+        )
+        lines.append(
+            f"- LaVer / LM by their FLOPs: {report.ratio(laver.seconds, lm.seconds, over=laver.flops / lm.flops)}"
+        )
+        lines.append(
+            f"- LaVer / LM by the floor: {report.ratio(laver.seconds, lm.seconds, over=floor)}; the floor is "
             f"1 + (4/3) v phi = {floor:.3f} (v = {shape.visual_share:.3f} of the tokens are visual, phi = {phi:.3f} of "
-            f"the LM's FLOPs are the decoder's layers): time / floor {report.spread(ratios, '.3f')}"
+            "the LM's FLOPs are the decoder's layers, attention included)"
         )
     if "official" in done and "laver" in done:
         official, laver = done["official"], done["laver"]
@@ -244,10 +249,7 @@ def peaks(key: str, options: argparse.Namespace) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    backend = use_backend()
-    device = backend.device if options.device == "cuda" else torch.device("cpu")
-    if backend.device.type != device.type:
-        sys.exit(f"--device {options.device}: this machine has {backend.device.type}, which training would use")
+    device = report.chosen_device(use_backend().device, options.device)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if options.peak_of:
@@ -256,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench = Bench(SHAPES[options.shapes[0]], Path(directory), device, bf16=options.bf16)
             print(peak_of_steps(lambda: bench.build(options.peak_of).step, device))
         return
-    sections = ["# One training step", report.environment(device), _legend(options)]
+    sections = [_legend(options)]
     for key in options.shapes:
         memory = peaks(key, options)
         with tempfile.TemporaryDirectory() as directory:
@@ -266,12 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done = measure(bench, options.contenders, options.rounds, one_at_a_time=options.one_at_a_time)
                 sections.append(report_shape(SHAPES[key], done, bench.lm_parts, memory, threads))
             bench.forget()
-    text = "\n\n".join(sections) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    else:
-        print(text)
+    report.write("One training step", device, sections, options.output)
 
 
 def _legend(options: argparse.Namespace) -> str:
@@ -279,10 +276,10 @@ def _legend(options: argparse.Namespace) -> str:
     memory = "of the allocator" if options.device == "cuda" else "of the resident set (VmHWM) above the libraries'"
     lines = [f"- `{name}`: {CONTENDERS[name]}" for name in options.contenders]
     lines += [
-        f"- {dtype}; median (range) of {options.rounds} rounds"
+        f"- {dtype}; median (range) of {options.rounds} rounds, and where it says `fastest` of each one's fastest"
         + (", one contender after the other" if options.one_at_a_time else ", the steps in turns"),
-        "- FLOPs of real tokens and the exact mask area, recomputation apart; those of `official` are counted as "
-        "executed, full squares of attention included",
+        "- FLOPs of real tokens, the exact mask area and the LM head where ours needs it (of `qwen` everywhere); those "
+        "of `official` are counted as executed, full squares of attention included",
         f"- peak memory: {memory}, over three steps in a process of its own with one thread, weights and optimizer "
         "included",
     ]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.profiler import record_function
 
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.broadcast import scatter_pixels, share_metadata
@@ -151,6 +152,7 @@ class BatchSource:
         if self.reader is not None:
             self.reader.close()
 
+    @record_function("data wait")
     def at(self, first_pack: int, *, mask_ratio: float, step: int) -> GlobalBatch:
         """The batch of packs `first_pack` to `first_pack + global_batch_size`, of which each data-parallel rank takes a
         contiguous part. Without LaVer nothing is masked.

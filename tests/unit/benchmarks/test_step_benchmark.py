@@ -69,7 +69,7 @@ def test_products_count_what_they_multiply():
 
 
 def test_the_report_holds_ratios_of_the_same_round():
-    assert report.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == "2.000 (2.000-3.000)"
+    assert report.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == "2.000 (2.000-3.000), fastest 2.000"
     done = {
         name: step.Contender(name, lambda: None, flops, seconds=[seconds] * 3, overhead=[0.01] * 3)
         for name, flops, seconds in [("products", 4, 1e-9), ("qwen", 4, 2e-9), ("lm", 4, 2e-9), ("laver", 7, 4e-9)]
@@ -77,7 +77,8 @@ def test_the_report_holds_ratios_of_the_same_round():
     text = step.report_shape(TINY, done, {"decoder_student": 2, "attention": 1}, {"lm": 2**20}, 1)
     assert "| lm | 0.0 (0.0-0.0) |" in text and "| 50.0% | 1 |" in text
     floor = 1 + 4 / 3 * TINY.visual_share * 0.75
-    assert f"= {floor:.3f}" in text and f"time / floor {2 / floor:.3f}" in text
+    assert f"= {floor:.3f}" in text and f"by the floor: {2 / floor:.3f} (" in text
+    assert "by their FLOPs: 1.143 (" in text
 
 
 def test_peak_memory_is_that_of_the_steps():
@@ -95,4 +96,4 @@ def test_a_quick_run_reports_every_contender(capsys):
     step.main(["--quick", "--no-memory"])
     text = capsys.readouterr().out
     assert all(f"\n| {name} |" in text for name in step.CONTENDERS)
-    assert "time / floor" in text and "of the step's host time" in text
+    assert "by the floor" in text and "of the step's host time" in text

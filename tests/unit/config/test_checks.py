@@ -300,6 +300,8 @@ def test_visual_tokens_that_the_data_will_propose(tp):
         ({"seq_length": 32769}, 1, ["seq_length 32769 is above the model's max_position_embeddings 32768"]),
         ({"lr_warmup_iters": 10}, 1, ["lr_warmup_iters 10 leaves nothing of 10 train_iters"]),
         ({"eval_interval": 5}, 1, ["eval_interval is 5, but there is no valid_data_path"]),
+        ({"profile": True}, 1, ["profile_step_start 10 must be below profile_step_end 12 and train_iters 10"]),
+        ({"profile": True, "profile_step_start": 4, "profile_step_end": 4}, 1, ["must be below profile_step_end 4"]),
         ({"finetune": True}, 1, ["finetune takes the weights of --load, but load is not given"]),
         ({"freeze": ("encoder", "connector", "decoder", "heads")}, 1, ["nothing is left to train"]),
         ({"freeze": ("encoder", "connector", "decoder"), "laver": False}, 1, ["nothing is left to train (without"]),

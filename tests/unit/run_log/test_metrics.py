@@ -89,6 +89,7 @@ def test_the_line_is_greppable():
         mim_loss=None,
         grad_norm=math.nan,
         tflops_per_gpu=0.25,
+        hfu=None,
     )
     line = format_line(record, 40, 0.1234, global_batch_size=4)
     assert line.startswith(" iteration        5/      40 | consumed samples:           20 | ")
@@ -107,7 +108,10 @@ def test_the_line_is_greppable():
         "ema momentum": "0.500000",
         "grad norm": "nan",
         "tokens/s": "0.5",
+        "visual tokens/s": "0.5",
+        "images/s": "0.50",
         "TFLOP/s/GPU": "0.250",
+        "MFU": "50.0%",
         "peak memory (MiB)": "3.0",
         "number of skipped iterations": "0",
     }
