@@ -20,6 +20,7 @@ from laver_megatron.config.directories import (
     shard_problems,
 )
 from laver_megatron.config.fields import Config, ConfigError, all_fields
+from laver_megatron.config.rate_checks import rate_problems
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
 from laver_megatron.start import find_start
@@ -81,7 +82,7 @@ def validate(
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
     is left out; on_cuda None leaves out what depends on the device."""
-    problems = [*_range_problems(config), *_training_problems(config, encoder, on_cuda)]
+    problems = [*_range_problems(config), *rate_problems(config), *_training_problems(config, encoder, on_cuda)]
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
         problems += sequence_problems(config)
@@ -137,14 +138,7 @@ def _range_problems(config: Config) -> Iterator[str]:
 
 
 def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
-    data, objective, training = config.data, config.objective, config.training
-    if training.lr_warmup_iters >= training.train_iters >= 1:
-        yield (
-            f"lr_warmup_iters {training.lr_warmup_iters} leaves nothing of {training.train_iters} train_iters; "
-            "the warm-up must be shorter than the run"
-        )
-    if training.min_lr > training.lr:
-        yield f"min_lr {training.min_lr} is above lr {training.lr}; the rate decays from lr to min_lr"
+    data, objective = config.data, config.objective
     has_visual_loss = objective.mim_weight > 0 or (objective.gram_weight > 0 and objective.gram_loss != "none")
     trainable = ["encoder"] * (encoder is None or encoder.shape.has_weights) + ["connector", "decoder"]
     trainable += ["heads"] * (objective.laver and has_visual_loss)

@@ -126,6 +126,14 @@ SWITCHES = (
     Switch({"lr": 5e-4}, {"learning_rate"} | stepped(*PARTS)),
     Switch({"min_lr": 5e-4}, set(), {"learning_rate"} | stepped(*PARTS)),
     Switch({"lr_warmup_iters": 2}, {"learning_rate"} | stepped(*PARTS)),
+    # The first step is at the whole rate whatever the style.
+    Switch({"lr_decay_style": "linear"}, set(), {"learning_rate"} | stepped(*PARTS)),
+    Switch({"lr_decay_style": "constant"}, set(), {"learning_rate"} | stepped(*PARTS)),
+    Switch(
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "minus_sqrt"},
+        set(),
+        {"learning_rate"} | stepped(*PARTS),
+    ),
     Switch({"weight_decay": 0.1}, stepped(*PARTS) - {"new mask_token"}),
     Switch({"adam_beta1": 0.5}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
     Switch({"adam_beta2": 0.5}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
@@ -468,7 +476,10 @@ def test_the_teacher_follows_at_its_momentum_and_interval(of, settings, momenta)
 # --- the optimizer -------------------------------------------------------------------------------------
 
 OPTIMIZER_SETTINGS = [
-    {}, {"lr": 5e-4}, {"min_lr": 5e-4}, {"lr_warmup_iters": 2}, {"weight_decay": 0.1}, {"adam_beta1": 0.5},
+    {}, {"lr": 5e-4}, {"min_lr": 5e-4}, {"lr_warmup_iters": 2}, {"lr_decay_style": "linear"},
+    {"lr_decay_style": "constant"},
+    {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "minus_sqrt"},
+    {"weight_decay": 0.1}, {"adam_beta1": 0.5},
     {"adam_beta2": 0.5}, {"adam_eps": 1e-2}, {"clip_grad": 1.0}, {"clip_grad": 0.3},
 ]  # fmt: skip
 
@@ -477,7 +488,16 @@ def expected_rate(step, config):
     if step < config.training.lr_warmup_iters:
         return config.training.lr * (step + 1) / config.training.lr_warmup_iters
     share = (step - config.training.lr_warmup_iters) / (config.training.train_iters - config.training.lr_warmup_iters)
-    return config.training.min_lr + (config.training.lr - config.training.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    style = {"WSD": config.training.lr_wsd_decay_style}.get(
+        config.training.lr_decay_style, config.training.lr_decay_style
+    )
+    decay = {
+        "cosine": (1 + math.cos(math.pi * share)) / 2,
+        "linear": 1 - share,
+        "constant": 1,
+        "minus_sqrt": 1 - share**0.5,
+    }
+    return config.training.min_lr + (config.training.lr - config.training.min_lr) * decay[style]
 
 
 @pytest.mark.parametrize("settings", OPTIMIZER_SETTINGS, ids=str)
