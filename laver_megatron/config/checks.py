@@ -19,6 +19,7 @@ from laver_megatron.config.directories import (
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.config.engine_checks import engine_problems
 from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.config.rate_checks import rate_problems
 from laver_megatron.hf.shape import ModelShape
@@ -82,7 +83,8 @@ def validate(
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
     is left out; on_cuda None leaves out what depends on the device."""
-    problems = [*_range_problems(config), *rate_problems(config), *_training_problems(config, encoder, on_cuda)]
+    problems = [*_range_problems(config), *rate_problems(config), *engine_problems(config)]
+    problems += _training_problems(config, encoder, on_cuda)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
         problems += sequence_problems(config)

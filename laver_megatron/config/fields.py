@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from laver_megatron.config.engine_fields import EngineConfig
 from laver_megatron.config.modules import MODULES
 from laver_megatron.config.options import (
     ABOVE_ZERO,
@@ -151,7 +152,7 @@ class ParallelConfig:
         "layers of the last stage of an uneven split", valid=POSITIVE, default=None
     )
     recompute_granularity: str | None = option(
-        "what the backward pass computes again to save memory: whole layers (full) or the core attention (selective)",
+        "what the backward pass computes again to save memory: whole layers (full) or --recompute-modules (selective)",
         choices=("full", "selective"),
         default=None,
     )
@@ -286,6 +287,7 @@ class Config:
     start: StartConfig
     model: ModelConfig
     parallel: ParallelConfig
+    engine: EngineConfig
     data: DataConfig
     objective: ObjectiveConfig
     training: TrainingConfig
@@ -324,6 +326,7 @@ SECTIONS: Mapping[str, Any] = {
     "start": StartConfig,
     "model": ModelConfig,
     "parallel": ParallelConfig,
+    "engine": EngineConfig,
     "data": DataConfig,
     "objective": ObjectiveConfig,
     "training": TrainingConfig,

@@ -18,6 +18,7 @@ def rate_problems(config: Config) -> Iterator[str]:
         )
     if training.min_lr > training.lr:
         yield f"min_lr {training.min_lr} is above lr {training.lr}; the rate decays from lr to min_lr"
+    yield from _part_problems(config)
     if training.lr_decay_style == "WSD":
         yield from _wsd_problems(config)
     elif training.lr_wsd_decay_iters is not None:
@@ -25,6 +26,21 @@ def rate_problems(config: Config) -> Iterator[str]:
             f"lr_wsd_decay_iters {training.lr_wsd_decay_iters} is WSD's, but lr_decay_style is "
             f"{training.lr_decay_style}; set --lr-decay-style WSD, or drop it"
         )
+
+
+def _part_problems(config: Config) -> Iterator[str]:
+    """Rates of parts of the model."""
+    training = config.training
+    parts = {"encoder_lr": "encoder", "connector_lr": "connector", "decoupled_lr": "decoder"}
+    for name, module in parts.items():
+        rate = config.flat()[name]
+        flag = f"--{name.replace('_', '-')}"
+        if rate is None:
+            continue
+        if module in config.model.freeze:
+            yield f"{name} is {rate}, but freeze names the {module}, which does not train; drop {flag}, or train it"
+        elif training.lr <= 0:
+            yield f"{name} {rate} follows lr in proportion, but lr is {training.lr}; raise --lr, or drop {flag}"
 
 
 def _wsd_problems(config: Config) -> Iterator[str]:

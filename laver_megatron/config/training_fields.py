@@ -22,6 +22,19 @@ class TrainingConfig:
     lr: float = option("highest learning rate", valid=NOT_NEGATIVE, default=2e-5)
     min_lr: float = option("learning rate at the end of the decay", valid=NOT_NEGATIVE, default=0.0)
     lr_warmup_iters: int = option("iterations of linear warm-up", valid=NOT_NEGATIVE, default=0)
+    encoder_lr: float | None = option(
+        "--lr for the image encoder alone (default: --lr); warm-up and decay are in proportion, --min-lr as well",
+        valid=NOT_NEGATIVE,
+        default=None,
+    )
+    connector_lr: float | None = option(
+        "--lr for the connector alone (default: --lr), as --encoder-lr", valid=NOT_NEGATIVE, default=None
+    )
+    decoupled_lr: float | None = option(
+        "--lr for the embedding and the LM head alone (default: --lr), as --encoder-lr",
+        valid=NOT_NEGATIVE,
+        default=None,
+    )
     lr_decay_style: str = option(
         "from --lr to --min-lr along a half cosine or a line; constant: --lr to the end; WSD: --lr, then the decay of "
         "the last --lr-wsd-decay-iters",

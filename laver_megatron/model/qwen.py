@@ -107,6 +107,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if parallel.recompute_granularity == "full" else None,
+        recompute_modules=None if config.engine.recompute_modules is None else list(config.engine.recompute_modules),
         recompute_num_layers=1 if parallel.recompute_granularity == "full" else None,
         # Every loss is divided by its count over the global batch before the backward pass, so nothing
         # downstream may divide again.

@@ -102,11 +102,13 @@ class Saved:
 
     def layer(self) -> int:
         """One decoder layer, nothing recomputed."""
-        width = self.value_bytes
-        hidden = self.num_local_tokens * self.shape.hidden_size * width
-        ffn = self.num_tokens * self.shape.ffn_hidden_size // self.tp * width
-        mlp = (3 if self.fused else 5) * ffn  # gate and up, SwiGLU's output; plain also SiLU(gate) and up once more
-        return 2 * (self.norm() + hidden) + self.attention(selective=False) + mlp
+        hidden = self.num_local_tokens * self.shape.hidden_size * self.value_bytes
+        return 2 * (self.norm() + hidden) + self.attention(selective=False) + self.mlp()
+
+    def mlp(self) -> int:
+        """Behind the MLP's input: gate and up, SwiGLU's output; plain also SiLU(gate) and up once more."""
+        ffn = self.num_tokens * self.shape.ffn_hidden_size // self.tp * self.value_bytes
+        return (3 if self.fused else 5) * ffn
 
     def attention(self, *, selective: bool) -> int:
         """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
@@ -136,8 +138,20 @@ class Saved:
             arguments = self.num_tokens * (2 * _INT32_BYTES + FP32_BYTES * self.shape.kv_channels)
             return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + arguments
         if self.config.parallel.recompute_granularity == "selective":
-            return num_layers * (self.layer() - self.attention(selective=False) + self.attention(selective=True))
+            return num_layers * (self.layer() - self._recomputed())
         return num_layers * self.layer()
+
+    def _recomputed(self) -> int:
+        """What a layer does not keep because `recompute_modules` are computed again."""
+        modules, dropped = self.config.engine.recompute_modules or ("core_attn",), 0
+        if "core_attn" in modules:
+            dropped += self.attention(selective=False) - self.attention(selective=True)
+        # Fused norms are part of the linear layers behind them. Plain ones keep their input in either case.
+        if "layernorm" in modules and not self.fused:
+            dropped += 2 * self.norm()
+        if "mlp" in modules:
+            dropped += self.mlp()
+        return dropped
 
     def input_side(self) -> int:
         """Embedding and connector of the first stage; with a trained encoder its layers, roughly."""

@@ -147,6 +147,11 @@ SWITCHES = (
     ),
     Switch({"recompute_granularity": "full"}, set(), set()),
     Switch({"recompute_granularity": "selective"}, set(), set()),
+    Switch({"recompute_granularity": "selective", "recompute_modules": ("layernorm", "mlp")}, set(), set()),
+    # Rates of parts: the same gradients, other steps of these parts alone.
+    Switch({"encoder_lr": 5e-4}, stepped("encoder")),
+    Switch({"connector_lr": 5e-4}, stepped("connector")),
+    Switch({"decoupled_lr": 5e-4}, stepped("embedding")),
     Switch({"freeze": ("encoder",)}, {"grad_norm"} | trained("encoder")),
     Switch({"freeze": ("connector",)}, {"grad_norm"} | trained("connector")),
     Switch({"freeze": ("decoder",)}, {"grad_norm"} | trained("embedding", "decoder")),
@@ -275,22 +280,30 @@ def test_kernels_agree(assets):
 
 
 @pytest.mark.parametrize(
-    "granularity, again", [(None, set()), ("full", {"attention", "mlp"}), ("selective", {"attention"})]
+    "granularity, modules, again",
+    [
+        (None, None, set()),
+        ("full", None, {"attention", "mlp", "norms"}),
+        ("selective", None, {"attention"}),
+        ("selective", ("layernorm", "mlp"), {"mlp", "norms"}),
+        ("selective", ("core_attn", "layernorm"), {"attention", "norms"}),
+    ],
 )
-def test_recompute_runs_again_what_it_says(assets, granularity, again):
+def test_recompute_runs_again_what_it_says(assets, granularity, modules, again):
     calls = Counter()
-    with trainer_of(assets, recompute_granularity=granularity) as trainer:
+    with trainer_of(assets, recompute_granularity=granularity, recompute_modules=modules) as trainer:
         (stage,) = trainer.stages
         for owner, decoder in (("student", stage.decoder), ("teacher", stage.teacher.decoder)):
             for layer in decoder.layers:
-                for name, module in (("attention", layer.self_attention.core_attention), ("mlp", layer.mlp)):
+                parts = {"attention": layer.self_attention.core_attention, "mlp": layer.mlp}
+                for name, module in (parts | {"norms": layer.input_layernorm}).items():
                     module.register_forward_hook(lambda *_, key=(owner, name): calls.update([key]))
         train.train_step(trainer)
         num_layers = stage.shape.num_layers
     assert calls == {
         (owner, name): num_layers * (2 if owner == "student" and name in again else 1)
         for owner in ("student", "teacher")
-        for name in ("attention", "mlp")
+        for name in ("attention", "mlp", "norms")
     }
 
 
@@ -837,6 +850,9 @@ ELSEWHERE = {
     "load": ("distributed/test_checkpoint.py", "load="),
     "finetune": ("distributed/test_checkpoint.py", "finetune=True"),
     "allow_change": ("unit/config/test_checks.py", "allow_change"),
+    "overlap_grad_reduce": ("distributed/test_engine_options.py", '"overlap_grad_reduce": True'),
+    "overlap_param_gather": ("distributed/test_engine_options.py", '"overlap_param_gather": True'),
+    "ddp_bucket_size": ("distributed/test_engine_options.py", '"ddp_bucket_size": 9000'),
     "decoder_last_pipeline_num_layers": ("distributed/test_switches.py", "decoder_last_pipeline_num_layers="),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),
