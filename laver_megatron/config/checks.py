@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from laver_megatron.config.capabilities import find_capabilities
 from laver_megatron.config.command_line import Invocation, exit_on_config_error
 from laver_megatron.config.continuity import continuity_problems
 from laver_megatron.config.directories import (
@@ -83,7 +84,8 @@ def validate(
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
     is left out; on_cuda None leaves out what depends on the device."""
-    problems = [*_range_problems(config), *rate_problems(config), *engine_problems(config)]
+    problems = [*_range_problems(config), *rate_problems(config)]
+    problems += engine_problems(config, None if on_cuda is None else find_capabilities(on_cuda))
     problems += _training_problems(config, encoder, on_cuda)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)

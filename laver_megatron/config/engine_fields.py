@@ -29,6 +29,18 @@ class EngineConfig:
         valid=POSITIVE,
         default=None,
     )
+    cuda_graph_impl: str = option(
+        "capture layers in CUDA graphs: refused, because this program's attention cannot be captured",
+        choices=("none", "local", "transformer_engine"),
+        default="none",
+    )
+    fine_grained_activation_offloading: bool = option(
+        "activations to the host: refused, because this program's stages cannot do it", default=False
+    )
+    tp_comm_overlap: bool = option(
+        "tensor-parallel communication beside matrix products: refused, because its buffers have one shape",
+        default=False,
+    )
     recompute_modules: tuple[str, ...] | None = option(
         "what --recompute-granularity selective computes again (default: core_attn)",
         choices=RECOMPUTED_MODULES,

@@ -58,6 +58,25 @@ class TrainingConfig:
     adam_eps: float = option("added to the denominator of Adam's update", valid=ABOVE_ZERO, default=1e-8)
     clip_grad: float = option("largest norm of the gradient; 0 does not clip", valid=NOT_NEGATIVE, default=1.0)
     bf16: bool = option("compute in bfloat16, with fp32 master weights; otherwise fp32", default=False)
+    fp8_format: str | None = option(
+        "the student's decoder layers multiply in FP8 (TransformerEngine, with --bf16); hybrid: E4M3 forward and E5M2 "
+        "backward",
+        choices=("hybrid", "e4m3"),
+        default=None,
+    )
+    fp8_recipe: str = option(
+        "how FP8 tensors are scaled; blockwise needs Hopper, mxfp8 Blackwell",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+        default="tensorwise",
+    )
+    teacher_fp8: bool = option("the teacher's decoder layers multiply as --fp8-format says, too", default=False)
+    optimizer: str = option(
+        "adam; muon is refused, because its package is on no index", choices=("adam", "muon"), default="adam"
+    )
+    use_precision_aware_optimizer: bool = option(
+        "TransformerEngine's Adam that keeps 16 of the master weights' 32 bits beside the bf16 weights, without LaVer",
+        default=False,
+    )
     seed: int = option("of initial weights, data order and masks", valid=SEED, default=1234)
     max_skipped_iterations: int = option(
         "iterations with a NaN or infinite gradient, in a row, after which the run ends with an error",

@@ -86,7 +86,8 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
     ]
     prepare_overlap(chunks)
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=training.optimizer,
+        use_precision_aware_optimizer=training.use_precision_aware_optimizer,
         lr=training.lr,
         min_lr=training.min_lr,
         weight_decay=training.weight_decay,

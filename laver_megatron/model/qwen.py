@@ -25,6 +25,7 @@ from torch import Tensor
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
+from laver_megatron.model.precision import fp8_settings
 
 # Without TransformerEngine, Megatron-Core defines these names as mocks.
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -97,6 +98,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         output_layer_init_method=_fill_with_nan,
         gradient_accumulation_fusion=False,
         bf16=config.training.bf16,
+        **fp8_settings(config),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
