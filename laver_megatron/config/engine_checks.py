@@ -35,6 +35,12 @@ _UNSUPPORTED = (
         "where neither checkpoints nor the teacher's average find them",
         "use adam",
     ),
+    (
+        "use_mup",
+        (True,),
+        "its multipliers of logits and first weights would change the pretrained model that every run begins from",
+        "scale rates by size with laver sweep --lr-exponent",
+    ),
 )
 
 

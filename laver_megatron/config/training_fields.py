@@ -73,6 +73,9 @@ class TrainingConfig:
     optimizer: str = option(
         "adam; muon is refused, because its package is on no index", choices=("adam", "muon"), default="adam"
     )
+    use_mup: bool = option(
+        "maximal update parametrisation: refused, because it would change the pretrained weights", default=False
+    )
     use_precision_aware_optimizer: bool = option(
         "TransformerEngine's Adam that keeps 16 of the master weights' 32 bits beside the bf16 weights, without LaVer",
         default=False,

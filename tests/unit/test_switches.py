@@ -854,6 +854,7 @@ ELSEWHERE = {
     "cuda_graph_impl": ("unit/config/test_engine_checks.py", '"cuda_graph_impl"'),
     "fine_grained_activation_offloading": ("unit/config/test_engine_checks.py", '"fine_grained_activation_offloading"'),
     "tp_comm_overlap": ("unit/config/test_engine_checks.py", '"tp_comm_overlap"'),
+    "use_mup": ("unit/config/test_engine_checks.py", '"use_mup": True'),
     "optimizer": ("unit/config/test_engine_checks.py", '"optimizer": "muon"'),
     "use_precision_aware_optimizer": ("unit/config/test_engine_checks.py", "use_precision_aware_optimizer"),
     "fp8_format": ("unit/config/test_engine_checks.py", 'fp8_format="hybrid"'),

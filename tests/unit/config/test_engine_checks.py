@@ -29,6 +29,7 @@ PRECISION_AWARE = {"use_precision_aware_optimizer": True}
         (None, {"fine_grained_activation_offloading": True}, "fine_grained_activation_offloading on is not supported"),
         (None, {"tp_comm_overlap": True}, "tp_comm_overlap on is not supported: its buffers have one shape"),
         (None, {"optimizer": "muon"}, "optimizer muon is not supported: it needs the package emerging_optimizers"),
+        (None, {"use_mup": True}, "use_mup on is not supported: its multipliers of logits and first weights"),
         (None, PRECISION_AWARE, "keeps no fp32 master weights, but the teacher averages them"),
         (None, PRECISION_AWARE | {"laver": False, "bf16": False}, "keeps what bf16 weights lack of fp32; set --bf16"),
         (CPU, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs a GPU, and none is here"),
