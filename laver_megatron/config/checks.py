@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from laver_megatron.config.capabilities import find_capabilities
+from laver_megatron.config.capabilities import Capabilities, find_capabilities
 from laver_megatron.config.command_line import Invocation, exit_on_config_error
 from laver_megatron.config.continuity import continuity_problems
 from laver_megatron.config.directories import (
@@ -66,7 +66,9 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
         problems += shard_problems(config)
         problems += missing_packages(config.run.tensorboard, config.run.wandb_project)
     problems += run_dir_problems(config)
-    problems += validate(config, model_shape, invocation.world_size(), encoder=encoder, on_cuda=on_cuda)
+    machine = None if on_cuda is None else find_capabilities(on_cuda)
+    processes = invocation.world_size()
+    problems += validate(config, model_shape, processes, encoder=encoder, on_cuda=on_cuda, capabilities=machine)
     if problems:
         # A directory that serves twice is reported once.
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -81,11 +83,12 @@ def validate(
     *,
     encoder: CheckedEncoder | None = None,
     on_cuda: bool | None = None,
+    capabilities: Capabilities | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
-    is left out; on_cuda None leaves out what depends on the device."""
+    is left out; on_cuda and capabilities None leave out what depends on the machine."""
     problems = [*_range_problems(config), *rate_problems(config)]
-    problems += engine_problems(config, None if on_cuda is None else find_capabilities(on_cuda))
+    problems += engine_problems(config, capabilities)
     problems += _training_problems(config, encoder, on_cuda)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -35,6 +36,9 @@ if HAVE_TRANSFORMER_ENGINE:
         TENorm,
         TERowParallelLinear,
     )
+else:
+    # Recomputed norms ask TransformerEngine whether FP8 is on unless this argument is None; its default, False, is not.
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,) * len(CheckpointWithoutOutput.__init__.__defaults__ or ())
 
 
 def _fill_with_nan(weight: Tensor) -> None:

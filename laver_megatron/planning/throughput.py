@@ -275,9 +275,10 @@ def _traffic_per_token(config: Config, shape: ModelShape) -> float:
 
 
 def overlap_of(config: Config) -> Overlap:
-    """How much communication of a run on GPUs stands in the way of its arithmetic."""
-    overlaps = config.engine.overlap_grad_reduce is not False
-    return replace(NO_OVERLAP, data_parallel=FULL_OVERLAP.data_parallel) if overlaps else NO_OVERLAP
+    """How much communication stands in the way of arithmetic: all of it, unless the configuration asks for overlap. How
+    much hides has not been measured with this program."""
+    asked = bool(config.engine.overlap_grad_reduce)
+    return replace(NO_OVERLAP, data_parallel=FULL_OVERLAP.data_parallel) if asked else NO_OVERLAP
 
 
 def seconds_of_stage(

@@ -147,7 +147,7 @@ SWITCHES = (
     ),
     Switch({"recompute_granularity": "full"}, set(), set()),
     Switch({"recompute_granularity": "selective"}, set(), set()),
-    Switch({"recompute_granularity": "selective", "recompute_modules": ("layernorm", "mlp")}, set(), set()),
+    Switch({"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, set(), set()),
     # Rates of parts: the same gradients, other steps of these parts alone.
     Switch({"encoder_lr": 5e-4}, stepped("encoder")),
     Switch({"connector_lr": 5e-4}, stepped("connector")),
@@ -305,6 +305,16 @@ def test_recompute_runs_again_what_it_says(assets, granularity, modules, again):
         for owner in ("student", "teacher")
         for name in ("attention", "mlp", "norms")
     }
+
+
+def test_recomputed_norms_change_rounding_alone(of):
+    """The gradient of a norm's input is summed in another order."""
+    base, other = of().steps, of(recompute_granularity="selective", recompute_modules=("layernorm", "mlp")).steps
+    for one, two in zip(base, other, strict=True):
+        assert two.record["grad_norm"] == pytest.approx(one.record["grad_norm"], rel=1e-5)
+        for name, gradient in one.gradients.items():
+            tolerance = ROUNDING * float(gradient.norm()) + 1e-6 * one.record["grad_norm"]
+            assert float((two.gradients[name] - gradient).norm()) <= tolerance, name
 
 
 @shows("bf16")
