@@ -29,6 +29,7 @@ from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import GlobalBatch
 from laver_megatron.model.laver import StageOutput
+from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
@@ -182,7 +183,7 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return grad_norm, True
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_mult"]
         group["weight_decay"] = trainer.config.training.weight_decay * group["wd_mult"]
     if trainer.config.training.clip_grad > 0:
         for part in optimizer.chained_optimizers:
@@ -302,6 +303,7 @@ def evaluate(trainer: Trainer) -> dict:
 def save(trainer: Trainer, run_dir: Path) -> None:
     """A checkpoint of everything, under run_dir/checkpoints."""
     started = time.perf_counter()
+    complete_parameters(trainer.chunks)
     trainer.progress.data_mark = trainer.training_data.mark(trainer.progress.consumed_packs)
     path = save_checkpoint(
         run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, trainer.config.flat()

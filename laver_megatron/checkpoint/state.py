@@ -125,6 +125,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     loaded = all_ranks(f"read the checkpoint {path}", lambda: load_sharded(sharded, path))
     _fill_stages(state.stages, loaded)
     if "optimizer" in loaded:
+        _take_settings_of_this_run(loaded["optimizer"], state.optimizer)
         state.optimizer.load_state_dict(loaded["optimizer"])
     _fill_teacher(state, loaded)
     if loaded["progress"]["data_fingerprint"] != state.progress.data_fingerprint:
@@ -136,6 +137,16 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         )
     for name, value in loaded["progress"].items():
         setattr(state.progress, name, value)
+
+
+def _take_settings_of_this_run(loaded: dict, optimizer: MegatronOptimizer) -> None:
+    """Parameter groups as this run has them, at the checkpoint's count of steps: rates, decay and betas are settings,
+    and the checkpoint may have been written with other ones, or without groups for parts of the model."""
+    steps = max(group["step"] for group in loaded["optimizer"]["param_groups"])
+    loaded["optimizer"]["param_groups"] = [
+        {name: value for name, value in group.items() if name != "params"} | {"step": steps}
+        for group in optimizer.param_groups
+    ]
 
 
 def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from laver_megatron.config.capabilities import Capabilities, find_capabilities
 from laver_megatron.config.command_line import Invocation, exit_on_config_error
 from laver_megatron.config.continuity import continuity_problems
 from laver_megatron.config.directories import (
@@ -19,7 +20,9 @@ from laver_megatron.config.directories import (
     run_dir_problems,
     shard_problems,
 )
+from laver_megatron.config.engine_checks import engine_problems
 from laver_megatron.config.fields import Config, ConfigError, all_fields
+from laver_megatron.config.rate_checks import rate_problems
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
 from laver_megatron.start import find_start
@@ -63,7 +66,9 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
         problems += shard_problems(config)
         problems += missing_packages(config.run.tensorboard, config.run.wandb_project)
     problems += run_dir_problems(config)
-    problems += validate(config, model_shape, invocation.world_size(), encoder=encoder, on_cuda=on_cuda)
+    machine = None if on_cuda is None else find_capabilities(on_cuda)
+    processes = invocation.world_size()
+    problems += validate(config, model_shape, processes, encoder=encoder, on_cuda=on_cuda, capabilities=machine)
     if problems:
         # A directory that serves twice is reported once.
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -78,10 +83,13 @@ def validate(
     *,
     encoder: CheckedEncoder | None = None,
     on_cuda: bool | None = None,
+    capabilities: Capabilities | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
-    is left out; on_cuda None leaves out what depends on the device."""
-    problems = [*_range_problems(config), *_training_problems(config, encoder, on_cuda)]
+    is left out; on_cuda and capabilities None leave out what depends on the machine."""
+    problems = [*_range_problems(config), *rate_problems(config)]
+    problems += engine_problems(config, capabilities)
+    problems += _training_problems(config, encoder, on_cuda)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
         problems += sequence_problems(config)
@@ -137,14 +145,7 @@ def _range_problems(config: Config) -> Iterator[str]:
 
 
 def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
-    data, objective, training = config.data, config.objective, config.training
-    if training.lr_warmup_iters >= training.train_iters >= 1:
-        yield (
-            f"lr_warmup_iters {training.lr_warmup_iters} leaves nothing of {training.train_iters} train_iters; "
-            "the warm-up must be shorter than the run"
-        )
-    if training.min_lr > training.lr:
-        yield f"min_lr {training.min_lr} is above lr {training.lr}; the rate decays from lr to min_lr"
+    data, objective = config.data, config.objective
     has_visual_loss = objective.mim_weight > 0 or (objective.gram_weight > 0 and objective.gram_loss != "none")
     trainable = ["encoder"] * (encoder is None or encoder.shape.has_weights) + ["connector", "decoder"]
     trainable += ["heads"] * (objective.laver and has_visual_loss)

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from laver_megatron.config.engine_fields import EngineConfig
 from laver_megatron.config.modules import MODULES
 from laver_megatron.config.options import (
     ABOVE_ZERO,
-    BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
-    SEED,
     SHARE,
     FieldType,
     field_type,
     option,
     yaml_line,
 )
+from laver_megatron.config.training_fields import TrainingConfig
 
 ATTENTIONS = ("mixed", "causal")
 POSITIONS = ("2d", "1d", "mrope")
@@ -152,7 +152,7 @@ class ParallelConfig:
         "layers of the last stage of an uneven split", valid=POSITIVE, default=None
     )
     recompute_granularity: str | None = option(
-        "what the backward pass computes again to save memory: whole layers (full) or the core attention (selective)",
+        "what the backward pass computes again to save memory: whole layers (full) or --recompute-modules (selective)",
         choices=("full", "selective"),
         default=None,
     )
@@ -260,36 +260,6 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Length, rates and precision of the training."""
-
-    train_iters: int = option("iterations of the whole run; the schedules end there", valid=POSITIVE)
-    exit_interval: int | None = option(
-        "save and stop at the first iteration divisible by this", valid=POSITIVE, default=None
-    )
-    lr: float = option("highest learning rate", valid=NOT_NEGATIVE, default=2e-5)
-    min_lr: float = option("learning rate at the end of the cosine decay", valid=NOT_NEGATIVE, default=0.0)
-    lr_warmup_iters: int = option("iterations of linear warm-up", valid=NOT_NEGATIVE, default=0)
-    weight_decay: float = option(
-        "decoupled weight decay of matrices; tensors of one dimension (biases, norms, [MASK]) do not decay, nor do "
-        "parts of a trained encoder that its features do not depend on",
-        valid=NOT_NEGATIVE,
-        default=0.0,
-    )
-    adam_beta1: float = option("decay of Adam's first moment", valid=BELOW_ONE, default=0.9)
-    adam_beta2: float = option("decay of Adam's second moment", valid=BELOW_ONE, default=0.999)
-    adam_eps: float = option("added to the denominator of Adam's update", valid=ABOVE_ZERO, default=1e-8)
-    clip_grad: float = option("largest norm of the gradient; 0 does not clip", valid=NOT_NEGATIVE, default=1.0)
-    bf16: bool = option("compute in bfloat16, with fp32 master weights; otherwise fp32", default=False)
-    seed: int = option("of initial weights, data order and masks", valid=SEED, default=1234)
-    max_skipped_iterations: int = option(
-        "iterations with a NaN or infinite gradient, in a row, after which the run ends with an error",
-        valid=POSITIVE,
-        default=5,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What a run writes, and how often."""
 
@@ -329,6 +299,7 @@ class Config:
     start: StartConfig
     model: ModelConfig
     parallel: ParallelConfig
+    engine: EngineConfig
     data: DataConfig
     objective: ObjectiveConfig
     training: TrainingConfig
@@ -367,6 +338,7 @@ SECTIONS: Mapping[str, Any] = {
     "start": StartConfig,
     "model": ModelConfig,
     "parallel": ParallelConfig,
+    "engine": EngineConfig,
     "data": DataConfig,
     "objective": ObjectiveConfig,
     "training": TrainingConfig,

@@ -5,11 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
@@ -20,7 +16,9 @@ from laver_megatron.flops.encoder import BY_TOKENS, ImageCost, image_cost
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.image_division import sum_partial_gradients
 from laver_megatron.model.laver import LaverStage
+from laver_megatron.model.overlap import data_parallel_config, prepare_overlap
 from laver_megatron.model.qwen import transformer_config
+from laver_megatron.model.rates import group_overrides
 from laver_megatron.runtime.cpu_kernels import fuse_weight_gradients
 from laver_megatron.runtime.engine import data_parallel
 
@@ -74,24 +72,22 @@ def freeze(stage: LaverStage, parts: tuple[str, ...]) -> None:
 
 def finalise_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reductions, without its division by tokens: the losses are divided already."""
+    finalize_model_grads(model, None, **kwargs)
+    # Afterwards, because the replicas may have begun their sums during the backward pass.
     for chunk in model:
         sum_partial_gradients(chunk.parameters(), parallel_state.get_tensor_model_parallel_group())
-    finalize_model_grads(model, None, **kwargs)
 
 
 def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Megatron's data parallelism around the stages and its distributed optimizer over them."""
     training = config.training
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
-        check_for_nan_in_grad=False,
-    )
+    ddp_config = data_parallel_config(config)
     chunks = [data_parallel(stage, ddp_config, disable_bucketing=i > 0) for i, stage in enumerate(stages)]
     fuse_weight_gradients(stages)
+    prepare_overlap(chunks)
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=training.optimizer,
+        use_precision_aware_optimizer=training.use_precision_aware_optimizer,
         lr=training.lr,
         min_lr=training.min_lr,
         weight_decay=training.weight_decay,
@@ -102,8 +98,10 @@ def wrap(config: Config, stages: list[LaverStage]) -> tuple[list[DistributedData
         bf16=training.bf16,
         params_dtype=stages[0].config.params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+    overrides = group_overrides(optimizer_config, training)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             # Moments of 0 now and not at the first step: a run whose first steps are skipped can be saved, too.

@@ -39,6 +39,7 @@ from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
 from laver_megatron.model.image_division import gather_visual_tokens, mark_partial
+from laver_megatron.model.precision import teacher_config
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.streams import MicroBatch, StreamSettings
 
@@ -109,9 +110,9 @@ class LaverStage(LanguageModule):
         seq_length, visual_seq_length = config.data.seq_length, config.data.visual_seq_length
         student_segments = (seq_length, visual_seq_length) if objective.laver else (seq_length,)
 
-        def decoder(segments: tuple[int, ...]) -> nn.Module:
+        def decoder(segments: tuple[int, ...], decoder_config: TransformerConfig) -> nn.Module:
             return build_decoder(
-                megatron_config,
+                decoder_config,
                 resolve_kernel(config.model.attention_kernel),
                 segments,
                 is_last_stage=post_process,
@@ -128,14 +129,15 @@ class LaverStage(LanguageModule):
         self.encoder: ImageEncoder | None = None
         if pre_process:
             self._build_input_side(encoder)
-        self.decoder = decoder(student_segments)
+        self.decoder = decoder(student_segments, megatron_config)
         if post_process:
             self._build_output_layer()
             if objective.laver:
                 self.vision_head = vision_head()
         self.teacher: Teacher | None = None
         if objective.laver:
-            self.teacher = Teacher(decoder((visual_seq_length,)), vision_head() if post_process else None)
+            teachers = decoder((visual_seq_length,), teacher_config(config, megatron_config))
+            self.teacher = Teacher(teachers, vision_head() if post_process else None)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
         self.to(torch.cuda.current_device())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,6 +28,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.model.positions import rotate
+from laver_megatron.model.precision import fp8_settings
 from laver_megatron.runtime.engine import mlp_builder
 
 # Without TransformerEngine, Megatron-Core defines these names as mocks.
@@ -37,6 +39,9 @@ if HAVE_TRANSFORMER_ENGINE:
         TENorm,
         TERowParallelLinear,
     )
+else:
+    # Recomputed norms ask TransformerEngine whether FP8 is on unless this argument is None; its default, False, is not.
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,) * len(CheckpointWithoutOutput.__init__.__defaults__ or ())
 
 
 def _fill_with_nan(weight: Tensor) -> None:
@@ -117,6 +122,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         output_layer_init_method=_fill_with_nan,
         gradient_accumulation_fusion=False,
         bf16=config.training.bf16,
+        **fp8_settings(config),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -127,6 +133,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if parallel.recompute_granularity == "full" else None,
+        recompute_modules=None if config.engine.recompute_modules is None else list(config.engine.recompute_modules),
         recompute_num_layers=1 if parallel.recompute_granularity == "full" else None,
         # Every loss is divided by its count over the global batch before the backward pass, so nothing
         # downstream may divide again.

@@ -5,28 +5,62 @@ the steps 0 to T - 1. Nothing is accumulated, so a resumed run needs the step an
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 from laver_megatron.config.fields import ObjectiveConfig, TrainingConfig
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Linear warmup to `lr`, then a half cosine to `min_lr` at step T:
+    """Linear warmup to `lr`, then, by `lr_decay_style`, a decay to `min_lr` at step T:
 
-        lr (step + 1) / warmup                                                        step < warmup
-        min_lr + (lr - min_lr) (1 + cos(pi (step - warmup) / (T - warmup))) / 2       otherwise
+        lr (step + 1) / warmup                            step < warmup
+        min_lr + (lr - min_lr) f(x)                       otherwise, x = (step - warmup) / (T - warmup)
 
-    The warmup counts from 1, so that the first step is not spent at a rate of 0 (Megatron's scheduler counts
-    from 0 and spends it). The last step T - 1 is still above `min_lr`.
+        f: cosine (1 + cos(pi x)) / 2; linear 1 - x; constant 1, also from step T on; WSD 1 up to step T - D, then
+        g(y) with y = (step - T + D) / D and D of `wsd_decay_steps`
+        g: linear 1 - y; cosine (1 + cos(pi y)) / 2; exponential 2 * 0.5^y - 1; minus_sqrt 1 - sqrt(y)
 
-    Example: lr 2e-5, 100 warmup steps, T = 6250: 2e-7 at step 0, 2e-5 at steps 99 and 100, 1e-5 at step 3175.
+    The formulas are Megatron's, but the warmup counts from 1, so that the first step is not spent at a rate of 0
+    (Megatron's scheduler counts from 0 and spends it). The last step T - 1 is still above `min_lr`.
+
+    Example: lr 2e-5, 100 warmup steps, T = 6250, cosine: 2e-7 at step 0, 2e-5 at steps 99 and 100, 1e-5 at step 3175.
     """
     warmup = training.lr_warmup_iters
     if step < warmup:
         return training.lr * (step + 1) / warmup
-    if step >= training.train_iters:
-        return training.min_lr
-    share = (step - warmup) / (training.train_iters - warmup)
-    return training.min_lr + (training.lr - training.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    return training.min_lr + (training.lr - training.min_lr) * _decay(step, training)
+
+
+def _decay(step: int, training: TrainingConfig) -> float:
+    """Where the rate stands between `min_lr` (0) and `lr` (1) after the warmup."""
+    style, end = training.lr_decay_style, training.train_iters
+    if style == "constant":
+        return 1.0
+    if step >= end:
+        return 0.0
+    if style == "WSD":
+        num_steps = wsd_decay_steps(training)
+        share = max(0.0, (step - end + num_steps) / num_steps)
+        style = training.lr_wsd_decay_style
+    else:
+        share = (step - training.lr_warmup_iters) / (end - training.lr_warmup_iters)
+    return _DECAYS[style](share)
+
+
+_DECAYS: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "linear": lambda share: 1 - share,
+    "exponential": lambda share: 2 * 0.5**share - 1,
+    "minus_sqrt": lambda share: 1 - math.sqrt(share),
+}
+
+
+def wsd_decay_steps(training: TrainingConfig) -> int:
+    """`lr_wsd_decay_iters` in steps: a number of at least 1 is taken as it is, a share of the run (0 < value < 1) as
+    max(1, round(value T))."""
+    decay = training.lr_wsd_decay_iters
+    assert decay is not None, "validation lets no such run pass"
+    return max(1, round(decay * training.train_iters)) if decay < 1 else int(decay)
 
 
 def mask_ratio(step: int, objective: ObjectiveConfig, train_iters: int) -> float:

@@ -111,11 +111,12 @@ class Saved:
 
     def layer(self) -> int:
         """One decoder layer, nothing recomputed."""
-        width = self.value_bytes
-        hidden = self.num_local_tokens * self.shape.hidden_size * width
-        ffn = self.num_tokens * self.shape.ffn_hidden_size // self.tp * width
-        mlp = 3 * ffn  # gate and up, and SwiGLU's output
-        return 2 * (self.norm() + hidden) + self.attention(selective=False) + mlp
+        hidden = self.num_local_tokens * self.shape.hidden_size * self.value_bytes
+        return 2 * (self.norm() + hidden) + self.attention(selective=False) + self.mlp()
+
+    def mlp(self) -> int:
+        """Behind the MLP's input: gate and up, and SwiGLU's output."""
+        return 3 * self.num_tokens * self.shape.ffn_hidden_size // self.tp * self.value_bytes
 
     def attention(self, *, selective: bool) -> int:
         """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
@@ -143,9 +144,20 @@ class Saved:
         if self.config.parallel.recompute_granularity == "full":  # every layer's input
             return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + shared
         if self.config.parallel.recompute_granularity == "selective":
-            layer = self.layer() - self.attention(selective=False) + self.attention(selective=True)
-            return num_layers * layer + shared
+            return num_layers * (self.layer() - self._recomputed()) + shared
         return num_layers * self.layer() + shared
+
+    def _recomputed(self) -> int:
+        """What a layer does not keep because `recompute_modules` are computed again."""
+        modules, dropped = self.config.engine.recompute_modules or ("core_attn",), 0
+        if "core_attn" in modules:
+            dropped += self.attention(selective=False) - self.attention(selective=True)
+        # Fused norms are part of the linear layers behind them. Plain ones keep their input in either case.
+        if "layernorm" in modules and not self.fused:
+            dropped += 2 * self.norm()
+        if "mlp" in modules:
+            dropped += self.mlp()
+        return dropped
 
     def input_side(self) -> int:
         """Embedding and connector of the first stage; with a trained encoder its layers, roughly."""

@@ -18,11 +18,11 @@ from laver_megatron.planning.hardware import Gpu
 from laver_megatron.planning.memory import StateBytes, fullest_state, value_bytes
 from laver_megatron.planning.pipeline import bubble
 from laver_megatron.planning.throughput import (
-    NO_OVERLAP,
     Overlap,
     Seconds,
     SentBytes,
     micro_batch_flops,
+    overlap_of,
     seconds_of_stage,
     sent_bytes,
     stage_work,
@@ -39,7 +39,7 @@ class Job:
     Attributes:
         base: the run's configuration.
         encoder_sizes: of the encoder's tensors.
-        overlap: how much of the communication hides behind arithmetic.
+        overlap: how much of the communication hides behind arithmetic; None: as the configuration overlaps it.
     """
 
     base: Config
@@ -48,7 +48,7 @@ class Job:
     encoder_sizes: Mapping[str, Size]
     gpu: Gpu
     num_gpus: int
-    overlap: Overlap = NO_OVERLAP
+    overlap: Overlap | None = None
 
     @property
     def flops(self) -> ModelFlops:
@@ -133,7 +133,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = job.num_gpus // (tp * pp)
     num_micro_batches = config.data.global_batch_size // (dp * config.data.micro_batch_size)
-    model = job.flops
+    model, overlap = job.flops, job.overlap or overlap_of(config)
     stages = []
     for stage in sorted({0, min(1, pp - 1), pp - 1}):
         state = fullest_state(config, job.shape, job.workload.encoder, job.encoder_sizes, dp, stage)
@@ -145,7 +145,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
                 state,
                 activations_of_stage(config, job.shape, job.workload, num_micro_batches, stage, fused=True),
                 sent,
-                seconds_of_stage(config, job.shape, work, sent, state, job.gpu, dp, num_micro_batches, job.overlap),
+                seconds_of_stage(config, job.shape, work, sent, state, job.gpu, dp, num_micro_batches, overlap),
             )
         )
     one, number = micro_batch_flops(config, model, job.workload), num_micro_batches * dp

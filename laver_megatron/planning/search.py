@@ -44,9 +44,11 @@ def layouts(job: Job, pinned: Pinned) -> Iterator[Config]:
                     sizes["sequence_parallel"] = _can_split_sequences(job.base, tp)
                     for micro_batch_size in _values(pinned, "micro_batch_size", MICRO_BATCH_SIZES):
                         for recompute in _values(pinned, "recompute_granularity", RECOMPUTATIONS):
+                            modules = job.base.engine.recompute_modules if recompute == "selective" else None
                             yield job.base.replace(
-                                **sizes, micro_batch_size=micro_batch_size, recompute_granularity=recompute
-                            )
+                                **sizes, micro_batch_size=micro_batch_size, recompute_granularity=recompute,
+                                recompute_modules=modules,
+                            )  # fmt: skip
 
 
 def layout_problems(job: Job, config: Config) -> list[str]:

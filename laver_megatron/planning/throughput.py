@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from laver_megatron.config.engine_fields import RECOMPUTED_MODULES
 from laver_megatron.config.fields import Config
 from laver_megatron.config.modules import MODULES
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops
@@ -136,7 +137,7 @@ class Overlap:
     data_parallel: float
 
 
-NO_OVERLAP = Overlap(1.0, 1.0, 1.0)  # this program's
+NO_OVERLAP = Overlap(1.0, 1.0, 1.0)
 FULL_OVERLAP = Overlap(0.5, 0.0, 0.10)  # of the published runs, which overlap all three; the first is fitted
 
 
@@ -235,8 +236,12 @@ def stage_work(
     linear = step.decoder_student + step.reconstruction - masked_attention + step.teacher - in_images - head
     if parallel.recompute_granularity == "full":
         linear += step.student_layers_forward - student_attention
-    if parallel.recompute_granularity is not None:
+    modules = recomputed_modules(config)
+    if "core_attn" in modules:
         attention += student_attention
+    if "mlp" in modules and parallel.recompute_granularity == "selective":
+        # Three of a layer's matrices, of H x F each, among those of the attention.
+        linear += round((step.student_layers_forward - student_attention) * _share_of_mlp(shape))
     ranks = tp * context_ranks
     share = layers / shape.num_layers
     on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
@@ -252,6 +257,21 @@ def stage_work(
     return StageWork(on_stage, attention_on_stage, traffic / context_ranks)
 
 
+def recomputed_modules(config: Config) -> tuple[str, ...]:
+    """What the backward pass computes again of a layer."""
+    granularity = config.parallel.recompute_granularity
+    if granularity is None:
+        return ()
+    return RECOMPUTED_MODULES if granularity == "full" else config.engine.recompute_modules or ("core_attn",)
+
+
+def _share_of_mlp(shape: ModelShape) -> float:
+    """Of the multiplications of a layer's matrices."""
+    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
+    queries, keys = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
+    return mlp / (mlp + shape.hidden_size * 2 * (queries + keys))
+
+
 def _traffic_per_token(config: Config, shape: ModelShape) -> float:
     """Bytes that a layer's norms, residuals, rotary and SwiGLU move for one token, forward and backward."""
     parallel = config.parallel
@@ -263,6 +283,13 @@ def _traffic_per_token(config: Config, shape: ModelShape) -> float:
     backward = 12 * hidden + 2 * query_key + 5 * ffn
     again = forward if parallel.recompute_granularity == "full" else 0
     return (forward + backward + again) * value_bytes(config)
+
+
+def overlap_of(config: Config) -> Overlap:
+    """How much communication stands in the way of arithmetic: all of it, unless the configuration asks for overlap. How
+    much hides has not been measured with this program."""
+    asked = bool(config.engine.overlap_grad_reduce)
+    return replace(NO_OVERLAP, data_parallel=FULL_OVERLAP.data_parallel) if asked else NO_OVERLAP
 
 
 def seconds_of_stage(

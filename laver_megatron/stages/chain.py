@@ -27,7 +27,8 @@ from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
-from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.config.fields import Config, ConfigError, all_fields
+from laver_megatron.config.options import is_required
 from laver_megatron.launcher import LAUNCHER, count_processes
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
@@ -232,7 +233,9 @@ def differences(stage: Stage) -> list[str]:
     if now["encoder_feature_layer"] is None:  # the encoder's own
         del now["encoder_feature_layer"]
     compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
-    return [name for name in now if name in compared and now[name] != written.get(name)]
+    # What came after the checkpoint's version was at its default.
+    defaults = {name: None if is_required(item) else item.default for name, item in all_fields().items()}
+    return [name for name in now if name in compared and now[name] != written.get(name, defaults[name])]
 
 
 def run_stages(stages: Sequence[Stage]) -> int:

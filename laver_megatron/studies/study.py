@@ -283,8 +283,8 @@ def _difference(arms: Mapping[str, Registry], column: str) -> str | None:
         ours, theirs = (_values(arm, column, place) for arm in arms.values())
         if shared := [key for key in ours if key in theirs]:
             break
-        if column == "config.lr_warmup_iters":
-            return None  # follows the iterations, of which other amounts of data have others
+        if column in ("config.lr_warmup_iters", "config.lr_wsd_decay_iters"):
+            return None  # follow the iterations, of which other amounts of data have others
     for key in shared:
         if ours[key] != theirs[key]:
             both = zip((ours[key], theirs[key]), arms, strict=True)

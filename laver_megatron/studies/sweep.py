@@ -146,7 +146,9 @@ class _RunMaker:
         if options.lr_exponent is not None:
             ratio = (size.num_parameters / self.smallest.num_parameters) ** -options.lr_exponent
             # Four digits are readable, and more precise than any rate needs to be.
-            rates = {"lr": config.training.lr * ratio, "min_lr": config.training.min_lr * ratio}
+            # The image encoder and the connector keep theirs: the encoder is the same at all sizes.
+            names = ("lr", "min_lr") + (("decoupled_lr",) if config.training.decoupled_lr is not None else ())
+            rates = {name: config.flat()[name] * ratio for name in names}
             config = config.replace(**{name: float(f"{rate:.4g}") for name, rate in rates.items()})
         return config
 

@@ -209,7 +209,8 @@ def _differing_data(sizes: Sequence[Size]) -> Iterator[str]:
 
 def varying_settings(sizes: Sequence[Size]) -> list[str]:
     """Settings by which the sizes differ in more than size, rate and layout."""
-    of_a_size = {"load", "model", "encoder", "finetune", "train_iters", "lr", "min_lr", "lr_warmup_iters"}
+    of_a_size = {"load", "model", "encoder", "finetune", "train_iters", "lr", "min_lr", "decoupled_lr"}
+    of_a_size |= {"lr_warmup_iters", "lr_wsd_decay_iters"}
     names = hashed_settings(laver=True) - of_a_size
     return [name for name in sorted(names) if len({repr(size.config.flat()[name]) for size in sizes}) > 1]
 

@@ -128,6 +128,14 @@ SWITCHES = (
     Switch({"lr": 5e-4}, {"learning_rate"} | stepped(*PARTS)),
     Switch({"min_lr": 5e-4}, set(), {"learning_rate"} | stepped(*PARTS)),
     Switch({"lr_warmup_iters": 2}, {"learning_rate"} | stepped(*PARTS)),
+    # The first step is at the whole rate whatever the style.
+    Switch({"lr_decay_style": "linear"}, set(), {"learning_rate"} | stepped(*PARTS)),
+    Switch({"lr_decay_style": "constant"}, set(), {"learning_rate"} | stepped(*PARTS)),
+    Switch(
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "minus_sqrt"},
+        set(),
+        {"learning_rate"} | stepped(*PARTS),
+    ),
     Switch({"weight_decay": 0.1}, stepped(*PARTS) - {"new mask_token"}),
     Switch({"adam_beta1": 0.5}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
     Switch({"adam_beta2": 0.5}, {f"moments of {part}" for part in PARTS} | stepped(*PARTS)),
@@ -141,6 +149,11 @@ SWITCHES = (
     ),
     Switch({"recompute_granularity": "full"}, set(), set()),
     Switch({"recompute_granularity": "selective"}, set(), set()),
+    Switch({"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, set(), set()),
+    # Rates of parts: the same gradients, other steps of these parts alone.
+    Switch({"encoder_lr": 5e-4}, stepped("encoder")),
+    Switch({"connector_lr": 5e-4}, stepped("connector")),
+    Switch({"decoupled_lr": 5e-4}, stepped("embedding")),
     Switch({"freeze": ("encoder",)}, {"grad_norm"} | trained("encoder")),
     Switch({"freeze": ("connector",)}, {"grad_norm"} | trained("connector")),
     Switch({"freeze": ("decoder",)}, {"grad_norm"} | trained("embedding", "decoder")),
@@ -269,23 +282,41 @@ def test_kernels_agree(assets):
 
 
 @pytest.mark.parametrize(
-    "granularity, again", [(None, set()), ("full", {"attention", "mlp"}), ("selective", {"attention"})]
+    "granularity, modules, again",
+    [
+        (None, None, set()),
+        ("full", None, {"attention", "mlp", "norms"}),
+        ("selective", None, {"attention"}),
+        ("selective", ("layernorm", "mlp"), {"mlp", "norms"}),
+        ("selective", ("core_attn", "layernorm"), {"attention", "norms"}),
+    ],
 )
-def test_recompute_runs_again_what_it_says(assets, granularity, again):
+def test_recompute_runs_again_what_it_says(assets, granularity, modules, again):
     calls = Counter()
-    with trainer_of(assets, recompute_granularity=granularity) as trainer:
+    with trainer_of(assets, recompute_granularity=granularity, recompute_modules=modules) as trainer:
         (stage,) = trainer.stages
         for owner, decoder in (("student", stage.decoder), ("teacher", stage.teacher.decoder)):
             for layer in decoder.layers:
-                for name, module in (("attention", layer.self_attention.core_attention), ("mlp", layer.mlp)):
+                parts = {"attention": layer.self_attention.core_attention, "mlp": layer.mlp}
+                for name, module in (parts | {"norms": layer.input_layernorm}).items():
                     module.register_forward_hook(lambda *_, key=(owner, name): calls.update([key]))
         train.train_step(trainer)
         num_layers = stage.shape.num_layers
     assert calls == {
         (owner, name): num_layers * (2 if owner == "student" and name in again else 1)
         for owner in ("student", "teacher")
-        for name in ("attention", "mlp")
+        for name in ("attention", "mlp", "norms")
     }
+
+
+def test_recomputed_norms_change_rounding_alone(of):
+    """The gradient of a norm's input is summed in another order."""
+    base, other = of().steps, of(recompute_granularity="selective", recompute_modules=("layernorm", "mlp")).steps
+    for one, two in zip(base, other, strict=True):
+        assert two.record["grad_norm"] == pytest.approx(one.record["grad_norm"], rel=1e-5)
+        for name, gradient in one.gradients.items():
+            tolerance = ROUNDING * float(gradient.norm()) + 1e-6 * one.record["grad_norm"]
+            assert float((two.gradients[name] - gradient).norm()) <= tolerance, name
 
 
 @shows("bf16")
@@ -470,7 +501,10 @@ def test_the_teacher_follows_at_its_momentum_and_interval(of, settings, momenta)
 # --- the optimizer -------------------------------------------------------------------------------------
 
 OPTIMIZER_SETTINGS = [
-    {}, {"lr": 5e-4}, {"min_lr": 5e-4}, {"lr_warmup_iters": 2}, {"weight_decay": 0.1}, {"adam_beta1": 0.5},
+    {}, {"lr": 5e-4}, {"min_lr": 5e-4}, {"lr_warmup_iters": 2}, {"lr_decay_style": "linear"},
+    {"lr_decay_style": "constant"},
+    {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "minus_sqrt"},
+    {"weight_decay": 0.1}, {"adam_beta1": 0.5},
     {"adam_beta2": 0.5}, {"adam_eps": 1e-2}, {"clip_grad": 1.0}, {"clip_grad": 0.3},
 ]  # fmt: skip
 
@@ -479,7 +513,16 @@ def expected_rate(step, config):
     if step < config.training.lr_warmup_iters:
         return config.training.lr * (step + 1) / config.training.lr_warmup_iters
     share = (step - config.training.lr_warmup_iters) / (config.training.train_iters - config.training.lr_warmup_iters)
-    return config.training.min_lr + (config.training.lr - config.training.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    style = {"WSD": config.training.lr_wsd_decay_style}.get(
+        config.training.lr_decay_style, config.training.lr_decay_style
+    )
+    decay = {
+        "cosine": (1 + math.cos(math.pi * share)) / 2,
+        "linear": 1 - share,
+        "constant": 1,
+        "minus_sqrt": 1 - share**0.5,
+    }
+    return config.training.min_lr + (config.training.lr - config.training.min_lr) * decay[style]
 
 
 @pytest.mark.parametrize("settings", OPTIMIZER_SETTINGS, ids=str)
@@ -830,6 +873,19 @@ ELSEWHERE = {
     "load": ("distributed/test_checkpoint.py", "load="),
     "finetune": ("distributed/test_checkpoint.py", "finetune=True"),
     "allow_change": ("unit/config/test_checks.py", "allow_change"),
+    # Refused on a CPU, or everywhere.
+    "cuda_graph_impl": ("unit/config/test_engine_checks.py", '"cuda_graph_impl"'),
+    "fine_grained_activation_offloading": ("unit/config/test_engine_checks.py", '"fine_grained_activation_offloading"'),
+    "tp_comm_overlap": ("unit/config/test_engine_checks.py", '"tp_comm_overlap"'),
+    "use_mup": ("unit/config/test_engine_checks.py", '"use_mup": True'),
+    "optimizer": ("unit/config/test_engine_checks.py", '"optimizer": "muon"'),
+    "use_precision_aware_optimizer": ("unit/config/test_engine_checks.py", "use_precision_aware_optimizer"),
+    "fp8_format": ("unit/config/test_engine_checks.py", 'fp8_format="hybrid"'),
+    "fp8_recipe": ("unit/config/test_engine_checks.py", "fp8_recipe=recipe"),
+    "teacher_fp8": ("unit/config/test_engine_checks.py", "teacher_fp8=teacher"),
+    "overlap_grad_reduce": ("distributed/test_engine_options.py", '"overlap_grad_reduce": True'),
+    "overlap_param_gather": ("distributed/test_engine_options.py", '"overlap_param_gather": True'),
+    "ddp_bucket_size": ("distributed/test_engine_options.py", '"ddp_bucket_size": 9000'),
     "decoder_last_pipeline_num_layers": ("distributed/test_switches.py", "decoder_last_pipeline_num_layers="),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),

@@ -4,13 +4,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from laver_megatron.config.training_fields import LR_DECAY_STYLES, LR_WSD_DECAY_STYLES
 from laver_megatron.objective.schedules import (
     ema_interval_steps,
     ema_momentum,
     ema_update_due,
     learning_rate,
     mask_ratio,
+    wsd_decay_steps,
 )
 
 
@@ -20,6 +23,9 @@ def settings(**changes):
         "lr": 2e-5,
         "min_lr": 1e-6,
         "lr_warmup_iters": 100,
+        "lr_decay_style": "cosine",
+        "lr_wsd_decay_iters": None,
+        "lr_wsd_decay_style": "exponential",
         "mask_ratio": 0.05,
         "mask_ratio_schedule": "cosine",
         "ema_momentum": 0.95,
@@ -55,6 +61,37 @@ def test_learning_rate_without_warmup_and_with_nothing_else():
     only_warmup = settings(lr_warmup_iters=10, train_iters=10)
     assert learning_rate(9, only_warmup) == exactly(2e-5)
     assert learning_rate(10, only_warmup) == exactly(1e-6)
+
+
+@pytest.mark.parametrize("style", LR_DECAY_STYLES)
+@pytest.mark.parametrize("shape", LR_WSD_DECAY_STYLES)
+def test_decays_are_megatrons(style, shape):
+    """Megatron's scheduler stands at a number of steps that are done; its own warm-up is not compared."""
+    config = settings(lr_decay_style=style, lr_wsd_decay_iters=300, lr_wsd_decay_style=shape)
+    group = {"max_lr": config.lr, "min_lr": config.min_lr}
+    scheduler = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[group]), init_lr=0.0, max_lr=config.lr, min_lr=config.min_lr,
+        lr_warmup_steps=100, lr_decay_steps=1000, lr_decay_style=style, start_wd=0.0, end_wd=0.0, wd_incr_steps=1,
+        wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False, wsd_decay_steps=300,
+        lr_wsd_decay_style=shape,
+    )  # fmt: skip
+    for step in range(101, 1100):
+        scheduler.num_steps = step
+        assert learning_rate(step, config) == exactly(scheduler.get_lr(group)), step
+
+
+def test_wsd_is_flat_until_its_decay():
+    config = settings(lr_decay_style="WSD", lr_wsd_decay_iters=0.25, lr_wsd_decay_style="linear")
+    assert {learning_rate(step, config) for step in range(99, 751)} == {2e-5}
+    assert learning_rate(875, config) == exactly((2e-5 + 1e-6) / 2)
+    assert learning_rate(999, config) == exactly(1e-6 + 1.9e-5 / 250)
+    assert wsd_decay_steps(settings(lr_wsd_decay_iters=0.0001)) == 1
+    assert (
+        wsd_decay_steps(settings(lr_wsd_decay_iters=1)) == 1 and wsd_decay_steps(settings(lr_wsd_decay_iters=40)) == 40
+    )
+    # A run that goes on beyond what it was planned for repeats no step at another rate before the new decay.
+    longer = settings(lr_decay_style="WSD", lr_wsd_decay_iters=250, lr_wsd_decay_style="linear", train_iters=2000)
+    assert all(learning_rate(step, longer) == learning_rate(step, config) for step in range(751))
 
 
 def test_official_stage_two():

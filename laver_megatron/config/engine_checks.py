@@ -1,0 +1,150 @@
+"""Whether the engine, Megatron-Core as it is installed, and the hardware can compute a step as the configuration
+asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from laver_megatron.config.capabilities import BLACKWELL, HOPPER, Capabilities
+from laver_megatron.config.fields import Config
+
+# Options of Megatron-Core that the parts around it do not support: field, value that is meant, why, remedy.
+_UNSUPPORTED = (
+    (
+        "cuda_graph_impl",
+        ("local", "transformer_engine"),
+        "the attention kernels build their masks from each micro-batch's spans, which a graph cannot replay",
+        "use none",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        (True,),
+        "pipeline stages with a student and a teacher do not register their micro-batches with it",
+        "use --recompute-granularity to save memory",
+    ),
+    (
+        "tp_comm_overlap",
+        (True,),
+        "its buffers have one shape, and the passes of student and teacher have two; nothing sets them up",
+        "drop it",
+    ),
+    (
+        "optimizer",
+        ("muon",),
+        "it needs the package emerging_optimizers, which is not on the package index, and keeps its master weights "
+        "where neither checkpoints nor the teacher's average find them",
+        "use adam",
+    ),
+    (
+        "use_mup",
+        (True,),
+        "its multipliers of logits and first weights would change the pretrained model that every run begins from",
+        "scale rates by size with laver sweep --lr-exponent",
+    ),
+)
+
+
+def engine_problems(config: Config, capabilities: Capabilities | None = None) -> Iterator[str]:
+    """What is wrong with the options of the engine. capabilities: of the machine; None: unknown."""
+    yield from _overlap_problems(config)
+    yield from _recompute_problems(config)
+    for name, values, why, remedy in _UNSUPPORTED:
+        if (value := config.flat()[name]) in values:
+            yield f"{name} {'on' if value is True else value} is not supported: {why}; {remedy}"
+    yield from _fp8_problems(config)
+    yield from _optimizer_problems(config)
+    if capabilities is not None:
+        yield from _machine_problems(config, capabilities)
+
+
+def _fp8_problems(config: Config) -> Iterator[str]:
+    training, data = config.training, config.data
+    if training.fp8_format is None:
+        if training.teacher_fp8:
+            yield "teacher_fp8 needs fp8_format, which says the format; set --fp8-format hybrid, or drop it"
+        return
+    if not training.bf16:
+        yield f"fp8_format {training.fp8_format} needs bf16, in which all else is computed; set --bf16"
+    if training.teacher_fp8 and not config.objective.laver:
+        yield "teacher_fp8 is set, but without LaVer there is no teacher; drop it"
+    if training.fp8_recipe == "delayed" and "layernorm" in (config.engine.recompute_modules or ()):
+        yield "fp8_recipe delayed cannot recompute layernorm; use tensorwise, or other recompute_modules"
+    ranks = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    visual = data.visual_seq_length if config.objective.laver else 0
+    lengths = {"seq_length + visual_seq_length": data.seq_length + visual}
+    if training.teacher_fp8 and visual:
+        lengths["visual_seq_length"] = visual
+    multiple = 32 if training.fp8_recipe == "mxfp8" else 16
+    if visual or not config.objective.laver:  # 0: the data propose it
+        for name, length in lengths.items():
+            tokens = length * data.micro_batch_size // ranks
+            if tokens % multiple:
+                yield (
+                    f"FP8 multiplies multiples of {multiple} tokens with recipe {training.fp8_recipe}, but {name} "
+                    f"{length} x micro_batch_size {data.micro_batch_size} / {ranks} ranks is {tokens}; change them"
+                )
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    if not config.training.use_precision_aware_optimizer:
+        return
+    if config.objective.laver:
+        yield (
+            "use_precision_aware_optimizer keeps no fp32 master weights, but the teacher averages them; drop it, or "
+            "train with --no-laver"
+        )
+    if not config.training.bf16:
+        yield "use_precision_aware_optimizer keeps what bf16 weights lack of fp32; set --bf16, or drop it"
+
+
+def _machine_problems(config: Config, capabilities: Capabilities) -> Iterator[str]:
+    training, found = config.training, capabilities.compute_capability
+    asked = {
+        f"fp8_format {training.fp8_format}": training.fp8_format is not None,
+        "use_precision_aware_optimizer": training.use_precision_aware_optimizer,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        if found is None:
+            yield f"{name} needs a GPU, and none is here; drop it"
+        elif capabilities.transformer_engine is None:
+            yield f"{name} needs TransformerEngine; pip install 'laver_megatron[gpu]', or use the Dockerfile"
+        elif capabilities.transformer_engine < (2, 1):
+            have = ".".join(map(str, capabilities.transformer_engine))
+            yield f"{name} needs TransformerEngine 2.1 or newer, but {have} is installed; update it"
+    if training.fp8_format is None or found is None:
+        return
+    shown = ".".join(map(str, found))
+    if found < (8, 9):
+        yield f"fp8_format {training.fp8_format} needs a GPU of compute capability 8.9, but this has {shown}; drop it"
+    elif training.fp8_recipe == "blockwise" and found < HOPPER:
+        yield f"fp8_recipe blockwise needs Hopper (compute capability 9.0), but this GPU has {shown}; use tensorwise"
+    elif training.fp8_recipe == "mxfp8" and found < BLACKWELL:
+        yield f"fp8_recipe mxfp8 needs Blackwell (compute capability 10.0), but this GPU has {shown}; use blockwise"
+
+
+def _overlap_problems(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.overlap_param_gather and engine.overlap_grad_reduce is False:
+        yield (
+            "overlap_param_gather needs overlap_grad_reduce, whose buckets it gathers; drop --no-overlap-grad-reduce, "
+            "or set --no-overlap-param-gather"
+        )
+    if engine.ddp_bucket_size is not None and engine.overlap_grad_reduce is False:
+        yield (
+            f"ddp_bucket_size {engine.ddp_bucket_size} has no use without overlap_grad_reduce: all gradients are "
+            "reduced at once; drop one of the two"
+        )
+
+
+def _recompute_problems(config: Config) -> Iterator[str]:
+    modules, granularity = config.engine.recompute_modules, config.parallel.recompute_granularity
+    if modules is None:
+        return
+    named = " ".join(modules) or "nothing"
+    if granularity != "selective":
+        yield (
+            f"recompute_modules ({named}) are those of recompute_granularity selective, but it is "
+            f"{granularity or 'none'}; set --recompute-granularity selective, or drop them"
+        )
+    elif not modules:
+        yield "recompute_modules is empty, so recompute_granularity selective recomputes nothing; drop both"

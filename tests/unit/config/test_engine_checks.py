@@ -1,0 +1,100 @@
+"""Options of the engine on simulated machines: refused with a reason where they cannot work, else passed on."""
+
+import pytest
+
+from laver_megatron.config.capabilities import Capabilities, find_capabilities
+from laver_megatron.config.engine_checks import engine_problems
+from laver_megatron.config.fields import Config
+from laver_megatron.model.precision import teacher_config
+from laver_megatron.model.qwen import transformer_config
+from tests.unit.config.test_checks import SHAPE
+
+CONFIG = Config.of(
+    data_path=("shards",), seq_length=256, visual_seq_length=128, train_iters=10, run_dir="runs/test", bf16=True
+)
+CPU = Capabilities()
+AMPERE, ADA, HOPPER, BLACKWELL = (
+    Capabilities(compute_capability=capability, transformer_engine=(2, 8, 0))
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0))
+)
+WITHOUT_ENGINE = Capabilities(compute_capability=(9, 0))
+FP8 = {"fp8_format": "hybrid"}
+PRECISION_AWARE = {"use_precision_aware_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    "machine, settings, message",
+    [
+        (None, {"cuda_graph_impl": "local"}, "cuda_graph_impl local is not supported: the attention kernels build"),
+        (None, {"fine_grained_activation_offloading": True}, "fine_grained_activation_offloading on is not supported"),
+        (None, {"tp_comm_overlap": True}, "tp_comm_overlap on is not supported: its buffers have one shape"),
+        (None, {"optimizer": "muon"}, "optimizer muon is not supported: it needs the package emerging_optimizers"),
+        (None, {"use_mup": True}, "use_mup on is not supported: its multipliers of logits and first weights"),
+        (None, PRECISION_AWARE, "keeps no fp32 master weights, but the teacher averages them"),
+        (None, PRECISION_AWARE | {"laver": False, "bf16": False}, "keeps what bf16 weights lack of fp32; set --bf16"),
+        (CPU, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs a GPU, and none is here"),
+        (WITHOUT_ENGINE, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs TransformerEngine;"),
+        (None, FP8 | {"bf16": False}, "fp8_format hybrid needs bf16"),
+        (None, {"teacher_fp8": True}, "teacher_fp8 needs fp8_format"),
+        (None, FP8 | {"teacher_fp8": True, "laver": False}, "without LaVer there is no teacher"),
+        (None, FP8 | {"seq_length": 250}, "seq_length + visual_seq_length 378 x micro_batch_size 1 / 1 ranks is 378"),
+        (
+            None,
+            FP8 | {"fp8_recipe": "mxfp8", "teacher_fp8": True, "seq_length": 240, "visual_seq_length": 112},
+            "multiples of 32 tokens with recipe mxfp8, but visual_seq_length 112",
+        ),
+        (
+            None,
+            FP8 | {"fp8_recipe": "delayed", "recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
+            "fp8_recipe delayed cannot recompute layernorm",
+        ),
+        (CPU, FP8, "fp8_format hybrid needs a GPU, and none is here"),
+        (WITHOUT_ENGINE, FP8, "fp8_format hybrid needs TransformerEngine;"),
+        (Capabilities((9, 0), (1, 13)), FP8, "TransformerEngine 2.1 or newer, but 1.13 is installed"),
+        (AMPERE, FP8, "compute capability 8.9, but this has 8.0"),
+        (
+            ADA,
+            FP8 | {"fp8_recipe": "blockwise"},
+            "blockwise needs Hopper (compute capability 9.0), but this GPU has 8.9",
+        ),
+        (
+            HOPPER,
+            FP8 | {"fp8_recipe": "mxfp8"},
+            "mxfp8 needs Blackwell (compute capability 10.0), but this GPU has 9.0",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(machine, settings, message):
+    problems = list(engine_problems(CONFIG.replace(**settings), machine))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "machine, settings",
+    [
+        (CPU, {}),
+        (ADA, FP8),
+        (HOPPER, FP8 | {"fp8_recipe": "blockwise", "teacher_fp8": True}),
+        (HOPPER, FP8 | {"fp8_recipe": "delayed"}),
+        (BLACKWELL, FP8 | {"fp8_recipe": "mxfp8"}),
+        (HOPPER, PRECISION_AWARE | {"laver": False}),
+    ],
+)
+def test_what_can_work_is_not(machine, settings):
+    assert list(engine_problems(CONFIG.replace(**settings), machine)) == []
+
+
+def test_this_machine_without_a_gpu_has_no_compute_capability():
+    assert find_capabilities(on_cuda=False).compute_capability is None
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_student_and_teacher_have_fp8_apart(recipe, teacher):
+    config = CONFIG.replace(fp8_format="hybrid", fp8_recipe=recipe, teacher_fp8=teacher)
+    student = transformer_config(config, SHAPE)
+    assert (student.fp8, student.fp8_recipe) == ("hybrid", recipe)
+    teachers = teacher_config(config, student)
+    assert teachers.fp8 == ("hybrid" if teacher else None)
+    assert teachers.hidden_size == student.hidden_size and student.fp8 == "hybrid"
+    assert transformer_config(CONFIG, SHAPE).fp8 is None
