@@ -157,8 +157,9 @@ def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: 
     if data.data_weights is not None:
         yield from _weight_problems(data.data_weights, data.data_path)
     start, end = config.run.profile_step_start, config.run.profile_step_end
-    if config.run.profile and not start < min(end, training.train_iters):
-        yield f"profile_step_start {start} must be below profile_step_end {end} and train_iters {training.train_iters}"
+    train_iters = config.training.train_iters
+    if config.run.profile and not start < min(end, train_iters):
+        yield f"profile_step_start {start} must be below profile_step_end {end} and train_iters {train_iters}"
     if config.run.eval_interval is not None and data.valid_data_path is None:
         yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
     if config.model.attention_kernel == "flex" and on_cuda is False:

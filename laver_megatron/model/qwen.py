@@ -77,13 +77,15 @@ class RotatedSelfAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._table = rotary_pos_emb  # read within this call alone, so no schedule can mix it up
+        assert rotary_pos_emb is not None
+        self._table: Tensor | None = rotary_pos_emb  # read within this call alone, so no schedule can mix it up
         output = super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs)
         self._table = None
         return output
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        assert self._table is not None
         return rotate(query, self._table), rotate(key, self._table), value
 
 
