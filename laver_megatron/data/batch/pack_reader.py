@@ -21,7 +21,7 @@ from laver_megatron.data.batch.shared_buffers import SharedBuffers
 from laver_megatron.data.index.counts import SampleCounts, count_samples
 from laver_megatron.data.index.faults import Fault, FaultLog
 from laver_megatron.data.index.opening import open_indexes
-from laver_megatron.data.index.shard_index import ShardIndex
+from laver_megatron.data.index.shard_index import ShardIndex, flat_nonzero
 from laver_megatron.data.plan.plan import PackPlan
 from laver_megatron.data.plan.sizes import SampleSizes
 from laver_megatron.data.plan.visual_budget import propose_visual_budget
@@ -204,7 +204,7 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:
     """Adds the faults that indexing found, logged with shard and key."""
     for index in indexes:
-        rows_I = index.faulty_rows()
+        rows_I = flat_nonzero(index.fault_I)
         log.add_rows(rows_I, index.fault_I[rows_I], index.name)
     for index in indexes:
         log.counts.update({Fault(name): count for name, count in index.left_out.items()})

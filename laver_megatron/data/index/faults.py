@@ -123,10 +123,7 @@ class FaultLog:
             )
 
     def add_rows(
-        self,
-        rows_I: NDArray[np.integer],
-        code_I: NDArray[np.integer],
-        name: Callable[[int], tuple[str, str]],
+        self, rows_I: NDArray[np.integer], code_I: NDArray[np.integer], name: Callable[[int], tuple[str, str]]
     ) -> None:
         """Adds the faults of many rows as if one after the other.
 

@@ -26,30 +26,22 @@ _VERSION = 2  # the first one judged records by other rules
 _ROWS_A_GROUP = 1 << 17
 _HOW = {"compression": "zstd", "write_page_checksum": True}
 NUMBER_OF_FAULT = {str(name): code for code, name in enumerate(FAULT_NAMES)}
-_STORED_AS = {  # columns of numbers, here and in the file
-    "text_offset_I": "text_offset",
-    "text_size_I": "text_size",
-    "checksum_I": "checksum",
-    "image_offset_P": "image_offsets",
-    "image_size_P": "image_sizes_bytes",
-    "image_width_P": "image_widths",
-    "image_height_P": "image_heights",
-}
-_COLUMNS: dict[str, tuple[type[np.generic], str]] = {  # as they are mapped
-    "shard_I": (np.int32, "I"),
-    "key_start": (np.int64, "I + 1"),
-    "letters": (np.uint8, "letters"),
-    "text_offset_I": (np.int64, "I"),
-    "text_size_I": (np.int64, "I"),
-    "image_start_I": (np.int64, "I + 1"),
-    "image_offset_P": (np.int64, "P"),
-    "image_size_P": (np.int32, "P"),
-    "image_extension_P": (np.int16, "P"),
-    "image_width_P": (np.int32, "P"),
-    "image_height_P": (np.int32, "P"),
-    "checksum_I": (np.uint64, "I"),
-    "fault_I": (np.int8, "I"),
-    "extensions": (np.uint8, "E"),
+# As they are mapped: type, length, and the name in the file of what is as it is there.
+_COLUMNS: dict[str, tuple[type[np.generic], str, str]] = {
+    "shard_I": (np.int32, "I", ""),
+    "key_start": (np.int64, "I + 1", ""),
+    "letters": (np.uint8, "letters", ""),
+    "text_offset_I": (np.int64, "I", "text_offset"),
+    "text_size_I": (np.int64, "I", "text_size"),
+    "image_start_I": (np.int64, "I + 1", ""),
+    "image_offset_P": (np.int64, "P", "image_offsets"),
+    "image_size_P": (np.int32, "P", "image_sizes_bytes"),
+    "image_extension_P": (np.int16, "P", ""),
+    "image_width_P": (np.int32, "P", "image_widths"),
+    "image_height_P": (np.int32, "P", "image_heights"),
+    "checksum_I": (np.uint64, "I", "checksum"),
+    "fault_I": (np.int8, "I", ""),
+    "extensions": (np.uint8, "E", ""),
 }
 _AGAIN = "index the shards again with tools/index_shards.py --overwrite"
 
@@ -234,6 +226,7 @@ class _Content:
     def __init__(self, file: pq.ParquetFile, metadata: dict, path: Path, url: str | None) -> None:
         self._file, self._metadata, self._path, self._url = file, metadata, path, url
         self._number_of_shard = {entry["path"]: number for number, entry in enumerate(metadata["shards"])}
+        self._num_samples = file.metadata.num_rows
         self._number_of_extension: dict[str, int] = {}  # in the order in which they come
 
     def read(self) -> Columns:
@@ -249,14 +242,20 @@ class _Content:
             num_letters += pc.sum(pc.binary_length(batch.column("key"))).as_py() or 0
             num_pictures += len(self._extension_numbers(batch))
         names = self._extension_names()
-        lengths = {"I": len(self), "P": num_pictures, "I + 1": len(self) + 1, "letters": num_letters, "E": len(names)}
+        lengths = {
+            "I": self._num_samples,
+            "P": num_pictures,
+            "I + 1": self._num_samples + 1,
+            "letters": num_letters,
+            "E": len(names),
+        }
 
         def parts() -> Iterator[Columns]:
             yield {"extensions": names}
             yield from self._parts()
 
         return Recipe(
-            columns={name: (dtype, lengths[length]) for name, (dtype, length) in _COLUMNS.items()},
+            columns={name: (dtype, lengths[length]) for name, (dtype, length, _) in _COLUMNS.items()},
             parts=parts,
             check=lambda columns: self.check(self.index(columns)),
         )
@@ -279,7 +278,7 @@ class _Content:
                 for entry in self._metadata["shards"]
             ),
             extensions=tuple(json.loads(names.tobytes())),
-            keys=pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(key_start), pa.py_buffer(letters)),
+            keys=pa.LargeStringArray.from_buffers(self._num_samples, pa.py_buffer(key_start), pa.py_buffer(letters)),
             **columns,
             left_out=Counter(self._metadata["left_out"]),
             ignored=Counter(self._metadata["ignored"]),
@@ -287,13 +286,10 @@ class _Content:
             path=self._path,
         )
 
-    def __len__(self) -> int:
-        return self._file.metadata.num_rows
-
     def _parts(self) -> Iterator[Columns]:
         """The columns, but for the names of extensions."""
         zero = np.zeros(1, np.int64)
-        first = {name: np.empty(0, dtype) for name, (dtype, _) in _COLUMNS.items() if name != "extensions"}
+        first = {name: np.empty(0, dtype) for name, (dtype, _, _) in _COLUMNS.items() if name != "extensions"}
         yield first | {"key_start": zero, "image_start_I": zero}
         num_letters = num_pictures = 0
         for batch in batches(self._file):
@@ -309,7 +305,7 @@ class _Content:
                 "shard_I": codes(batch.column("shard"), self._number_of_shard).astype(np.int32),
                 "fault_I": codes(batch.column("fault"), NUMBER_OF_FAULT).astype(np.int8),
                 "image_extension_P": self._extension_numbers(batch),
-                **{column: _numbers(batch.column(name), _COLUMNS[column][0]) for column, name in _STORED_AS.items()},
+                **{name: _numbers(batch.column(it[2]), it[0]) for name, it in _COLUMNS.items() if it[2]},
             }
             num_letters, num_pictures = num_letters + int(key_end[-1]), num_pictures + int(image_end[-1])
 

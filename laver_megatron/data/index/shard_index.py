@@ -168,27 +168,23 @@ class ShardIndex:
         digest.update("/".join(self.extensions[number] for number in ranked).encode())
         starts = _string_offsets(self.keys)
         columns: list[tuple[np.ndarray, type[np.generic], Callable[[np.ndarray], np.ndarray]]] = [
-            (self.shard_I, np.int32, _same),
+            (self.shard_I, np.int32, np.asarray),
             (starts, np.int64, np.diff),
-            (self.text_size_I, np.int64, _same),
+            (self.text_size_I, np.int64, np.asarray),
             (self.image_start_I, np.int64, np.diff),
-            (self.image_size_P, np.int32, _same),
+            (self.image_size_P, np.int32, np.asarray),
             (self.image_extension_P, np.int16, rank.__getitem__),
-            (self.image_width_P, np.int32, _same),
-            (self.image_height_P, np.int32, _same),
-            (self.checksum_I, np.uint64, _same),
+            (self.image_width_P, np.int32, np.asarray),
+            (self.image_height_P, np.int32, np.asarray),
+            (self.checksum_I, np.uint64, np.asarray),
         ]
         for column, dtype, values in columns:
             for part in _parts(column, overlap=int(values is np.diff)):
                 digest.update(np.ascontiguousarray(values(part), dtype=dtype).data)
-        for row in self.faulty_rows().tolist():  # by name: numbers of faults are nowhere kept
+        for row in flat_nonzero(self.fault_I).tolist():  # by name: numbers of faults are nowhere kept
             digest.update(f"{row}:{FAULT_NAMES[self.fault_I[row]]}".encode())
         digest.update(string_bytes(self.keys))
         return digest.hexdigest()
-
-    def faulty_rows(self) -> np.ndarray:
-        """The rows that cannot be used, ascending."""
-        return flat_nonzero(self.fault_I)
 
     def _pictures(self, row: int) -> slice:
         return slice(int(self.image_start_I[row]), int(self.image_start_I[row + 1]))
@@ -349,7 +345,3 @@ def _count(codes: np.ndarray, num_codes: int) -> np.ndarray:
 def _parts(values: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
     """Views of some values at a time. overlap: of the next part's, which each has at its end."""
     return (values[begin : begin + _PART + overlap] for begin in range(0, len(values) - overlap, _PART))
-
-
-def _same(values: np.ndarray) -> np.ndarray:
-    return values

@@ -43,12 +43,12 @@ class UsableRows:
             block_ends.append(num_so_far + new_N)
             nums.append(len(rows_N))
             num_so_far, last_shard = num_so_far + len(rows_N), shard_N[-1:]
+            too_long_N = source.tokens_I[begin : begin + _CHUNK] > seq_length
+            self.num_too_long += int(too_long_N.sum())
+            too_visual_N = source.visual_I[begin : begin + _CHUNK] > visual_seq_length
+            self.num_too_visual += int((~too_long_N & too_visual_N).sum())
         self._chunk_ends = np.cumsum(nums, dtype=np.int64)
         self.block_ends_B = np.concatenate(block_ends)
-        for tokens_N, visual_N in self._size_chunks():
-            too_long_N = tokens_N > seq_length
-            self.num_too_long += int(too_long_N.sum())
-            self.num_too_visual += int((~too_long_N & (visual_N > visual_seq_length)).sum())
 
     def __len__(self) -> int:
         return int(self._chunk_ends[-1]) if len(self._chunk_ends) else 0
@@ -79,11 +79,6 @@ class UsableRows:
             (tokens_N > 0) & (tokens_N <= self._seq_length) & (visual_N <= self._visual_seq_length)
         )
         return found_N + begin if isinstance(part, slice) else part[found_N]
-
-    def _size_chunks(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        for begin in range(0, len(self._source), _CHUNK):
-            part = slice(begin, begin + _CHUNK)
-            yield self._source.tokens_I[part], self._source.visual_I[part]
 
 
 def _is_sorted(values_I: NDArray[np.int32]) -> bool:
