@@ -113,7 +113,7 @@ test-gpu: $(READY)
 
 # BENCH=--quick shows in two minutes that all of it runs.
 BENCH ?=
-LOADER := $(if $(findstring --quick,$(BENCH)),--samples 96 --repeats 1 --num-workers 0,)
+LOADER := $(if $(findstring --quick,$(BENCH)),--samples 600 --repeats 1 --num-workers 0,)
 bench: export HF_HUB_OFFLINE := 1
 bench: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo

@@ -203,7 +203,7 @@ def main() -> None:
         size = {"height": options.image_size, "width": options.image_size}
         preprocessor.processor.size = type(preprocessor.processor.size)(**size)
         preprocessor.height = preprocessor.width = options.image_size
-    preprocessor.patch_size = options.patch_size or preprocessor.patch_size
+    preprocessor.token_size = options.patch_size or preprocessor.token_size
     with tempfile.TemporaryDirectory() as directory:
         make_shards(Path(directory), 12, options.samples // 12)
         tokenizer = load_tokenizer(options.dir / "model")
