@@ -7,7 +7,9 @@ them, and nothing about a micro-batch is kept on the module, where a pipeline sc
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -17,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from laver_megatron.model.spans import spans_to_mask
+Made = TypeVar("Made")
 
 FLEX_BLOCK_TOKENS = 128
+# Of `dense`: queries of a tile with a mask at most, and tokens with one span that are worth a tile without one.
+TILE_QUERIES, LEAST_RECTANGLE = 128, 16
 
 
 def resolve_kernel(kernel: str) -> str:
@@ -32,9 +36,8 @@ def resolve_kernel(kernel: str) -> str:
 class SpanAttention(MegatronModule):
     """Softmax attention of each query over its span of keys.
 
-    kernel: `dense` computes with an explicit mask (the reference, and the CPU's kernel); `flex` uses
-    FlexAttention's block sparsity (CUDA). segments: lengths of consecutive parts of the sequence that never
-    see each other; `dense` computes them apart and so skips the pairs between them.
+    kernel: `dense` computes rectangles of the mask, explicit ones where a rectangle is not full (the reference, and the
+    CPU's kernel); `flex` uses FlexAttention's block sparsity (CUDA).
     """
 
     def __init__(
@@ -77,33 +80,25 @@ class SpanAttention(MegatronModule):
                 f"attention got {num_tokens} tokens and spans for {attention_mask.shape[2]}, "
                 f"but was built for segments of {self.segments}"
             )
-        query_BALD, key_BGLD, value_BGLD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         attend = self._dense if self.kernel == "dense" else self._flex
-        context_BALD = attend(query_BALD, key_BGLD, value_BGLD, attention_mask)
-        return context_BALD.permute(2, 0, 1, 3).flatten(2).contiguous()
+        return attend(query, key, value, attention_mask).flatten(2)
 
-    def _dense(self, query_BALD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, spans_B2L: Tensor) -> Tensor:
-        outputs, start = [], 0
-        for length in self.segments:
-            part = slice(start, start + length)
-            mask_B1LL = spans_to_mask(spans_B2L[:, :, part] - start).unsqueeze(1)
-            outputs.append(
-                scaled_dot_product_attention(
-                    query_BALD[:, :, part],
-                    key_BGLD[:, :, part],
-                    value_BGLD[:, :, part],
-                    attn_mask=mask_B1LL,
-                    enable_gqa=True,
-                )  # fmt: skip
-            )
-            start += length
-        return torch.cat(outputs, dim=2)
+    def _dense(self, query_LBAD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, spans_B2L: Tensor) -> Tensor:
+        tiles_of_packs = cached(dense_tiles, spans_B2L, query_LBAD.dtype)
+        heads_of_packs = (heads.transpose(0, 1).transpose(1, 2) for heads in (query_LBAD, key_LBGD, value_LBGD))
+        packs = [
+            torch.cat([_attend(tile, *heads) for tile in tiles])
+            for tiles, *heads in zip(tiles_of_packs, *heads_of_packs, strict=True)
+        ]
+        return packs[0].unsqueeze(1) if len(packs) == 1 else torch.stack(packs, dim=1)
 
-    def _flex(self, query_BALD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, spans_B2L: Tensor) -> Tensor:
-        return _flex_attention(query_BALD.is_cuda)(
+    def _flex(self, query_LBAD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, spans_B2L: Tensor) -> Tensor:
+        query_BALD, key_BGLD, value_BGLD = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_LBGD, value_LBGD))
+        context_BALD = _flex_attention(query_BALD.is_cuda)(
             query_BALD.contiguous(), key_BGLD.contiguous(), value_BGLD.contiguous(),
-            block_mask=cached_block_mask(spans_B2L), enable_gqa=True,
+            block_mask=cached(block_mask_from_spans, spans_B2L), enable_gqa=True,
         )  # fmt: skip
+        return context_BALD.permute(2, 0, 1, 3).contiguous()
 
 
 _compiled_flex_attention: Callable[..., Tensor] | None = None
@@ -118,20 +113,67 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     return _compiled_flex_attention
 
 
-# All layers of a micro-batch share one block mask. An entry holds its spans, so as long as it is here no
-# other tensor can have their address.
-_block_masks: OrderedDict[tuple[int, int, torch.Size], tuple[Tensor, BlockMask]] = OrderedDict()
-_MAX_BLOCK_MASKS = 64
+# What all layers of a micro-batch share, also when they are recomputed. An entry holds its spans, so as long as it is
+# here no other tensor can have their address.
+_made: OrderedDict[tuple[Any, ...], tuple[Tensor, Any]] = OrderedDict()
+_MAX_MADE = 16
 
 
-def cached_block_mask(spans_B2L: Tensor) -> BlockMask:
-    """`block_mask_from_spans`, computed once for the same tensor."""
-    key = (spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape)
-    if key not in _block_masks:
-        _block_masks[key] = (spans_B2L, block_mask_from_spans(spans_B2L))
-        while len(_block_masks) > _MAX_BLOCK_MASKS:
-            _block_masks.popitem(last=False)
-    return _block_masks[key][1]
+def cached(make: Callable[..., Made], spans_B2L: Tensor, *arguments: Any) -> Made:
+    """`make(spans_B2L, *arguments)`, computed once for the same tensor."""
+    key = (make, spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape, *arguments)
+    if key not in _made:
+        _made[key] = (spans_B2L, make(spans_B2L, *arguments))
+        while len(_made) > _MAX_MADE:
+            _made.popitem(last=False)
+    return _made[key][1]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries of a pack, and the keys that any of them attends to. mask: where, `[queries, keys]`, 0 or -inf; None if
+    every query attends to all of the keys."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None
+
+
+def dense_tiles(spans_B2L: Tensor, dtype: torch.dtype) -> list[list[Tile]]:
+    """The tiles of each pack, which together are its mask.
+
+    The tokens of an image have one span, so they and their keys are a rectangle without a mask. Other tokens are cut
+    into TILE_QUERIES; their keys reach from the first start to the last end.
+    """
+    return [list(_tiles_of_pack(*spans_2L, dtype)) for spans_2L in spans_B2L]
+
+
+def _tiles_of_pack(starts_L: Tensor, ends_L: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
+    spans_L2 = torch.stack([starts_L, ends_L], dim=1)
+    _, lengths = torch.unique_consecutive(spans_L2, dim=0, return_counts=True)
+    runs = lengths.tolist()
+    first = 0
+    while runs:
+        is_rectangle = runs[0] >= LEAST_RECTANGLE
+        end = first + runs.pop(0)
+        while not is_rectangle and runs and runs[0] < LEAST_RECTANGLE and end + runs[0] - first <= TILE_QUERIES:
+            end += runs.pop(0)
+        starts_Q, ends_Q = starts_L[first:end], ends_L[first:end]
+        keys = slice(int(starts_Q.min()), int(ends_Q.max()))
+        mask = None
+        if not is_rectangle:
+            key_K = torch.arange(keys.start, keys.stop, device=starts_L.device)
+            seen_QK = (starts_Q[:, None] <= key_K) & (key_K < ends_Q[:, None])
+            mask = torch.zeros(seen_QK.shape, dtype=dtype, device=starts_L.device).masked_fill(~seen_QK, -torch.inf)
+        yield Tile(slice(first, end), keys, mask)
+        first = end
+
+
+def _attend(tile: Tile, query_ALD: Tensor, key_GLD: Tensor, value_GLD: Tensor) -> Tensor:
+    """Attention of a tile's queries: `[queries, A, D]`."""
+    heads = query_ALD[None, :, tile.queries], key_GLD[None, :, tile.keys], value_GLD[None, :, tile.keys]
+    context_1AQD = scaled_dot_product_attention(*heads, attn_mask=tile.mask, enable_gqa=True)
+    return context_1AQD[0].transpose(0, 1)
 
 
 def block_mask_from_spans(spans_B2L: Tensor) -> BlockMask:

@@ -4,7 +4,7 @@ Letters: B packs, S language tokens, V visual slots, L the student's sequence (S
 
 Everything is per rank, and of one micro-batch unless it says otherwise. What autograd saves depends on the kernels:
 
-    plain   on the CPU: dense attention with a mask for each layer, norms in fp32 and not fused. Held against
+    plain   on the CPU: dense attention, norms in fp32 and not fused. Held against
             autograd's saved tensors in the tests.
     fused   on a GPU with TransformerEngine: FlexAttention, fused norms and SwiGLU. Never measured.
 
@@ -130,12 +130,7 @@ class Saved:
         if selective:
             return kept
         statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
-        mask = 0
-        if not self.fused:
-            data = self.config.data
-            segments = [data.seq_length] + [data.visual_seq_length] * self.config.objective.laver
-            mask = data.micro_batch_size * sum(length**2 for length in segments) * width
-        return kept + query + statistics + mask
+        return kept + query + statistics
 
     def layers(self, num_layers: int) -> int:
         """Decoder layers under the configured recomputation."""
@@ -143,6 +138,8 @@ class Saved:
         shared = self.num_tokens * (2 * _INT32_BYTES + self.shape.kv_channels * self.value_bytes)
         if self.config.parallel.recompute_granularity == "full":  # every layer's input
             return num_layers * self.num_local_tokens * self.shape.hidden_size * self.value_bytes + shared
+        if not self.fused:  # and the masks: of text alone, which sees half of its document on average
+            shared += self.num_labels * self.config.data.seq_length // 2 * self.value_bytes
         if self.config.parallel.recompute_granularity == "selective":
             return num_layers * (self.layer() - self._recomputed()) + shared
         return num_layers * self.layer() + shared

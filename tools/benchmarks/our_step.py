@@ -161,7 +161,7 @@ def timed_overhead() -> Iterator[dict[str, float]]:
     with (
         timed(BatchSource, "at", "batch"),
         timed(train, "build_micro_batch", "streams"),
-        timed(attention, "spans_to_mask", "attention masks"),
+        timed(attention, "dense_tiles", "attention masks"),
         timed(train, "step_record", "record"),
         timed(RunLog, "log", "log"),
     ):

@@ -12,9 +12,11 @@ import torch
 from laver_megatron.model import attention
 from laver_megatron.model.attention import (
     FLEX_BLOCK_TOKENS,
+    TILE_QUERIES,
     SpanAttention,
     block_mask_from_spans,
-    cached_block_mask,
+    cached,
+    dense_tiles,
     resolve_kernel,
 )
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans, spans_to_mask
@@ -169,18 +171,38 @@ def test_block_masks_of_several_packs():
     assert block_mask_from_spans(spans).kv_num_blocks.shape == (2, 1, 4)
 
 
-def test_block_masks_are_made_once_and_forgotten():
-    attention._block_masks.clear()
+def test_what_layers_share_is_made_once_and_forgotten():
+    attention._made.clear()
     spans = long_spans("one block")
-    assert cached_block_mask(spans) is cached_block_mask(spans)
-    before = cached_block_mask(spans)
+    before = cached(block_mask_from_spans, spans)
+    assert cached(block_mask_from_spans, spans) is before
+    tiles = cached(dense_tiles, spans, torch.float32)
+    assert cached(dense_tiles, spans, torch.float32) is tiles
+    assert cached(dense_tiles, spans, torch.bfloat16) is not tiles
     spans[:, 1, 0] += 1
-    assert cached_block_mask(spans) is not before, "spans changed in place"
-    kept = [long_spans("less than a block") for _ in range(attention._MAX_BLOCK_MASKS)]
+    assert cached(block_mask_from_spans, spans) is not before, "spans changed in place"
+    kept = [long_spans("less than a block") for _ in range(attention._MAX_MADE)]
     for other in kept:
-        cached_block_mask(other)
-    assert len(attention._block_masks) == attention._MAX_BLOCK_MASKS
-    attention._block_masks.clear()
+        cached(block_mask_from_spans, other)
+    assert len(attention._made) == attention._MAX_MADE
+    attention._made.clear()
+
+
+@pytest.mark.parametrize("layout", LONG)
+def test_tiles_are_the_mask(layout):
+    """Every query in one tile; what a tile leaves out is masked; an image's rectangle has no mask."""
+    spans = long_spans(layout)
+    (tiles,) = dense_tiles(spans, torch.float32)
+    drawn_LL = torch.zeros(spans.shape[2], spans.shape[2], dtype=torch.bool)
+    for tile in tiles:
+        seen = torch.ones_like(drawn_LL[tile.queries, tile.keys]) if tile.mask is None else tile.mask == 0
+        drawn_LL[tile.queries, tile.keys] = seen
+        assert tile.mask is None or len(tile.mask) <= TILE_QUERIES
+    assert torch.equal(drawn_LL, spans_to_mask(spans)[0])
+    assert [tile.queries.start for tile in tiles[1:]] == [tile.queries.stop for tile in tiles[:-1]]
+    assert (layout in ("several blocks, one document", "one past a block", "mostly padding")) == all(
+        tile.mask is not None for tile in tiles
+    )
 
 
 @pytest.mark.parametrize("kernel", ["dense", "flex"])
