@@ -21,7 +21,7 @@ Written into the run directory at every checkpoint, so an interrupted run has on
                             teacher_entropy; null without validation
     training                the same numbers as means over the last num_iterations (at most 20)
     throughput              means over the same: tokens, visual tokens, images a second, TFLOP/s of a device; MFU, HFU
-                            and MFU over full squares (`utilisation.py`), null where the peak is not known
+                            and MFU over full squares (`utilisation.py`), absent where the peak is not known
     hardware                device, num_devices, tensor, pipeline and data parallel sizes, versions
     time                    training_seconds (steps alone, without validation and saving), device_hours (the same
                             times devices), written_at (UTC)
@@ -123,7 +123,7 @@ def make_summary(
         },
         "validation": _last_and_best(validation, columns),
         "training": _recent_means(training, columns),
-        "throughput": _recent_means(training, THROUGHPUT_COLUMNS),
+        "throughput": _known(_recent_means(training, THROUGHPUT_COLUMNS)),
         "hardware": dict(hardware),
         "time": {
             "training_seconds": progress.training_seconds,
@@ -154,6 +154,11 @@ def _recent_means(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
         values = [record[column] for record in recent if record.get(column) is not None]
         means[column] = sum(values) / len(values) if values else None
     return means
+
+
+def _known(means: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without columns that say nothing, such as MFU where the peak is not known."""
+    return means and {name: value for name, value in means.items() if value is not None}
 
 
 def read_run_records(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

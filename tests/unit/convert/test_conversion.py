@@ -246,10 +246,12 @@ def test_exports_load_in_transformers_with_every_weight(laver, tmp_path):
 
 # Two command lines, one after the other in the same processes.
 BOTH_TOOLS = """
-import runpy, sys
+import os, runpy, sys
 both = sys.argv[1:]
 split = both.index("then")
-for sys.argv in (both[:split], both[split + 1 :]):
+for attempt, sys.argv in enumerate((both[:split], both[split + 1 :])):
+    # Each its own place in torchrun's store: in the first one's a rank may find addresses that are gone.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
