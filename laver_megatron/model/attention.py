@@ -145,12 +145,12 @@ def dense_tiles(spans_B2L: Tensor, dtype: torch.dtype) -> list[list[Tile]]:
     The tokens of an image have one span, so they and their keys are a rectangle without a mask. Other tokens are cut
     into TILE_QUERIES; their keys reach from the first start to the last end.
     """
-    return [list(_tiles_of_pack(*spans_2L, dtype)) for spans_2L in spans_B2L]
+    return [list(_tiles_of_pack(spans_2L, dtype)) for spans_2L in spans_B2L]
 
 
-def _tiles_of_pack(starts_L: Tensor, ends_L: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
-    spans_L2 = torch.stack([starts_L, ends_L], dim=1)
-    _, lengths = torch.unique_consecutive(spans_L2, dim=0, return_counts=True)
+def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
+    starts_L, ends_L = spans_2L
+    _, lengths = torch.unique_consecutive(spans_2L, dim=1, return_counts=True)
     runs = lengths.tolist()
     first = 0
     while runs:

@@ -22,17 +22,18 @@ class _WeightGradients:
 
 
 def fuse_weight_gradients(modules: Iterable[nn.Module]) -> None:
-    """Turns it on in Megatron's linear layers of modules that DistributedDataParallel has given gradient buffers. On
-    CUDA nothing changes: there it is a matter of TransformerEngine or apex."""
+    """Turns it on in the linear layers of modules that DistributedDataParallel has given gradient buffers: in
+    Megatron's own on the CPU, and on CUDA where apex is there; in TransformerEngine's, which have it built in."""
     from megatron.core.tensor_parallel import layers
 
-    if torch.cuda.is_available():
-        return
-    layers.fused_weight_gradient_mlp_cuda = _WeightGradients
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
-                part.gradient_accumulation_fusion = True
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda:
+        layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+            part.gradient_accumulation_fusion = not on_cuda or layers._grad_accum_fusion_available
+        elif hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 class _SwiGLU(torch.autograd.Function):
