@@ -66,13 +66,13 @@ def test_answers_do_not_reach_the_reconstruction(pool, assets, tmp_path):
 
 
 def visual_logits(layout, config):
-    """Job: student's and teacher's logits of the first pack, [V, K] each."""
+    """Job: student's and teacher's logits of the first pack, [T, K] each."""
     trainer = make_trainer(config)
     stage, logits = trainer.stages[-1], {}
 
     def keep_first(name):
         def hook(module, args, output):
-            logits.setdefault(name, output[:, 0].detach().clone())
+            logits.setdefault(name, output[: 3 * NUM_TOKENS].detach().clone())
 
         return hook
 
@@ -91,7 +91,7 @@ def test_images_do_not_see_one_another(pool, assets, tmp_path):
     for name in ("student", "teacher"):
         of_images = logits[name].split(NUM_TOKENS), other[name].split(NUM_TOKENS)
         same = [torch.equal(image, changed) for image, changed in zip(*of_images, strict=True)]
-        assert same == [True, False, True, True], name  # the last part is padding
+        assert same == [True, False, True], name
 
 
 def parts_of_a_trainer(layout, config):
