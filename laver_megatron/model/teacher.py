@@ -4,7 +4,7 @@ The teacher computes with run-dtype weights, sharded as the student's. Beside th
 fed from the optimizer's fp32 master weights (an average kept in bf16 loses its updates: at momentum 0.996
 it is off by 87%). Each data-parallel rank accumulates exactly the slices whose master weights Megatron's
 distributed optimizer keeps on it, so the update needs no communication; afterwards the ranks gather their slices
-from one another, in the run dtype.
+from one another, in the run dtype. In an fp32 run the accumulators are these slices themselves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -111,8 +111,13 @@ class TeacherAverage:
     def copy_student(self) -> None:
         """Teacher(0) = student(0)."""
         for pair in self._pairs:
-            if pair.master is not None:
-                pair.accumulator = pair.master.float().clone()
+            if pair.master is None:
+                continue
+            if pair.accumulator is None:
+                weights = pair.teacher.data.view(-1)[pair.start : pair.end]
+                is_fp32 = weights.dtype == torch.float32
+                pair.accumulator = weights if is_fp32 else torch.empty_like(weights, dtype=torch.float32)
+            pair.accumulator.copy_(pair.master)
         self._publish()
 
     @record_function("EMA")
@@ -134,7 +139,8 @@ class TeacherAverage:
         for GATHERED_ELEMENTS of them, so that no rank needs a second copy of the teacher."""
         own, num_ranks = self.accumulators(), self.group.size()
         if num_ranks == 1:
-            torch._foreach_copy_(self._targets_of_rank[0], own)
+            if own and self._pairs[0].teacher.dtype != torch.float32:
+                torch._foreach_copy_(self._targets_of_rank[0], own)
             return
         longest = max(sum(map(len, targets)) for targets in self._targets_of_rank)
         if not longest:

@@ -50,9 +50,10 @@ def state_bytes(
     teacher = _storages(parameter for name, parameter in named if name.startswith(TEACHER))
     gradients = _storages(buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
     of_optimizer = _storages(_optimizer_tensors(optimizer))
-    # Under fp32 the optimizer's parameters are pieces of the weights themselves.
+    # Under fp32 the optimizer's parameters are pieces of the weights themselves, and the accumulators of the teacher's.
     own = {storage: size for storage, size in of_optimizer.items() if storage not in student}
-    accumulators = _storages(average.accumulators() if average is not None else ())
+    averages = _storages(average.accumulators() if average is not None else ())
+    accumulators = {storage: size for storage, size in averages.items() if storage not in teacher}
     return StateBytes(*(sum(sizes.values()) for sizes in (student, gradients, own, teacher, accumulators)))
 
 

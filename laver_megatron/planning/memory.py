@@ -143,7 +143,9 @@ def with_shares(whole: StateBytes, trained: int, averaged: int, config: Config) 
     """What one data-parallel rank holds. whole: what every rank holds; trained, averaged: values of which this rank
     keeps the optimizer's state and the teacher's average."""
     optimizer_bytes = OPTIMIZER_BYTES_BF16 if config.training.bf16 else OPTIMIZER_BYTES_FP32
-    return replace(whole, optimizer=trained * optimizer_bytes, accumulators=averaged * FP32_BYTES)
+    # In fp32 the teacher's weights are its accumulators.
+    accumulators = averaged * FP32_BYTES if config.training.bf16 else 0
+    return replace(whole, optimizer=trained * optimizer_bytes, accumulators=accumulators)
 
 
 def _values_of_stage(
