@@ -150,7 +150,7 @@ class FlashAttention(torch.autograd.Function):
                 (of_query, of_key, of_value), (rows_Q, *[plan.keys_Q] * 2), ahead, strict=True
             ):
                 whole.index_copy_(0, rows, whole[rows] + part)
-        if alone_NAD is not None:
+        if plan.alone_N is not None and alone_NAD is not None:
             of_groups = alone_NAD.unflatten(1, (value_NGD.shape[1], -1)).sum(2)
             of_value.index_copy_(0, plan.alone_N, of_groups)
         return of_query, of_key, of_value, None

@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from laver_megatron.model import attention
+from laver_megatron.model import attention, flash_attention
 from laver_megatron.model.attention import SpanAttention, prepare
-from laver_megatron.model.flash_attention import ALONE_TOKENS, flash_plans
+from laver_megatron.model.flash_attention import ALONE_TOKENS, flash_plans, varlen_backward, varlen_forward
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans
 from tests.packs import LAYOUTS, pack, padding, stack
 from tests.varlen import plain_varlen  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plain_varlen")
+KERNELS = varlen_forward, varlen_backward  # as they are before the tests replace them
 
 
 def core(kernel, segments):
@@ -157,3 +158,20 @@ def test_prepared_plans_are_used_in_recomputation_too_and_go_with_their_spans(mo
     del spans
     gc.collect()
     assert not attention._prepared
+
+
+def test_kernels_are_called_as_pytorch_declares_them_and_nothing_waits(monkeypatch):
+    """On the device that computes nothing: whatever asks for a value of a tensor fails there."""
+    for name, kernel in zip(("varlen_forward", "varlen_backward"), KERNELS, strict=True):
+        monkeypatch.setattr(flash_attention, name, kernel)
+    packs = stack(pack([3, (2, 3), 2], padding(5)), pack([(2, 2), 5], [7]))
+    language = language_spans(packs.document_BS, packs.image_BS, "mixed")
+    on_host = concatenate_spans(language, visual_spans(packs, 9))
+    spans = on_host.to("meta")
+    prepare("flash", on_host, spans, (16, 9))
+    shapes = [(25, 2, heads, 64) for heads in (4, 2, 2)]
+    inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    output = core("flash", (16, 9))(*inputs, spans)
+    assert output.shape == (25, 2, 256) and output.dtype == torch.bfloat16
+    for leaf, gradient in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+        assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype
