@@ -40,6 +40,7 @@ setup(
         "xxhash",
         "pyarrow",
         "filelock",
+        "packaging",
         "braceexpand",
     ],
     extras_require={

@@ -116,7 +116,7 @@ def setup(config: Config) -> Trainer:
     progress = trainer.progress
     training_data.resume_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     verb = "resuming" if start.is_own else "starting"
-    say(f"{verb} from {start.directory} at iteration {progress.iteration}")
+    say(f"{verb} from {start.directory} at iteration {progress.iteration}; attention kernel {streams.kernel}")
     for message in start.messages(config, progress.iteration):
         say(message)
     return trainer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 Version = tuple[int, ...]
-HOPPER, BLACKWELL = (9, 0), (10, 0)
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 
 
 @dataclass(frozen=True)

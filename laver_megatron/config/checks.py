@@ -68,7 +68,7 @@ def check(invocation: Invocation, *, on_cuda: bool | None = None) -> ModelShape:
     problems += run_dir_problems(config)
     machine = None if on_cuda is None else find_capabilities(on_cuda)
     processes = invocation.world_size()
-    problems += validate(config, model_shape, processes, encoder=encoder, on_cuda=on_cuda, capabilities=machine)
+    problems += validate(config, model_shape, processes, encoder=encoder, capabilities=machine)
     if problems:
         # A directory that serves twice is reported once.
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -82,14 +82,13 @@ def validate(
     world_size: int,
     *,
     encoder: CheckedEncoder | None = None,
-    on_cuda: bool | None = None,
     capabilities: Capabilities | None = None,
 ) -> list[str]:
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
-    is left out; on_cuda and capabilities None leave out what depends on the machine."""
+    is left out; capabilities None leave out what depends on the machine."""
     problems = [*_range_problems(config), *rate_problems(config)]
-    problems += engine_problems(config, capabilities)
-    problems += _training_problems(config, encoder, on_cuda)
+    problems += engine_problems(config, capabilities, model_shape)
+    problems += _training_problems(config, encoder)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
         problems += sequence_problems(config)
@@ -144,7 +143,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: bool | None) -> Iterator[str]:
+def _training_problems(config: Config, encoder: CheckedEncoder | None) -> Iterator[str]:
     data, objective = config.data, config.objective
     has_visual_loss = objective.mim_weight > 0 or (objective.gram_weight > 0 and objective.gram_loss != "none")
     trainable = ["encoder"] * (encoder is None or encoder.shape.has_weights) + ["connector", "decoder"]
@@ -162,8 +161,6 @@ def _training_problems(config: Config, encoder: CheckedEncoder | None, on_cuda: 
         yield f"profile_step_start {start} must be below profile_step_end {end} and train_iters {train_iters}"
     if config.run.eval_interval is not None and data.valid_data_path is None:
         yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
-    if config.model.attention_kernel == "flex" and on_cuda is False:
-        yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
 
 
 def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator[str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from laver_megatron.config.capabilities import BLACKWELL, HOPPER, Capabilities
+from laver_megatron.config.capabilities import AMPERE, BLACKWELL, HOPPER, Capabilities
 from laver_megatron.config.fields import Config
+from laver_megatron.hf.shape import ModelShape
+
+_WIDEST_FLASH_HEAD = 128
 
 # Options of Megatron-Core that the parts around it do not support: field, value that is meant, why, remedy.
 _UNSUPPORTED = (
@@ -44,8 +47,14 @@ _UNSUPPORTED = (
 )
 
 
-def engine_problems(config: Config, capabilities: Capabilities | None = None) -> Iterator[str]:
-    """What is wrong with the options of the engine. capabilities: of the machine; None: unknown."""
+def engine_problems(
+    config: Config, capabilities: Capabilities | None = None, shape: ModelShape | None = None
+) -> Iterator[str]:
+    """What is wrong with the options of the engine. capabilities: of the machine; None: unknown. So is the shape."""
+    if config.model.attention_kernel == "flash":
+        yield from flash_problems(config, shape, capabilities)
+    elif config.model.attention_kernel == "flex" and capabilities and capabilities.compute_capability is None:
+        yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
     yield from _overlap_problems(config)
     yield from _recompute_problems(config)
     for name, values, why, remedy in _UNSUPPORTED:
@@ -55,6 +64,22 @@ def engine_problems(config: Config, capabilities: Capabilities | None = None) ->
     yield from _optimizer_problems(config)
     if capabilities is not None:
         yield from _machine_problems(config, capabilities)
+
+
+def flash_problems(config: Config, shape: ModelShape | None, capabilities: Capabilities | None) -> Iterator[str]:
+    """Why attention kernel flash cannot compute a run; shape and capabilities None leave out what depends on them."""
+    if capabilities is not None and capabilities.compute_capability is None:
+        yield "attention_kernel flash needs CUDA; use auto or dense"
+    elif capabilities is not None and capabilities.compute_capability < AMPERE:  # type: ignore[operator]
+        found = ".".join(map(str, capabilities.compute_capability))  # type: ignore[arg-type]
+        yield f"attention_kernel flash needs a GPU of compute capability 8.0, but this has {found}; use flex"
+    if not config.training.bf16:
+        yield "attention_kernel flash computes in 16 bits; set --bf16, or use auto, flex or dense"
+    if shape is not None and (shape.kv_channels % 8 or shape.kv_channels > _WIDEST_FLASH_HEAD):
+        yield (
+            f"attention_kernel flash takes heads of a multiple of 8 up to {_WIDEST_FLASH_HEAD} wide, but the model's "
+            f"are {shape.kv_channels}; use flex"
+        )
 
 
 def _fp8_problems(config: Config) -> Iterator[str]:

@@ -126,8 +126,9 @@ class ModelConfig:
         default="2d",
     )
     attention_kernel: str = option(
-        "dense: the reference, runs anywhere; flex: FlexAttention, CUDA only; auto: flex on CUDA and dense on CPU",
-        choices=("auto", "dense", "flex"),
+        "dense: the reference, runs anywhere; flex: FlexAttention, CUDA only; flash: FlashAttention, CUDA and bf16 "
+        "only; auto: flash on CUDA where it can compute the run, else flex; dense on CPU",
+        choices=("auto", "dense", "flex", "flash"),
         default="auto",
     )
     freeze: tuple[str, ...] = option("modules that are not trained", choices=tuple(MODULES), default=("encoder",))

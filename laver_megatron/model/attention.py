@@ -1,4 +1,4 @@
-"""Core attention over spans: one module, two kernels, for Megatron-Core's attention layer.
+"""Core attention over spans: one module, three kernels, for Megatron-Core's attention layer.
 
 Letters: B packs, L tokens, A query heads on this rank, G key/value heads on this rank, D head width.
 
@@ -6,18 +6,27 @@ The spans travel where Megatron passes `attention_mask`: they are a tensor, so a
 them, and nothing about a micro-batch is kept on the module, where a pipeline schedule would mix them up.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from packaging.version import Version
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from laver_megatron.config.capabilities import HOPPER, find_capabilities
+from laver_megatron.config.engine_checks import flash_problems
+from laver_megatron.config.fields import Config
+from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.flash_attention import FlashAttention, flash_plans
 
 Made = TypeVar("Made")
 
@@ -26,18 +35,23 @@ FLEX_BLOCK_TOKENS = 128
 TILE_QUERIES, LEAST_RECTANGLE = 128, 16
 
 
-def resolve_kernel(kernel: str) -> str:
-    """`auto` is `flex` where there is CUDA and `dense` elsewhere; FlexAttention has no backward on the CPU."""
-    if kernel == "auto":
-        return "flex" if torch.cuda.is_available() else "dense"
-    return kernel
+def resolve_kernel(config: Config, shape: ModelShape) -> str:
+    """The kernel of a run on this machine. `auto` is `dense` without CUDA, else `flash` where it can compute the run,
+    and `flex` where it cannot."""
+    if config.model.attention_kernel != "auto":
+        return config.model.attention_kernel
+    machine = find_capabilities(on_cuda=torch.cuda.is_available())
+    if machine.compute_capability is None:
+        return "dense"
+    return "flex" if any(flash_problems(config, shape, machine)) else "flash"
 
 
 class SpanAttention(MegatronModule):
     """Softmax attention of each query over its span of keys.
 
     kernel: `dense` computes rectangles of the mask, explicit ones where a rectangle is not full (the reference, and the
-    CPU's kernel); `flex` uses FlexAttention's block sparsity (CUDA).
+    CPU's kernel); `flex` uses FlexAttention's block sparsity (CUDA); `flash` FlashAttention (CUDA, 16 bits).
+    segments: lengths of the sequences, laid one after the other, of which none attends to another.
     """
 
     def __init__(
@@ -54,8 +68,8 @@ class SpanAttention(MegatronModule):
         segments: tuple[int, ...],
     ) -> None:
         super().__init__(config=config)
-        if kernel not in ("dense", "flex"):
-            raise ValueError(f"attention kernel must be 'dense' or 'flex', got {kernel!r}")
+        if kernel not in ("dense", "flex", "flash"):
+            raise ValueError(f"attention kernel must be 'dense', 'flex' or 'flash', got {kernel!r}")
         assert attention_type == "self" and softmax_scale is None
         self.kernel = kernel
         self.segments = segments
@@ -80,7 +94,7 @@ class SpanAttention(MegatronModule):
                 f"attention got {num_tokens} tokens and spans for {attention_mask.shape[2]}, "
                 f"but was built for segments of {self.segments}"
             )
-        attend = self._dense if self.kernel == "dense" else self._flex
+        attend = {"dense": self._dense, "flex": self._flex, "flash": self._flash}[self.kernel]
         return attend(query, key, value, attention_mask).flatten(2)
 
     def _dense(self, query_LBAD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, spans_B2L: Tensor) -> Tensor:
@@ -97,8 +111,18 @@ class SpanAttention(MegatronModule):
         context_BALD = _flex_attention(query_BALD.is_cuda)(
             query_BALD.contiguous(), key_BGLD.contiguous(), value_BGLD.contiguous(),
             block_mask=cached(block_mask_from_spans, spans_B2L), enable_gqa=True,
+            kernel_options=_flex_options(query_BALD),
         )  # fmt: skip
         return context_BALD.permute(2, 0, 1, 3).contiguous()
+
+    def _flash(self, query_LBAD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, spans_B2L: Tensor) -> Tensor:
+        plans = cached(flash_plans, spans_B2L, self.segments)
+        of_segments = (heads.split(self.segments) for heads in (query_LBAD, key_LBGD, value_LBGD))
+        contexts = []
+        for plan, *heads in zip(plans, *of_segments, strict=True):
+            context_NAD = FlashAttention.apply(*(x.transpose(0, 1).flatten(0, 1) for x in heads), plan)
+            contexts.append(context_NAD.unflatten(0, (len(spans_B2L), -1)).transpose(0, 1))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
 _compiled_flex_attention: Callable[..., Tensor] | None = None
@@ -113,20 +137,51 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     return _compiled_flex_attention
 
 
+def _flex_options(query_BALD: Tensor) -> FlexKernelOptions | None:
+    """FlashAttention 4 as FlexAttention's back end on Hopper, where it is installed; else Triton."""
+    if query_BALD.dtype.itemsize != 2 or not query_BALD.is_cuda or torch.cuda.get_device_capability()[0] != HOPPER[0]:
+        return None
+    try:
+        found = Version(version("flash-attn-4"))
+    except PackageNotFoundError:
+        return None
+    # Gradients of earlier ones are wrong on Hopper.
+    return {"BACKEND": "FLASH"} if found >= Version("4.0.0b26") else None
+
+
 # What all layers of a micro-batch share, also when they are recomputed. An entry holds its spans, so as long as it is
 # here no other tensor can have their address.
 _made: OrderedDict[tuple[Any, ...], tuple[Tensor, Any]] = OrderedDict()
 _MAX_MADE = 16
+# What was made from spans on the host; an entry goes with its spans on the device.
+_prepared: dict[tuple[Any, ...], Any] = {}
 
 
 def cached(make: Callable[..., Made], spans_B2L: Tensor, *arguments: Any) -> Made:
     """`make(spans_B2L, *arguments)`, computed once for the same tensor."""
-    key = (make, spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape, *arguments)
+    key = _key(make, spans_B2L, *arguments)
+    if key in _prepared:
+        return _prepared[key]
     if key not in _made:
         _made[key] = (spans_B2L, make(spans_B2L, *arguments))
         while len(_made) > _MAX_MADE:
             _made.popitem(last=False)
     return _made[key][1]
+
+
+def prepare(kernel: str, spans_B2L: Tensor, on_device_B2L: Tensor, segments: tuple[int, ...]) -> None:
+    """Makes from spans on the host what the kernel needs to know of them, so that layers need not wait for the device.
+
+    on_device_B2L: the same spans as the layers will get them.
+    """
+    if kernel == "flash":  # the block mask of `flex` is made on the device without waiting
+        key = _key(flash_plans, on_device_B2L, segments)
+        _prepared[key] = flash_plans(spans_B2L, segments, on_device_B2L.device)
+        weakref.finalize(on_device_B2L, _prepared.pop, key, None)
+
+
+def _key(make: Callable[..., Any], spans_B2L: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    return make, spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape, *arguments
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from laver_megatron.data.batch.division import divide_images
 from laver_megatron.encoders.modules import ImageEncoder
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
 from laver_megatron.hf.shape import ModelShape
-from laver_megatron.model.attention import resolve_kernel
 from laver_megatron.model.heads import Connector, VisionHead, seeded_normal
 from laver_megatron.model.image_division import gather_visual_tokens, mark_partial
 from laver_megatron.model.precision import teacher_config
@@ -113,7 +112,7 @@ class LaverStage(LanguageModule):
         def decoder(segments: tuple[int, ...], decoder_config: TransformerConfig) -> nn.Module:
             return build_decoder(
                 decoder_config,
-                resolve_kernel(config.model.attention_kernel),
+                self.streams.kernel,
                 segments,
                 is_last_stage=post_process,
                 vp_stage=vp_stage,

@@ -18,6 +18,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.broadcast import image_num_tokens
 from laver_megatron.data.batch.packing import PackBatch
 from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.attention import prepare, resolve_kernel
 from laver_megatron.model.positions import language_positions, reconstruction_positions, rotary_angles, rotary_table
 from laver_megatron.model.spans import concatenate_spans, language_spans, reconstruction_spans, span_area
 from laver_megatron.objective.language import IGNORE_LABEL
@@ -37,6 +38,7 @@ class StreamSettings:
     head_dim: int
     rope_theta: float
     laver: bool
+    kernel: str
 
     @classmethod
     def of(cls, config: Config, shape: ModelShape) -> "StreamSettings":
@@ -48,6 +50,7 @@ class StreamSettings:
             head_dim=shape.kv_channels,
             rope_theta=shape.rope_theta,
             laver=config.objective.laver,
+            kernel=resolve_kernel(config, shape),
         )
 
     def rotary_table(self, position_3BL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,19 +160,26 @@ def build_micro_batch(
     def in_slots(values_BS: Tensor, padding: int) -> Tensor:
         return torch.where(filled_BV, values_BS.gather(1, source_BV), padding)
 
+    def to_layers(spans_B2L: Tensor, *segments: int) -> Tensor:
+        moved_B2L = on_device(spans_B2L, device)
+        prepare(settings.kernel, spans_B2L, moved_B2L, segments)
+        return moved_B2L
+
     image_BV = in_slots(packs.image_BS, -1)
     spans = language_spans(packs.document_BS, packs.image_BS, settings.attention)
     positions = language_positions(packs.document_BS, packs.image_BS, packs.row_BS, packs.col_BS, settings.positions)
+    segments = [packs.tokens_BS.shape[1]]
     of_teacher: dict[str, Tensor | None] = {"teacher_spans_B2V": None, "teacher_positions_3BV": None}
     if settings.laver:
         teacher_spans = reconstruction_spans(image_BV)
         teacher_positions = reconstruction_positions(
             image_BV, in_slots(packs.row_BS, 0), in_slots(packs.col_BS, 0), settings.positions
         )
+        segments.append(settings.visual_seq_length)
         spans = concatenate_spans(spans, teacher_spans)
         positions = torch.cat([positions, teacher_positions], dim=2)
         of_teacher = {
-            "teacher_spans_B2V": on_device(teacher_spans, device),
+            "teacher_spans_B2V": to_layers(teacher_spans, settings.visual_seq_length),
             "teacher_positions_3BV": on_device(teacher_positions, device),
         }
     pack_T, place_T = (packs.image_BS >= 0).nonzero(as_tuple=True)
@@ -184,7 +194,7 @@ def build_micro_batch(
         visual_rows_T=on_device(slot_BS[pack_T, place_T] * num_packs + pack_T, device),
         masked_T=on_device(masked_T, device),
         masked_M=on_device(masked_T.nonzero().squeeze(1), device),
-        student_spans_B2L=on_device(spans, device),
+        student_spans_B2L=to_layers(spans, *segments),
         student_positions_3BL=on_device(positions, device),
         **of_teacher,
         image_num_tokens=num_tokens,

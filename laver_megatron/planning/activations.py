@@ -6,7 +6,7 @@ Everything is per rank, and of one micro-batch unless it says otherwise. What au
 
     plain   on the CPU: dense attention, norms in fp32 and not fused. Held against
             autograd's saved tensors in the tests.
-    fused   on a GPU with TransformerEngine: FlexAttention, fused norms and SwiGLU. Never measured.
+    fused   on a GPU with TransformerEngine: FlashAttention, fused norms and SwiGLU. Never measured.
 
 Without gradients (the teacher, a frozen encoder) nothing is kept.
 """

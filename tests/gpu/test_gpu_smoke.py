@@ -1,4 +1,4 @@
-"""The real stage module on a GPU: parity in fp32, and bf16 training steps with the flex kernel."""
+"""The real stage module on a GPU: parity in fp32, and bf16 training steps with the kernels flex and flash."""
 
 from types import SimpleNamespace
 
@@ -103,10 +103,11 @@ def test_flex_trains_as_dense_in_fp32(checkpoints):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("kernel", ["flex", "flash"])
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
-def test_bf16_training_steps(checkpoints, recompute):
+def test_bf16_training_steps(checkpoints, recompute, kernel):
     exact, _ = train(checkpoints, 1, attention_kernel="dense")
-    steps, teacher_moved = train(checkpoints, 5, attention_kernel="flex", bf16=True, recompute_granularity=recompute)
+    steps, teacher_moved = train(checkpoints, 5, attention_kernel=kernel, bf16=True, recompute_granularity=recompute)
     assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] and teacher_moved
     for name in ("lm_loss", "mim_loss"):
         # bf16 has 8 bits: some percent on a loss of logits of order 1 to 5.

@@ -49,6 +49,7 @@ from tests.switches import (
     trained,
     trainer_of,
 )
+from tests.varlen import plain_varlen  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
 LANGUAGE = ("encoder", "connector", "embedding", "decoder")  # parts under the language loss
@@ -266,18 +267,20 @@ def test_by_default_the_encoder_is_frozen():
 
 
 @shows("attention_kernel")
-def test_kernels_agree(assets):
-    """`flex` has no backward on the CPU: the forward pass alone. `auto` is `dense` here."""
+def test_kernels_agree(assets, plain_varlen):  # noqa: F811
+    """`flex` has no backward on the CPU: the forward pass alone. `flash` has none, so it is written out. `auto` is
+    `dense` here."""
     terms = {}
-    for kernel in ("dense", "flex", "auto"):
+    for kernel in ("dense", "flex", "flash", "auto"):
         with trainer_of(assets, attention_kernel=kernel) as trainer, torch.no_grad():
             (stage,) = trainer.stages
             kernels = {module.kernel for module in stage.modules() if isinstance(module, SpanAttention)}
-            assert kernels == {"flex" if kernel == "flex" else "dense"}
+            assert kernels == {"dense" if kernel == "auto" else kernel}
             stage.eval()
             batch = trainer.training_data.at(0, mask_ratio=0.4, step=0)
             terms[kernel] = train.run_schedule(trainer, batch, forward_only=True)
-    torch.testing.assert_close(terms["flex"], terms["dense"], rtol=ROUNDING, atol=0)
+    for kernel in ("flex", "flash"):
+        torch.testing.assert_close(terms[kernel], terms["dense"], rtol=ROUNDING, atol=0)
     assert torch.equal(terms["auto"], terms["dense"])
 
 

@@ -84,8 +84,8 @@ TOKENIZER_JSON = {
 }
 
 
-def problems_with(world_size: int = 1, shape: ModelShape = SHAPE, on_cuda: bool | None = None, **changes):
-    return validate(CONFIG.replace(**changes), shape, world_size, encoder=ENCODER, on_cuda=on_cuda)
+def problems_with(world_size: int = 1, shape: ModelShape = SHAPE, **changes):
+    return validate(CONFIG.replace(**changes), shape, world_size, encoder=ENCODER)
 
 
 def native_problems(most_image_tokens: int = 2048, **changes) -> list[str]:
@@ -390,12 +390,6 @@ def test_one_problem(changes, world_size, expected):
 def test_no_problem(changes, world_size):
     shape = dataclasses.replace(SHAPE, num_attention_heads=16)
     assert problems_with(world_size, shape=shape, **changes) == []
-
-
-def test_flex_needs_cuda():
-    assert "attention_kernel flex needs CUDA" in problems_with(attention_kernel="flex", on_cuda=False)[0]
-    assert problems_with(attention_kernel="flex", on_cuda=True) == []
-    assert problems_with(attention_kernel="flex") == []
 
 
 def test_arithmetic_problems_together():

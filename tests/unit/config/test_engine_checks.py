@@ -1,5 +1,7 @@
 """Options of the engine on simulated machines: refused with a reason where they cannot work, else passed on."""
 
+import dataclasses
+
 import pytest
 
 from laver_megatron.config.capabilities import Capabilities, find_capabilities
@@ -17,6 +19,7 @@ AMPERE, ADA, HOPPER, BLACKWELL = (
     Capabilities(compute_capability=capability, transformer_engine=(2, 8, 0))
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0))
 )
+TURING = Capabilities(compute_capability=(7, 5))
 WITHOUT_ENGINE = Capabilities(compute_capability=(9, 0))
 FP8 = {"fp8_format": "hybrid"}
 PRECISION_AWARE = {"use_precision_aware_optimizer": True}
@@ -34,6 +37,14 @@ PRECISION_AWARE = {"use_precision_aware_optimizer": True}
         (None, PRECISION_AWARE | {"laver": False, "bf16": False}, "keeps what bf16 weights lack of fp32; set --bf16"),
         (CPU, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs a GPU, and none is here"),
         (WITHOUT_ENGINE, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs TransformerEngine;"),
+        (CPU, {"attention_kernel": "flex"}, "attention_kernel flex needs CUDA (it has no backward pass on CPU)"),
+        (CPU, {"attention_kernel": "flash"}, "attention_kernel flash needs CUDA; use auto or dense"),
+        (
+            TURING,
+            {"attention_kernel": "flash"},
+            "flash needs a GPU of compute capability 8.0, but this has 7.5; use flex",
+        ),
+        (None, {"attention_kernel": "flash", "bf16": False}, "flash computes in 16 bits; set --bf16, or use auto"),
         (None, FP8 | {"bf16": False}, "fp8_format hybrid needs bf16"),
         (None, {"teacher_fp8": True}, "teacher_fp8 needs fp8_format"),
         (None, FP8 | {"teacher_fp8": True, "laver": False}, "without LaVer there is no teacher"),
@@ -78,10 +89,21 @@ def test_what_cannot_work_is_refused_with_a_reason(machine, settings, message):
         (HOPPER, FP8 | {"fp8_recipe": "delayed"}),
         (BLACKWELL, FP8 | {"fp8_recipe": "mxfp8"}),
         (HOPPER, PRECISION_AWARE | {"laver": False}),
+        (HOPPER, {"attention_kernel": "flex"}),
+        (Capabilities((8, 0)), {"attention_kernel": "flash"}),
     ],
 )
 def test_what_can_work_is_not(machine, settings):
     assert list(engine_problems(CONFIG.replace(**settings), machine)) == []
+
+
+@pytest.mark.parametrize("width, fits", [(64, True), (128, True), (136, False), (20, False)])
+def test_heads_that_flash_takes(width, fits):
+    shape = dataclasses.replace(SHAPE, kv_channels=width)
+    problems = list(engine_problems(CONFIG.replace(attention_kernel="flash"), HOPPER, shape))
+    assert [f"up to 128 wide, but the model's are {width}; use flex" in problem for problem in problems] == [True] * (
+        not fits
+    )
 
 
 def test_this_machine_without_a_gpu_has_no_compute_capability():

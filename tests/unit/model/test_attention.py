@@ -1,14 +1,16 @@
-"""Both kernels against softmax written out, and the block mask against the mask it stands for.
+"""The kernels `dense` and `flex` against softmax written out, and the block mask against the mask it stands for.
 
 Letters: B packs, L tokens, A query heads, G key/value heads, D head width.
 """
 
 import math
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from laver_megatron.config.capabilities import Capabilities
 from laver_megatron.model import attention
 from laver_megatron.model.attention import (
     FLEX_BLOCK_TOKENS,
@@ -205,7 +207,7 @@ def test_tiles_are_the_mask(layout):
     )
 
 
-@pytest.mark.parametrize("kernel", ["dense", "flex"])
+@pytest.mark.parametrize("kernel", ["dense", "flex", "flash"])
 def test_wrong_lengths_are_refused(kernel):
     spans = torch.stack([torch.zeros(1, 12), torch.ones(1, 12)], 1).int()
     with pytest.raises(ValueError, match=r"12 tokens and spans for 12, .* segments of \(8, 8\)"):
@@ -214,8 +216,42 @@ def test_wrong_lengths_are_refused(kernel):
         core(kernel, (12,))(*qkv(12), spans[:, :, :10])
 
 
-def test_kernels_by_name():
-    assert resolve_kernel("dense") == "dense" and resolve_kernel("flex") == "flex"
-    assert resolve_kernel("auto") == ("flex" if torch.cuda.is_available() else "dense")
-    with pytest.raises(ValueError, match="'dense' or 'flex', got 'flash'"):
-        core("flash", (4,))
+def test_kernels_by_name(monkeypatch):
+    def resolved(kernel, capability, *, bf16=True, width=64):
+        monkeypatch.setattr(attention, "find_capabilities", lambda on_cuda: Capabilities(capability))
+        config = SimpleNamespace(model=SimpleNamespace(attention_kernel=kernel), training=SimpleNamespace(bf16=bf16))
+        return resolve_kernel(config, SimpleNamespace(kv_channels=width))
+
+    for kernel in ("dense", "flex", "flash"):
+        assert resolved(kernel, (9, 0)) == kernel
+    assert resolved("auto", None) == "dense"
+    assert resolved("auto", (8, 0)) == resolved("auto", (9, 0), width=128) == "flash"
+    assert resolved("auto", (9, 0), bf16=False) == resolved("auto", (7, 5)) == "flex"
+    assert resolved("auto", (9, 0), width=132) == resolved("auto", (9, 0), width=20) == "flex"
+    with pytest.raises(ValueError, match="'dense', 'flex' or 'flash', got 'eager'"):
+        core("eager", (4,))
+
+
+@pytest.mark.parametrize(
+    "found, capability, options",
+    [
+        (None, (9, 0), None),
+        ("4.0.0b25", (9, 0), None),
+        ("4.0.0b26", (9, 0), {"BACKEND": "FLASH"}),
+        ("4.0.0", (9, 0), {"BACKEND": "FLASH"}),
+        ("4.0.0", (8, 0), None),
+        ("4.0.0", (10, 0), None),
+    ],
+)
+def test_flash_attention_4_is_used_where_its_gradients_are_right(monkeypatch, found, capability, options):
+    def version(package):
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(attention, "version", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert attention._flex_options(on_gpu) == options
+    assert attention._flex_options(SimpleNamespace(is_cuda=True, dtype=torch.float32)) is None
+    assert attention._flex_options(SimpleNamespace(is_cuda=False, dtype=torch.bfloat16)) is None

@@ -28,6 +28,7 @@ def settings(**changes):
         "head_dim": 16,
         "rope_theta": 1e6,
         "laver": True,
+        "kernel": "dense",
     }
     return StreamSettings(**{**defaults, **changes})
 
