@@ -122,8 +122,7 @@ bench: $(READY)
 	$(PYTHON) -m tools.benchmarks.step $(BENCH) --output runs/bench/step.md
 	$(PYTHON) -m tools.benchmarks.attention $(BENCH) --output runs/bench/attention.md
 	$(PYTHON) -m tools.benchmarks.state $(BENCH) --output runs/bench/state.md
-	{ echo "# Loader"; echo; $(PYTHON) -m tools.benchmarks.report; echo; \
-		$(PYTHON) tools/benchmarks/loader.py --dir runs/demo $(LOADER); } > runs/bench/loader.md
+	$(PYTHON) -m tools.benchmarks.loader --dir runs/demo $(LOADER) --output runs/bench/loader.md
 	@echo "bench: done; see runs/bench/step.md, attention.md, state.md and loader.md"
 
 # --- on a GPU ------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ bench: $(READY)
 
 OUT ?= runs/gpu
 GPU_PYTHON_VERSION ?= 3.12
-# SciPy and matplotlib are left out: only plots and studies read them. Of pyarrow an older version, which is 15 MB smaller.
+# SciPy and matplotlib are left out: only plots and studies read them. An older pyarrow is 15 MB smaller.
 GPU_WHEELS = $(shell grep -E '^(megatron-core|webdataset|braceexpand|xxhash|psutil|pillow)==' constraints-py312.txt) \
 	$(shell grep -E '^(pytest|pluggy|iniconfig|hypothesis|sortedcontainers)==' constraints-py312.txt) pyarrow==18.1.0
 
@@ -151,7 +150,8 @@ gpu-wheels:
 	@touch $@
 
 # Each piece ends within its limit and leaves its log and its results in OUT, whatever becomes of the others.
-# GPU_BENCH="--device cpu --quick" shows that the benchmarks run; without CUDA the tests are skipped.
+# Without CUDA the tests are skipped, and this shows that all of it runs:
+#   make gpu GPU_BENCH="--device cpu --quick" SHAPE=tiny LENGTHS=128 WORKERS=0
 GPU_LIMIT ?= 540
 GPU_BENCH ?= --device cuda --bf16
 GPU_PIECES := gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-6 gpu-7 gpu-8 gpu-9
@@ -159,14 +159,18 @@ GPU_PIECES := gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-6 gpu-7 gpu-8 gpu-9
 
 gpu-1: COMMAND = pytest -v --durations 10 --junitxml $(OUT)/$@.xml tests/gpu/test_attention.py
 gpu-2: COMMAND = pytest -v --durations 10 --junitxml $(OUT)/$@.xml tests/gpu --ignore tests/gpu/test_attention.py
-gpu-3: COMMAND = tools.benchmarks.attention $(GPU_BENCH) --shapes 0.5b 7b-width --lengths 4096 8192 --output $(OUT)/$@.md
+gpu-3: COMMAND = tools.benchmarks.attention $(GPU_BENCH) --shapes $(SHAPE) --lengths $(LENGTHS) --output $(OUT)/$@.md
+gpu-3: SHAPE := 0.5b 7b-width
+gpu-3: LENGTHS := 4096 8192
 gpu-4 gpu-5 gpu-6 gpu-7: COMMAND = tools.benchmarks.step $(GPU_BENCH) --one-at-a-time --shapes $(SHAPE) --output $(OUT)/$@.md
 gpu-4: SHAPE := 0.5b
 gpu-5: SHAPE := 1.5b
 gpu-6: SHAPE := 7b-width
 gpu-7: SHAPE := 72b-width
-gpu-8: COMMAND = tools.benchmarks.state $(GPU_BENCH) --shape 0.5b --rounds 2 --output $(OUT)/$@.md
-gpu-9: COMMAND = tools.benchmarks.loader --made-up --num-workers 0 4 8 --repeats 3
+gpu-8: COMMAND = tools.benchmarks.state $(GPU_BENCH) --shape $(SHAPE) --rounds 2 --output $(OUT)/$@.md
+gpu-8: SHAPE := 0.5b
+gpu-9: COMMAND = tools.benchmarks.loader --made-up --num-workers $(WORKERS) --repeats 3 --output $(OUT)/$@.md
+gpu-9: WORKERS := 0 4 8
 # PYTEST_DISABLE_PLUGIN_AUTOLOAD: plugins of GPU_PYTHON may be made for another pytest.
 $(GPU_PIECES): .gpu/installed
 	@mkdir -p $(OUT)
