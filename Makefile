@@ -7,20 +7,24 @@
 #   make test         lint, types and all tests that guard a change: up to twenty minutes on two cores
 #   make test-full    the same with the slow tests, and with new examples in property tests
 #   make test-engine  what touches Megatron-Core, on its newest version: ten minutes on two cores
-#   make test-gpu     the tests that need CUDA
-#   make bench        measures a step, teacher, checkpoint and loader on this CPU, in a quarter of an hour; in runs/bench
+#   make bench        measures a step, attention, checkpoint and loader on this CPU, in a quarter of an hour; in runs/bench
+#   make gpu          tests and benchmarks on a GPU in pieces of at most nine minutes, gpu-1 to gpu-9; in runs/gpu
+#   make gpu-wheels   downloads what make gpu needs besides torch and transformers, for a machine without internet
 #
 # PYTHON=python3 uses an environment of your own instead of .venv. pip reads its usual settings, so
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-engine test-gpu bench lint clean
+.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-engine bench lint clean \
+	gpu gpu-wheels test-gpu bench-gpu
 
 BASE_PYTHON ?= python3
 ifeq ($(origin PYTHON), undefined)
+GPU_PYTHON ?= python3
 PYTHON := .venv/bin/python
 READY := .venv/installed
 endif
+GPU_PYTHON ?= $(PYTHON)
 
 export OMP_NUM_THREADS ?= 1
 # Two at a time, file by file. Distributed tests start four processes for each of the two, which mostly wait.
@@ -108,9 +112,6 @@ test-engine: $(READY)
 		--python-version 3.12 --only-binary=:all: --target .engine $$(grep ^megatron-core== constraints-py312.txt)
 	@touch $@
 
-test-gpu: $(READY)
-	$(PYTEST) --numprocesses 0 tests/gpu
-
 # BENCH=--quick shows in two minutes that all of it runs.
 BENCH ?=
 LOADER := $(if $(findstring --quick,$(BENCH)),--samples 600 --repeats 1 --num-workers 0,)
@@ -119,10 +120,73 @@ bench: $(READY)
 	$(PYTHON) tools/make_demo.py --dir runs/demo
 	mkdir -p runs/bench
 	$(PYTHON) -m tools.benchmarks.step $(BENCH) --output runs/bench/step.md
+	$(PYTHON) -m tools.benchmarks.attention $(BENCH) --output runs/bench/attention.md
 	$(PYTHON) -m tools.benchmarks.state $(BENCH) --output runs/bench/state.md
-	{ echo "# Loader"; echo; $(PYTHON) -m tools.benchmarks.report; echo; \
-		$(PYTHON) tools/benchmarks/loader.py --dir runs/demo $(LOADER); } > runs/bench/loader.md
-	@echo "bench: done; see runs/bench/step.md, state.md and loader.md"
+	$(PYTHON) -m tools.benchmarks.loader --dir runs/demo $(LOADER) --output runs/bench/loader.md
+	@echo "bench: done; see runs/bench/step.md, attention.md, state.md and loader.md"
+
+# --- on a GPU ------------------------------------------------------------------------------------------
+#
+# GPU_PYTHON has torch >= 2.10 with CUDA, transformers >= 5 and what these bring. What is needed beyond them comes from
+# .wheels, which `make gpu-wheels` fills where there is internet, and goes to .gpu: GPU_PYTHON stays as it is.
+
+OUT ?= runs/gpu
+GPU_PYTHON_VERSION ?= 3.12
+# SciPy and matplotlib are left out: only plots and studies read them. An older pyarrow is 15 MB smaller.
+GPU_WHEELS = $(shell grep -E '^(megatron-core|webdataset|braceexpand|xxhash|psutil|pillow)==' constraints-py312.txt) \
+	$(shell grep -E '^(pytest|pluggy|iniconfig|hypothesis|sortedcontainers)==' constraints-py312.txt) pyarrow==18.1.0
+
+gpu-wheels:
+	rm -rf .wheels
+	$(BASE_PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version $(GPU_PYTHON_VERSION) --dest .wheels $(GPU_WHEELS)
+	@du -sm .wheels | awk '{ print "gpu-wheels: " $$1 " MB in .wheels"; exit $$1 > 60 }'
+
+.gpu/installed: constraints-py312.txt
+	@test -d .wheels || { echo ".wheels is missing: run make gpu-wheels on a machine with internet, and bring it"; exit 1; }
+	rm -rf .gpu
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --find-links .wheels \
+		--target .gpu $(GPU_WHEELS)
+	@touch $@
+
+# Each piece ends within its limit and leaves its log and its results in OUT, whatever becomes of the others.
+# Without CUDA the tests are skipped, and this shows that all of it runs:
+#   make gpu GPU_BENCH="--device cpu --quick" SHAPE=tiny LENGTHS=128 WORKERS=0
+GPU_LIMIT ?= 540
+GPU_BENCH ?= --device cuda --bf16
+GPU_PIECES := gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-6 gpu-7 gpu-8 gpu-9
+.PHONY: $(GPU_PIECES)
+
+gpu-1: COMMAND = pytest -v --durations 10 --junitxml $(OUT)/$@.xml tests/gpu/test_attention.py
+gpu-2: COMMAND = pytest -v --durations 10 --junitxml $(OUT)/$@.xml tests/gpu --ignore tests/gpu/test_attention.py
+gpu-3: COMMAND = tools.benchmarks.attention $(GPU_BENCH) --shapes $(SHAPE) --lengths $(LENGTHS) --output $(OUT)/$@.md
+gpu-3: SHAPE := 0.5b 7b-width
+gpu-3: LENGTHS := 4096 8192
+gpu-4 gpu-5 gpu-6 gpu-7: COMMAND = tools.benchmarks.step $(GPU_BENCH) --one-at-a-time --shapes $(SHAPE) --output $(OUT)/$@.md
+gpu-4: SHAPE := 0.5b
+gpu-5: SHAPE := 1.5b
+gpu-6: SHAPE := 7b-width
+gpu-7: SHAPE := 72b-width
+gpu-8: COMMAND = tools.benchmarks.state $(GPU_BENCH) --shape $(SHAPE) --rounds 2 --output $(OUT)/$@.md
+gpu-8: SHAPE := 0.5b
+gpu-9: COMMAND = tools.benchmarks.loader --made-up --num-workers $(WORKERS) --repeats 3 --output $(OUT)/$@.md
+gpu-9: WORKERS := 0 4 8
+# PYTEST_DISABLE_PLUGIN_AUTOLOAD: plugins of GPU_PYTHON may be made for another pytest.
+$(GPU_PIECES): .gpu/installed
+	@mkdir -p $(OUT)
+	@PYTHONPATH="$(CURDIR)/.gpu:$(CURDIR)" HF_HUB_OFFLINE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+		timeout $(GPU_LIMIT) $(GPU_PYTHON) -m $(COMMAND) > $(OUT)/$@.log 2>&1; status=$$?; \
+	if [ $$status = 0 ]; then echo "$@: done"; else tail -n 5 $(OUT)/$@.log; fi; \
+	if [ $$status = 124 ]; then echo "$@: ended after $(GPU_LIMIT) s; see $(OUT)/$@.log"; \
+	elif [ $$status != 0 ]; then echo "$@: failed; see $(OUT)/$@.log"; fi; exit $$status
+
+# One after the other; the others run where one fails.
+gpu: PIECES := $(GPU_PIECES)
+test-gpu: PIECES := gpu-1 gpu-2
+bench-gpu: PIECES := gpu-3 gpu-4 gpu-5 gpu-6 gpu-7 gpu-8 gpu-9
+gpu test-gpu bench-gpu: .gpu/installed
+	@failed=; for piece in $(PIECES); do $(MAKE) --no-print-directory $$piece || failed="$$failed $$piece"; done; \
+	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed"; exit 1; fi; echo "make $@: results in $(OUT)"
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
@@ -130,4 +194,4 @@ lint: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-logo --no-cache
 
 clean:
-	rm -rf .venv .engine build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .engine .gpu .wheels build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

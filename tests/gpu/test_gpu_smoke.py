@@ -1,10 +1,11 @@
-"""The real stage module on a GPU: parity in fp32, and bf16 training steps with the kernels flex and flash."""
+"""The real stage module on a GPU: parity in fp32, and bf16 training steps, with every kernel."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.gpu.kernels import BF16, FP32, kernels
 from tests.packs import pack, padding
 from tests.parity import (
     IMAGE_SIZE,
@@ -86,7 +87,7 @@ def train(checkpoints, num_steps, **changes):
     return steps, moved
 
 
-@pytest.mark.parametrize("kernel", ["dense", "flex"])
+@pytest.mark.parametrize("kernel", ["dense", *kernels(FP32)])
 def test_parity_in_fp32(checkpoints, kernel):
     config = parity_config(checkpoints, attention_kernel=kernel)
     ours = model_outputs(build_model(config, checkpoints), image_micro_batches())
@@ -95,17 +96,18 @@ def test_parity_in_fp32(checkpoints, kernel):
     assert_parity(ours, reference, tolerance=5e-4)
 
 
-def test_flex_trains_as_dense_in_fp32(checkpoints):
-    dense, flex = (train(checkpoints, 3, attention_kernel=kernel)[0] for kernel in ("dense", "flex"))
-    for one, other in zip(dense, flex, strict=True):
+@pytest.mark.parametrize("kernel", kernels(FP32))
+def test_kernels_train_as_dense_in_fp32(checkpoints, kernel):
+    dense, found = (train(checkpoints, 3, attention_kernel=name)[0] for name in ("dense", kernel))
+    for one, other in zip(dense, found, strict=True):
         for name in one:
             # Three Adam steps; rounding differs between the kernels.
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("kernel", ["flex", "flash"])
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
-def test_bf16_training_steps(checkpoints, recompute, kernel):
+@pytest.mark.parametrize("kernel", ["dense", *kernels(BF16)])
+def test_bf16_training_steps(checkpoints, kernel, recompute):
     exact, _ = train(checkpoints, 1, attention_kernel="dense")
     steps, teacher_moved = train(checkpoints, 5, attention_kernel=kernel, bf16=True, recompute_granularity=recompute)
     assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] and teacher_moved

@@ -1,6 +1,7 @@
 """Measures the loader in samples/s against the bare loop "open tar, decode JPEG, resize" on the same files.
 
-    python tools/benchmarks/loader.py --dir runs/demo --image-size 384 --patch-size 16     # the size of many encoders
+    python -m tools.benchmarks.loader --dir runs/demo --image-size 384 --patch-size 16     # the size of many encoders
+    python -m tools.benchmarks.loader --made-up       where there is neither a demo nor scikit-image
 
 Makes shards of photographs (640 x 480, JPEG) in a temporary directory. Both sides produce the pixels of the encoder's
 image processor, in the same number of processes, with the files in the page cache.
@@ -29,19 +30,35 @@ from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_reader import open_reader
 from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import write_index
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 from laver_megatron.demo.photographs import photographs
 from laver_megatron.encoders import ImagePreprocessor, open_preprocessor
 from laver_megatron.hf.tokenizer import load_tokenizer
+from tools.benchmarks import report
 
 _SIZE = (640, 480)
 _PACKS_A_READ = 4
 _WORDS = ["a", "picture", "of", "some", "things", "that", "can", "be", "seen", "on", "it", "and", "others", "not"]
 
 
-def make_shards(directory: Path, num_shards: int, samples_a_shard: int, seed: int = 0) -> list[Path]:
-    """Shards of photographs of 640 x 480 pixels with a question and an answer, and their index."""
+def made_up_pictures() -> list[Image.Image]:
+    """Smooth surfaces with grain, whose JPEG files are about as large as those of photographs."""
+    random, pictures = np.random.default_rng(0), []
+    for _ in range(8):
+        coarse = Image.fromarray(random.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((960, 720))
+        grain = random.normal(0, 6, (720, 960, 1))
+        pictures.append(Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)))
+    return pictures
+
+
+def make_shards(
+    directory: Path, num_shards: int, samples_a_shard: int, seed: int = 0, pictures: list[Image.Image] | None = None
+) -> list[Path]:
+    """Shards of pictures of 640 x 480 pixels with a question and an answer, and their index. pictures: at least that
+    large; None for photographs."""
     random = np.random.default_rng(seed)
-    photos = [picture.resize((960, 720)) for _, picture in photographs()]
+    photos = pictures or [picture.resize((960, 720)) for _, picture in photographs()]
     shards = [directory / f"photographs-{number:05d}.tar" for number in range(num_shards)]
     for shard in shards:
         with tarfile.open(shard, "w") as tar:
@@ -191,23 +208,44 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dir", type=Path, required=True, help="holds model/ (a tokenizer) and encoder/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dir", type=Path, help="holds model/ (a tokenizer) and encoder/")
+    source.add_argument("--made-up", action="store_true", help="the demo's tokenizer and encoder, pictures of noise")
     add("--image-size", type=int, help="pixels on a side that the encoder sees (default: its own)")
     add("--patch-size", type=int, help="pixels on a side of a visual token (default: its own)")
     add("--num-workers", type=int, nargs="+", default=[0, 1, 2], help="processes (default: 0 1 2)")
     add("--samples", type=int, default=1200, help="samples to read (default: 1200)")
     add("--repeats", type=int, default=5, help="runs of each; the median counts (default: 5)")
+    add("--output", type=Path, help="a file for the report (default: the table to standard output)")
     options = parser.parse_args()
-    preprocessor = open_preprocessor(options.dir / "encoder")
+    with tempfile.TemporaryDirectory() as directory:
+        table = run(options, Path(directory))
+    if options.output is None:
+        print(table)
+    else:
+        kind = "Pictures of noise." if options.made_up else "Photographs."
+        report.write("Loader", torch.device("cpu"), [f"{kind} {options.samples} samples.", table], options.output)
+
+
+def run(options: argparse.Namespace, scratch: Path) -> str:
+    """Makes what is missing under `scratch`, and measures."""
+    source = options.dir
+    if options.made_up:
+        source = scratch
+        save_language_model(scratch / "model", [" ".join(_WORDS)])
+        (scratch / "encoder").mkdir()
+        save_encoder(scratch / "encoder")
+    preprocessor = open_preprocessor(source / "encoder")
     if options.image_size:
         size = {"height": options.image_size, "width": options.image_size}
         preprocessor.processor.size = type(preprocessor.processor.size)(**size)
         preprocessor.height = preprocessor.width = options.image_size
     preprocessor.token_size = options.patch_size or preprocessor.token_size
-    with tempfile.TemporaryDirectory() as directory:
-        make_shards(Path(directory), 12, options.samples // 12)
-        tokenizer = load_tokenizer(options.dir / "model")
-        print(benchmark(Path(directory), tokenizer, preprocessor, options.num_workers, options.repeats))
+    shards = scratch / "shards"
+    shards.mkdir()
+    make_shards(shards, 12, options.samples // 12, pictures=made_up_pictures() if options.made_up else None)
+    tokenizer = load_tokenizer(source / "model")
+    return benchmark(shards, tokenizer, preprocessor, options.num_workers, options.repeats)
 
 
 if __name__ == "__main__":
