@@ -6,7 +6,8 @@
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/workspace/laver/runs" laver-megatron \
 #       torchrun --nproc-per-node 8 examples/pretrain_laver.sh --config my_run.yaml
 #
-# Never built yet: the first who builds it should run `make test-gpu PYTHON=python3` in it.
+# Never built yet: the first who builds it should run
+# `make gpu-wheels test-gpu PYTHON=python3 BASE_PYTHON=python3` in it.
 FROM nvcr.io/nvidia/pytorch:26.09-py3
 
 # The image constrains pip to its own version of every package; the ones named below are newer.

@@ -27,11 +27,13 @@ def go_on_until(layout, directory, last):
 def main() -> None:
     version, jobs = sys.argv[1], json.loads(sys.argv[2])
     pool = Pool()
-    for source, target, num_processes, last in jobs:
-        shutil.copytree(source, target)
-        found = pool.run(go_on_until, LAYOUTS[num_processes], Path(target), last)
-        assert set(found) == {version}, f"Megatron-Core {found} runs where {version} should"
-    pool.close()
+    try:
+        for source, target, num_processes, last in jobs:
+            shutil.copytree(source, target)
+            found = pool.run(go_on_until, LAYOUTS[num_processes], Path(target), last)
+            assert set(found) == {version}, f"Megatron-Core {found} runs where {version} should"
+    finally:
+        pool.close()  # or the process would wait for its workers for ever
 
 
 if __name__ == "__main__":
