@@ -200,5 +200,5 @@ def hardware_of(backend: Backend) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
         "torch": torch.__version__,
-        "megatron_core": core.__version__,
+        "megatron_core": core.__version__.partition("+")[0],  # 0.19 adds the commit of whatever repository it lies in
     }

@@ -21,7 +21,7 @@ def go_on_until(layout, directory, last):
     import megatron.core
 
     go_on(layout, directory, **{"train-iters": NUM_STEPS, "exit-interval": last})
-    return megatron.core.__version__
+    return megatron.core.__version__.partition("+")[0]  # behind it stands the commit of the repository that it lies in
 
 
 def main() -> None:
