@@ -19,7 +19,6 @@ An "area" is a number of (query, key) pairs.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from laver_megatron.config.fields import Config
 from laver_megatron.config.modules import MODULES
@@ -46,6 +45,7 @@ class ModelFlops:
     """Forward FLOPs of each part per unit of work: one token, or one (query, key) pair. All layers together."""
 
     decoder_per_token: int
+    mlp_per_token: int
     attention_per_pair: int
     lm_head_per_token: int
     vision_head_per_token: int
@@ -72,6 +72,7 @@ class StepFlops:
         student_layers_forward: forward of the student's decoder layers on both streams; inside the parts above,
             kept for `hardware_flops`.
         student_attention_forward: the attention in it.
+        student_mlp_forward: the MLPs in it.
     """
 
     decoder_student: int
@@ -85,6 +86,7 @@ class StepFlops:
     encoder: int
     student_layers_forward: int
     student_attention_forward: int
+    student_mlp_forward: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -111,8 +113,12 @@ def decoder_layer_flops(shape: ModelShape) -> int:
     key_value_size = 2 * shape.num_query_groups * shape.kv_channels
     qkv = matmul_flops(1, query_size + key_value_size, hidden)
     projection = matmul_flops(1, hidden, query_size)
-    mlp = 3 * matmul_flops(1, shape.ffn_hidden_size, hidden)
-    return qkv + projection + mlp
+    return qkv + projection + mlp_flops(shape)
+
+
+def mlp_flops(shape: ModelShape) -> int:
+    """Of them those of SwiGLU's three matrices."""
+    return 3 * matmul_flops(1, shape.ffn_hidden_size, shape.hidden_size)
 
 
 def attention_flops(area: int, num_heads: int, head_size: int) -> int:
@@ -158,6 +164,7 @@ def model_flops(
         connector_input_size = connector_input_size or encoder.feature_size
     return ModelFlops(
         decoder_per_token=shape.num_layers * decoder_layer_flops(shape),
+        mlp_per_token=shape.num_layers * mlp_flops(shape),
         attention_per_pair=shape.num_layers * attention_flops(1, shape.num_attention_heads, shape.kv_channels),
         lm_head_per_token=matmul_flops(1, shape.vocab_size, hidden),
         vision_head_per_token=vision_head_flops(hidden, vision_head_hidden_size, output_size),
@@ -245,6 +252,7 @@ def step_flops(
         ),
         student_layers_forward=lm_linear + lm_attention + masked_linear + masked_attention,
         student_attention_forward=lm_attention + masked_attention,
+        student_mlp_forward=(num_tokens + num_masked_stream) * model.mlp_per_token,
     )
 
 
@@ -261,15 +269,18 @@ def _encoder_flops(model: ModelFlops, work: EncoderWork, trains: dict[str, bool]
     return embedding * (1 + trains["encoder"]) + behind * (1 + 2 * trains["encoder"])
 
 
-def hardware_flops(step: StepFlops, recompute: Literal["full", "selective"] | None = None) -> int:
-    """Model FLOPs plus recomputation: a second forward of the student's decoder layers, or of their attention only.
+def hardware_flops(step: StepFlops, granularity: str | None = None, modules: Collection[str] | None = None) -> int:
+    """Model FLOPs plus recomputation: a second forward of the student's decoder layers (`full`), or of some of their
+    `modules` (`selective`; by default core_attn). Norms have no products.
 
     The teacher keeps no activations, so it is never recomputed. Still the exact mask area and real tokens only.
     """
-    extra = {None: 0, "full": step.student_layers_forward, "selective": step.student_attention_forward}
-    if recompute not in extra:
-        raise ValueError(f"recompute must be one of {list(extra)}, not {recompute!r}")
-    return step.total + extra[recompute]
+    if granularity not in (None, "full", "selective"):
+        raise ValueError(f"recompute must be full, selective or None, not {granularity!r}")
+    if granularity != "selective":
+        return step.total + (step.student_layers_forward if granularity else 0)
+    of_module = {"core_attn": step.student_attention_forward, "mlp": step.student_mlp_forward, "layernorm": 0}
+    return step.total + sum(of_module[module] for module in modules or ("core_attn",))
 
 
 def tflops_per_gpu(flops: int, seconds: float, num_gpus: int) -> float:

@@ -157,7 +157,7 @@ def plan_layout(job: Job, config: Config) -> Plan:
         num_micro_batches=num_micro_batches,
         stages=tuple(stages),
         flops=step,
-        hardware_flops=hardware_flops(step, parallel.recompute_granularity),  # type: ignore[arg-type]
+        hardware_flops=hardware_flops(step, parallel.recompute_granularity, config.engine.recompute_modules),
         bubble=bubble(config, job.shape.num_layers, num_micro_batches),
     )
 

@@ -240,8 +240,7 @@ def stage_work(
     if "core_attn" in modules:
         attention += student_attention
     if "mlp" in modules and parallel.recompute_granularity == "selective":
-        # Three of a layer's matrices, of H x F each, among those of the attention.
-        linear += round((step.student_layers_forward - student_attention) * _share_of_mlp(shape))
+        linear += step.student_mlp_forward
     ranks = tp * context_ranks
     share = layers / shape.num_layers
     on_stage, attention_on_stage = linear * share / ranks, attention * share / ranks
@@ -263,13 +262,6 @@ def recomputed_modules(config: Config) -> tuple[str, ...]:
     if granularity is None:
         return ()
     return RECOMPUTED_MODULES if granularity == "full" else config.engine.recompute_modules or ("core_attn",)
-
-
-def _share_of_mlp(shape: ModelShape) -> float:
-    """Of the multiplications of a layer's matrices."""
-    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-    queries, keys = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
-    return mlp / (mlp + shape.hidden_size * 2 * (queries + keys))
 
 
 def _traffic_per_token(config: Config, shape: ModelShape) -> float:

@@ -56,7 +56,7 @@ def utilisation(
     published = step_flops(model, **(work_of(counts, config) | {"lm_span_area": square}))
     flops = {
         "mfu": needed.total,
-        "hfu": hardware_flops(needed, config.parallel.recompute_granularity),  # type: ignore[arg-type]
+        "hfu": hardware_flops(needed, config.parallel.recompute_granularity, config.engine.recompute_modules),
         "mfu_full_square": published.total,
     }
     return {name: tflops_per_gpu(value, seconds, num_devices) / peak for name, value in flops.items()}

@@ -186,7 +186,7 @@ def measure(task: Task, contenders: Sequence[Contender], rounds: int, *, must_ru
         except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
             if must_run or contender.name in (PLAIN, "dense"):
                 raise
-            refused[contender.name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            refused[contender.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     for _ in range(rounds):
         for contender in contenders:
             if contender.name in refused:

@@ -13,6 +13,7 @@ from laver_megatron.flops.step import (
     decoder_layer_flops,
     document_area,
     hardware_flops,
+    mlp_flops,
     model_flops,
     step_flops,
     tflops_per_gpu,
@@ -168,7 +169,7 @@ def test_parts_add_up_and_are_integers():
     step = laver_step()
     fields = asdict(step)
     assert all(type(value) is int and value > 0 for value in fields.values())
-    for name in ("student_layers_forward", "student_attention_forward"):
+    for name in ("student_layers_forward", "student_attention_forward", "student_mlp_forward"):
         del fields[name]
     assert fields == step.parts
     assert step.total == sum(fields.values())
@@ -224,6 +225,10 @@ def test_recompute_adds_one_forward_of_the_students_layers():
     assert (
         3 * (hardware_flops(step, "full") - step.total) == step.decoder_student + step.attention + step.reconstruction
     )
+    again = hardware_flops(step, "selective", ("mlp", "layernorm")) - step.total
+    linear = step.student_layers_forward - step.student_attention_forward
+    assert again == step.student_mlp_forward == linear * mlp_flops(SHAPE_7B) // decoder_layer_flops(SHAPE_7B)
+    assert hardware_flops(step, "selective", ("mlp", "core_attn")) == hardware_flops(step, "selective") + again
     with pytest.raises(ValueError, match="selective"):
         hardware_flops(step, "some")
 
