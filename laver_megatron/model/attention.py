@@ -27,6 +27,7 @@ from laver_megatron.config.engine_checks import flash_problems
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.flash_attention import FlashAttention, flash_plans
+from laver_megatron.runtime.transfer import on_device
 
 Made = TypeVar("Made")
 
@@ -169,15 +170,23 @@ def cached(make: Callable[..., Made], spans_B2L: Tensor, *arguments: Any) -> Mad
     return _made[key][1]
 
 
-def prepare(kernel: str, spans_B2L: Tensor, on_device_B2L: Tensor, segments: tuple[int, ...]) -> None:
+def prepare(
+    kernel: str, spans_B2L: Tensor, on_device_B2L: Tensor, segments: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Makes from spans on the host what the kernel needs to know of them, so that layers need not wait for the device.
 
-    on_device_B2L: the same spans as the layers will get them.
+    on_device_B2L: the same spans as the layers will get them. dtype: of the layers' queries.
     """
-    if kernel == "flash":  # the block mask of `flex` is made on the device without waiting
+    if kernel == "flex":  # its block mask is made on the device without waiting
+        return
+    device = on_device_B2L.device
+    if kernel == "flash":
         key = _key(flash_plans, on_device_B2L, segments)
-        _prepared[key] = flash_plans(spans_B2L, segments, on_device_B2L.device)
-        weakref.finalize(on_device_B2L, _prepared.pop, key, None)
+        _prepared[key] = flash_plans(spans_B2L, segments, device)
+    else:
+        key = _key(dense_tiles, on_device_B2L, dtype)
+        _prepared[key] = dense_tiles(spans_B2L, dtype, device)
+    weakref.finalize(on_device_B2L, _prepared.pop, key, None)
 
 
 def _key(make: Callable[..., Any], spans_B2L: Tensor, *arguments: Any) -> tuple[Any, ...]:
@@ -194,16 +203,16 @@ class Tile:
     mask: Tensor | None
 
 
-def dense_tiles(spans_B2L: Tensor, dtype: torch.dtype) -> list[list[Tile]]:
-    """The tiles of each pack, which together are its mask.
+def dense_tiles(spans_B2L: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> list[list[Tile]]:
+    """The tiles of each pack, which together are its mask; masks on a device, by default that of the spans.
 
     The tokens of an image have one span, so they and their keys are a rectangle without a mask. Other tokens are cut
     into TILE_QUERIES; their keys reach from the first start to the last end.
     """
-    return [list(_tiles_of_pack(spans_2L, dtype)) for spans_2L in spans_B2L]
+    return [list(_tiles_of_pack(spans_2L, dtype, device or spans_B2L.device)) for spans_2L in spans_B2L]
 
 
-def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
+def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[Tile]:
     starts_L, ends_L = spans_2L
     _, lengths = torch.unique_consecutive(spans_2L, dim=1, return_counts=True)
     runs = lengths.tolist()
@@ -220,6 +229,7 @@ def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
             key_K = torch.arange(keys.start, keys.stop, device=starts_L.device)
             seen_QK = (starts_Q[:, None] <= key_K) & (key_K < ends_Q[:, None])
             mask = torch.zeros(seen_QK.shape, dtype=dtype, device=starts_L.device).masked_fill(~seen_QK, -torch.inf)
+            mask = on_device(mask, device)
         yield Tile(slice(first, end), keys, mask)
         first = end
 

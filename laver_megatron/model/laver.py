@@ -204,11 +204,10 @@ class LaverStage(LanguageModule):
         if self.training and torch.is_grad_enabled() and not student_LBH.requires_grad:
             # Activation recompute gives layers no gradient at all when their input needs none.
             student_LBH.requires_grad_()
-        dtype = self.config.params_dtype
         student_LBH = self.decoder(
             hidden_states=student_LBH,
             attention_mask=batch.student_spans_B2L,
-            rotary_pos_emb=self.streams.rotary_table(batch.student_positions_3BL, dtype),
+            rotary_pos_emb=self.streams.rotary_table(batch.student_positions_3BL),
         )
         if self.teacher is not None:
             assert batch.teacher_positions_3BV is not None
@@ -216,7 +215,7 @@ class LaverStage(LanguageModule):
                 teacher_VBH = self.teacher.decoder(
                     hidden_states=teacher_VBH,
                     attention_mask=batch.teacher_spans_B2V,
-                    rotary_pos_emb=self.streams.rotary_table(batch.teacher_positions_3BV, dtype),
+                    rotary_pos_emb=self.streams.rotary_table(batch.teacher_positions_3BV),
                 )
         if self.post_process:
             return self._heads(student_LBH, teacher_VBH, batch)

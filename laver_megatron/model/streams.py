@@ -39,6 +39,7 @@ class StreamSettings:
     rope_theta: float
     laver: bool
     kernel: str
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, config: Config, shape: ModelShape) -> "StreamSettings":
@@ -51,11 +52,12 @@ class StreamSettings:
             rope_theta=shape.rope_theta,
             laver=config.objective.laver,
             kernel=resolve_kernel(config, shape),
+            dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
         )
 
-    def rotary_table(self, position_3BL: Tensor, dtype: torch.dtype) -> Tensor:
+    def rotary_table(self, position_3BL: Tensor) -> Tensor:
         """Cosines and sines `[2, L, B, 1, F]` of these positions, on their device."""
-        return rotary_table(rotary_angles(position_3BL, self.head_dim, self.rope_theta, self.positions), dtype)
+        return rotary_table(rotary_angles(position_3BL, self.head_dim, self.rope_theta, self.positions), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def build_micro_batch(
 
     def to_layers(spans_B2L: Tensor, *segments: int) -> Tensor:
         moved_B2L = on_device(spans_B2L, device)
-        prepare(settings.kernel, spans_B2L, moved_B2L, segments)
+        prepare(settings.kernel, spans_B2L, moved_B2L, segments, settings.dtype)
         return moved_B2L
 
     image_BV = in_slots(packs.image_BS, -1)

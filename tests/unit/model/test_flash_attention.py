@@ -142,17 +142,18 @@ def test_spans_across_segments_are_refused():
             flash_plans(torch.tensor(packs), (2, 2))
 
 
-def test_prepared_plans_are_used_in_recomputation_too_and_go_with_their_spans(monkeypatch):
+@pytest.mark.parametrize("kernel", ["dense", "flash"])
+def test_what_is_prepared_is_used_in_recomputation_too_and_goes_with_its_spans(monkeypatch, kernel):
     attention._made.clear()
     packs = pack([3, (2, 3), 2], seq_length=16)
     on_host = language_spans(packs.document_BS, packs.image_BS, "mixed")
     spans = on_host.clone()  # as if on the device
-    prepare("dense", on_host, spans, (16,))
+    prepare("flex", on_host, spans, (16,), torch.float32)
     assert not attention._prepared
-    prepare("flash", on_host, spans, (16,))
+    prepare(kernel, on_host, spans, (16,), torch.float32)
     monkeypatch.setattr(attention, "_made", None)  # nothing may be made in a layer
     inputs = [torch.randn(16, 1, 2, 8, requires_grad=True) for _ in range(3)]
-    layer = core("flash", (16,))
+    layer = core(kernel, (16,))
     for reentrant in (True, False):
         checkpoint(layer, *inputs, spans, use_reentrant=reentrant).sum().backward()
     del spans
@@ -168,7 +169,7 @@ def test_kernels_are_called_as_pytorch_declares_them_and_nothing_waits(monkeypat
     language = language_spans(packs.document_BS, packs.image_BS, "mixed")
     on_host = concatenate_spans(language, visual_spans(packs, 9))
     spans = on_host.to("meta")
-    prepare("flash", on_host, spans, (16, 9))
+    prepare("flash", on_host, spans, (16, 9), torch.bfloat16)
     shapes = [(25, 2, heads, 64) for heads in (4, 2, 2)]
     inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     output = core("flash", (16, 9))(*inputs, spans)

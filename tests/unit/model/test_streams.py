@@ -29,6 +29,7 @@ def settings(**changes):
         "rope_theta": 1e6,
         "laver": True,
         "kernel": "dense",
+        "dtype": torch.float32,
     }
     return StreamSettings(**{**defaults, **changes})
 
