@@ -27,7 +27,6 @@ from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.safetensors_writer import SafetensorsWriter, TensorPlace, create_files, plan_safetensors
 from laver_megatron.convert.torch_dist import Box, TorchDistReader, write_box, write_metadata
 from tests.conversions import (
-    ROOT,
     VISION_HEAD,
     assert_same_files,
     assert_same_tensors,
@@ -244,31 +243,18 @@ def test_exports_load_in_transformers_with_every_weight(laver, tmp_path):
 # --- the programs ---
 
 
-# Two command lines, one after the other in the same processes.
-BOTH_TOOLS = """
-import os, runpy, sys
-both = sys.argv[1:]
-split = both.index("then")
-for attempt, sys.argv in enumerate((both[:split], both[split + 1 :])):
-    # Each its own place in torchrun's store: in the first one's a rank may find addresses that are gone.
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.processes
 def test_two_processes_write_what_one_writes(tmp_path, demo_dir):
     source = write_laver(tmp_path / "hf", demo_dir)
     hf_to_megatron(source, tmp_path / "megatron-1")
     megatron_to_hf(tmp_path / "megatron-1", tmp_path / "back-1", training_state=True, max_file_bytes=1e6)
     megatron, back = tmp_path / "megatron-2", tmp_path / "back-2"
-    (tmp_path / "both.py").write_text(BOTH_TOOLS)
-    there = (ROOT / "tools/hf_to_megatron.py", "--hf", source, "--megatron", megatron)
-    and_back = (ROOT / "tools/megatron_to_hf.py", "--megatron", megatron, "--hf", back, "--training-state")
-    more = ("--max-file-bytes", "1e6", "--num-threads", "2")
-    done = run_tool(str(tmp_path / "both.py"), *there, "then", *and_back, *more, num_processes=2)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"tensors, 0\.\d+ GB in", done.stderr)) == 2, done.stderr
+    there = ("hf_to_megatron", "--hf", source, "--megatron", megatron)
+    and_back = ("megatron_to_hf", "--megatron", megatron, "--hf", back, "--training-state", "--max-file-bytes", "1e6")
+    for tool, *arguments in (there, (*and_back, "--num-threads", "2")):
+        done = run_tool(tool, *arguments, num_processes=2)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(r"tensors, 0\.\d+ GB in", done.stderr)) == 1, done.stderr
     for stem in ("model", "training_state"):
         assert_same_tensors(tensors_of(back, stem), tensors_of(source, stem))
     for name in ("megatron", "back"):
