@@ -86,6 +86,7 @@ def test_the_report_holds_ratios_of_the_same_round():
 
 
 PEAK = """
+from tools.benchmarks.memory import peak_of_steps
 import torch
 
 def build():
