@@ -3,7 +3,7 @@ for the model, and a family that makes all three from a Hugging Face directory.
 
 Letters: 3 colours, H W pixels of one image, N its visual tokens, T those of several images, E feature width.
 
-Pixels are float32 `[3, H, W]` everywhere between the reader and the encoder. A visual token is a patch, or a square of
+Pixels are `[3, H, W]` everywhere between the reader and the encoder, in the dtype of the run. A visual token is a patch, or a square of
 `merge_size` by `merge_size` patches, in raster order; a border narrower than a patch has none.
 """
 
@@ -154,8 +154,9 @@ class ImagePreprocessor(ABC):
         return self.token_size**2
 
     def __call__(self, image: Image.Image, memory: Tensor | None = None) -> Tensor:
-        """Normalised pixels of an RGB picture, float32 `[3, H, W]`, those of transformers' processor to the bit.
-        memory: float32, flat; the pixels are put at its beginning, or into memory of their own."""
+        """Normalised pixels of an RGB picture, `[3, H, W]`, those of transformers' processor to the bit.
+        memory: flat, float32 or bfloat16 (rounded); the pixels are put at its beginning, or into float32 memory of
+        their own."""
         return self._table(self.fitted(image), memory)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:

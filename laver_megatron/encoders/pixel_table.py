@@ -26,16 +26,23 @@ class PixelTable:
             values = processor.rescale(values, processor.rescale_factor)
         if processor.do_normalize:
             values = processor.normalize(values, processor.image_mean, processor.image_std)
-        self._table = np.ascontiguousarray(values[:, 0], dtype=np.float32)
+        table_3C = torch.from_numpy(np.ascontiguousarray(values[:, 0], dtype=np.float32))
+        # numpy has no bf16, so its bits are looked up.
+        self._tables = {dtype: _as_numpy(table_3C.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
 
     def __call__(self, picture: Image.Image, memory: Tensor | None = None) -> Tensor:
-        """The pixels of an RGB picture, float32 `[3, height, width]`, at the beginning of `memory` (float32, flat) or
-        in memory of their own."""
+        """The pixels of an RGB picture, `[3, height, width]`, at the beginning of `memory` (flat; float32 or bfloat16,
+        which they are rounded to) or in memory of their own, float32."""
         values_HW3 = np.asarray(picture)
         height, width, num_colours = values_HW3.shape
         memory = torch.empty(num_colours * height * width) if memory is None else memory
         pixels_3HW = memory[: num_colours * height * width].view(num_colours, height, width)
-        for colour, table in enumerate(self._table):
+        for colour, table in enumerate(self._tables[memory.dtype]):
             # "clip" lets numpy write to `out` directly; nothing is out of range.
-            np.take(table, values_HW3[..., colour], out=pixels_3HW[colour].numpy(), mode="clip")
+            np.take(table, values_HW3[..., colour], out=_as_numpy(pixels_3HW[colour]), mode="clip")
         return pixels_3HW
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same memory; of bfloat16 its bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

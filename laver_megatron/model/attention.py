@@ -8,9 +8,9 @@ them, and nothing about a micro-batch is kept on the module, where a pipeline sc
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +27,14 @@ from laver_megatron.config.engine_checks import flash_problems
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.flash_attention import FlashAttention, flash_plans
+from laver_megatron.model.tile_attention import Tile, TileAttention
 from laver_megatron.runtime.transfer import on_device
 
 Made = TypeVar("Made")
 
 FLEX_BLOCK_TOKENS = 128
 # Of `dense`: queries of a tile with a mask at most, and tokens with one span that are worth a tile without one.
-TILE_QUERIES, LEAST_RECTANGLE = 128, 16
+TILE_QUERIES, LEAST_RECTANGLE = 64, 16
 
 
 def resolve_kernel(config: Config, shape: ModelShape) -> str:
@@ -100,10 +101,10 @@ class SpanAttention(MegatronModule):
 
     def _dense(self, query_LBAD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, spans_B2L: Tensor) -> Tensor:
         tiles_of_packs = cached(dense_tiles, spans_B2L, query_LBAD.dtype)
-        heads_of_packs = (heads.transpose(0, 1).transpose(1, 2) for heads in (query_LBAD, key_LBGD, value_LBGD))
+        attend = _attend_on_gpu if query_LBAD.is_cuda else TileAttention.apply
         packs = [
-            torch.cat([_attend(tile, *heads) for tile in tiles])
-            for tiles, *heads in zip(tiles_of_packs, *heads_of_packs, strict=True)
+            attend(query_LBAD[:, pack], key_LBGD[:, pack], value_LBGD[:, pack], tiles)
+            for pack, tiles in enumerate(tiles_of_packs)
         ]
         return packs[0].unsqueeze(1) if len(packs) == 1 else torch.stack(packs, dim=1)
 
@@ -193,21 +194,12 @@ def _key(make: Callable[..., Any], spans_B2L: Tensor, *arguments: Any) -> tuple[
     return make, spans_B2L.data_ptr(), spans_B2L._version, spans_B2L.shape, *arguments
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries of a pack, and the keys that any of them attends to. mask: where, `[queries, keys]`, 0 or -inf; None if
-    every query attends to all of the keys."""
-
-    queries: slice
-    keys: slice
-    mask: Tensor | None
-
-
 def dense_tiles(spans_B2L: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> list[list[Tile]]:
     """The tiles of each pack, which together are its mask; masks on a device, by default that of the spans.
 
-    The tokens of an image have one span, so they and their keys are a rectangle without a mask. Other tokens are cut
-    into TILE_QUERIES; their keys reach from the first start to the last end.
+    The text that begins a document is a causal triangle, if it is longer than TILE_QUERIES. The tokens of an image have
+    one span, so they and their keys are a rectangle without a mask. Other tokens are cut into TILE_QUERIES; their keys
+    reach from the first start to the last end.
     """
     return [list(_tiles_of_pack(spans_2L, dtype, device or spans_B2L.device)) for spans_2L in spans_B2L]
 
@@ -216,11 +208,24 @@ def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype, device: torch.device) -
     starts_L, ends_L = spans_2L
     _, lengths = torch.unique_consecutive(spans_2L, dim=1, return_counts=True)
     runs = lengths.tolist()
+    triangles = _causal_triangles(spans_2L)
     first = 0
     while runs:
         is_rectangle = runs[0] >= LEAST_RECTANGLE
+        if first in triangles:
+            end = triangles[first]
+            del runs[: end - first]
+            yield Tile(slice(first, end), slice(first, end), None, is_causal=True)
+            first = end
+            continue
         end = first + runs.pop(0)
-        while not is_rectangle and runs and runs[0] < LEAST_RECTANGLE and end + runs[0] - first <= TILE_QUERIES:
+        while (
+            not is_rectangle
+            and runs
+            and runs[0] < LEAST_RECTANGLE
+            and end + runs[0] - first <= TILE_QUERIES
+            and end not in triangles
+        ):
             end += runs.pop(0)
         starts_Q, ends_Q = starts_L[first:end], ends_L[first:end]
         keys = slice(int(starts_Q.min()), int(ends_Q.max()))
@@ -234,11 +239,30 @@ def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype, device: torch.device) -
         first = end
 
 
-def _attend(tile: Tile, query_ALD: Tensor, key_GLD: Tensor, value_GLD: Tensor) -> Tensor:
-    """Attention of a tile's queries: `[queries, A, D]`."""
-    heads = query_ALD[None, :, tile.queries], key_GLD[None, :, tile.keys], value_GLD[None, :, tile.keys]
-    context_1AQD = scaled_dot_product_attention(*heads, attn_mask=tile.mask, enable_gqa=True)
-    return context_1AQD[0].transpose(0, 1)
+def _causal_triangles(spans_2L: Tensor) -> dict[int, int]:
+    """First and end of the texts that begin a document and are longer than TILE_QUERIES."""
+    starts_L, ends_L = spans_2L
+    place_L = torch.arange(len(starts_L), device=starts_L.device)
+    is_text_L, begins_L = ends_L == place_L + 1, starts_L == place_L
+    bounds = [*torch.nonzero(~is_text_L | begins_L)[:, 0].tolist(), len(starts_L)]
+    texts = torch.nonzero(is_text_L & begins_L)[:, 0].tolist()
+    ends = {first: end for first, end in pairwise(bounds) if end - first > TILE_QUERIES}
+    return {first: ends[first] for first in texts if first in ends}
+
+
+def _attend_on_gpu(query_LAD: Tensor, key_LGD: Tensor, value_LGD: Tensor, tiles: Sequence[Tile]) -> Tensor:
+    """What TileAttention computes, by operations that a GPU has, too."""
+    contexts = []
+    for tile in tiles:
+        query, key, value = (
+            heads[part].transpose(0, 1).unsqueeze(0)
+            for heads, part in ((query_LAD, tile.queries), (key_LGD, tile.keys), (value_LGD, tile.keys))
+        )
+        context_1AQD = scaled_dot_product_attention(
+            query, key, value, attn_mask=tile.mask, is_causal=tile.is_causal, enable_gqa=True
+        )
+        contexts.append(context_1AQD[0].transpose(0, 1))
+    return torch.cat(contexts)
 
 
 def block_mask_from_spans(spans_B2L: Tensor) -> BlockMask:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from laver_megatron.config.fields import Config
 from laver_megatron.data.index.counts import Limits
 from laver_megatron.data.read.shard_cache import ShardCache
@@ -26,6 +28,7 @@ class DataSpec:
         needs_images: whether data without a single image that fits are an error, as with LaVer.
         max_bad_fraction: share of the samples that may be unusable.
         visual_multiple_of: what a proposed `visual_seq_length` is a multiple of.
+        pixel_dtype: in which workers make pixels.
         cache: of remote shards; without it there can be none.
     """
 
@@ -40,6 +43,7 @@ class DataSpec:
     needs_images: bool = False
     max_bad_fraction: float = 0.01
     visual_multiple_of: int = 1
+    pixel_dtype: torch.dtype = torch.float32
     cache: ShardCache | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +67,7 @@ class DataSpec:
             max_bad_fraction=data.max_bad_fraction,
             # Sequence parallelism splits the visual slots between the ranks.
             visual_multiple_of=config.parallel.tensor_model_parallel_size,
+            pixel_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
             cache=ShardCache(folder, int(data.shard_cache_gb * 1e9), data.allow_pipe),
         )
 

@@ -65,22 +65,22 @@ class PackBuffer:
 
     Attributes:
         table_FS: PACK_TENSORS in their order, int64.
-        pixels: float32, flat, of all images one after the other.
+        pixels: flat, of all images one after the other.
     """
 
-    def __init__(self, memory: Tensor, seq_length: int) -> None:
+    def __init__(self, memory: Tensor, seq_length: int, pixel_dtype: torch.dtype) -> None:
         """memory: uint8, `num_bytes` of it at least."""
-        table_bytes = self.num_bytes(seq_length, 0)
+        table_bytes = self.num_bytes(seq_length, 0, pixel_dtype)
         self.table_FS = memory[:table_bytes].view(torch.int64).view(len(PACK_TENSORS), seq_length)
-        self.pixels = memory[table_bytes:].view(torch.float32)
+        self.pixels = memory[table_bytes:].view(pixel_dtype)
 
     @staticmethod
-    def num_bytes(seq_length: int, num_pixels: int) -> int:
+    def num_bytes(seq_length: int, num_pixels: int, pixel_dtype: torch.dtype) -> int:
         """The size of a pack of so many tokens and so many pixels of three colours."""
-        return 8 * len(PACK_TENSORS) * seq_length + 4 * 3 * num_pixels
+        return 8 * len(PACK_TENSORS) * seq_length + pixel_dtype.itemsize * 3 * num_pixels
 
     def images(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Its images, float32 `[3, height, width]`."""
+        """Its images, `[3, height, width]`."""
         parts = self.pixels.split([*(3 * height * width for height, width in sizes), self._unused(sizes)])
         return [part.view(3, *size) for part, size in zip(parts, sizes, strict=False)]
 
@@ -170,7 +170,7 @@ class PackMaker:
         return _Text(encoded, contents[:num_images], sizes[:num_images])
 
     def _make_pixels(self, text: _Text, memory: Tensor) -> tuple[Tensor, ...]:
-        """The pixels of a sample's pictures, float32 `[3, height, width]`, one after the other in `memory`."""
+        """The pixels of a sample's pictures, `[3, height, width]`, one after the other in `memory`."""
         pixels: list[Tensor] = []
         for content, size in zip(text.pictures, text.sizes, strict=True):
             image = decode_image(content)

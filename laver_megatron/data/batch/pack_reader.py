@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from laver_megatron.data.batch.data_spec import DataSpec
 from laver_megatron.data.batch.pack_maker import PackBuffer, PackContent, PackMaker, join_packs
@@ -46,6 +47,7 @@ class PackReader:
         faults: known so far. Samples that prove bad when they are read are added, each once; their slots stay padding,
             and the rest of their pack stays as planned.
         max_bad_fraction: share of all samples that may be bad, see `check_bad`.
+        pixel_dtype: in which pixels are made and handed over, float32 or bfloat16.
 
     Attributes:
         num_bad_samples: how often a sample was left as padding.
@@ -58,13 +60,15 @@ class PackReader:
         num_workers: int = 0,
         faults: FaultLog | None = None,
         max_bad_fraction: float = 0.01,
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.maker, self.plan, self.max_bad_fraction = maker, plan, max_bad_fraction
         self.faults = FaultLog(logger) if faults is None else faults
         self.num_bad_samples = 0
         self._bad_ids: set[int] = set()
         num_pixels = plan.visual_seq_length * maker.preprocessor.pixels_per_token
-        self._buffers = SharedBuffers(PackBuffer.num_bytes(maker.seq_length, num_pixels))
+        self._pixel_dtype = pixel_dtype
+        self._buffers = SharedBuffers(PackBuffer.num_bytes(maker.seq_length, num_pixels, pixel_dtype))
         self._workers = WorkerPool(self._make, num_workers) if num_workers > 0 else None
         self._num_ahead = _PACKS_A_WORKER * num_workers
         self._under_way: dict[int, tuple[int, Future[PackContent]]] = {}  # pack: its buffer, and what will be in it
@@ -90,7 +94,7 @@ class PackReader:
         contents = self._make_now(numbers) if self._workers is None else self._read_ahead(numbers, self._workers)
         for content in contents:
             self._count_bad(content)
-        packs = [PackBuffer(self._buffers.memory(number), self.maker.seq_length) for number in self._lent]
+        packs = [self._buffer(number) for number in self._lent]
         cuts = [slice(start, start + micro_batch_size) for start in range(0, num_packs, micro_batch_size)]
         return [join_packs(packs[cut], contents[cut]) for cut in cuts]
 
@@ -122,7 +126,10 @@ class PackReader:
         self._buffers.close()
 
     def _make(self, buffer: int, sample_ids: list[int], num_tokens: list[int]) -> PackContent:
-        return self.maker.make(sample_ids, num_tokens, PackBuffer(self._buffers.memory(buffer), self.maker.seq_length))
+        return self.maker.make(sample_ids, num_tokens, self._buffer(buffer))
+
+    def _buffer(self, number: int) -> PackBuffer:
+        return PackBuffer(self._buffers.memory(number), self.maker.seq_length, self._pixel_dtype)
 
     def _task(self, number: int) -> tuple[int, list[int], list[int]]:
         """The arguments of `_make` for a pack."""
@@ -198,7 +205,7 @@ def open_reader(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, preprocessor
     )
     plan = PackPlan(sources, spec.seq_length, visual_seq_length, spec.seed, spec.window)
     _log_contents(plan, counts, faults, spec.needs_images)
-    return PackReader(maker, plan, spec.num_workers, faults, spec.max_bad_fraction)
+    return PackReader(maker, plan, spec.num_workers, faults, spec.max_bad_fraction, spec.pixel_dtype)
 
 
 def _add_faults(log: FaultLog, indexes: Sequence[ShardIndex]) -> None:

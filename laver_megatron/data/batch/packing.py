@@ -49,7 +49,7 @@ class PackedSample:
         sample_id: its global id.
         num_tokens: the slots that were planned for it.
         encoded: its tokens; None if it proved bad: its slots stay padding.
-        pixels: of its images, float32 `[3, height, width]`.
+        pixels: of its images, `[3, height, width]`.
     """
 
     sample_id: int
@@ -70,7 +70,7 @@ class PackBatch:
         row_BS, col_BS: position of a visual token in its image's grid of patches, 0 elsewhere.
         sample_id_BS: global sample id, also where a bad sample was planned; -1 other padding.
         image_number_BS: image within its sample, -1 elsewhere.
-        pixels: for each pack its images in order, float32 `[3, height, width]`.
+        pixels: for each pack its images in order, `[3, height, width]`.
         keys: for each pack the keys of its documents.
     """
 

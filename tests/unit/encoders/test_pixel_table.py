@@ -49,6 +49,13 @@ def test_pixels_go_where_they_are_wanted():
     assert torch.equal(pixels, preprocessor(noise(70, 50)))
 
 
+def test_pixels_in_bfloat16_are_those_in_float32_rounded():
+    preprocessor, memory = preprocessor_of(PROCESSORS["clip"]), torch.empty(3 * 48 * 48 + 2, dtype=torch.bfloat16)
+    pixels = preprocessor(noise(70, 50), memory)
+    assert pixels.data_ptr() == memory.data_ptr()
+    assert torch.equal(pixels, preprocessor(noise(70, 50)).to(torch.bfloat16))
+
+
 def test_a_processor_that_does_more_is_noticed():
     assert preprocessor_of(PROCESSORS["siglip"]).agrees_with_processor()
     longest = CLIPImageProcessorPil(size={"shortest_edge": 48, "longest_edge": 50}, crop_size=SQUARE)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from laver_megatron.config.capabilities import Capabilities
 from laver_megatron.model import attention
@@ -112,6 +113,15 @@ LONG = {
     "mostly padding": lambda: pack([5], seq_length=300),
 }
 
+# Where in them a text longer than a tile begins a document.
+TRIANGLES = {
+    "several blocks, one document": [(0, 384)],
+    "image over block edges": [(0, 100)],
+    "image of exactly a block": [(0, 128)],
+    "packed, odd length": [(197, 327)],
+    "one past a block": [(0, 129)],
+}
+
 
 def long_spans(layout):
     packs = LONG[layout]()
@@ -190,21 +200,42 @@ def test_what_layers_share_is_made_once_and_forgotten():
     attention._made.clear()
 
 
+@pytest.mark.parametrize("heads, groups, width", [(4, 4, 64), (4, 2, 64), (7, 1, 16), (2, 1, 128)])
+@pytest.mark.parametrize("layout", LONG)
+def test_tiles_on_the_cpu_as_pytorchs_own_attention_in_fp64(layout, heads, groups, width):
+    """TileAttention, whose backward pass is written here, against autograd's through one mask of all pairs."""
+    spans = long_spans(layout)
+    length = spans.shape[2]
+    inputs = qkv(length, heads=heads, groups=groups, width=width, requires_grad=True, dtype=torch.float64)
+    ours = core("dense", (length,))(*inputs, spans)
+    whole = scaled_dot_product_attention(
+        *(x.permute(1, 2, 0, 3) for x in inputs), attn_mask=spans_to_mask(spans)[:, None], enable_gqa=True
+    )
+    theirs = whole.permute(2, 0, 1, 3).flatten(2)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of_ours, of_theirs = (torch.autograd.grad((x * weights).sum(), inputs) for x in (ours, theirs))
+    for mine, other in zip((ours, *of_ours), (theirs, *of_theirs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LONG)
 def test_tiles_are_the_mask(layout):
-    """Every query in one tile; what a tile leaves out is masked; an image's rectangle has no mask."""
+    """Every query in one tile; what a tile leaves out is masked; neither an image's rectangle has a mask, nor the
+    triangle of a long text that begins a document."""
     spans = long_spans(layout)
     (tiles,) = dense_tiles(spans, torch.float32)
     drawn_LL = torch.zeros(spans.shape[2], spans.shape[2], dtype=torch.bool)
     for tile in tiles:
-        seen = torch.ones_like(drawn_LL[tile.queries, tile.keys]) if tile.mask is None else tile.mask == 0
-        drawn_LL[tile.queries, tile.keys] = seen
+        whole = torch.ones_like(drawn_LL[tile.queries, tile.keys])
+        full = whole.tril() if tile.is_causal else whole
+        drawn_LL[tile.queries, tile.keys] = full if tile.mask is None else tile.mask == 0
         assert tile.mask is None or len(tile.mask) <= TILE_QUERIES
     assert torch.equal(drawn_LL, spans_to_mask(spans)[0])
     assert [tile.queries.start for tile in tiles[1:]] == [tile.queries.stop for tile in tiles[:-1]]
-    assert (layout in ("several blocks, one document", "one past a block", "mostly padding")) == all(
-        tile.mask is not None for tile in tiles
-    )
+    triangles = [tile.queries for tile in tiles if tile.is_causal]
+    assert triangles == [slice(*triangle) for triangle in TRIANGLES.get(layout, [])]
+    has_image = layout not in ("several blocks, one document", "one past a block", "mostly padding")
+    assert has_image == any(tile.mask is None and not tile.is_causal for tile in tiles)
 
 
 @pytest.mark.parametrize("kernel", ["dense", "flex", "flash"])

@@ -19,6 +19,7 @@ from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import write_index
 from laver_megatron.encoders import ImagePreprocessor
 from tests.content import picture_bytes, question
+from tests.small_run import settings
 
 
 @pytest.fixture
@@ -47,6 +48,25 @@ def same(one, other):
             assert all(torch.equal(a, b) for a, b in zip(sum(left, []), sum(right, []), strict=True))
         else:
             assert left.dtype == torch.int64 and torch.equal(left, right), field.name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_in_bfloat16(demo_dir, open_shards, num_workers):
+    """A run in bf16 has its workers round, which halves what they share with the trainer."""
+    shards = demo_dir / "shards" / "train-*.tar"
+    [exact] = open_shards(shards).read(0, 2, 2)
+    rounded_reader = open_shards(shards, num_workers, pixel_dtype=torch.bfloat16)
+    [rounded] = rounded_reader.read(0, 2, 2)
+    for images, expected in zip(rounded.pixels, exact.pixels, strict=True):
+        assert [image.dtype for image in images] == [torch.bfloat16] * len(expected)
+        assert all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(images, expected, strict=True))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_pixels_are_in_the_dtype_of_the_run(bf16):
+    expected = torch.bfloat16 if bf16 else torch.float32
+    assert DataSpec.of(settings(2, bf16=bf16), ["shards"]).pixel_dtype == expected
 
 
 @pytest.mark.processes
