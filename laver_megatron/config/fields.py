@@ -27,6 +27,7 @@ from laver_megatron.config.options import (
     option,
     yaml_line,
 )
+from laver_megatron.config.reliability_fields import ReliabilityConfig
 from laver_megatron.config.training_fields import TrainingConfig
 
 ATTENTIONS = ("mixed", "causal")
@@ -305,6 +306,7 @@ class Config:
     objective: ObjectiveConfig
     training: TrainingConfig
     run: RunConfig
+    reliability: ReliabilityConfig
 
     @classmethod
     def of(cls, **values: Any) -> Config:
@@ -344,6 +346,7 @@ SECTIONS: Mapping[str, Any] = {
     "objective": ObjectiveConfig,
     "training": TrainingConfig,
     "run": RunConfig,
+    "reliability": ReliabilityConfig,
 }
 
 
