@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.faults.processes import TOKEN, kill_all, processes
 from tests.programs import ROOT, python_path

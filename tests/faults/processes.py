@@ -10,8 +10,11 @@ TOKEN = "LAVER_FAULT_TEST"
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a run. rank: of the run; None for launchers, agents and supervisors. is_child: whether a rank started
-    it (a loader's worker, a checkpoint's writer)."""
+    """A process of a run.
+
+    rank: of the run; None for launchers, agents and supervisors.
+    is_child: whether a rank started it (a loader's worker, a checkpoint's writer).
+    """
 
     pid: int
     parent: int
