@@ -166,9 +166,8 @@ class Disturbed:
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by key."""
     reader = torch_checkpoint.FileSystemReader(checkpoint)
-    entries = {
-        key: entry for key, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")
-    }
+    stored = reader.read_metadata().state_dict_metadata
+    entries = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     torch_checkpoint.load(state, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
     return state
