@@ -3,8 +3,8 @@ for the model, and a family that makes all three from a Hugging Face directory.
 
 Letters: 3 colours, H W pixels of one image, N its visual tokens, T those of several images, E feature width.
 
-Pixels are `[3, H, W]` everywhere between the reader and the encoder, in the dtype of the run. A visual token is a patch, or a square of
-`merge_size` by `merge_size` patches, in raster order; a border narrower than a patch has none.
+Pixels are `[3, H, W]` everywhere between the reader and the encoder, in the dtype of the run. A visual token is a
+patch, or a square of `merge_size` by `merge_size` patches, in raster order; a border narrower than a patch has none.
 """
 
 from __future__ import annotations
