@@ -4,7 +4,6 @@ the loop; `trainer.py` builds what they work on.
 Every process of torchrun runs this file. Megatron-Core carries the parallelism; this file says what happens.
 """
 
-import math
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.profiler import record_function
 
+from laver_megatron.checkpoint.directory import iteration_directory
 from laver_megatron.checkpoint.parameter_counts import count_parameters
 from laver_megatron.checkpoint.state import save_checkpoint
 from laver_megatron.config.checks import check_run
@@ -33,13 +33,18 @@ from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
+from laver_megatron.resilience.skipped import note_skipped, remember_step, skip_reason
 from laver_megatron.run_log.interruption import end_interrupted, heed_signals
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.profile import ProfileWindow
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
 from laver_megatron.run_log.step_record import advance, flops_of, step_record
+from laver_megatron.run_log.tolerance import tolerating
 from laver_megatron.run_log.utilisation import missing_peak
 from laver_megatron.runtime.backend import hardware_of, shut_down_parallelism
+from laver_megatron.runtime.files import write_text
+from laver_megatron.runtime.gradient_norm import agreed_loss_and_norm
+from laver_megatron.runtime.ranks import RaisedByAll
 from laver_megatron.runtime.terminal import say
 from laver_megatron.trainer import Trainer, setup
 
@@ -78,9 +83,14 @@ def origin(error: BaseException) -> str:
 # --- one step ------------------------------------------------------------------------------------------
 
 
-def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> Tensor:
+def run_schedule(
+    trainer: Trainer, batch: GlobalBatch, *, forward_only: bool, losses: list[Tensor] | None = None
+) -> Tensor:
     """Megatron-Core's pipeline schedule over the micro-batches of one global batch; gradients are complete
-    afterwards. Returns TERMS of the global batch, the same on every rank, fp32 `[len(TERMS)]`."""
+    afterwards. Returns TERMS of the global batch, the same on every rank, fp32 `[len(TERMS)]`.
+
+    losses: gets this replica's loss of each micro-batch, on the last pipeline stage.
+    """
     config = trainer.config
     tp_group = parallel_state.get_tensor_model_parallel_group()
 
@@ -112,6 +122,8 @@ def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) ->
         micro_batch_size=config.data.micro_batch_size,
         forward_only=forward_only,
     )
+    if losses is not None:
+        losses.extend(of_micro_batch[TERMS.index("loss")] for of_micro_batch in reported)
     terms = torch.stack(reported).sum(0) if reported else torch.zeros(len(TERMS), device=trainer.backend.device)
     dist.all_reduce(terms, group=parallel_state.get_data_parallel_group())
     dist.broadcast(
@@ -125,11 +137,16 @@ def run_schedule(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) ->
 def train_step(trainer: Trainer) -> dict:
     """One iteration: data, losses and gradients, the student's update, the teacher's. Returns its record.
 
-    If the loss or the gradient norm is not finite, nothing changes on any rank: weights, optimizer, teacher
-    and centre stay as they were, and the step is counted as skipped.
+    If the loss or a gradient on any rank is not finite, or a spike (--spike-action), nothing changes on any rank:
+    weights, optimizer, teacher and centre stay as they were. The step is counted as skipped, and `trainer.skipped` says
+    why.
+
+    Raises:
+        RaisedByAll: a spike with --spike-action stop; the step is not counted.
     """
     config, step = trainer.config, trainer.progress.iteration
     started = time.perf_counter()
+    trainer.skipped = None
     mask_ratio = schedules.mask_ratio(step, config.objective, config.training.train_iters)
     batch = trainer.training_data.at(trainer.progress.consumed_packs, mask_ratio=mask_ratio, step=step)
     data_seconds = time.perf_counter() - started
@@ -138,10 +155,12 @@ def train_step(trainer: Trainer) -> dict:
         chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    terms = dict(zip(TERMS, run_schedule(trainer, batch, forward_only=False).tolist(), strict=True))
+    losses: list[Tensor] = []
+    terms = dict(zip(TERMS, run_schedule(trainer, batch, forward_only=False, losses=losses).tolist(), strict=True))
 
     learning_rate = schedules.learning_rate(step, config.training)
-    grad_norm, skipped = update_student(trainer, learning_rate, terms["loss"])
+    grad_norm, reason = update_student(trainer, learning_rate, terms["loss"])
+    skipped = bool(reason)
     momentum = schedules.ema_momentum(step, config.objective, config.training.train_iters)
     if (
         trainer.teacher is not None
@@ -151,6 +170,9 @@ def train_step(trainer: Trainer) -> dict:
         trainer.teacher.update(momentum)
     if trainer.centre is not None:
         trainer.centre.finish_step(batch.counts.visual_tokens, parallel_state.get_data_parallel_group(), skipped)
+
+    if skipped:
+        note_skipped(trainer, reason, terms["loss"], grad_norm, batch.packs, losses)
 
     seconds = time.perf_counter() - started
     flops = flops_of(trainer.flops, batch.counts, config)
@@ -174,14 +196,15 @@ def train_step(trainer: Trainer) -> dict:
 
 
 @record_function("optimizer")
-def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, bool]:
-    """Clips and applies the gradients unless loss or norm is not finite; returns (norm, skipped). The norm is
-    over all ranks and the loss was broadcast, so every rank decides alike."""
-    optimizer = trainer.optimizer
+def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple[float, str]:
+    """Clips and applies the gradients unless something speaks against it, which all ranks agree on; returns the norm
+    and the reason, empty where they are applied."""
+    optimizer, settings = trainer.optimizer, trainer.config.reliability
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return grad_norm, True
+    loss, grad_norm = agreed_loss_and_norm(optimizer, loss)
+    if reason := skip_reason(loss, grad_norm, trainer.progress, settings):
+        return grad_norm, reason
+    remember_step(loss, grad_norm, trainer.progress, settings)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
         group["weight_decay"] = trainer.config.training.weight_decay * group["wd_mult"]
@@ -190,7 +213,7 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
             if not part.is_stub_optimizer and part.get_parameters():
                 clip_grad_by_total_norm_fp32(part.get_parameters(), trainer.config.training.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
-    return grad_norm, False
+    return grad_norm, ""
 
 
 # --- the loop ------------------------------------------------------------------------------------------
@@ -219,6 +242,7 @@ def train(trainer: Trainer) -> None:
                 entry = train_step(trainer)
             if log:
                 log.log(entry)
+                log.log_skipped(trainer.skipped)
             skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
             if skipped_in_a_row >= config.training.max_skipped_iterations:
                 raise TrainingFailed(
@@ -244,6 +268,11 @@ def train(trainer: Trainer) -> None:
                     f"--exit-interval {config.training.exit_interval}"
                 )
                 break
+    except RaisedByAll:
+        if log:
+            log.log_skipped(trainer.skipped)
+        save_before_end(trainer, run_dir)
+        raise
     finally:
         window.close()
         if log:
@@ -260,7 +289,8 @@ def open_log(trainer: Trainer, run_dir: Path) -> RunLog | None:
         return None
     config = trainer.config
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
+    with tolerating("config.yaml", run_dir, "checkpoints have the configuration, too"):
+        write_text(run_dir / "config.yaml", config.to_yaml())
     return RunLog(
         run_dir,
         train_iters=config.training.train_iters,
@@ -311,13 +341,28 @@ def save(trainer: Trainer, run_dir: Path) -> None:
     say(f"saved {path} in {time.perf_counter() - started:.1f} s")
 
 
+def save_before_end(trainer: Trainer, run_dir: Path) -> None:
+    """A checkpoint of the last whole step before an error of all ranks ends the run, unless there is one. What prevents
+    it is said, and hides no error."""
+    iteration = trainer.progress.iteration
+    there = [iteration == 0 or iteration_directory(run_dir / "checkpoints", iteration).is_dir()]
+    dist.broadcast_object_list(there, src=0)
+    if there[0]:
+        return
+    try:
+        save(trainer, run_dir)
+    except (ValueError, OSError) as error:
+        say(f"iteration {iteration} could not be saved before the end: {error}")
+
+
 def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_teacher_parameters: int) -> None:
     """The run's summary for scaling studies, on rank 0."""
     if dist.get_rank() != 0:
         return
-    hardware, records = hardware_of(trainer.backend), read_run_records(run_dir)
-    summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
-    write_summary(run_dir, summary)
+    with tolerating("run_summary.json", run_dir, "the next checkpoint writes it again"):
+        hardware, records = hardware_of(trainer.backend), read_run_records(run_dir)
+        summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
+        write_summary(run_dir, summary)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ and the state that it begins with."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -35,7 +36,7 @@ from laver_megatron.start import find_start
 
 @dataclass
 class Trainer:
-    """Everything a step needs, on one rank."""
+    """Everything a step needs, on one rank. skipped: the record of the last step if it was not applied."""
 
     config: Config
     backend: Backend
@@ -51,6 +52,7 @@ class Trainer:
     model_dir: Path
     encoder_dir: Path
     progress: Progress
+    skipped: dict[str, Any] | None = None
 
     @property
     def state(self) -> TrainingState:

@@ -15,6 +15,7 @@ class Progress:
         counted_iterations: what the fields after it are sums over, for the run's summary.
         model_flops, laver_flops: of all devices together, and LaVer's share of them.
         device_seconds: training seconds times devices.
+        recent_losses, recent_norms: of the last applied steps, for --spike-action; empty without it.
     """
 
     iteration: int = 0
@@ -32,3 +33,5 @@ class Progress:
     laver_flops: int = 0
     training_seconds: float = 0.0
     device_seconds: float = 0.0
+    recent_losses: tuple[float, ...] = ()
+    recent_norms: tuple[float, ...] = ()

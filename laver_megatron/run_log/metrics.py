@@ -2,10 +2,14 @@
 
 Nothing here reduces over ranks: the trainer hands finished numbers to the one rank that owns the `RunLog`.
 
+Nothing here ends a run: what cannot be written is said once of each kind, and lines of the .jsonl files are tried
+again.
+
 Files in the run directory:
 
     metrics.jsonl            one strict JSON object an iteration, iterations rising from 1 (completed steps)
     validation.jsonl         the same for validation
+    skipped.jsonl            one for each iteration that was not applied (`resilience/skipped.py`)
     curves.png               drawn from both when the log is closed
     *.previous.jsonl         what an earlier run left here, when a run starts from iteration 0 in the same directory
 
@@ -23,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from laver_megatron.config.checks import missing_packages
-from laver_megatron.run_log.records import drop_after, json_line
+from laver_megatron.run_log.records import JsonLines, drop_after, json_line, truncate_after
+from laver_megatron.run_log.tolerance import tolerating
 
 REQUIRED_FIELDS = (
     "iteration", "loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "learning_rate", "mask_ratio",
@@ -99,12 +104,22 @@ class RunLog:
         self.config_dict = dict(config_dict or {})
         self.metrics_path = self.run_dir / "metrics.jsonl"
         self.validation_path = self.run_dir / "validation.jsonl"
+        self.skipped_path = self.run_dir / "skipped.jsonl"
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for path in (self.metrics_path, self.validation_path):
-            drop_after(path, resume_iteration)
-        self._metrics_file = self.metrics_path.open("a", encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(resume_iteration) if tensorboard else None
-        self._wandb = self._open_wandb(wandb_project) if wandb_project else None
+        self._files: dict[Path, JsonLines] = {}
+        for path in (self.metrics_path, self.validation_path, self.skipped_path):
+            self._drop_after(path, resume_iteration)
+            self._files[path] = JsonLines(path)
+        with tolerating(self.metrics_path.name, self.metrics_path, "its lines are kept in memory and tried again"):
+            self._files[self.metrics_path].flush()  # there from the start
+        self._last_skipped = resume_iteration
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            with tolerating("TensorBoard", self.run_dir / "tensorboard", "there will be no events"):
+                self._tensorboard = self._open_tensorboard(resume_iteration)
+        if wandb_project:
+            with tolerating("W&B", self.run_dir / "wandb", "there will be no W&B run"):
+                self._wandb = self._open_wandb(wandb_project)
         show = sys.stderr.isatty() if progress_bar is None else progress_bar
         self._bar = tqdm(total=train_iters, initial=resume_iteration, unit="it", disable=not show)
         self._since_line: list[float] = []  # seconds of the iterations after the last line
@@ -119,8 +134,7 @@ class RunLog:
         iteration = record["iteration"]
         assert iteration > self.last_iteration, f"iteration {iteration} after {self.last_iteration}"
         self.last_iteration = iteration
-        self._metrics_file.write(json_line(record))
-        self._metrics_file.flush()
+        self._append(self.metrics_path, record)
         self._send(iteration, record, prefix="train")
         self._since_line.append(record["elapsed_seconds"])
         losses = {name: f"{record[field]:.4f}" for name, field in BAR_FIELDS if record[field] is not None}
@@ -133,31 +147,55 @@ class RunLog:
         """Write down a validation after this many training iterations; `record` holds at least `lm_loss`."""
         assert "lm_loss" in record, f"the validation record holds {sorted(record)} and no lm_loss"
         record = {"iteration": iteration} | {name: _plain(value) for name, value in record.items()}
-        with self.validation_path.open("a", encoding="utf-8") as file:
-            file.write(json_line(record))
+        self._append(self.validation_path, record)
         self._send(iteration, record, prefix="validation")
         numbers = [(name, value) for name, value in record.items() if name != "iteration" and _is_number(value)]
         fields = [f"{name.replace('_', ' ')}: {value:.6E}" for name, value in numbers]
         self._print(f" validation at iteration {iteration:8d} | " + " | ".join(fields) + " |")
 
+    def log_skipped(self, record: dict[str, Any] | None) -> None:
+        """Write down an iteration that was not applied. The same one a second time, and None, is nothing."""
+        if record is not None and record["iteration"] > self._last_skipped:
+            self._last_skipped = record["iteration"]
+            self._append(self.skipped_path, record)
+
     def close(self) -> None:
-        """Close the files and draw `curves.png`. Safe to call twice."""
+        """Close the files and draw `curves.png`. Safe to call twice, and hides no error that ends the run."""
         if self._closed:
             return
         self._closed = True
-        self._metrics_file.close()
-        self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self.metrics_path.stat().st_size > 0:
-            try:
-                from laver_megatron.run_log.curves import draw_curves
-            except ImportError as error:  # a finished run must not fail over its picture
-                print(f"no curves drawn: {error}", flush=True)
-                return
-            draw_curves(self.metrics_path, self.run_dir / "curves.png")
+        for path, file in self._files.items():
+            with tolerating(f"the end of {path.name}", path, f"its last {file.num_waiting} lines are lost"):
+                file.close()
+        with tolerating("the progress bar", "standard error", "it stays as it is"):
+            self._bar.close()
+        with tolerating("TensorBoard's last events", self.run_dir / "tensorboard", "they are lost"):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        with tolerating("W&B's last records", self.run_dir / "wandb", "they may be lost"):
+            if self._wandb is not None:
+                self._wandb.finish()
+        picture = self.run_dir / "curves.png"
+        with tolerating("curves", picture, f"`laver curves {self.run_dir}` draws them later"):
+            self._draw(picture)
+
+    def _draw(self, picture: Path) -> None:
+        if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:
+            return
+        from laver_megatron.run_log.curves import draw_curves  # here: matplotlib may be missing
+
+        draw_curves(self.metrics_path, picture)
+
+    def _drop_after(self, path: Path, iteration: int) -> None:
+        try:
+            drop_after(path, iteration)
+        except OSError:
+            with tolerating(path.name, path, f"it keeps what an earlier start wrote after iteration {iteration}"):
+                truncate_after(path, iteration)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        with tolerating(path.name, path, "its lines are kept in memory and tried again"):
+            self._files[path].append(json_line(record))
 
     def _print_line(self, record: dict[str, Any]) -> None:
         elapsed = sum(self._since_line) / len(self._since_line)
@@ -165,8 +203,9 @@ class RunLog:
         self._print(format_line(record, self.train_iters, elapsed, self.config_dict.get("global_batch_size")))
 
     def _print(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with tolerating("lines of the log", "standard output", "metrics.jsonl has every iteration"):
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def _send(self, iteration: int, record: dict[str, Any], prefix: str) -> None:
         numbers = {
@@ -175,10 +214,12 @@ class RunLog:
             if name != "iteration" and _is_number(value) and math.isfinite(value)
         }
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+            with tolerating("TensorBoard", self.run_dir / "tensorboard", "events are missing from here on"):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb is not None:
-            self._wandb.log(numbers | {"iteration": iteration})
+            with tolerating("W&B", self.run_dir / "wandb", "records are missing there"):
+                self._wandb.log(numbers | {"iteration": iteration})
 
     def _open_tensorboard(self, resume_iteration: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from laver_megatron.run_log.tolerance import tolerating
 from laver_megatron.runtime.files import write_text
 from laver_megatron.runtime.terminal import say
 
@@ -82,6 +83,10 @@ class ProfileWindow:
         profiler.stop()
         for handle in self._handles:
             handle.remove()
+        with tolerating("the profile", self.directory, "what is not written of it is lost"):
+            self._write(profiler)
+
+    def _write(self, profiler: profile) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.directory / f"{self.name}.trace.json.gz"))
         if self.device.type == "cuda":

@@ -12,6 +12,11 @@ from torch.distributed.checkpoint import CheckpointException
 Result = TypeVar("Result")
 
 
+class RaisedByAll(ValueError):
+    """An error that all ranks raise together before a step has changed anything: the state is that of the last whole
+    step, so that they can save it first. An error of one rank cannot: the others wait for it elsewhere."""
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

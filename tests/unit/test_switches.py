@@ -892,6 +892,10 @@ ELSEWHERE = {
     "overlap_param_gather": ("distributed/test_engine_options.py", '"overlap_param_gather": True'),
     "ddp_bucket_size": ("distributed/test_engine_options.py", '"ddp_bucket_size": 9000'),
     "decoder_last_pipeline_num_layers": ("distributed/test_switches.py", "decoder_last_pipeline_num_layers="),
+    # What becomes of a spike.
+    "spike_action": ("distributed/test_skipped_steps.py", 'spike_action="stop"'),
+    "spike_sigmas": ("unit/resilience/test_spikes.py", "spike_sigmas=5.0"),
+    "spike_window": ("unit/resilience/test_spikes.py", "spike_window=4"),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),
     "pipeline_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(pp=2"),

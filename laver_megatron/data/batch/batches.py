@@ -24,6 +24,7 @@ from laver_megatron.data.plan.plan import PlanMark
 from laver_megatron.flops.encoder import BY_TOKENS, ImageCost
 from laver_megatron.objective.language import IGNORE_LABEL
 from laver_megatron.objective.masking import mask_visual_tokens
+from laver_megatron.runtime.ranks import RaisedByAll
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class BatchSource:
                 "indexes or shards under --data-path are not the same on all nodes"
             )
         self.num_samples = self.num_bad_samples = 0  # read so far, on all ranks, since the run began
+        self._num_bad_checked = 0
         self._reported_faults = Counter[Fault]() if reader is None else Counter(reader.faults.counts)
         self.faults = Counter[Fault]()  # what all readers have found since this start; on ranks that read
         self.wait_seconds = 0.0  # for the reader, in the last batch; 0 on ranks that do not read
@@ -158,8 +160,8 @@ class BatchSource:
         contiguous part. Without LaVer nothing is masked.
 
         Raises:
-            ValueError: too many samples have proved bad, on all ranks together, with the table of faults of all
-                readers; see `PackReader.read`.
+            RaisedByAll: too many samples have proved bad, with the table of faults of all readers.
+            ValueError, OSError: see `PackReader.read`; on one rank alone.
         """
         config = self.config
         packs = masked = None
@@ -179,9 +181,20 @@ class BatchSource:
         self.num_samples += counts.samples + counts.bad_samples
         self.num_bad_samples += counts.bad_samples
         self.faults += faults
-        if self.reader is not None:
-            self.reader.check_bad(self.num_bad_samples, self.num_samples, self.faults)
+        if self.num_bad_samples > self._num_bad_checked:  # the same on all ranks
+            self._num_bad_checked = self.num_bad_samples
+            if problem := _from_rank_0(self._bad_samples_problem()):
+                raise RaisedByAll(problem)
         return GlobalBatch(packs, masked, pixels, counts)
+
+    def _bad_samples_problem(self) -> str:
+        """That too many samples are bad, on ranks that read; empty elsewhere."""
+        if self.reader is not None:
+            try:
+                self.reader.check_bad(self.num_bad_samples, self.num_samples, self.faults)
+            except ValueError as error:
+                return str(error)
+        return ""
 
     def _new_faults(self) -> Counter[Fault] | None:
         """What this rank's reader has found since the last call."""

@@ -1,6 +1,8 @@
 """The gradient norm that Megatron-Core takes where it has no kernel for it, against fp64."""
 
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism, use_backend
-from laver_megatron.runtime.gradient_norm import blockwise_l2_norm
+from laver_megatron.runtime.gradient_norm import agreed_loss_and_norm, blockwise_l2_norm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the machine may have Megatron's own kernels")
 
@@ -110,3 +112,40 @@ def test_clipping_leaves_the_norm_asked_for():
     parameter.grad = normal(LARGE)
     clip_grad_by_total_norm_fp32([parameter], 0.3, megatron_norm(parameter.grad))
     assert norm_fp64(parameter.grad) == pytest.approx(0.3, rel=TOLERANCE)
+
+
+def optimizer_of(counted, copies):
+    """What is asked of Megatron's: parameters with gradients, of which some count for the norm."""
+    parameters = []
+    for gradient in (*counted, *copies):
+        parameters.append(torch.nn.Parameter(torch.zeros_like(gradient)))
+        parameters[-1].grad = gradient
+    part = SimpleNamespace(
+        get_main_grads_for_grad_norm=lambda: [parameter.grad for parameter in parameters[: len(counted)]],
+        get_parameters=lambda: [*parameters, torch.nn.Parameter(torch.zeros(3))],  # the last one without a gradient
+    )
+    return SimpleNamespace(chained_optimizers=[part])
+
+
+def test_the_agreed_norm_is_megatron_s_whatever_the_copies_are():
+    counted, copies = [normal(700, seed=1), normal(30, 9, seed=2)], [normal(5000, seed=3)]
+    loss, norm = agreed_loss_and_norm(optimizer_of(counted, copies), 0.1)
+    assert norm == megatron_norm(*counted) and loss == torch.tensor(0.1).item()
+    assert agreed_loss_and_norm(optimizer_of([], []), 2.0) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_agreed_norm_sees_every_copy(value):
+    copy = torch.ones(5000)
+    copy[4999] = value
+    loss, norm = agreed_loss_and_norm(optimizer_of([torch.ones(4)], [torch.ones(3), copy]), 2.0)
+    assert loss == 2.0 and math.isnan(norm)
+    loss, norm = agreed_loss_and_norm(optimizer_of([torch.ones(4)], []), value)
+    assert math.isnan(loss) and norm == 2.0
+
+
+def test_ranks_agree_in_one_collective():
+    optimizer = optimizer_of([torch.ones(4)], [torch.ones(3)])
+    with mock.patch.object(torch.distributed, "all_reduce") as all_reduce:
+        agreed_loss_and_norm(optimizer, 2.0)
+    all_reduce.assert_called_once()
