@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import MegatronOptimizer
@@ -25,7 +26,7 @@ from laver_megatron.hf.files import copy_model_files
 from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
-from laver_megatron.runtime.engine import load_sharded, stored_keys
+from laver_megatron.runtime.engine import Stored, load_sharded, stored_tensors
 from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file, write_text
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
 from laver_megatron.runtime.sharded_state import sharding_metadata
@@ -164,7 +165,7 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
     if state.teacher is None:
         return
     state.teacher.copy_student()
-    stored = _stored_keys(path)
+    stored = _stored(path)
     if take_teacher and any(key.startswith("teacher.decoder.") for key in stored):
         sharded = _teacher_state(state, sharding_metadata(), is_loading=True)
         if "teacher.centre" not in stored:
@@ -191,8 +192,8 @@ def _fill_teacher(state: TrainingState, loaded: dict) -> None:
         state.centre.value_K.copy_(loaded["centre"])
 
 
-def _stored_keys(path: Path) -> set[str]:
-    return all_ranks(f"read the checkpoint {path}", lambda: stored_keys(path))
+def _stored(path: Path) -> dict[str, Stored]:
+    return all_ranks(f"read the checkpoint {path}", lambda: stored_tensors(path))
 
 
 def _moments_of_idle_parameters(stages: Sequence[LaverStage]) -> tuple[str, ...]:
@@ -212,12 +213,17 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_i
 
     may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of those nobody need ask for.
     """
-    stored = _stored_keys(path)
-    mine = {entry.key for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0])}
-    asked = set().union(*gathered(mine))
+    stored = _stored(path)
+    mine = {}
+    for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0]):
+        is_tensor = isinstance(entry, ShardedTensor)
+        mine[entry.key] = Stored(tuple(entry.global_shape), entry.dtype) if is_tensor else Stored()
+    wanted = {key: it for part in gathered(mine) for key, it in part.items()}
+    _check_sizes(path, stored, wanted)
+    asked = wanted.keys()
     for keys, ignored, problem in (
-        (asked - stored, may_lack, "lacks {} of the tensors that this run needs"),
-        (stored - asked, may_ignore, "holds {} tensors that this run has no place for"),
+        (asked - stored.keys(), may_lack, "lacks {} of the tensors that this run needs"),
+        (stored.keys() - asked, may_ignore, "holds {} tensors that this run has no place for"),
     ):
         # Extra states are TransformerEngine's notes for fp8, which nothing here uses.
         wrong = sorted(key for key in keys if not key.startswith(ignored) and "._extra_state" not in key)
@@ -227,6 +233,26 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_i
                 "parts (--laver, --centre-momentum, an --encoder-feature-layer further down in a trained encoder)? "
                 "--finetune takes the weights alone"
             )
+
+
+def _check_sizes(path: Path, stored: dict[str, Stored], wanted: dict[str, Stored]) -> None:
+    """ValueError naming the tensors that are of another size, or numbers of another kind, than this run's. Floating
+    types may differ: values are converted. (Megatron-Core lets the rows of an embedding differ without a word.)"""
+    wrong = []
+    for key in sorted(stored.keys() & wanted.keys()):
+        theirs, ours = stored[key], wanted[key]
+        if theirs.size is None or ours.size is None or theirs.dtype is None or ours.dtype is None:
+            continue
+        if theirs.size != ours.size:
+            wrong.append(f"{key} is {list(theirs.size)}, here {list(ours.size)}")
+        elif theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
+            wrong.append(f"{key} is {theirs.dtype}, here {ours.dtype}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{path} holds {len(wrong)} tensors of another size or kind than this run needs: "
+            f"{'; '.join(wrong[:5])}{more}. The model it was written with is another: start from its own config.json"
+        )
 
 
 def _write_manifest(path: Path) -> None:

@@ -11,7 +11,10 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 # A module of kernels for mixtures of experts, which are not used here, and its names.
 _PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
@@ -26,6 +29,13 @@ _NEEDLESS_LOG_LINES = {
 
 # Under which key of a checkpoint 0.19 keeps what is not sharded; 0.16 has the file for it.
 _COMMON_STATE, _COMMON_FILE = "common_state", "common.pt"
+
+
+class Stored(NamedTuple):
+    """A tensor as a whole in a checkpoint; without size and type, an object of another kind."""
+
+    size: tuple[int, ...] | None = None
+    dtype: "torch.dtype | None" = None
 
 
 def prepare_import() -> None:
@@ -81,11 +91,20 @@ def data_parallel(stage: Any, ddp_config: Any, *, disable_bucketing: bool) -> An
     return DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=disable_bucketing, **layout)
 
 
-def stored_keys(checkpoint: Path) -> set[str]:
-    """The keys of all that is sharded in a checkpoint, of tensors and of other objects."""
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+def stored_tensors(checkpoint: Path) -> dict[str, Stored]:
+    """What is sharded in a checkpoint, tensors and other objects, by key.
 
-    return {key for key in load_sharded_metadata(str(checkpoint)) if key.split("/")[0] != _COMMON_STATE}
+    Raises:
+        ValueError: `.metadata` cannot be read, or names what no checkpoint needs.
+    """
+    from laver_megatron.runtime.pickles import read_metadata  # torch: not every program waits for it
+
+    tensors = read_metadata(checkpoint).state_dict_metadata
+    return {
+        key: Stored(tuple(it.size), it.properties.dtype) if hasattr(it, "size") else Stored()
+        for key, it in tensors.items()
+        if key.split("/")[0] != _COMMON_STATE
+    }
 
 
 def load_sharded(sharded: dict, checkpoint: Path) -> dict:
@@ -93,13 +112,16 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    from laver_megatron.runtime.pickles import only_known_pickles
+
     reads_common = {}
     takes_strategy = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
     if takes_strategy and not (checkpoint / _COMMON_FILE).exists():
         reads_common["common_strategy"] = _common_state_of_0_19()
-    loaded, *_ = dist_checkpointing.load(
-        sharded, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED, **reads_common
-    )
+    with only_known_pickles(checkpoint):
+        loaded, *_ = dist_checkpointing.load(
+            sharded, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED, **reads_common
+        )
     return loaded
 
 
