@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from laver_megatron.checkpoint.parameter_counts import count_parameters
-from laver_megatron.checkpoint.state import save_checkpoint
 from laver_megatron.config.checks import check_run
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import Config
@@ -217,6 +216,7 @@ def train(trainer: Trainer) -> None:
             skipped_before = progress.skipped_iterations
             with window.step(progress.iteration):
                 entry = train_step(trainer)
+            trainer.saver.publish_when_written()
             if log:
                 log.log(entry)
             skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
@@ -236,7 +236,7 @@ def train(trainer: Trainer) -> None:
                 if log:
                     log.log_validation(progress.iteration, result)
             if exiting or finished or due(progress.iteration, config.run.save_interval):
-                save(trainer, run_dir)
+                save(trainer, last=exiting or finished)
                 summarise(trainer, run_dir, *parameters)
             if exiting:
                 say(
@@ -245,6 +245,7 @@ def train(trainer: Trainer) -> None:
                 )
                 break
     finally:
+        trainer.saver.close()
         window.close()
         if log:
             log.close()
@@ -300,15 +301,12 @@ def evaluate(trainer: Trainer) -> dict:
     return {**result, "elapsed_seconds": time.perf_counter() - started}
 
 
-def save(trainer: Trainer, run_dir: Path) -> None:
-    """A checkpoint of everything, under run_dir/checkpoints."""
-    started = time.perf_counter()
+def save(trainer: Trainer, *, last: bool = True) -> None:
+    """A checkpoint of everything, under run_dir/checkpoints. last: it is on the disk when this returns; else it may be
+    written while training goes on."""
     complete_parameters(trainer.chunks)
     trainer.progress.data_mark = trainer.training_data.mark(trainer.progress.consumed_packs)
-    path = save_checkpoint(
-        run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, trainer.config.flat()
-    )
-    say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+    trainer.saver.save(trainer.state, last=last)
 
 
 def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_teacher_parameters: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to run code on whoever reads them, with manifests that fit."""
+"""Checkpoints that are damaged, or made by somebody to run code on whoever reads them, with manifests that fit."""
 
 import os
 import pickle
@@ -57,3 +57,32 @@ def _poison_object(directory: Path, key: str, made: Path) -> Path:
         place.length = file.tell() - place.offset
     path.write_bytes(pickle.dumps(metadata))
     return directory
+
+
+# Names and contents of a checkpoint as far as the quick check looks.
+FILES = {
+    "__0_0.distcp": b"tensors",
+    ".metadata": b"what they are",
+    "run.json": b"{}",
+    "hf/config.json": b"{}",
+    "hf/tokenizer.json": b"words",
+}
+
+
+def write_checkpoint(directory: Path, iteration: int) -> Path:
+    path = directory / f"iter_{iteration:07d}"
+    for name, content in FILES.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    renew_manifest(path)
+    return path
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])

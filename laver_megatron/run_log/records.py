@@ -48,3 +48,10 @@ def drop_after(path: Path, iteration: int) -> None:
         return
     kept = [record for record in read_records(path) if record["iteration"] <= iteration]
     write_text(path, "".join(json_line(record) for record in kept))
+
+
+def validation_losses(run_dir: Path) -> dict[int, float]:
+    """The losses of a run's validations, by iteration; those that are not finite are left out."""
+    path = run_dir / "validation.jsonl"
+    records = read_records(path) if path.is_file() else []
+    return {record["iteration"]: record["loss"] for record in records if isinstance(record.get("loss"), (int, float))}

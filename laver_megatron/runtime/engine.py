@@ -7,11 +7,13 @@ import importlib.util
 import inspect
 import io
 import logging
+import queue
 import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +107,61 @@ def stored_tensors(checkpoint: Path) -> dict[str, Stored]:
         for key, it in tensors.items()
         if key.split("/")[0] != _COMMON_STATE
     }
+
+
+class PlannedSave(NamedTuple):
+    """What this rank writes of a checkpoint.
+
+    Attributes:
+        writer: Megatron-Core's `FileSystemWriterAsync`; its `write_buckets` are files with their tensors and objects.
+        metadata: of the whole checkpoint, on rank 0.
+        files: further files, by name.
+    """
+
+    writer: Any
+    metadata: Any
+    files: dict[str, bytes]
+
+
+def plan_save(sharded: dict, directory: Path) -> PlannedSave:
+    """Lets Megatron-Core divide a state among the ranks, one file each. Collective; nothing is written."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    planned = PlannedSave(None, None, {})
+
+    class Plan(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, outcome: tuple, *strategy: Any) -> Any:
+            nonlocal planned
+            planned = planned._replace(writer=writer, metadata=outcome[1])
+            return super()._get_save_and_finalize_callbacks(writer, outcome, *strategy)
+
+    def keep_common(strategy: Any, state: dict, checkpoint_dir: str | Path) -> None:
+        # A file of its own, in 0.16. It is written with the rest, where an error is heard of by all ranks.
+        if torch.distributed.get_rank() == 0:
+            content = io.BytesIO()
+            torch.save(state, content)
+            planned.files[_COMMON_FILE] = content.getvalue()
+
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    more = {"async_strategy": "mcore"} if takes_strategy else {}
+    # Whoever writes is a thread of this process; Megatron-Core would start another process to hold a queue.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = Plan("torch_dist", 1, thread_count=1)
+    with mock.patch.object(TorchCommonSaveStrategy, "save_common", keep_common):
+        dist_checkpointing.save(sharded, str(directory), strategy, async_sharded_save=True, **more)
+    return planned
+
+
+def finish_save(planned: PlannedSave, places: list, directory: Path) -> None:
+    """On rank 0, writes what makes a directory of tensors a checkpoint. places: of all ranks' tensors."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    planned.writer.finish(planned.metadata, places)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 def load_sharded(sharded: dict, checkpoint: Path) -> dict:

@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ LAYOUT = Layout(tp=2)
 
 def write(layout, config):
     """Job: a checkpoint of a run that has not begun."""
-    train.save(make_trainer(config), Path(config.run.run_dir))
+    train.save(make_trainer(config))
 
 
 @pytest.fixture(scope="module")
