@@ -162,8 +162,7 @@ class Saver:
 
     def _fail(self, error: OSError | ValueError, *, must: bool) -> None:
         """Removes what has been written at once; then raises the error, or says it."""
-        if rank() == 0:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        on_rank_0("remove the unfinished checkpoint", lambda: shutil.rmtree(self._temporary, ignore_errors=True))
         if must or self.settings.save_failure == "stop" or isinstance(error, ValueError):
             raise error
         say(f"WARNING: NO CHECKPOINT was written: {error}; training goes on (--save-failure continue)")
