@@ -9,6 +9,7 @@ import io
 import logging
 import queue
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -127,8 +128,7 @@ def plan_save(sharded: dict, directory: Path) -> PlannedSave:
     """Lets Megatron-Core divide a state among the ranks, one file each. Collective; nothing is written."""
     import torch
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     planned = PlannedSave(None, None, {})
@@ -148,10 +148,11 @@ def plan_save(sharded: dict, directory: Path) -> PlannedSave:
 
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     more = {"async_strategy": "mcore"} if takes_strategy else {}
+    has_file = hasattr(common, "TorchCommonSaveStrategy")
     # Whoever writes is a thread of this process; Megatron-Core would start another process to hold a queue.
     filesystem_async._results_queue = queue.SimpleQueue()
     strategy = Plan("torch_dist", 1, thread_count=1)
-    with mock.patch.object(TorchCommonSaveStrategy, "save_common", keep_common):
+    with mock.patch.object(common.TorchCommonSaveStrategy, "save_common", keep_common) if has_file else nullcontext():
         dist_checkpointing.save(sharded, str(directory), strategy, async_sharded_save=True, **more)
     return planned
 
