@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, is_converted, latest_checkpoint
+from laver_megatron.checkpoint.choice import choose
+from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, is_converted
 from laver_megatron.config.fields import Config
 from laver_megatron.hf.shape import is_laver_export
 from laver_megatron.objective.schedules import ema_interval_steps, ema_momentum, learning_rate, mask_ratio
@@ -121,10 +123,16 @@ class FromCheckpoint(Start):
     """A checkpoint of this program."""
 
     checkpoint: Path
+    passed_over: tuple[str, ...] = ()  # what is wrong with newer ones, which are not taken
 
     @property
     def directory(self) -> Path:
         return self.checkpoint
+
+    def messages(self, config: Config, iteration: int) -> Iterator[str]:
+        for problem in self.passed_over:
+            yield f"WARNING: NOT THE NEWEST CHECKPOINT: {problem}; going back to {self.checkpoint}"
+        yield from super().messages(config, iteration)
 
     @property
     def model_of_weights(self) -> Path:
@@ -156,7 +164,7 @@ class Resume(FromCheckpoint):
     def fill(self, state: TrainingState, config: Config) -> None:
         from laver_megatron.checkpoint.state import load_checkpoint  # here: checks need not wait for Megatron-Core
 
-        load_checkpoint(self.checkpoint, state)
+        load_checkpoint(self.checkpoint, state, verify=False)  # `agree_on_start` did
 
     def messages(self, config: Config, iteration: int) -> Iterator[str]:
         yield from super().messages(config, iteration)
@@ -200,7 +208,7 @@ class CheckpointWeights(FromCheckpoint):
     def fill(self, state: TrainingState, config: Config) -> None:
         from laver_megatron.checkpoint.state import start_from_weights
 
-        start_from_weights(self.checkpoint, state, take_teacher=not config.start.finetune)
+        start_from_weights(self.checkpoint, state, take_teacher=not config.start.finetune, verify=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,26 +281,30 @@ class Nowhere(Start):
             )
 
 
-def find_start(config: Config) -> Start:
+def find_start(config: Config, damaged: Mapping[Path, str] = MappingProxyType({})) -> Start:
     """Follows --load, --model, --encoder and the run directory.
 
+    damaged: checkpoints that are known to be damaged, and why; they are passed over.
+
     Raises:
-        ConfigError: a checkpoints/ folder that names a checkpoint it does not have.
+        ConfigError: there are checkpoints, and none is whole; or the newest is not, and --strict-load is set.
     """
+    strict = config.reliability.strict_load
     load = config.start.load
     encoder_dir = Path(config.start.encoder) if config.start.encoder else None
     model_dir = Path(config.start.model) if config.start.model else None
-    checkpoint = own = latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
+    found = own = choose(Path(config.run.run_dir) / "checkpoints", strict=strict, damaged=damaged)
     is_hugging_face = load is not None and load.startswith(HF_PREFIX)
-    if own is None and load is not None and not is_hugging_face:
-        checkpoint = latest_checkpoint(Path(load))
-    if checkpoint is not None:
+    if own.checkpoint is None and load is not None and not is_hugging_face:
+        found = choose(Path(load), strict=strict, damaged=damaged)
+    if (checkpoint := found.checkpoint) is not None:
         brings_encoder = has_encoder(checkpoint)
-        is_new = is_converted(checkpoint) or (config.start.finetune and own is None)
+        is_new = is_converted(checkpoint) or (config.start.finetune and own.checkpoint is None)
         kind: type[FromCheckpoint] = CheckpointWeights if is_new else Resume
         return kind(
             checkpoint=checkpoint,
-            is_own=own is not None,
+            passed_over=found.passed_over,
+            is_own=own.checkpoint is not None,
             model_dir=checkpoint / "hf",
             encoder_dir=checkpoint / "encoder" if brings_encoder else encoder_dir,
             brings_encoder=brings_encoder,

@@ -23,7 +23,6 @@ from torch.profiler import record_function
 
 from laver_megatron.checkpoint.directory import iteration_directory
 from laver_megatron.checkpoint.parameter_counts import count_parameters
-from laver_megatron.checkpoint.state import save_checkpoint
 from laver_megatron.config.checks import check_run
 from laver_megatron.config.command_line import from_command_line
 from laver_megatron.config.fields import Config
@@ -240,6 +239,7 @@ def train(trainer: Trainer) -> None:
             skipped_before = progress.skipped_iterations
             with window.step(progress.iteration):
                 entry = train_step(trainer)
+            trainer.saver.publish_when_written()
             if log:
                 log.log(entry)
                 log.log_skipped(trainer.skipped)
@@ -260,7 +260,7 @@ def train(trainer: Trainer) -> None:
                 if log:
                     log.log_validation(progress.iteration, result)
             if exiting or finished or due(progress.iteration, config.run.save_interval):
-                save(trainer, run_dir)
+                save(trainer, last=exiting or finished)
                 summarise(trainer, run_dir, *parameters)
             if exiting:
                 say(
@@ -274,6 +274,7 @@ def train(trainer: Trainer) -> None:
         save_before_end(trainer, run_dir)
         raise
     finally:
+        trainer.saver.close()
         window.close()
         if log:
             log.close()
@@ -330,15 +331,12 @@ def evaluate(trainer: Trainer) -> dict:
     return {**result, "elapsed_seconds": time.perf_counter() - started}
 
 
-def save(trainer: Trainer, run_dir: Path) -> None:
-    """A checkpoint of everything, under run_dir/checkpoints."""
-    started = time.perf_counter()
+def save(trainer: Trainer, *, last: bool = True) -> None:
+    """A checkpoint of everything, under run_dir/checkpoints. last: it is on the disk when this returns; else it may be
+    written while training goes on."""
     complete_parameters(trainer.chunks)
     trainer.progress.data_mark = trainer.training_data.mark(trainer.progress.consumed_packs)
-    path = save_checkpoint(
-        run_dir / "checkpoints", trainer.state, trainer.model_dir, trainer.encoder_dir, trainer.config.flat()
-    )
-    say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+    trainer.saver.save(trainer.state, last=last)
 
 
 def save_before_end(trainer: Trainer, run_dir: Path) -> None:
@@ -350,7 +348,7 @@ def save_before_end(trainer: Trainer, run_dir: Path) -> None:
     if there[0]:
         return
     try:
-        save(trainer, run_dir)
+        save(trainer)
     except (ValueError, OSError) as error:
         say(f"iteration {iteration} could not be saved before the end: {error}")
 

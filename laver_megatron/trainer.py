@@ -2,6 +2,7 @@
 and the state that it begins with."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from laver_megatron.checkpoint.progress import Progress
-from laver_megatron.checkpoint.state import TrainingState
+from laver_megatron.checkpoint.saver import Saver
+from laver_megatron.checkpoint.state import TrainingState, whole_problem
 from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import BatchSource
 from laver_megatron.data.batch.packing import PackBatch, image_grids
@@ -25,13 +27,16 @@ from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.streams import StreamSettings, span_areas
 from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.run_log.records import validation_losses
 from laver_megatron.runtime.backend import (
     Backend,
     initialise_parallelism,
+    join_process_group,
     use_backend,
 )
+from laver_megatron.runtime.ranks import gathered
 from laver_megatron.runtime.terminal import log_to_terminal, say
-from laver_megatron.start import find_start
+from laver_megatron.start import FromCheckpoint, Start, find_start
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Trainer:
     model_dir: Path
     encoder_dir: Path
     progress: Progress
+    saver: Saver
     skipped: dict[str, Any] | None = None
 
     @property
@@ -63,7 +69,8 @@ def setup(config: Config) -> Trainer:
     """Opens the data, builds this rank's stages, optimizer and teacher, and fills them from where the run starts."""
     backend = use_backend()
     log_to_terminal()
-    start = find_start(config)
+    join_process_group(config.parallel.distributed_timeout_minutes)
+    start = agree_on_start(config)
     model_dir, encoder_dir = start.model_dir, start.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
     shape = read_model_shape(model_dir)
@@ -113,6 +120,7 @@ def setup(config: Config) -> Trainer:
         model_dir=model_dir,
         encoder_dir=encoder_dir,
         progress=Progress(data_fingerprint=training_data.fingerprint),
+        saver=make_saver(config, model_dir, encoder_dir),
     )
     start.fill(trainer.state, config)
     progress = trainer.progress
@@ -122,3 +130,34 @@ def setup(config: Config) -> Trainer:
     for message in start.messages(config, progress.iteration):
         say(message)
     return trainer
+
+
+def make_saver(config: Config, model_dir: Path, encoder_dir: Path) -> Saver:
+    """What writes the run's checkpoints."""
+    run_dir = Path(config.run.run_dir)
+    losses = partial(validation_losses, run_dir)
+    return Saver(run_dir / "checkpoints", model_dir, encoder_dir, config.flat(), config.reliability, losses)
+
+
+def agree_on_start(config: Config) -> Start:
+    """`find_start` of all ranks together, which compare the checksums of all files of a checkpoint before anything is
+    read from it, and go back to an older one together. Call when the process group stands.
+
+    Raises:
+        ConfigError: as `find_start` does.
+        ValueError: the ranks see different checkpoints.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        start = find_start(config, damaged)
+        seen = gathered(str(start.directory))
+        if other := next((number for number, path in enumerate(seen) if path != seen[0]), None):
+            raise ValueError(
+                f"rank 0 would start from {seen[0]}, rank {other} from {seen[other]}: "
+                f"is {config.run.run_dir} on a file system that all machines share?"
+            )
+        if not isinstance(start, FromCheckpoint):
+            return start
+        if not (problem := whole_problem(start.checkpoint)):
+            return start
+        damaged[start.checkpoint] = problem

@@ -1,6 +1,6 @@
 """Where checkpoints lie: the directory of a run's checkpoints, which one is the newest, and what each says of itself.
 
-    RUN_DIR/checkpoints/latest                the newest complete checkpoint's iteration, as text
+    RUN_DIR/checkpoints/latest                iteration of the newest complete checkpoint, a hint for people
     RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
         run.json                              the configuration it was written with
         hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
@@ -11,7 +11,6 @@ Nothing here needs Megatron-Core.
 
 from pathlib import Path
 
-from laver_megatron.config.fields import ConfigError
 from laver_megatron.runtime.files import read_object, write_text
 
 RUN_FILE = "run.json"
@@ -29,34 +28,38 @@ def set_latest(directory: Path, iteration: int) -> None:
     write_text(directory / _LATEST, str(iteration))
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of a checkpoints/ folder, or `directory` itself if it is an iter_*
-    folder with its hf/config.json; None if there is none.
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The iter_* folders of a checkpoints/ folder, the newest first, whole or not."""
+    numbered = [path for path in directory.glob("iter_*") if path.name.removeprefix("iter_").isdecimal()]
+    return sorted(numbered, key=iteration_of, reverse=True)
 
-    The file `latest` decides. Without it (the first save was stopped just before writing it, or it was not
-    copied along) the highest iter_* folder with a manifest does: folders get that name when they are whole.
 
-    Raises:
-        ConfigError: `latest` names a checkpoint that is not there.
-    """
-    if (directory / "hf" / "config.json").is_file():
-        return directory
-    pointer = directory / _LATEST
-    if not pointer.is_file():
-        folders = (path.parent for path in directory.glob(f"iter_*/{MANIFEST_FILE}"))
-        numbered = [path for path in folders if path.name.removeprefix("iter_").isdecimal()]
-        return max(numbered, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
+def iteration_of(checkpoint: Path) -> int:
+    """The number in the name of an iter_* folder."""
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
+def said_latest(directory: Path) -> int | None:
+    """What the file `latest` says; None if it says nothing. It is a hint for people: folders decide."""
     try:
-        text = pointer.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{pointer} cannot be read ({error})"]) from None
-    remedy = f"copy the folder again, or remove {pointer} to take the newest complete checkpoint"
-    if not text.isdecimal():
-        raise ConfigError([f"{pointer} says {text!r}, which is no iteration; {remedy}"])
-    path = iteration_directory(directory, int(text))
-    if not (path / "hf" / "config.json").is_file():
-        raise ConfigError([f"{pointer} says {text!r}, but {path}/hf/config.json does not exist; {remedy}"])
-    return path
+        text = (directory / _LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is an iter_* folder itself, rather than a folder of them."""
+    return (directory / "hf" / "config.json").is_file()
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of a checkpoints/ folder, or `directory` itself if it is an iter_* folder with its
+    hf/config.json; None if there is none. Folders get their names when they are whole; whether their files still are
+    what was written is not looked at (`checkpoint/choice.py` does)."""
+    if is_checkpoint(directory):
+        return directory
+    return next((path for path in checkpoints_in(directory) if (path / MANIFEST_FILE).is_file()), None)
 
 
 def has_encoder(checkpoint: Path) -> bool:

@@ -10,7 +10,7 @@ from laver_megatron.checkpoint.directory import MANIFEST_FILE
 from laver_megatron.runtime.files import read_object, sync_directory, write_text
 
 Entry = tuple[int, str]  # bytes, checksum (XXH3, 128 bits) with its name before it
-_ALGORITHM = "xxh3_128:"
+ALGORITHM = "xxh3_128:"
 
 
 def checksum(path: Path) -> str:
@@ -18,7 +18,7 @@ def checksum(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return _ALGORITHM + digest.hexdigest()
+    return ALGORITHM + digest.hexdigest()
 
 
 def describe(path: Path) -> Entry:
@@ -45,12 +45,17 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
         entries = {name: (int(size), str(digest)) for name, (size, digest) in read_object(path).items()}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    other = [name for name, (_, digest) in entries.items() if not digest.startswith(_ALGORITHM)]
+    other = [name for name, (_, digest) in entries.items() if not digest.startswith(ALGORITHM)]
     if other:
         raise ValueError(
-            f"{path} has a checksum of another kind than {_ALGORITHM} for {other[0]}; write the checkpoint anew"
+            f"{path} has a checksum of another kind than {ALGORITHM} for {other[0]}; write the checkpoint anew"
         )
     return entries
+
+
+def is_small(name: str) -> bool:
+    """Whether a file is read whole by a quick check: all but those of the tensors."""
+    return not name.endswith(".distcp")
 
 
 def check_files(

@@ -1,33 +1,28 @@
 """Checkpoints: student, teacher, optimizer, centre and progress as one state, in Megatron-Core's distributed format.
 
-A checkpoint is written into a temporary directory and renamed when it is complete, so that a directory
-named `iter_...` is always whole. The teacher is stored once, as its fp32 accumulators.
+The teacher is stored once, as its fp32 accumulators. How a checkpoint gets onto the disk says `saver.py`.
 """
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import MegatronOptimizer
 
-from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, iteration_directory, set_latest
-from laver_megatron.checkpoint.manifest import Entry, check_files, describe, files_of, read_manifest, write_manifest
+from laver_megatron.checkpoint.directory import has_encoder
+from laver_megatron.checkpoint.manifest import check_files, read_manifest
 from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.modules import MODULES
-from laver_megatron.hf.files import copy_model_files
-from laver_megatron.hf.shape import TEXT_PART, VISION_PART
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
-from laver_megatron.runtime.engine import load_sharded, stored_keys
-from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file, write_text
-from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, on_rank_0, rank
+from laver_megatron.runtime.engine import Stored, load_sharded, stored_tensors
+from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, rank
 from laver_megatron.runtime.sharded_state import sharding_metadata
 
 Item = TypeVar("Item")
@@ -70,53 +65,24 @@ def _optimizer_state(state: TrainingState, model_state: dict, metadata: dict, is
     return {"optimizer": sharded}
 
 
-def save_checkpoint(directory: Path, state: TrainingState, model_dir: Path, encoder_dir: Path, run: dict) -> Path:
-    """Writes `directory/iter_...` on all ranks together and returns its path.
-
-    Args:
-        model_dir, encoder_dir: Hugging Face directories whose small files are copied along.
-        run: the run's configuration, with which a later start is compared.
-    """
-    final = iteration_directory(directory, state.progress.iteration)
-    temporary = directory / f".{final.name}.incomplete"
-    on_rank_0("make room for the checkpoint", lambda: _make_temporary(directory, temporary))
+def state_to_save(state: TrainingState) -> dict:
+    """Everything of a running trainer as one sharded state. Collective."""
     metadata = sharding_metadata()
     sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=False))
     sharded.update(_teacher_state(state, metadata, is_loading=False))
     sharded.update(progress=gathered(asdict(state.progress))[0])  # each rank's clock says something else
-    all_ranks("write the checkpoint", lambda: dist_checkpointing.save(sharded, str(temporary)))
-
-    def describe_run() -> None:
-        copy_model_files(model_dir, temporary / "hf", TEXT_PART)
-        copy_model_files(encoder_dir, temporary / "encoder", VISION_PART)
-        write_text(temporary / RUN_FILE, json.dumps(run, indent=1))
-
-    on_rank_0("write the checkpoint", describe_run)
-    _write_manifest(temporary)
-
-    def put_final_name() -> None:
-        put_in_place(temporary, final)
-        set_latest(directory, state.progress.iteration)
-        sync_directory(directory)
-
-    on_rank_0("put the checkpoint in place", put_final_name)
-    return final
+    return sharded
 
 
-def _make_temporary(directory: Path, temporary: Path) -> None:
-    for abandoned in directory.glob(".iter_*"):  # by a save that was interrupted
-        shutil.rmtree(abandoned)
-    temporary.mkdir(parents=True)
-
-
-def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Fills `state` from a checkpoint written at any layout, to resume exactly.
+def load_checkpoint(path: Path, state: TrainingState, *, verify: bool = True) -> None:
+    """Fills `state` from a checkpoint written at any layout, to resume exactly. verify: compare checksums first.
 
     Raises:
         ValueError: damaged files, tensors that either side has no counterpart for, other data.
     """
-    verify_manifest(path)
+    if verify:
+        verify_manifest(path)
     metadata = sharding_metadata()
     sharded = _model_state(state.stages, metadata)
     sharded.update(_optimizer_state(state, sharded, metadata, is_loading=True))
@@ -149,13 +115,15 @@ def _take_settings_of_this_run(loaded: dict, optimizer: MegatronOptimizer) -> No
     ]
 
 
-def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) -> None:
+def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool, verify: bool = True) -> None:
     """Fills the student from a checkpoint; optimizer and progress stay new. Parts that the checkpoint lacks (a
     vision head, [MASK]; encoder and connector of a text-only one) keep their start values.
 
+    verify: compare checksums first.
     take_teacher: the teacher is the checkpoint's, where it has one, instead of a copy of the student.
     """
-    verify_manifest(path)
+    if verify:
+        verify_manifest(path)
     may_lack = MODULES["heads"]
     if not has_encoder(path):
         may_lack += MODULES["encoder"] + MODULES["connector"]
@@ -164,7 +132,7 @@ def start_from_weights(path: Path, state: TrainingState, *, take_teacher: bool) 
     if state.teacher is None:
         return
     state.teacher.copy_student()
-    stored = _stored_keys(path)
+    stored = _stored(path)
     if take_teacher and any(key.startswith("teacher.decoder.") for key in stored):
         sharded = _teacher_state(state, sharding_metadata(), is_loading=True)
         if "teacher.centre" not in stored:
@@ -191,8 +159,8 @@ def _fill_teacher(state: TrainingState, loaded: dict) -> None:
         state.centre.value_K.copy_(loaded["centre"])
 
 
-def _stored_keys(path: Path) -> set[str]:
-    return all_ranks(f"read the checkpoint {path}", lambda: stored_keys(path))
+def _stored(path: Path) -> dict[str, Stored]:
+    return all_ranks(f"read the checkpoint {path}", lambda: stored_tensors(path))
 
 
 def _moments_of_idle_parameters(stages: Sequence[LaverStage]) -> tuple[str, ...]:
@@ -212,12 +180,17 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_i
 
     may_lack: beginnings of keys that the checkpoint may be without; may_ignore: of those nobody need ask for.
     """
-    stored = _stored_keys(path)
-    mine = {entry.key for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0])}
-    asked = set().union(*gathered(mine))
+    stored = _stored(path)
+    mine = {}
+    for entry in nested_values(extract_sharded_base(load_preprocess(sharded)[0])[0]):
+        is_tensor = isinstance(entry, ShardedTensor)
+        mine[entry.key] = Stored(tuple(entry.global_shape), entry.dtype) if is_tensor else Stored()
+    wanted = {key: it for part in gathered(mine) for key, it in part.items()}
+    _check_sizes(path, stored, wanted)
+    asked = wanted.keys()
     for keys, ignored, problem in (
-        (asked - stored, may_lack, "lacks {} of the tensors that this run needs"),
-        (stored - asked, may_ignore, "holds {} tensors that this run has no place for"),
+        (asked - stored.keys(), may_lack, "lacks {} of the tensors that this run needs"),
+        (stored.keys() - asked, may_ignore, "holds {} tensors that this run has no place for"),
     ):
         # Extra states are TransformerEngine's notes for fp8, which nothing here uses.
         wrong = sorted(key for key in keys if not key.startswith(ignored) and "._extra_state" not in key)
@@ -229,17 +202,24 @@ def _check_keys(sharded: dict, path: Path, may_lack: tuple[str, ...] = (), may_i
             )
 
 
-def _write_manifest(path: Path) -> None:
-    files = _my_share(files_of(path))
-
-    def describe_files() -> dict[str, Entry]:
-        for file in files:
-            sync_file(file)
-        return {str(file.relative_to(path)): describe(file) for file in files}
-
-    parts = gathered(all_ranks("checksum the checkpoint", describe_files))
-    merged = {name: entry for part in parts for name, entry in part.items()}
-    on_rank_0("write the manifest", lambda: write_manifest(path, merged))
+def _check_sizes(path: Path, stored: dict[str, Stored], wanted: dict[str, Stored]) -> None:
+    """ValueError naming the tensors that are of another size, or numbers of another kind, than this run's. Floating
+    types may differ: values are converted. (Megatron-Core lets the rows of an embedding differ without a word.)"""
+    wrong = []
+    for key in sorted(stored.keys() & wanted.keys()):
+        theirs, ours = stored[key], wanted[key]
+        if theirs.size is None or ours.size is None or theirs.dtype is None or ours.dtype is None:
+            continue
+        if theirs.size != ours.size:
+            wrong.append(f"{key} is {list(theirs.size)}, here {list(ours.size)}")
+        elif theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
+            wrong.append(f"{key} is {theirs.dtype}, here {ours.dtype}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{path} holds {len(wrong)} tensors of another size or kind than this run needs: "
+            f"{'; '.join(wrong[:5])}{more}. The model it was written with is another: start from its own config.json"
+        )
 
 
 def verify_manifest(path: Path) -> None:
@@ -249,6 +229,16 @@ def verify_manifest(path: Path) -> None:
         check_files(path, _my_share(list(read_manifest(path).items())))
 
     all_ranks(f"verify the checkpoint {path}", verify)
+
+
+def whole_problem(path: Path) -> str:
+    """What `verify_manifest` says, the same on all ranks; empty if the checkpoint is whole."""
+    try:
+        check_files(path, _my_share(list(read_manifest(path).items())))
+        mine = ""
+    except (ValueError, OSError) as error:
+        mine = str(error)
+    return "; ".join(dict.fromkeys(filter(None, gathered(mine))))
 
 
 def _my_share(items: list[Item]) -> list[Item]:

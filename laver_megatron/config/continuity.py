@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE, has_encoder
+from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder
 from laver_megatron.config.fields import CHANGEABLE, Config
 from laver_megatron.encoders import EncoderShape, encoder_facts, read_encoder
 from laver_megatron.start import HEAD_SIZES, HuggingFace, Resume, Start
@@ -45,8 +45,6 @@ def continuity_problems(
     directory = start.directory
     assert directory is not None
     if not isinstance(start, HuggingFace):
-        if not (directory / MANIFEST_FILE).is_file():
-            yield f"{directory / MANIFEST_FILE} does not exist: {directory.name} is not a complete checkpoint"
         problem = problem or _unsaid(directory, written)
     if problem:
         yield problem

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laver_megatron.config.options import ABOVE_ZERO, Range, option
+from laver_megatron.config.options import ABOVE_ZERO, POSITIVE, Range, option
+
+SAVE_FAILURES = ("stop", "continue")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,4 +30,31 @@ class ReliabilityConfig:
         "applied steps that mean and deviation are taken over; before there are as many, nothing is a spike",
         valid=Range("must be at least 2", {"minimum": 2}),
         default=100,
+    )
+    strict_load: bool = option(
+        "go on from the newest checkpoint or not at all; otherwise a damaged one is passed over for the newest whole "
+        "one, with a warning",
+        default=False,
+    )
+    async_save: bool = option(
+        "train on while a checkpoint is written, from a copy in the host's memory; the last one is waited for",
+        default=True,
+    )
+    save_failure: str = option(
+        "when a checkpoint cannot be written (a full disk): stop, or continue with a warning and try again at the next "
+        "save; the last save of a run has to succeed",
+        choices=SAVE_FAILURES,
+        default="stop",
+    )
+    keep_last: int | None = option(
+        "checkpoints to keep, the newest; older ones are deleted when a new one is whole (default: all are kept)",
+        valid=POSITIVE,
+        default=None,
+    )
+    keep_every: int | None = option(
+        "with --keep-last, also keep those at iterations divisible by this", valid=POSITIVE, default=None
+    )
+    keep_best: bool = option(
+        "with --keep-last, also keep the one with the lowest validation loss of those that were validated",
+        default=False,
     )

@@ -23,7 +23,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from laver_megatron.hf.rows import join_blocks, row_blocks, runs_of_part_rows
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
 from laver_megatron.hf.weights import Size, Weight
+from laver_megatron.runtime.pickles import read_metadata
 
 # How Megatron-Core names the format, in metadata.json. (Its own function would take seconds to import.)
 _FORMAT = {
@@ -70,12 +70,7 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            metadata = FileSystemReader(directory).read_metadata()
-        except Exception as error:  # a pickle can fail with anything
-            raise ValueError(
-                f"{directory} is not a Megatron-Core checkpoint: .metadata cannot be read: {error}"
-            ) from error
+        metadata = read_metadata(directory)
         self.sizes: dict[str, Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._boxes: dict[str, list[Box]] = {}

@@ -148,6 +148,18 @@ def with_shares(whole: StateBytes, trained: int, averaged: int, config: Config) 
     return replace(whole, optimizer=trained * optimizer_bytes, accumulators=accumulators)
 
 
+def checkpoint_copy_bytes(config: Config, state: StateBytes, data_parallel_size: int) -> int:
+    """What a host holds for each data-parallel rank 0 of a stage while a checkpoint is written in the background: the
+    weights, which others have as well, the optimizer's fp32 state of all data-parallel ranks, and its part of the EMA.
+
+    state: of the fullest rank of the stage.
+    """
+    # In fp32 Megatron-Core stores the weights as the optimizer's once more.
+    optimizer = state.optimizer if config.training.bf16 else state.optimizer * 3 // 2
+    average = state.accumulators if config.training.bf16 else state.teacher // data_parallel_size
+    return state.weights + optimizer * data_parallel_size + average
+
+
 def _values_of_stage(
     config: Config, shape: ModelShape, encoder: _EncoderTensors, feature_size: int, dp: int, stage: int
 ) -> tuple[StateBytes, list[int], list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from laver_megatron.config.fields import Config
 from laver_megatron.planning.hardware import GIB
+from laver_megatron.planning.memory import checkpoint_copy_bytes
 from laver_megatron.planning.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
 from laver_megatron.planning.search import FIRST, LAST, MOST_TIMES, Search
 
@@ -28,6 +29,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "usable_bytes": plan.job.gpu.usable_bytes,
         "encoder_bytes": plan.encoder_bytes,
+        "host_copy_bytes": host_copies(plan),
         "num_micro_batches": plan.num_micro_batches,
         "stages": [
             {
@@ -180,6 +182,11 @@ def _best(plan: Plan) -> Iterator[str]:
     recomputed = ", ".join(f"{kind} {_gib(number, 2)} GiB" for kind, number in by_kind)
     yield f"activations by what is recomputed: {recomputed}"
     yield f"the encoder's weights, on every rank of stage 0: {_gib(plan.encoder_bytes, 2)} GiB"
+    copies, tp = host_copies(plan), plan.config.parallel.tensor_model_parallel_size
+    yield (
+        f"saving in the background holds {_gib(max(copies), 2)} GiB of host memory for each data-parallel rank 0 of "
+        f"stage {copies.index(max(copies))} while it is written, {_gib(sum(copies) * tp, 1)} GiB of all hosts together"
+    )
     step, peak = plan.slowest, asdict(plan.slowest.seconds)
     yield f"time, on stage {step.stage}: {_named(peak, lambda seconds: f'{seconds:.3g} s')}"
     sent = _named(asdict(step.sent), lambda number: f"{number / 1e9:.2f} GB")
@@ -197,6 +204,11 @@ def _best(plan: Plan) -> Iterator[str]:
             f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
             f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
         )
+
+
+def host_copies(plan: Plan) -> list[int]:
+    """Of each stage, see `checkpoint_copy_bytes`."""
+    return [checkpoint_copy_bytes(plan.config, stage.state, plan.data_parallel_size) for stage in plan.stages]
 
 
 def _named(values: Mapping[str, float], text: Callable[[float], str], *, zeros: bool = False) -> str:

@@ -9,7 +9,6 @@ from types import FrameType
 from typing import NoReturn
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.config.fields import ConfigError
 from laver_megatron.runtime.exit_status import INTERRUPTED
 
 LAUNCHED = "LAVER_LAUNCHED"  # environment: the launcher, which outlives the ranks, says the line
@@ -45,10 +44,7 @@ def end_interrupted(run_dir: str) -> NoReturn:
 
 def interruption_message(run_dir: str) -> str:
     """The last checkpoint of a run directory, and how to resume."""
-    try:
-        checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
-    except ConfigError as error:
-        return f"interrupted; {error.problems[0]}"
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
     if checkpoint is None:
         return f"interrupted; {run_dir} has no checkpoint yet: the same command starts over"
     return f"interrupted; {checkpoint} is kept: the same command resumes from it"

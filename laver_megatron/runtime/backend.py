@@ -153,10 +153,22 @@ def initialise_parallelism(
     timeout_minutes: int,
     seed: int,
 ) -> None:
-    """Joins the process group of torchrun (or a group of one) and builds Megatron's parallel groups."""
+    """Joins the process group and builds Megatron's parallel groups."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    join_process_group(timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def join_process_group(timeout_minutes: int) -> None:
+    """Joins the process group of torchrun, or a group of one, unless this process has."""
     backend = use_backend()
     if not torch.distributed.is_initialized():
         # A group of one needs no rendezvous, and must not set variables that child processes inherit.
@@ -169,13 +181,6 @@ def initialise_parallelism(
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=backend.device if backend.is_cuda else None,
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,
-    )
-    model_parallel_cuda_manual_seed(seed)
 
 
 def shut_down_parallelism() -> None:

@@ -7,11 +7,17 @@ import importlib.util
 import inspect
 import io
 import logging
+import queue
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+if TYPE_CHECKING:
+    import torch
 
 # A module of kernels for mixtures of experts, which are not used here, and its names.
 _PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
@@ -26,6 +32,13 @@ _NEEDLESS_LOG_LINES = {
 
 # Under which key of a checkpoint 0.19 keeps what is not sharded; 0.16 has the file for it.
 _COMMON_STATE, _COMMON_FILE = "common_state", "common.pt"
+
+
+class Stored(NamedTuple):
+    """A tensor as a whole in a checkpoint; without size and type, an object of another kind."""
+
+    size: tuple[int, ...] | None = None
+    dtype: "torch.dtype | None" = None
 
 
 def prepare_import() -> None:
@@ -81,11 +94,75 @@ def data_parallel(stage: Any, ddp_config: Any, *, disable_bucketing: bool) -> An
     return DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=disable_bucketing, **layout)
 
 
-def stored_keys(checkpoint: Path) -> set[str]:
-    """The keys of all that is sharded in a checkpoint, of tensors and of other objects."""
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+def stored_tensors(checkpoint: Path) -> dict[str, Stored]:
+    """What is sharded in a checkpoint, tensors and other objects, by key.
 
-    return {key for key in load_sharded_metadata(str(checkpoint)) if key.split("/")[0] != _COMMON_STATE}
+    Raises:
+        ValueError: `.metadata` cannot be read, or names what no checkpoint needs.
+    """
+    from laver_megatron.runtime.pickles import read_metadata  # torch: not every program waits for it
+
+    tensors = read_metadata(checkpoint).state_dict_metadata
+    return {
+        key: Stored(tuple(it.size), it.properties.dtype) if hasattr(it, "size") else Stored()
+        for key, it in tensors.items()
+        if key.split("/")[0] != _COMMON_STATE
+    }
+
+
+class PlannedSave(NamedTuple):
+    """What this rank writes of a checkpoint.
+
+    Attributes:
+        writer: Megatron-Core's `FileSystemWriterAsync`; its `write_buckets` are files with their tensors and objects.
+        metadata: of the whole checkpoint, on rank 0.
+        files: further files, by name.
+    """
+
+    writer: Any
+    metadata: Any
+    files: dict[str, bytes]
+
+
+def plan_save(sharded: dict, directory: Path) -> PlannedSave:
+    """Lets Megatron-Core divide a state among the ranks, one file each. Collective; nothing is written."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    planned = PlannedSave(None, None, {})
+
+    class Plan(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, outcome: tuple, *strategy: Any) -> Any:
+            nonlocal planned
+            planned = planned._replace(writer=writer, metadata=outcome[1])
+            return super()._get_save_and_finalize_callbacks(writer, outcome, *strategy)
+
+    def keep_common(strategy: Any, state: dict, checkpoint_dir: str | Path) -> None:
+        # A file of its own, in 0.16. It is written with the rest, where an error is heard of by all ranks.
+        if torch.distributed.get_rank() == 0:
+            content = io.BytesIO()
+            torch.save(state, content)
+            planned.files[_COMMON_FILE] = content.getvalue()
+
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    more = {"async_strategy": "mcore"} if takes_strategy else {}
+    has_file = hasattr(common, "TorchCommonSaveStrategy")
+    # Whoever writes is a thread of this process; Megatron-Core would start another process to hold a queue.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = Plan("torch_dist", 1, thread_count=1)
+    with mock.patch.object(common.TorchCommonSaveStrategy, "save_common", keep_common) if has_file else nullcontext():
+        dist_checkpointing.save(sharded, str(directory), strategy, async_sharded_save=True, **more)
+    return planned
+
+
+def finish_save(planned: PlannedSave, places: list, directory: Path) -> None:
+    """On rank 0, writes what makes a directory of tensors a checkpoint. places: of all ranks' tensors."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    planned.writer.finish(planned.metadata, places)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 def load_sharded(sharded: dict, checkpoint: Path) -> dict:
@@ -93,13 +170,16 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    from laver_megatron.runtime.pickles import only_known_pickles
+
     reads_common = {}
     takes_strategy = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
     if takes_strategy and not (checkpoint / _COMMON_FILE).exists():
         reads_common["common_strategy"] = _common_state_of_0_19()
-    loaded, *_ = dist_checkpointing.load(
-        sharded, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED, **reads_common
-    )
+    with only_known_pickles(checkpoint):
+        loaded, *_ = dist_checkpointing.load(
+            sharded, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED, **reads_common
+        )
     return loaded
 
 

@@ -6,6 +6,7 @@ Without torch.distributed there is one rank, and the functions just do it.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -31,6 +32,15 @@ def gathered(value: Any) -> list[Any]:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def on_every_rank(is_so: bool) -> bool:
+    """Whether something holds on all ranks."""
+    if not dist.is_initialized():
+        return is_so
+    found = torch.tensor([int(is_so)], device=torch.cuda.current_device())  # of this backend, see `use_backend`
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return bool(found.item())
 
 
 def all_ranks(action: str, work: Callable[[], Result]) -> Result:

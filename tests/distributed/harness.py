@@ -167,12 +167,11 @@ def _serve(number: int, connection: Connection, stacks: str) -> None:
     import torch
 
     from laver_megatron.runtime.backend import use_backend
-    from tests.checkpoint_writer import prepare_checkpoint_writer, results_queue
+    from tests.checkpoint_writer import prepare_checkpoint_writer
 
     torch.set_num_threads(1)
     use_backend()
     prepare_checkpoint_writer()
-    results_queue()  # now, before there are threads
     while True:
         try:
             path, layout, arguments, store = pickle.loads(connection.recv_bytes())

@@ -1,9 +1,11 @@
 """Checkpoints: nothing is lost between saving and loading, at any layout, and a broken one is refused by name."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from laver_megatron import train
+from laver_megatron.checkpoint import saver, writer
 from laver_megatron.checkpoint import state as checkpoint
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.checkpoint.progress import Progress
@@ -145,7 +148,7 @@ def write_and_go_on(layout, config):
     trainer = make_trainer(config)
     for _ in range(WRITTEN_AT):
         train.train_step(trainer)
-    train.save(trainer, Path(config.run.run_dir))
+    train.save(trainer)
     state = whole_state(trainer)
     records = [train.train_step(trainer) for _ in range(WRITTEN_AT)]
     return state, records, whole_state(trainer)
@@ -204,7 +207,7 @@ def write_progress(layout, config):
     trainer = make_trainer(config)
     for name, value in PROGRESS.items():
         setattr(trainer.progress, name, value)
-    train.save(trainer, Path(config.run.run_dir))
+    train.save(trainer)
 
 
 def read_progress(layout, config):
@@ -362,14 +365,16 @@ def test_broken_checkpoints_are_refused_by_name(pool, assets, written, tmp_path)
 
 # (module, function, which of its calls): where `save_checkpoint` is stopped, in order.
 MOMENTS = (
-    (checkpoint.dist_checkpointing, "save", 1),
-    (checkpoint, "copy_model_files", 1),
-    (checkpoint, "copy_model_files", 2),
+    (saver, "plan_save", 1),
+    (saver, "copy_model_files", 1),
+    (saver, "copy_model_files", 2),
     (os, "replace", 1),  # the run's settings
-    (os, "replace", 2),  # the manifest
-    (os, "replace", 3),  # the whole directory
-    (os, "replace", 4),  # `latest`
-    (checkpoint, "sync_directory", 1),
+    (os, "replace", 2),  # who wrote it
+    (saver, "finish_save", 1),
+    (os, "replace", 3),  # the manifest
+    (os, "replace", 4),  # the whole directory
+    (os, "replace", 5),  # `latest`
+    (saver, "sync_directory", 3),  # after those of the checkpoint
 )
 
 
@@ -383,7 +388,7 @@ def interrupted_saves(layout, config):
     run_dir, found = Path(config.run.run_dir), []
     trainer = make_trainer(config)
     train.train_step(trainer)
-    train.save(trainer, run_dir)
+    train.save(trainer)
     train.train_step(trainer)
     second = snapshot(trainer)
     for module, name, number in MOMENTS:
@@ -396,44 +401,48 @@ def interrupted_saves(layout, config):
             return original(*args, **kwargs)
 
         with mock.patch.object(module, name, stop), pytest.raises(Killed):
-            train.save(trainer, run_dir)
+            train.save(trainer)
         path = latest_checkpoint(run_dir / "checkpoints")
         found.append(path.name)
         checkpoint.load_checkpoint(path, trainer.state)
         if trainer.progress.iteration == 1:
             train.train_step(trainer)
         assert_same_bits(snapshot(trainer), second)
-    train.save(trainer, run_dir)
+    train.save(trainer)
     return found, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before(pool, assets, tmp_path):
     config = make_config(assets, tmp_path, ema_interval=1)
     [(found, left)] = pool.run(interrupted_saves, Layout(), config)
-    assert found == ["iter_0000001"] * 7 + ["iter_0000002"]
+    assert found == ["iter_0000001"] * 8 + ["iter_0000002"] * 2
     assert left == ["iter_0000001", "iter_0000002", "latest"], "a later save clears away what the broken ones left"
 
 
 def failing_save(layout, config):
     """Job: a save that fails on one rank, then one that does not."""
     trainer = make_trainer(config)
-    save = checkpoint.dist_checkpointing.save
+    sync = writer._HashedFile.sync
 
-    def fail_on_one_rank(*args, **kwargs):
-        save(*args, **kwargs)
+    def fail_on_one_rank(file):
+        sync(file)
         if dist.get_rank() == 1:
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(file.path))
 
-    failing = mock.patch.object(checkpoint.dist_checkpointing, "save", fail_on_one_rank)
-    with failing, pytest.raises(OSError) as raised:
-        train.save(trainer, Path(config.run.run_dir))
-    after_failure = latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
-    train.save(trainer, Path(config.run.run_dir))
+    with mock.patch.object(writer._HashedFile, "sync", fail_on_one_rank), pytest.raises(OSError) as raised:
+        train.save(trainer)
+    after_failure = sorted((Path(config.run.run_dir) / "checkpoints").iterdir())
+    dist.barrier()
+    train.save(trainer)
     return str(raised.value), after_failure, latest_checkpoint(Path(config.run.run_dir) / "checkpoints")
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all(pool, assets, tmp_path):
     layout = Layout(tp=2)
     for message, after_failure, at_the_end in pool.run(failing_save, layout, make_config(assets, tmp_path, layout)):
-        assert "rank 1" in message and "No space left on device" in message
-        assert after_failure is None and at_the_end is not None
+        assert re.search(
+            r"rank 1: OSError: \[Errno 28\] No space left on device; 0\.\d+ GB are to be written there and \d+\.\d+ GB "
+            r"are free .*: '.*/\.iter_0000000\.incomplete/__1_0\.distcp'",
+            message,
+        )
+        assert after_failure == [] and at_the_end is not None

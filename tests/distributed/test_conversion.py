@@ -286,7 +286,7 @@ def train_and_save(layout, config):
     trainer = make_trainer(config)
     for _ in range(NUM_STEPS):
         train.train_step(trainer)
-    train.save(trainer, Path(config.run.run_dir))
+    train.save(trainer)
     state = state_shards(trainer)
     outputs = model_outputs(trainer.stages, micro_batches()) if not config.training.bf16 else None
     return state, outputs

@@ -144,9 +144,9 @@ def run_with_slow_saves(layout, config):
     clock = Clock()
 
     def slowly(seconds, function):
-        def slow(*arguments):
+        def slow(*arguments, **settings):
             clock.now += seconds
-            return function(*arguments)
+            return function(*arguments, **settings)
 
         return slow
 

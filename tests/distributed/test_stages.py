@@ -19,7 +19,7 @@ from laver_megatron.config.fields import ConfigError
 from laver_megatron.config.modules import MODULES
 from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.run_log.records import read_records
-from laver_megatron.runtime.engine import stored_keys
+from laver_megatron.runtime.engine import stored_tensors
 from laver_megatron.stages.chain import read_stages
 from laver_megatron.stages.weight_changes import ModuleChange, changes_of_modules
 from laver_megatron.train import setup, train, train_step
@@ -161,7 +161,7 @@ def test_the_teacher_is_made_in_stage_2_and_dropped_in_stage_3(chain):
     assert_teacher_is_student(chain.before[1])
     start, end = whole(chain.before[1], "teacher"), whole(chain.after[1], "teacher")
     assert all(not torch.equal(end[key], tensor) for key, tensor in start.items())
-    stored = [stored_keys(stage.checkpoint) for stage in chain.stages]
+    stored = [stored_tensors(stage.checkpoint) for stage in chain.stages]
     kept = [any(is_of_laver(key) or key.startswith("teacher.") for key in keys) for keys in stored]
     assert kept == [False, True, False]
 

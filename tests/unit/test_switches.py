@@ -780,14 +780,15 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
         mock.patch.object(train, "save") as save,
     ):
         iterations = []
-        save.side_effect = lambda trainer, run_dir: iterations.append((trainer.progress.iteration, run_dir))
+        save.side_effect = lambda trainer, last: iterations.append((trainer.progress.iteration, last))
         read_at = []
         if trainer.validation_data is not None:
             at = trainer.validation_data.at
             trainer.validation_data.at = lambda *args, **kwargs: read_at.append(args[0]) or at(*args, **kwargs)
         train.train(trainer)
     log = run_log.return_value
-    assert iterations == [(iteration, tmp_path / "run") for iteration in saved]
+    assert iterations == [(iteration, iteration == num_iterations) for iteration in saved]
+    assert trainer.saver.directory == tmp_path / "run" / "checkpoints"
     assert (tmp_path / "run" / "config.yaml").read_text() == trainer.config.to_yaml()
     told = ("log_interval", "tensorboard", "wandb_project", "train_iters")
     assert {name: trainer.config.flat()[name] for name in told}.items() <= run_log.call_args.kwargs.items()
@@ -878,6 +879,12 @@ ELSEWHERE = {
     "load": ("distributed/test_checkpoint.py", "load="),
     "finetune": ("distributed/test_checkpoint.py", "finetune=True"),
     "allow_change": ("unit/config/test_checks.py", "allow_change"),
+    "strict_load": ("distributed/test_fallback.py", "strict_load=True"),
+    "async_save": ("distributed/test_saving.py", "async_save=background"),
+    "save_failure": ("distributed/test_saving.py", "save_failure=policy"),
+    "keep_last": ("distributed/test_saving.py", "keep_last=2"),
+    "keep_every": ("distributed/test_saving.py", "keep_every=3"),
+    "keep_best": ("distributed/test_saving.py", "keep_best=True"),
     # Refused on a CPU, or everywhere.
     "cuda_graph_impl": ("unit/config/test_engine_checks.py", '"cuda_graph_impl"'),
     "fine_grained_activation_offloading": ("unit/config/test_engine_checks.py", '"fine_grained_activation_offloading"'),

@@ -6,6 +6,8 @@
 - teacher's update: against `torch._foreach_lerp_` and `torch._foreach_copy_` on tensors of the same sizes
 - save: against writing as many bytes to one file in the same folder, flushed to the disk
 - resume: `load_checkpoint`, which verifies every byte, against reading the same files
+- step while a checkpoint is written: against steps without
+- save, while training stands still: with --async-save, against without
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from laver_megatron import train
 from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.checkpoint.state import load_checkpoint, save_checkpoint
+from laver_megatron.checkpoint.saver import save_checkpoint
+from laver_megatron.checkpoint.state import load_checkpoint
 from laver_megatron.runtime.backend import shut_down_parallelism, use_backend
 from tools.benchmarks import report
 from tools.benchmarks.memory import resident
@@ -103,16 +106,51 @@ def measure(trainer: train.Trainer, directory: Path, rounds: int) -> str:
     loading, reading = seconds_in_turns(
         [lambda: load_checkpoint(path, trainer.state), lambda: read_files(path)], rounds, device
     )
+    steps, steps_beside = step_seconds_beside_saves(trainer, rounds)
     num_parameters = sum(accumulator.numel() for accumulator in teacher.accumulators())
     rows = [
         [f"teacher's update, {num_parameters / 1e6:.1f}M parameters", *_cells(update, bare)],
         [f"save, {num_bytes / 1e9:.2f} GB", *_cells(saving, writing)],
         [f"resume, {num_bytes / 1e9:.2f} GB", *_cells(loading, reading)],
+        ["step while a checkpoint is written", *_cells(steps_beside, steps)],
+        ["save, while training stands still", *_cells(*stopped_seconds(trainer, rounds))],
     ]
     memory = (
         f"Resident set: {before / 2**20:.0f} MiB before the saves, {resident('VmHWM') / 2**20:.0f} MiB at the peak."
     )
     return report.table(["what", "ms", "bare work, ms", "ratio"], rows) + "\n\n" + memory
+
+
+def step_seconds_beside_saves(trainer: train.Trainer, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of steps without a save, and of those during which one was on its way to the disk, by turns."""
+    device, saver = trainer.backend.device, trainer.saver
+    alone: list[float] = []
+    beside: list[float] = []
+    for _ in range(rounds):
+        for steps in (alone, beside):
+            if steps is beside:
+                saver.save(trainer.state, last=False)
+            for _ in range(3):
+                started = wait_for(device)
+                train.train_step(trainer)
+                if steps is alone or saver.is_writing:
+                    steps.append(wait_for(device) - started)
+            saver.publish()
+    return alone, beside
+
+
+def stopped_seconds(trainer: train.Trainer, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds that training stands still for a save, in the background and at once."""
+    saver = trainer.saver
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for last, found in zip((False, True), seconds, strict=True):
+            saver.save(trainer.state, last=last)
+            while saver.is_writing:  # as in the steps after it
+                time.sleep(0.01)
+            saver.publish()
+            found.append(saver.stopped_seconds)
+    return seconds
 
 
 def _cells(ours: Sequence[float], bare: Sequence[float]) -> list[str]:

@@ -27,7 +27,7 @@ from laver_megatron.convert.verification.workers import Worker
 from laver_megatron.data.read.conversations import IMAGE_PLACEHOLDER
 from laver_megatron.hf.parts import ModelSettings
 from laver_megatron.hf.shape import read_config, read_model_shape
-from laver_megatron.runtime.engine import load_sharded
+from laver_megatron.runtime.engine import load_sharded, stored_tensors
 from laver_megatron.runtime.sharded_state import sharded_tensors, sharding_metadata
 
 STUDENT, TEACHER = "student", "teacher"
@@ -248,7 +248,6 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     rounded to the type of the student's."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
     def state() -> dict:
         sharded = stage.sharded_state_dict(metadata=sharding_metadata())
@@ -261,7 +260,7 @@ def _load(stage: Any, model: MegatronModel) -> list[str]:
     loaded = load_sharded({"model": state()}, model.checkpoint)
     stage.load_state_dict(loaded["model"], strict=False)
     if model.weights == TEACHER:
-        dtype = load_sharded_metadata(str(model.checkpoint))[_LAST_NORM].dtype
+        dtype = stored_tensors(model.checkpoint)[_LAST_NORM].dtype
         for parameter in stage.decoder.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
     return sorted({tensor.key for tensor in sharded_tensors(state()) if tensor.data.isnan().any()})

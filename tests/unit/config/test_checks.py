@@ -625,32 +625,26 @@ def test_load_checkpoint_folder_or_one_iteration(run, tmp_path):
         assert check_one(run.replace(load=str(load), encoder=None)).num_layers == 4
 
 
-def test_lost_pointer_means_the_highest_whole_folder(run, tmp_path):
+def test_the_highest_whole_folder_is_taken(run, tmp_path):
+    """Whatever the file `latest` says."""
     folder = tmp_path / "run" / "checkpoints"
     for iteration in (5, 20, 10_000_000):
         write_checkpoint(folder, iteration)
     (folder / "iter_10000000" / MANIFEST_FILE).unlink()
     write_checkpoint(folder, 30).rename(folder / ".iter_0000030.incomplete")
-    (folder / "latest").write_text("5")
-    assert latest_checkpoint(folder) == folder / "iter_0000005", "the pointer decides where there is one"
-    (folder / "latest").unlink()
-    assert latest_checkpoint(folder) == folder / "iter_0000020"
-    assert check_one(run.replace(load=None, encoder=None)).num_layers == 4
-
-
-def test_unreadable_pointer(run, tmp_path):
-    write_checkpoint(tmp_path / "old")
-    (tmp_path / "old" / "latest").write_bytes(b"\xff\xfe")
-    assert f"{tmp_path}/old/latest cannot be read" in found(run.replace(load=f"{tmp_path}/old"))[0]
+    for said in (b"5", b"\xff\xfe"):
+        (folder / "latest").write_bytes(said)
+        assert latest_checkpoint(folder) == folder / "iter_0000020"
+        assert check_one(run.replace(load=None, encoder=None)).num_layers == 4
+    problem = f"{folder}/iter_10000000 has no {MANIFEST_FILE}: it is not a complete checkpoint of this program"
+    assert found(run.replace(load=None, strict_load=True))[0].startswith(problem)
 
 
 def test_checkpoint_without_its_model(run, tmp_path):
     path = write_checkpoint(tmp_path / "old")
     (path / "hf" / "config.json").unlink()
-    assert f"says '10', but {path}/hf/config.json does not exist" in found(run.replace(load=str(tmp_path / "old")))[0]
-    (tmp_path / "old" / "latest").write_text("iter_0000010")
     problem = found(run.replace(load=str(tmp_path / "old")))[0]
-    assert "says 'iter_0000010', which is no iteration; " in problem and f"remove {tmp_path}/old/latest" in problem
+    assert f"{path}/hf/config.json is missing" in problem and "no checkpoint there is whole" in problem
     assert any("not a checkpoint" in problem for problem in found(run.replace(load=str(path))))
 
 
@@ -887,7 +881,7 @@ def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
     assert f"{file} does not exist" in found(config, dry_run=dry_run)[0]
     file.write_text(before)
     (path / MANIFEST_FILE).unlink()
-    assert f"{path}/manifest.json does not exist" in found(config, dry_run=dry_run)[0]
+    assert f"{path} has no manifest.json: it is not a complete checkpoint" in found(config, dry_run=dry_run)[0]
 
 
 # --- tokenizer, architectures, encoders, shards --------------------------------------------------------

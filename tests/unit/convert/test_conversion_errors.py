@@ -28,6 +28,7 @@ from laver_megatron.convert.hf_to_megatron import hf_to_megatron
 from laver_megatron.convert.megatron_to_hf import megatron_to_hf
 from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.hf.tokenizer import load_tokenizer
+from tests.attacks import poison_metadata, renew_manifest
 from tests.conversions import (
     ROOT,
     assert_same_files,
@@ -292,11 +293,6 @@ def test_large_values_are_no_warning(hf, tmp_path, capsys):
 # --- Megatron checkpoints that are not right ---
 
 
-def renew_manifest(directory):
-    """A manifest that fits the files as they are now: damage that came before it was written."""
-    write_manifest(directory, {str(path.relative_to(directory)): describe(path) for path in files_of(directory)})
-
-
 def change_metadata(directory, edit):
     path = directory / ".metadata"
     metadata = pickle.loads(path.read_bytes())
@@ -372,6 +368,12 @@ def test_unreadable_metadata(megatron, tmp_path, content):
     (megatron / ".metadata").write_bytes(content)
     renew_manifest(megatron)
     refused(megatron_to_hf, megatron, tmp_path / "out", megatron, ".metadata cannot be read")
+
+
+def test_metadata_that_run_code(megatron, tmp_path):
+    path = poison_metadata(megatron, tmp_path / "made")
+    refused(megatron_to_hf, megatron, tmp_path / "out", path, "names posix.mkdir")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
