@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -39,6 +39,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """One line on rank 0."""
+    """One line on rank 0. A terminal, or a file in its place, that takes no more ends no run."""
     if dist.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)

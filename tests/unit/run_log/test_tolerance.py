@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -13,6 +14,7 @@ from laver_megatron import train
 from laver_megatron.run_log import curves, metrics, records, run_summary, tolerance
 from laver_megatron.run_log.records import JsonLines, read_records, truncate_after
 from laver_megatron.run_log.tolerance import tolerating
+from laver_megatron.runtime import terminal
 from tests.distributed.build import make_assets
 from tests.switches import trainer_of
 from tests.unit.run_log.test_metrics import make_log, make_record
@@ -95,6 +97,18 @@ def test_a_failure_is_said_once_of_each_kind(caplog, tmp_path):
     ]
     with pytest.raises(KeyboardInterrupt), tolerating("curves", tmp_path, "no matter"):
         raise KeyboardInterrupt
+
+
+def test_a_terminal_that_takes_no_more_ends_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", mock.Mock(write=no_space))
+    monkeypatch.setattr(sys, "stdout", mock.Mock(write=no_space))
+    monkeypatch.setattr(terminal.dist, "get_rank", lambda: 0)
+    terminal.say("saved")
+    log = make_log(tmp_path, log_interval=1)
+    for iteration in (1, 2):
+        log.log(make_record(iteration))
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 2
+    assert caplog.text.count("lines of the log cannot be written to standard output") == 1
 
 
 def test_tensorboard_and_wandb_may_fail_whenever_they_like(tmp_path, monkeypatch, caplog):

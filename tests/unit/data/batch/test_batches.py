@@ -40,7 +40,7 @@ def source_on(config, reader, rank: int, num_ranks: int) -> BatchSource:
     source.config, source.reader, source.areas = config, reader, lambda packs: (0, 0, 0)
     source.image_cost = BY_TOKENS
     source.dtype, source.device = torch.float32, torch.device("cpu")
-    source.num_samples = source.num_bad_samples = 0
+    source.num_samples = source.num_bad_samples = source._num_bad_checked = 0
     source.faults, source._reported_faults = Counter(), Counter(reader.faults.counts)
     source.packs_per_rank = GLOBAL_BATCH_SIZE // num_ranks
     return source
@@ -54,6 +54,7 @@ def on_ranks(all_reduce, data_parallel_rank):
         mock.patch.object(batches, "share_metadata", lambda packs, masked, *_: (packs, masked)),
         mock.patch.object(batches, "scatter_pixels", lambda packs, *_: [p.pixels for p in packs]),
         mock.patch.object(batches.dist, "all_reduce", all_reduce),
+        mock.patch.object(batches.dist, "broadcast_object_list"),
     ):
         state.get_data_parallel_rank.side_effect = data_parallel_rank
         yield
