@@ -210,7 +210,12 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
     if trainer.config.training.clip_grad > 0:
         for part in optimizer.chained_optimizers:
             if not part.is_stub_optimizer and part.get_parameters():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), trainer.config.training.clip_grad, grad_norm)
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(),
+                    trainer.config.training.clip_grad,
+                    grad_norm,
+                    part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
     optimizer.step_with_ready_grads()
     return grad_norm, ""
 
