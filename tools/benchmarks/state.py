@@ -130,10 +130,11 @@ def step_seconds_beside_saves(trainer: train.Trainer, rounds: int) -> tuple[list
         for steps in (alone, beside):
             if steps is beside:
                 saver.save(trainer.state, last=False)
-            for _ in range(3):
+            for number in range(3):
+                is_counted = steps is alone or number == 0 or saver.is_writing
                 started = wait_for(device)
                 train.train_step(trainer)
-                if steps is alone or saver.is_writing:
+                if is_counted:
                     steps.append(wait_for(device) - started)
             saver.publish()
     return alone, beside
