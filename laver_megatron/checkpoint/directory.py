@@ -3,6 +3,7 @@
     RUN_DIR/checkpoints/latest                iteration of the newest complete checkpoint, a hint for people
     RUN_DIR/checkpoints/iter_0000040/         Megatron-Core's files, loadable at any TP x PP x DP
         run.json                              the configuration it was written with
+        about.json                            by which versions, when, how far the run was
         hf/  encoder/                         config.json, tokenizer, preprocessor: what building the model needs
         manifest.json                         size and checksum of every file
 

@@ -107,7 +107,12 @@ class Saver:
         buckets = planned.writer.write_buckets
         num_bytes = sum(gathered(sum(tensor.nbytes for *_, (_, tensors) in buckets for _, tensor in tensors)))
         on_rank_0("write the checkpoint", lambda: _check_space(temporary, num_bytes))
-        self._writer = RankWriter(planned, temporary, background=background, small_files=small_files)
+        # The copy may need more memory than one of the hosts has.
+        self._writer = all_ranks(
+            "copy what the checkpoint holds",
+            lambda: RankWriter(planned, temporary, background=background, small_files=small_files),
+        )
+        self._writer.start()
 
     def _write_small_files(self, directory: Path, told: dict[str, Any]) -> list[Path]:
         copy_model_files(self._model_dir, directory / "hf", TEXT_PART)

@@ -35,7 +35,7 @@ class RankWriter:
 
     Args:
         planned: what Megatron-Core gives this rank to write.
-        background: write in a thread, from a copy; otherwise everything is written when this returns.
+        background: write in a thread, from a copy that is made now.
         small_files: writes further files that belong to this rank, and returns their paths.
 
     Attributes:
@@ -54,7 +54,11 @@ class RankWriter:
         self._thread: threading.Thread | None = None
         self._buckets = self._stage(background)
         self.num_bytes = sum(tensor.nbytes for *_, (_, tensors) in self._buckets for _, tensor in tensors)
-        if background:
+        self._is_background = background
+
+    def start(self) -> None:
+        """Writes, and returns at once if that happens in the background."""
+        if self._is_background:
             self._thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=True)
             self._thread.start()
         else:

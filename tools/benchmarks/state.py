@@ -122,7 +122,7 @@ def measure(trainer: train.Trainer, directory: Path, rounds: int) -> str:
 
 
 def step_seconds_beside_saves(trainer: train.Trainer, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of steps without a save, and of those during which one was on its way to the disk, by turns."""
+    """Seconds a step without a save, and of those during which one was on its way to the disk, by round."""
     device, saver = trainer.backend.device, trainer.saver
     alone: list[float] = []
     beside: list[float] = []
@@ -130,11 +130,14 @@ def step_seconds_beside_saves(trainer: train.Trainer, rounds: int) -> tuple[list
         for steps in (alone, beside):
             if steps is beside:
                 saver.save(trainer.state, last=False)
-            for _ in range(3):
+            seconds = []
+            for number in range(3):
+                is_counted = steps is alone or number == 0 or saver.is_writing
                 started = wait_for(device)
                 train.train_step(trainer)
-                if steps is alone or saver.is_writing:
-                    steps.append(wait_for(device) - started)
+                if is_counted:
+                    seconds.append(wait_for(device) - started)
+            steps.append(sum(seconds) / len(seconds))
             saver.publish()
     return alone, beside
 
