@@ -7,9 +7,7 @@ and MASTER_PORT, or else by SLURM.
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,8 +25,9 @@ from laver_megatron.config.command_line import (
 )
 from laver_megatron.config.fields import Config
 from laver_megatron.program import EXAMPLES, program
-from laver_megatron.run_log.interruption import LAUNCHED, interruption_message
-from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, end
+from laver_megatron.resilience.agent import run_agent
+from laver_megatron.resilience.signals import STARTED, heed_signals
+from laver_megatron.resilience.supervisor import supervise
 
 LAUNCHER = EXAMPLES / "pretrain_laver.sh"
 DEMO_CONFIG = EXAMPLES / "demo.yaml"
@@ -73,6 +72,7 @@ def _answer(arguments: Sequence[str]) -> None:
 
 
 def _train(config: Config) -> None:
+    heed_signals(config.run.run_dir)
     from laver_megatron import train  # only now: help and mistakes need not wait for Megatron-Core
 
     train.run(config)
@@ -95,31 +95,18 @@ def _start(arguments: list[str], is_demo: bool) -> None:
         make_or_await_demo(DEMO_DIR)
     with exit_on_config_error():
         check(Invocation(config, dry_run_world_size=world_size), on_cuda=torch.cuda.is_available())
-    if world_size == 1:
+    os.environ.setdefault(STARTED, str(time.time()))
+    if world_size == 1 and not config.reliability.restarts:
         _train(config)
     else:
         words = [*meeting(num_nodes), "--nproc-per-node", str(per_node), str(LAUNCHER), *arguments]
-        _run_torchrun(words, config.run.run_dir)
+        _run_ranks(words, per_node, config)
 
 
-def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
-    """Runs the ranks; ends the process with the exit status of the one that failed first, or after a signal with one
-    line in place of torchrun's traceback."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    for name in ("agent.server.api", "multiprocessing.api"):  # which warn of every signal they pass on
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
-    # Ctrl-C in the terminal reaches this process alone, which has the ranks end; rank 0 must not say it as well.
-    os.environ[LAUNCHED] = "1"
-    try:
-        torchrun.main(words)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
-    except SignalException:
-        end(interruption_message(run_dir), INTERRUPTED)
+def _run_ranks(words: Sequence[str], per_node: int, config: Config) -> None:
+    """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
+    keeps_record = (os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID") or "0") == "0"
+    supervise(lambda request: run_agent(words, per_node, request), config, keeps_record=keeps_record)
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -158,12 +145,6 @@ def _first_host(nodes: str | None) -> str | None:
         return None
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return hosts.stdout.split()[0]
-
-
-def _ending(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"with exit status {exit_code}"
-    return f"by {signal.Signals(-exit_code).name}" + (" (out of memory?)" if -exit_code == signal.SIGKILL else "")
 
 
 # --- the demo --------------------------------------------------------------------------------------------
