@@ -33,6 +33,7 @@ from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
+from laver_megatron.resilience.run_lock import hold
 from laver_megatron.resilience.signals import heed_signals, ignore_signals
 from laver_megatron.resilience.stop import StepEnd
 from laver_megatron.run_log.metrics import RunLog
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
     heed_signals(config.run.run_dir)
+    lock = hold(Path(config.run.run_dir))
     try:
         trainer = setup(config)
         train(trainer)
@@ -63,6 +65,8 @@ def run(config: Config) -> None:
     for data in filter(None, (trainer.training_data, trainer.validation_data)):
         data.close()
     shut_down_parallelism()
+    if lock:
+        lock.release()
 
 
 class TrainingFailed(RuntimeError):

@@ -25,8 +25,8 @@ from laver_megatron.runtime.processes import signal_at_parents_end
 
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 24 * 3600  # for a save, if the launcher is gone and the agent has to end the ranks
-# Exit codes by how little they say; what is not here says most.
-_SAYS_LESS = {WRONG_USE: 1, FAILED: 2, -signal.SIGTERM: 3, INTERRUPTED: 4}
+# Exit codes by how little they say; those that are not here, such as SIGKILL, have 0.
+_SAYS_LESS = {WRONG_USE: -1, FAILED: 1, -signal.SIGTERM: 2, INTERRUPTED: 3}
 _LEFT_SECONDS = 600.0  # for ranks whose agent is gone: a step and a save
 
 
@@ -104,7 +104,7 @@ def run_agent(words: Sequence[str], num_ranks: int, request: StopRequest) -> End
 
 
 def _be_agent(words: list[str], results: Connection) -> None:
-    """The agent's process. Leaves (rank, exit code) of every rank of this node that failed."""
+    """The agent's process. Leaves (rank, exit code) of the ranks of this node that failed first."""
     os.setpgid(0, 0)  # Ctrl-C in the terminal reaches the launcher alone
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -124,7 +124,10 @@ def _be_agent(words: list[str], results: Connection) -> None:
         torchrun.main(words)
         results.send([])
     except ChildFailedError as error:
-        results.send([(rank, failure.exitcode) for rank, failure in error.failures.items()])
+        # Later ones were ended by the agent, if need be by SIGKILL.
+        first = min(failure.timestamp for failure in error.failures.values())
+        found = [(rank, each.exitcode) for rank, each in error.failures.items() if each.timestamp <= first + 2]
+        results.send(found)
         sys.exit(FAILED)
     except SignalException:
         sys.exit(INTERRUPTED)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
@@ -24,34 +25,51 @@ CTRL_C = "stopping after this step and a checkpoint; Ctrl-C again ends at once, 
 TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from SIGTERM to SIGKILL
 
 _asked = 0  # the first signal that asked this process to stop
-_interrupts = 0
+_is_heeding = _is_over = False
 
 
 def heed_signals(run_dir: str) -> None:
-    """From now on the signals of STOP_SIGNALS, and the end of torchrun's agent, ask for a stop in order."""
-    global _asked
-    owner, parent = os.getpid(), os.getppid()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        global _asked, _interrupts
-        if os.getpid() != owner:
-            return  # forked from the rank, such as a writer of its checkpoint: it is done when its work is
-        if _is_left_over(parent):
-            os._exit(FAILED)
-        _interrupts += number == signal.SIGINT
-        # torchrun answers a second Ctrl-C by ending, which reaches a rank as another signal.
-        if _interrupts > 1 or (_interrupts and os.getppid() != parent):
-            _end_interrupted(run_dir)
-        if number == signal.SIGINT and _speaks():
-            os.write(2, f"{CTRL_C}\n".encode())  # print may be interrupted in itself
-        _asked = _asked or number
-
+    """From now on the signals of STOP_SIGNALS, and the end of torchrun's agent, ask for a stop in order. Another call
+    changes nothing."""
+    global _asked, _is_heeding
+    if _is_heeding:
+        return
+    _is_heeding, parent = True, os.getppid()
+    # Python runs handlers between two lines of Python; a rank that waits for another may be in the same line for long.
+    # The numbers come through a pipe to a thread of their own.
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(reading, True)
     for number in STOP_SIGNALS:
-        signal.signal(number, ask)
+        signal.signal(number, _let_pass)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # What is forked from a rank, such as a writer of its checkpoint, is done when its work is.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    Thread(target=_read, args=(reading, parent, run_dir), name="signals", daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal_at_parents_end(signal.SIGTERM)
         if os.environ.get(LAUNCHED, str(parent)) != str(os.getppid()):  # it ended just before
             _asked = signal.SIGTERM
+
+
+def _let_pass(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _read(pipe: int, parent: int, run_dir: str) -> None:
+    global _asked
+    interrupts = 0
+    while number := os.read(pipe, 1)[0]:
+        if number not in STOP_SIGNALS or _is_over:
+            continue
+        if _is_left_over(parent):
+            os._exit(FAILED)
+        interrupts += number == signal.SIGINT
+        # torchrun answers a second Ctrl-C by ending, which reaches a rank as another signal.
+        if interrupts > 1 or (interrupts and os.getppid() != parent):
+            _end_interrupted(run_dir)
+        if number == signal.SIGINT and _speaks():
+            print(CTRL_C, file=sys.stderr, flush=True)
+        _asked = _asked or number
 
 
 def asked() -> int:
@@ -61,8 +79,8 @@ def asked() -> int:
 
 def ignore_signals() -> None:
     """The run is over: nothing is left to be stopped."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    global _is_over
+    _is_over = True
 
 
 def _is_left_over(agent: int) -> bool:

@@ -92,3 +92,16 @@ def test_the_second_ctrl_c_ends_at_once(demo_dir, tmp_path, runs):
     assert run.wait_until_all_are_gone(10) == []
     assert run.log.count(CTRL_C) == 1
     assert run.log.endswith("run has no checkpoint yet: the same command starts over\n")
+
+
+def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
+    """With status 2, naming the first, which goes on; no restart."""
+    run_dir = tmp_path / "run"
+    runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=5000))
+    first.wait_for_iteration(1)
+    before = sorted(path.name for path in run_dir.iterdir())
+    runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
+    assert second.wait() == 2, second.log
+    assert f"another run has {run_dir}: process {first.ranks()[0].pid} on" in second.log
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+    first.wait_for_iteration(first.records()[-1]["iteration"] + 1)

@@ -18,7 +18,9 @@ def rank(body: str, run_dir: Path, **environment: str) -> subprocess.CompletedPr
     """A process that heeds signals and then does `body`."""
     program = (
         "import os, signal, sys, time\nfrom laver_megatron.resilience import signals\n"
-        f"signals.heed_signals({str(run_dir)!r})\nme = os.getpid()\n{body}\n"
+        f"signals.heed_signals({str(run_dir)!r})\nme = os.getpid()\n"
+        "def note(*numbers):\n for n in numbers: os.kill(me, n); time.sleep(0.3)\n"
+        f"{body}\n"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("LAVER_", "TORCHELASTIC_"))}
     environ |= {"PYTHONPATH": str(ROOT), **environment}
@@ -27,12 +29,12 @@ def rank(body: str, run_dir: Path, **environment: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_noted_and_nothing_else_happens(tmp_path, name):
-    done = rank(f"for _ in range(3): os.kill(me, signal.{name})\nprint(signals.asked())", tmp_path)
+    done = rank(f"note(*[signal.{name}] * 3); print(signals.asked())", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{getattr(signal, name):d}\n", "")
 
 
 def test_the_first_counts(tmp_path):
-    done = rank("os.kill(me, signal.SIGUSR2); os.kill(me, signal.SIGTERM); print(signals.asked())", tmp_path)
+    done = rank("note(signal.SIGUSR2, signal.SIGTERM); print(signals.asked())", tmp_path)
     assert done.stdout == f"{signal.SIGUSR2:d}\n"
 
 
@@ -40,9 +42,9 @@ def test_the_first_counts(tmp_path):
 def test_ctrl_c_says_what_happens_and_the_second_ends_at_once(tmp_path, says_it):
     """Where a launcher speaks, the ranks do not."""
     environment = {} if says_it else {"LAVER_LAUNCHED": "1"}
-    once = rank("os.kill(me, signal.SIGINT); print(signals.asked())", tmp_path, **environment)
+    once = rank("note(signal.SIGINT); print(signals.asked())", tmp_path, **environment)
     assert (once.returncode, once.stdout) == (0, f"{signal.SIGINT:d}\n")
-    twice = rank("for _ in range(2): os.kill(me, signal.SIGINT)\nprint('not reached')", tmp_path, **environment)
+    twice = rank("note(signal.SIGINT, signal.SIGINT); print('not reached')", tmp_path, **environment)
     assert (twice.returncode, twice.stdout) == (130, "")
     kept = f"interrupted; {tmp_path} has no checkpoint yet: the same command starts over\n"
     assert once.stderr == (f"{signals.CTRL_C}\n" if says_it else "")
@@ -52,13 +54,22 @@ def test_ctrl_c_says_what_happens_and_the_second_ends_at_once(tmp_path, says_it)
 def test_what_is_forked_from_a_rank_finishes_its_work(tmp_path):
     body = (
         "child = os.fork()\nif child == 0: os.kill(os.getpid(), signal.SIGTERM); os._exit(7)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.asked())"
+        "time.sleep(0.3); print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.asked())"
     )
     assert rank(body, tmp_path).stdout == "7 0\n"
 
 
+def test_a_rank_that_waits_in_a_library_hears_the_second_ctrl_c(tmp_path):
+    """As in a collective of a rank that is gone, no line of Python ends there."""
+    body = (
+        "import ctypes, threading\nthreading.Thread(target=note, args=(signal.SIGINT, signal.SIGINT)).start()\n"
+        "for _ in range(9): ctypes.CDLL(None).sleep(100)"
+    )
+    assert rank(body, tmp_path).returncode == 130
+
+
 def test_after_the_run_nothing_is_stopped(tmp_path):
-    body = "signals.ignore_signals()\nfor n in signals.STOP_SIGNALS: os.kill(me, n)\nprint(signals.asked())"
+    body = "signals.ignore_signals()\nnote(*signals.STOP_SIGNALS)\nprint(signals.asked())"
     assert rank(body, tmp_path).stdout == "0\n"
 
 

@@ -91,7 +91,7 @@ def test_who_asks_for_a_stop_gets_no_restart(supervised):
         (1, [(0, 1), (1, -9), (2, 1)], Ending(1, 1, -9)),
         (1, [(0, -15), (1, 1)], Ending(1, 1, 1)),
         (1, [(0, 1), (1, 75)], Ending(75, 1, 75)),
-        (1, [(0, 2), (1, 1)], Ending(2, 0, 2)),
+        (1, [(0, 2), (1, -9)], Ending(2, 0, 2)),
         (-9, [], Ending(1)),
         (130, [], Ending(130)),
     ],
