@@ -25,7 +25,7 @@ from laver_megatron.config.command_line import (
 )
 from laver_megatron.config.fields import Config
 from laver_megatron.program import EXAMPLES, program
-from laver_megatron.resilience.agent import run_agent
+from laver_megatron.resilience.agent import Ending, StopRequest, run_agent
 from laver_megatron.resilience.signals import STARTED, heed_signals
 from laver_megatron.resilience.supervisor import supervise
 
@@ -34,6 +34,8 @@ DEMO_CONFIG = EXAMPLES / "demo.yaml"
 DEMO_DIR = Path("runs/demo")  # as in demo.yaml: below the current directory
 DEMO_PARTS = ("model", "encoder", "shards")
 DEMO_TIMEOUT_SECONDS = 600
+# For nodes that start again: one may still wait for its collectives to fail.
+_MEETING_SECONDS = 900
 _ASKS_FOR_HELP = ("--help", "-h", "--print-schema")
 _ASKS_ONLY = (*_ASKS_FOR_HELP, "--print-config", "--dry-run")
 _LAYOUT_FLAGS = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
@@ -99,14 +101,16 @@ def _start(arguments: list[str], is_demo: bool) -> None:
     if world_size == 1 and not config.reliability.restarts:
         _train(config)
     else:
-        words = [*meeting(num_nodes), "--nproc-per-node", str(per_node), str(LAUNCHER), *arguments]
-        _run_ranks(words, per_node, config)
+        _run_ranks(["--nproc-per-node", str(per_node), str(LAUNCHER), *arguments], per_node, num_nodes, config)
 
 
-def _run_ranks(words: Sequence[str], per_node: int, config: Config) -> None:
+def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Config) -> None:
     """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
-    keeps_record = (os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID") or "0") == "0"
-    supervise(lambda request: run_agent(words, per_node, request), config, keeps_record=keeps_record)
+
+    def run_once(request: StopRequest, attempt: int) -> Ending:
+        return run_agent([*meeting(num_nodes, attempt=attempt), *words], per_node, request)
+
+    supervise(run_once, config, keeps_record=_node_rank(os.environ) == "0")
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -129,14 +133,20 @@ def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.en
     return max(1, smallest // num_nodes), num_nodes
 
 
-def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """torchrun's flags by which the nodes find each other."""
+def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ, *, attempt: int = 0) -> tuple[str, ...]:
+    """torchrun's flags by which the nodes find each other. attempt: how often they were started before; every one has a
+    port of its own, so that none meets what another node has left of the last."""
     if num_nodes == 1 and not (environ.get("MASTER_ADDR") or environ.get("MASTER_PORT")):
         return ("--standalone",)
-    node_rank = environ.get("NODE_RANK") or environ.get("SLURM_NODEID") or "0"
     address = environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_JOB_NODELIST")) or "localhost"
-    port = environ.get("MASTER_PORT") or "29500"
-    return "--nnodes", str(num_nodes), "--node-rank", node_rank, "--master-addr", address, "--master-port", port
+    port = str(int(environ.get("MASTER_PORT") or "29500") + attempt)
+    flags = ("--nnodes", str(num_nodes), "--node-rank", _node_rank(environ), "--master-addr", address)
+    patience = ("--rdzv-conf", f"timeout={_MEETING_SECONDS}") if attempt else ()
+    return *flags, "--master-port", port, *patience
+
+
+def _node_rank(environ: Mapping[str, str]) -> str:
+    return environ.get("NODE_RANK") or environ.get("SLURM_NODEID") or "0"
 
 
 def _first_host(nodes: str | None) -> str | None:

@@ -44,18 +44,18 @@ class _Faults:
         return min(_FIRST_WAIT_SECONDS * 2 ** (self.in_a_row - 1), _LONGEST_WAIT_SECONDS)
 
 
-def supervise(run_ranks: Callable[[StopRequest], Ending], config: Config, *, keeps_record: bool) -> None:
+def supervise(run_ranks: Callable[[StopRequest, int], Ending], config: Config, *, keeps_record: bool) -> None:
     """Runs the ranks to the end of the run; ends the process with one line if that is not reached.
 
     Args:
-        run_ranks: runs them once.
+        run_ranks: runs them once, given how often they have failed before.
         keeps_record: whether this node writes restarts.jsonl.
     """
     run_dir, limits = Path(config.run.run_dir), config.reliability
     request, faults = StopRequest(), _Faults()
     while True:
         began = time.time()
-        ending = run_ranks(request)
+        ending = run_ranks(request, faults.total)
         if ending.status == 0:
             return
         if request.signal or ending.status == INTERRUPTED:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 
 import pytest
@@ -105,3 +106,27 @@ def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
     assert f"another run has {run_dir}: process {first.ranks()[0].pid} on" in second.log
     assert sorted(path.name for path in run_dir.iterdir()) == before
     first.wait_for_iteration(first.records()[-1]["iteration"] + 1)
+
+
+@pytest.mark.slow("starts two agents twice; `make test` has one agent")
+def test_two_nodes_start_again_together(demo_dir, tmp_path, undisturbed, runs):
+    """Each with a launcher of its own: a rank of the second is killed, both start again and meet."""
+    run_dir = tmp_path / "run"
+    nodes = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports()), "NPROC_PER_NODE": "1"}
+    for node in range(2):
+        environment = {**nodes, "NODE_RANK": str(node)}
+        settings = {"train_iters": NUM_STEPS, "restarts": 2, "save_interval": 2}
+        runs.append(RealRun.launch(demo_dir, run_dir, environment=environment, **settings))
+    for run in runs:
+        run.wait_for_iteration(3)
+    runs[1].ranks()[0].kill()
+    assert [run.wait() for run in runs] == [0, 0], runs[0].log + runs[1].log
+    assert runs[0].exact_records() == undisturbed
+    assert len((run_dir / "restarts.jsonl").read_text().splitlines()) == 1
+
+
+def free_ports() -> int:
+    """A port that is free, and probably the next ones."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return min(listener.getsockname()[1], 60000)

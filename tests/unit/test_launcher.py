@@ -31,7 +31,11 @@ def started(monkeypatch):
         if name in OF_THE_LAUNCHER or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(launcher, "_run_ranks", lambda words, *rest: setattr(calls, "torchrun", words))
+    monkeypatch.setattr(
+        launcher,
+        "_run_ranks",
+        lambda words, per_node, num_nodes, config: setattr(calls, "torchrun", [*launcher.meeting(num_nodes), *words]),
+    )
     monkeypatch.setattr(launcher, "_train", lambda config: setattr(calls, "trained", config))
     monkeypatch.setattr(launcher, "make_or_await_demo", calls.made.append)
     monkeypatch.setattr(launcher, "check", lambda invocation, on_cuda: calls.checked.append(invocation))
@@ -97,6 +101,14 @@ def test_slurm(slurm):
     assert launcher.meeting(3, slurm) == (
         "--nnodes", "3", "--node-rank", "2", "--master-addr", "node07", "--master-port", "29500"
     )  # fmt: skip
+
+
+def test_every_start_has_a_port_of_its_own():
+    by_hand = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234", "NODE_RANK": "1"}
+    first, third = (launcher.meeting(2, by_hand, attempt=attempt) for attempt in (0, 2))
+    assert first[-2:] == ("--master-port", "1234")
+    assert third == (*first[:-1], "1236", "--rdzv-conf", "timeout=900")
+    assert launcher.meeting(1, {}, attempt=2) == ("--standalone",)
 
 
 def test_own_settings_beat_slurms(slurm):

@@ -25,7 +25,7 @@ def supervised(tmp_path, monkeypatch):
     def run(*endings, iterations=None, asks=False, capsys=None, **settings):
         ends = iter(zip(endings, iterations or range(10, 1000, 10), strict=False))
 
-        def run_ranks(given):
+        def run_ranks(given, attempt):
             ending, iteration = next(ends)
             (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": iteration}) + "\n")
             request.signal = signal.SIGTERM if asks else 0
