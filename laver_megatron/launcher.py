@@ -7,9 +7,7 @@ and MASTER_PORT, or else by SLURM.
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,14 +25,17 @@ from laver_megatron.config.command_line import (
 )
 from laver_megatron.config.fields import Config
 from laver_megatron.program import EXAMPLES, program
-from laver_megatron.run_log.interruption import LAUNCHED, interruption_message
-from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, end
+from laver_megatron.resilience.agent import Ending, StopRequest, run_agent
+from laver_megatron.resilience.signals import STARTED, heed_signals
+from laver_megatron.resilience.supervisor import supervise
 
 LAUNCHER = EXAMPLES / "pretrain_laver.sh"
 DEMO_CONFIG = EXAMPLES / "demo.yaml"
 DEMO_DIR = Path("runs/demo")  # as in demo.yaml: below the current directory
 DEMO_PARTS = ("model", "encoder", "shards")
 DEMO_TIMEOUT_SECONDS = 600
+# For nodes that start again: one may still wait for its collectives to fail.
+_MEETING_SECONDS = 900
 _ASKS_FOR_HELP = ("--help", "-h", "--print-schema")
 _ASKS_ONLY = (*_ASKS_FOR_HELP, "--print-config", "--dry-run")
 _LAYOUT_FLAGS = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
@@ -73,6 +74,7 @@ def _answer(arguments: Sequence[str]) -> None:
 
 
 def _train(config: Config) -> None:
+    heed_signals(config.run.run_dir)
     from laver_megatron import train  # only now: help and mistakes need not wait for Megatron-Core
 
     train.run(config)
@@ -95,31 +97,20 @@ def _start(arguments: list[str], is_demo: bool) -> None:
         make_or_await_demo(DEMO_DIR)
     with exit_on_config_error():
         check(Invocation(config, dry_run_world_size=world_size), on_cuda=torch.cuda.is_available())
-    if world_size == 1:
+    os.environ.setdefault(STARTED, str(time.time()))
+    if world_size == 1 and not config.reliability.restarts:
         _train(config)
     else:
-        words = [*meeting(num_nodes), "--nproc-per-node", str(per_node), str(LAUNCHER), *arguments]
-        _run_torchrun(words, config.run.run_dir)
+        _run_ranks(["--nproc-per-node", str(per_node), str(LAUNCHER), *arguments], per_node, num_nodes, config)
 
 
-def _run_torchrun(words: Sequence[str], run_dir: str) -> None:
-    """Runs the ranks; ends the process with the exit status of the one that failed first, or after a signal with one
-    line in place of torchrun's traceback."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Config) -> None:
+    """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
 
-    for name in ("agent.server.api", "multiprocessing.api"):  # which warn of every signal they pass on
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
-    # Ctrl-C in the terminal reaches this process alone, which has the ranks end; rank 0 must not say it as well.
-    os.environ[LAUNCHED] = "1"
-    try:
-        torchrun.main(words)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        end(f"rank {rank} ended {_ending(failure.exitcode)}: the run is over", max(failure.exitcode, FAILED))
-    except SignalException:
-        end(interruption_message(run_dir), INTERRUPTED)
+    def run_once(request: StopRequest, attempt: int) -> Ending:
+        return run_agent([*meeting(num_nodes, attempt=attempt), *words], per_node, request)
+
+    supervise(run_once, config, keeps_record=_node_rank(os.environ) == "0")
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -142,14 +133,20 @@ def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.en
     return max(1, smallest // num_nodes), num_nodes
 
 
-def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """torchrun's flags by which the nodes find each other."""
+def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ, *, attempt: int = 0) -> tuple[str, ...]:
+    """torchrun's flags by which the nodes find each other. attempt: how often they were started before; every one has a
+    port of its own, so that none meets what another node has left of the last."""
     if num_nodes == 1 and not (environ.get("MASTER_ADDR") or environ.get("MASTER_PORT")):
         return ("--standalone",)
-    node_rank = environ.get("NODE_RANK") or environ.get("SLURM_NODEID") or "0"
     address = environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_JOB_NODELIST")) or "localhost"
-    port = environ.get("MASTER_PORT") or "29500"
-    return "--nnodes", str(num_nodes), "--node-rank", node_rank, "--master-addr", address, "--master-port", port
+    port = str(int(environ.get("MASTER_PORT") or "29500") + attempt)
+    flags = ("--nnodes", str(num_nodes), "--node-rank", _node_rank(environ), "--master-addr", address)
+    patience = ("--rdzv-conf", f"timeout={_MEETING_SECONDS}") if attempt else ()
+    return *flags, "--master-port", port, *patience
+
+
+def _node_rank(environ: Mapping[str, str]) -> str:
+    return environ.get("NODE_RANK") or environ.get("SLURM_NODEID") or "0"
 
 
 def _first_host(nodes: str | None) -> str | None:
@@ -158,12 +155,6 @@ def _first_host(nodes: str | None) -> str | None:
         return None
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return hosts.stdout.split()[0]
-
-
-def _ending(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"with exit status {exit_code}"
-    return f"by {signal.Signals(-exit_code).name}" + (" (out of memory?)" if -exit_code == signal.SIGKILL else "")
 
 
 # --- the demo --------------------------------------------------------------------------------------------

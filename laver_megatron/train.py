@@ -32,8 +32,10 @@ from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
+from laver_megatron.resilience.run_lock import hold
+from laver_megatron.resilience.signals import heed_signals, ignore_signals
 from laver_megatron.resilience.skipped import note_skipped, remember_step, skip_reason
-from laver_megatron.run_log.interruption import end_interrupted, heed_signals
+from laver_megatron.resilience.stop import StepEnd
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.profile import ProfileWindow
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
@@ -56,17 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> None:
     """Trains by a configuration that has been checked; ends the process with a message if that fails."""
     heed_signals(config.run.run_dir)
+    lock = hold(Path(config.run.run_dir))
     try:
         trainer = setup(config)
         train(trainer)
-    except KeyboardInterrupt:
-        end_interrupted(config.run.run_dir)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
+    ignore_signals()
     for data in filter(None, (trainer.training_data, trainer.validation_data)):
         data.close()
     shut_down_parallelism()
+    if lock:
+        lock.release()
 
 
 class TrainingFailed(RuntimeError):
@@ -224,7 +228,7 @@ def update_student(trainer: Trainer, learning_rate: float, loss: float) -> tuple
 
 
 def train(trainer: Trainer) -> None:
-    """Runs to train_iters (or the exit interval), validating, saving and logging on the way."""
+    """Runs to train_iters, or until asked to stop, validating, saving and logging on the way."""
     config, progress = trainer.config, trainer.progress
     run_dir = Path(config.run.run_dir)
     if progress.iteration >= config.training.train_iters:
@@ -237,7 +241,7 @@ def train(trainer: Trainer) -> None:
     log = open_log(trainer, run_dir)
     if unmeasured := missing_peak(config, trainer.backend.device):
         say(unmeasured)
-    window = ProfileWindow(trainer)
+    window, step_end = ProfileWindow(trainer), StepEnd(config)
     skipped_in_a_row = 0
     try:
         while progress.iteration < config.training.train_iters:
@@ -255,7 +259,7 @@ def train(trainer: Trainer) -> None:
                     f"the last at iteration {progress.iteration}; lower --lr, look at the data, or raise "
                     "--max-skipped-iterations"
                 )
-            exiting = due(progress.iteration, config.training.exit_interval)
+            agreed = step_end.agree(progress.iteration)
             finished = progress.iteration == config.training.train_iters
             validating = due(progress.iteration, config.run.eval_interval) or (
                 finished and config.run.eval_interval is not None
@@ -264,14 +268,12 @@ def train(trainer: Trainer) -> None:
                 result = evaluate(trainer)
                 if log:
                     log.log_validation(progress.iteration, result)
-            if exiting or finished or due(progress.iteration, config.run.save_interval):
-                save(trainer, last=exiting or finished)
+            if agreed.stop or agreed.save or finished or due(progress.iteration, config.run.save_interval):
+                save(trainer, last=finished or agreed.stop is not None)
+                step_end.saved()
                 summarise(trainer, run_dir, *parameters)
-            if exiting:
-                say(
-                    f"exiting at iteration {progress.iteration}, a multiple of "
-                    f"--exit-interval {config.training.exit_interval}"
-                )
+            if agreed.stop:
+                say(f"exiting at iteration {progress.iteration}, {agreed.stop}")
                 break
     except RaisedByAll:
         if log:
@@ -283,6 +285,7 @@ def train(trainer: Trainer) -> None:
         window.close()
         if log:
             log.close()
+    step_end.mark(progress.iteration, agreed)
 
 
 def due(iteration: int, interval: int | None) -> bool:

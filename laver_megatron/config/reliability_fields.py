@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laver_megatron.config.options import ABOVE_ZERO, POSITIVE, Range, option
+from laver_megatron.config.options import ABOVE_ZERO, NOT_NEGATIVE, POSITIVE, Range, option
 
 SAVE_FAILURES = ("stop", "continue")
 
@@ -57,4 +57,24 @@ class ReliabilityConfig:
     keep_best: bool = option(
         "with --keep-last, also keep the one with the lowest validation loss of those that were validated",
         default=False,
+    )
+    save_interval_minutes: float | None = option(
+        "minutes after a checkpoint at which the next is saved, beside those of --save-interval; none: by iterations "
+        "alone",
+        valid=ABOVE_ZERO,
+        default=30.0,
+    )
+    exit_duration_minutes: float | None = option(
+        "save and stop this long after the start, restarts included; SLURM's own time limit is heeded without it",
+        valid=ABOVE_ZERO,
+        default=None,
+    )
+    restarts: int = option(
+        "times that `laver train` starts its processes again after a fault such as a killed process; not after "
+        "mistakes in the settings",
+        valid=NOT_NEGATIVE,
+        default=0,
+    )
+    restart_same_step_limit: int = option(
+        "faults in a row at the same iteration after which it is not started again", valid=POSITIVE, default=3
     )

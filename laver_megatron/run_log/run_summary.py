@@ -25,6 +25,7 @@ Written into the run directory at every checkpoint, so an interrupted run has on
     hardware                device, num_devices, tensor, pipeline and data parallel sizes, versions
     time                    training_seconds (steps alone, without validation and saving), device_hours (the same
                             times devices), written_at (UTC)
+    restarts                what `laver train --restarts` did: when, at which iteration, after what (restarts.jsonl)
     config                  the resolved configuration
 
 A number that was NaN or infinite is null. Everything is plain: other numbers that are put into the file (of an
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # the registry reads summaries without loading torch
     from laver_megatron.checkpoint.progress import Progress
 
 FILE_NAME = "run_summary.json"
+RESTARTS_FILE = "restarts.jsonl"
 MANIFEST = "manifest.csv"  # of a sweep: the runs that it made, beside the folder with their directories
 FORMAT, VERSION = "laver_megatron run summary", 1
 FINISHED, UNFINISHED = "finished", "unfinished"
@@ -96,9 +98,10 @@ def make_summary(
     hardware: Mapping[str, Any],
     validation: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
+    restarts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The content of the file, as described above. validation, training: the records of the run's .jsonl files, as far
-    as they are there."""
+    """The content of the file, as described above. validation, training, restarts: the records of the run's .jsonl
+    files, as far as they are there."""
     columns = LANGUAGE_COLUMNS + (LAVER_COLUMNS if config.objective.laver else ())
     visual, total = progress.consumed_visual_tokens, progress.consumed_tokens
     return {
@@ -130,6 +133,7 @@ def make_summary(
             "device_hours": progress.device_seconds / 3600,
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
+        "restarts": [dict(restart) for restart in restarts],
         "config": config.flat(),
     }
 
@@ -161,11 +165,10 @@ def _known(means: dict[str, Any] | None) -> dict[str, Any] | None:
     return means and {name: value for name, value in means.items() if value is not None}
 
 
-def read_run_records(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(validation, training): what the run's .jsonl files hold, nothing for those that are not there."""
-    paths = (run_dir / "validation.jsonl", run_dir / "metrics.jsonl")
-    validation, training = (read_records(path) if path.exists() else [] for path in paths)
-    return validation, training
+def read_run_records(run_dir: Path) -> list[list[dict[str, Any]]]:
+    """[validation, training, restarts]: what the run's .jsonl files hold, nothing for those that are not there."""
+    paths = [run_dir / name for name in ("validation.jsonl", "metrics.jsonl", RESTARTS_FILE)]
+    return [read_records(path) if path.exists() else [] for path in paths]
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

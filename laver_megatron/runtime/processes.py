@@ -8,6 +8,7 @@ import ctypes
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,6 +25,7 @@ Function = Callable[[Task, Callable[[int], object]], Result]
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 2.0
 _TASKS_AHEAD = 2  # for each worker, so that none waits for the tasks to be listed
+_PR_SET_PDEATHSIG = 1  # of prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_MMAP_THRESHOLD, _KEPT_BYTES = 32 << 20, 256 << 20
 _worker: Any = None  # of a worker process: what it is there for
@@ -104,6 +106,12 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+def signal_at_parents_end(number: int) -> None:
+    """Has the kernel send this process a signal when the thread that started it ends. Linux alone can do it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _start_worker(function: Function, counter: Any, parent: int) -> None:

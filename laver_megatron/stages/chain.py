@@ -30,6 +30,7 @@ from laver_megatron.config.directories import shard_problems
 from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.config.options import is_required
 from laver_megatron.launcher import LAUNCHER, count_processes
+from laver_megatron.resilience.signals import STOP_SIGNALS
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
 from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
@@ -275,7 +276,7 @@ def _launch(arguments: Sequence[str]) -> int:
         if number != signal.SIGINT:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         status = process.wait()
     finally:

@@ -116,8 +116,8 @@ def notes(runs: Sequence[SweepRun], kind: str) -> Iterator[str]:
             yield f"{number} {what}; fitting a law needs {NEEDED_DISTINCT} (tools/fit_scaling_law.py)"
     if repeated := [run.epochs for run in runs if run.epochs > 1]:
         yield f"{len(repeated)} runs see samples again (up to {max(repeated):.1f} epochs): repeated tokens count in D"
-    if any(run.config.run.save_interval is None for run in runs):
-        yield "without save_interval, an interrupted run begins anew"
+    if any(run.config.run.save_interval is run.config.reliability.save_interval_minutes is None for run in runs):
+        yield "without save_interval and save_interval_minutes, an interrupted run begins anew"
     if varying := varying_settings(sizes):
         yield f"the models' files also differ in {', '.join(varying)}, which a law takes for noise"
     if kind in ("tokens", "flops"):

@@ -3,16 +3,12 @@
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from laver_megatron import launcher
 from laver_megatron.config.command_line import Invocation
@@ -22,7 +18,7 @@ SCRIPT = ROOT / "examples" / "pretrain_laver.sh"
 DEMO = ROOT / "examples" / "demo.yaml"
 OF_THE_LAUNCHER = (
     "NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK",
-    "LAVER_LAUNCHED",
+    "LAVER_LAUNCHED", "LAVER_STARTED",
 )  # fmt: skip
 
 
@@ -35,7 +31,11 @@ def started(monkeypatch):
         if name in OF_THE_LAUNCHER or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(launcher, "_run_torchrun", lambda words, run_dir: setattr(calls, "torchrun", words))
+    monkeypatch.setattr(
+        launcher,
+        "_run_ranks",
+        lambda words, per_node, num_nodes, config: setattr(calls, "torchrun", [*launcher.meeting(num_nodes), *words]),
+    )
     monkeypatch.setattr(launcher, "_train", lambda config: setattr(calls, "trained", config))
     monkeypatch.setattr(launcher, "make_or_await_demo", calls.made.append)
     monkeypatch.setattr(launcher, "check", lambda invocation, on_cuda: calls.checked.append(invocation))
@@ -103,6 +103,14 @@ def test_slurm(slurm):
     )  # fmt: skip
 
 
+def test_every_start_has_a_port_of_its_own():
+    by_hand = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234", "NODE_RANK": "1"}
+    first, third = (launcher.meeting(2, by_hand, attempt=attempt) for attempt in (0, 2))
+    assert first[-2:] == ("--master-port", "1234")
+    assert third == (*first[:-1], "1236", "--rdzv-conf", "timeout=900")
+    assert launcher.meeting(1, {}, attempt=2) == ("--standalone",)
+
+
 def test_own_settings_beat_slurms(slurm):
     own = {**slurm, "NPROC_PER_NODE": "1", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "me"}
     assert launcher.count_processes([], own) == (1, 2)
@@ -128,67 +136,17 @@ def test_one_process_in_all_needs_no_torchrun(started, monkeypatch):
     assert started.torchrun is None and started.trained.training.lr == 1
 
 
+def test_one_process_that_is_to_be_started_again_gets_torchrun(started, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    assert launched(started, "--restarts", "3")[-1] == "1"
+    assert started.trained is None
+
+
 def test_under_torchrun_it_is_one_rank(started, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     launcher.main(["--config", str(DEMO), "--lr", "1"])
     assert started.torchrun is None and started.trained.training.lr == 1
-
-
-# --- how it ends -----------------------------------------------------------------------------------------
-
-
-def run_torchrun(monkeypatch, error: Exception, run_dir: Path) -> int | str | None:
-    """The exit status of a launcher whose torchrun ends with an error."""
-
-    def fail(words):
-        raise error
-
-    monkeypatch.setattr(torchrun, "main", fail)
-    monkeypatch.setenv("LAVER_LAUNCHED", "")  # set by the launcher; to be undone
-    with pytest.raises(SystemExit) as ended:
-        launcher._run_torchrun(["--standalone"], str(run_dir))
-    return ended.value.code
-
-
-def test_the_status_is_that_of_the_rank_that_failed(monkeypatch, tmp_path, capsys):
-    for exit_code, status, words in (
-        (2, 2, "rank 1 ended with exit status 2: the run is over\n"),
-        (-signal.SIGKILL, 1, "rank 1 ended by SIGKILL (out of memory?): the run is over\n"),
-    ):
-        failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="")
-        assert run_torchrun(monkeypatch, ChildFailedError("script", {1: failure}), tmp_path) == status
-        assert capsys.readouterr().err == words
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_says_what_is_kept(monkeypatch, tmp_path, capsys, number):
-    interrupted = SignalException("got a signal", number)
-    assert run_torchrun(monkeypatch, interrupted, tmp_path) == 130
-    assert capsys.readouterr().err == f"interrupted; {tmp_path} has no checkpoint yet: the same command starts over\n"
-    checkpoint = tmp_path / "checkpoints" / "iter_0000030"
-    (checkpoint / "hf").mkdir(parents=True)
-    (checkpoint / "hf" / "config.json").touch()
-    (checkpoint.parent / "latest").write_text("30")
-    assert run_torchrun(monkeypatch, interrupted, tmp_path) == 130
-    assert capsys.readouterr().err == f"interrupted; {checkpoint} is kept: the same command resumes from it\n"
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("name, says_it", [("SIGTERM", True), ("SIGINT", True), ("SIGTERM", False)])
-def test_a_rank_that_is_told_to_end(tmp_path, name, says_it):
-    """Rank 0 closes what is open and says the line, unless a launcher does; 130, without a traceback."""
-    program = (
-        "import os, signal, sys, time\nfrom laver_megatron.run_log import interruption\n"
-        f"interruption.heed_signals({str(tmp_path)!r})\n"
-        f"try: os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
-        f"except KeyboardInterrupt: print('closed'); interruption.end_interrupted({str(tmp_path)!r})\n"
-    )
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **({} if says_it else {"LAVER_LAUNCHED": "1"})}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "closed\n")
-    line = f"interrupted; {tmp_path} has no checkpoint yet: the same command starts over\n"
-    assert done.stderr == (line if says_it else "")
 
 
 # --- the script ------------------------------------------------------------------------------------------

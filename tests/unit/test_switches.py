@@ -759,6 +759,8 @@ LOOPS = {
     "base": ({}, 4, [4], []),
     "save_interval": ({"save_interval": 3}, 4, [3, 4], []),
     "exit_interval": ({"exit_interval": 3}, 3, [3], []),
+    "save_interval_minutes": ({"save_interval_minutes": 1e-9}, 4, [1, 2, 3, 4], []),
+    "exit_duration_minutes": ({"exit_duration_minutes": 1e-9}, 1, [1], []),
     "train_iters": ({"train_iters": 2}, 2, [2], []),
     "eval_interval": ({"eval_interval": 2, "valid_data_path": ("other-answers",)}, 4, [4], [2, 4]),
     "eval_interval 3": ({"eval_interval": 3, "valid_data_path": ("other-answers",)}, 4, [4], [3, 4]),
@@ -768,7 +770,7 @@ LOOPS = {
 
 @shows("save_interval", "exit_interval", "eval_interval", "eval_iters", "run_dir", "train_iters")
 @shows("log_interval", "tensorboard", "wandb_project", "profile", "profile_step_start", "profile_step_end")
-@shows("peak_tflops")
+@shows("peak_tflops", "save_interval_minutes", "exit_duration_minutes")
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name):
     """Nothing of that touches the training: the records are those of the base run."""
@@ -885,6 +887,9 @@ ELSEWHERE = {
     "keep_last": ("distributed/test_saving.py", "keep_last=2"),
     "keep_every": ("distributed/test_saving.py", "keep_every=3"),
     "keep_best": ("distributed/test_saving.py", "keep_best=True"),
+    # Of the launcher.
+    "restarts": ("unit/resilience/test_supervisor.py", "restarts=2"),
+    "restart_same_step_limit": ("unit/resilience/test_supervisor.py", "restart_same_step_limit=2"),
     # Refused on a CPU, or everywhere.
     "cuda_graph_impl": ("unit/config/test_engine_checks.py", '"cuda_graph_impl"'),
     "fine_grained_activation_offloading": ("unit/config/test_engine_checks.py", '"fine_grained_activation_offloading"'),

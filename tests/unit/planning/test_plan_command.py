@@ -101,6 +101,7 @@ def test_what_the_weights_lack_is_said(tmp_path, capsys):
         assert ("lacks <|vision_start|>" in text) == is_said
         assert all(len(line) <= 120 for line in text.splitlines() if line.startswith("#") and "Made by" not in line)
         assert yaml.safe_load(text)["pipeline_model_parallel_size"] == 16
+        assert yaml.safe_load(text)["save_interval_minutes"] == 30
 
 
 def test_links_of_a_described_gpu():

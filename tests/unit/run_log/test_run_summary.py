@@ -39,7 +39,7 @@ def test_last_and_best_validation(tmp_path):
     losses = {10: 3.0, 20: 1.5, 30: math.nan, 40: 2.0}
     lines = [json_line({"iteration": i, "loss": x, "lm_loss": x}) for i, x in losses.items()]
     (run_dir / "validation.jsonl").write_text("".join(lines))
-    validation, training = read_run_records(run_dir)
+    validation, training, _ = read_run_records(run_dir)
     assert training == []
     summary = make_summary(make_config(run_dir, laver=False), SumsOfARun(), {}, 0, {}, validation, training)
     assert summary["validation"]["last"] == {"iteration": 40, "loss": 2.0, "lm_loss": 2.0}

@@ -1,0 +1,132 @@
+"""One run for each run directory: rank 0 holds RUN_DIR/run.lock from before anything is written until its end.
+
+The file is locked (fcntl), which the system undoes when the process ends, however it ends, and which forked readers or
+writers do not inherit, as they would filelock's locks. Where the file system does not carry locks to other machines,
+its content decides: host, pid and job of the holder, and the file's time, which the holder renews.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from laver_megatron.runtime.exit_status import WRONG_USE, end
+
+LOCK_FILE = "run.lock"
+# A holder on another machine is taken to be gone after so long without a sign.
+STALE_SECONDS = 120.0
+_BEAT_SECONDS = 20.0
+_JOB = "SLURM_JOB_ID"
+
+
+class RunLock:
+    """The lock of a run directory, held until `release` or the end of the process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_FILE
+        self._file = self._open()
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Takes the lock; one that its holder has left is taken over with a line.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        holder = self._holder()
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = bool(holder) and self._is_alive(holder)
+        except OSError:
+            held = True
+        if held:
+            raise ValueError(
+                f"another run has {self._path.parent}: {_in_words(holder)}; stop that one, or give this one another "
+                f"--run-dir (a holder on another machine counts as gone after {STALE_SECONDS:.0f} s without a sign)"
+            )
+        if holder:
+            print(f"taking over {self._path.parent} from a run that is gone: {_in_words(holder)}", file=sys.stderr)
+        self._sign()
+        threading.Thread(target=self._keep_signing, name="run-lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Gives the directory to the next run."""
+        self._released.set()
+        self._file.truncate(0)
+        self._file.close()
+
+    def _open(self) -> IO[str]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+
+    def _holder(self) -> dict[str, Any]:
+        """What the file says; empty if nobody has it."""
+        self._file.seek(0)
+        text = self._file.read()
+        try:
+            found = json.loads(text) if text.strip() else {}
+        except ValueError:  # its holder was killed while it wrote
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _is_alive(self, holder: dict[str, Any]) -> bool:
+        """Of a holder whose lock this machine does not see."""
+        if holder.get("host") == socket.gethostname():
+            try:
+                return abs(psutil.Process(holder["pid"]).create_time() - holder["began"]) < 1
+            except (psutil.Error, KeyError, TypeError):
+                return False
+        if holder.get("job_id") is not None and holder.get("job_id") == os.environ.get(_JOB):
+            return False  # the same job, started again elsewhere
+        signed = os.stat(self._path).st_mtime
+        probe = self._path.with_name(f".{LOCK_FILE}.{os.getpid()}")  # the file system's clock, not this machine's
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - signed < STALE_SECONDS
+
+    def _sign(self) -> None:
+        content = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job_id": os.environ.get(_JOB),
+            "began": psutil.Process().create_time(),
+            "heartbeat": time.time(),
+        }
+        self._file.seek(0)
+        self._file.write(json.dumps(content) + "\n")
+        self._file.truncate()
+        self._file.flush()
+
+    def _keep_signing(self) -> None:
+        while not self._released.wait(_BEAT_SECONDS):
+            try:
+                self._sign()
+            except (OSError, ValueError):  # a full disk, or released just now
+                continue
+
+
+def _in_words(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "it has not said yet which"
+    job = f", job {holder['job_id']}" if holder.get("job_id") else ""
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}"
+
+
+def hold(run_dir: Path) -> RunLock | None:
+    """The directory's lock, on rank 0; ends the process with WRONG_USE if another run has it."""
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    lock = RunLock(run_dir)
+    try:
+        lock.acquire()
+    except ValueError as error:
+        end(f"error: {error}", WRONG_USE)
+    return lock

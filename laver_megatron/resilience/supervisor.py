@@ -1,0 +1,133 @@
+"""The launcher as supervisor: it runs the ranks of this node, and starts them again after a fault.
+
+Not after mistakes of the user (status 2) and not after an orderly stop, whoever asked for it. It waits between starts,
+twice as long after each fault without progress, and gives up after --restarts of them, or when several in a row have
+come at the same iteration. run_dir/restarts.jsonl has one line for each.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.resilience.agent import Ending, StopRequest
+from laver_megatron.resilience.signals import interruption_message
+from laver_megatron.run_log.records import json_line
+from laver_megatron.run_log.run_summary import RESTARTS_FILE
+from laver_megatron.runtime.exit_status import INTERRUPTED, WRONG_USE, end
+
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 60.0
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than a line
+
+
+@dataclass
+class _Faults:
+    """Faults so far: how many, and how many in a row at `iteration`."""
+
+    total: int = 0
+    in_a_row: int = 0
+    iteration: int = -1
+
+    def add(self, iteration: int) -> None:
+        self.total += 1
+        self.in_a_row = self.in_a_row + 1 if iteration == self.iteration else 1
+        self.iteration = iteration
+
+    @property
+    def wait_seconds(self) -> float:
+        return min(_FIRST_WAIT_SECONDS * 2 ** (self.in_a_row - 1), _LONGEST_WAIT_SECONDS)
+
+
+def supervise(run_ranks: Callable[[StopRequest, int], Ending], config: Config, *, keeps_record: bool) -> None:
+    """Runs the ranks to the end of the run; ends the process with one line if that is not reached.
+
+    Args:
+        run_ranks: runs them once, given how often they have failed before.
+        keeps_record: whether this node writes restarts.jsonl.
+    """
+    run_dir, limits = Path(config.run.run_dir), config.reliability
+    request, faults = StopRequest(), _Faults()
+    while True:
+        began = time.time()
+        ending = run_ranks(request, faults.total)
+        if ending.status == 0:
+            return
+        if request.signal or ending.status == INTERRUPTED:
+            end(interruption_message(str(run_dir)), INTERRUPTED)
+        iteration = _last_iteration(run_dir) + 1
+        faults.add(iteration)
+        problem = ""
+        if ending.status != WRONG_USE and limits.restarts:
+            if faults.total > limits.restarts:
+                problem = f" after {limits.restarts} restarts (--restarts)"
+            elif faults.in_a_row >= limits.restart_same_step_limit:
+                problem = f" after {faults.in_a_row} faults in a row at iteration {iteration}"
+        if ending.status == WRONG_USE or not limits.restarts or problem:
+            end(f"{ending}: the run is over{problem}", ending.status)
+        failed, start = time.time(), _start_iteration(run_dir)
+        print(
+            f"{socket.gethostname()}: {ending} at iteration {iteration}; starting again from iteration {start} in "
+            f"{faults.wait_seconds:.0f} s (restart {faults.total} of {limits.restarts})",
+            file=sys.stderr,
+            flush=True,
+        )
+        request.sleep(faults.wait_seconds)
+        if request.signal:
+            end(interruption_message(str(run_dir)), INTERRUPTED)
+        if keeps_record:
+            lost = time.time() - max(began, min(_checkpoint_time(run_dir), failed))
+            _record(run_dir, faults.total, iteration, start, ending, lost)
+
+
+def _record(run_dir: Path, attempt: int, iteration: int, start: int, ending: Ending, lost_seconds: float) -> None:
+    """lost_seconds: since the checkpoint that the run goes on from, or since the start that failed if that is later."""
+    line = {
+        "time": time.time(),
+        "attempt": attempt,
+        "iteration": iteration,
+        "from_iteration": start,
+        "cause": str(ending),
+        "exit_status": ending.exit_code,
+        "rank": ending.rank,
+        "host": socket.gethostname(),
+        "lost_seconds": round(lost_seconds, 3),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / RESTARTS_FILE).open("a") as file:
+        file.write(json_line(line))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _last_iteration(run_dir: Path) -> int:
+    """The last that metrics.jsonl tells of; 0 without any."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]  # the last may be torn
+        return int(json.loads(lines[-1])["iteration"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return _start_iteration(run_dir)
+
+
+def _checkpoint(run_dir: Path) -> Path | None:
+    try:
+        return latest_checkpoint(run_dir / "checkpoints")
+    except ConfigError:
+        return None
+
+
+def _start_iteration(run_dir: Path) -> int:
+    checkpoint = _checkpoint(run_dir)
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iter_"))
+
+
+def _checkpoint_time(run_dir: Path) -> float:
+    checkpoint = _checkpoint(run_dir)
+    return 0.0 if checkpoint is None else checkpoint.stat().st_mtime

@@ -1,0 +1,132 @@
+"""Stopping, killing and starting again real runs of two processes: nothing is left behind, nothing is lost."""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+import pytest
+
+from laver_megatron.resilience.signals import CTRL_C
+from tests.runs import RealRun
+
+pytestmark = pytest.mark.processes
+NUM_STEPS = 8
+
+
+@pytest.fixture
+def runs():
+    """Ends what a test leaves."""
+    started: list[RealRun] = []
+    yield started
+    for run in started:
+        run.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_dir, tmp_path_factory):
+    run = RealRun.launch(demo_dir, tmp_path_factory.mktemp("undisturbed") / "run", train_iters=NUM_STEPS)
+    assert run.wait() == 0, run.log
+    return run.exact_records()
+
+
+def test_stopped_twice_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs):
+    """SIGTERM to the launcher, SIGUSR2 to one rank: one more step at most, a save, status 0; then it goes on."""
+    run_dir = tmp_path / "run"
+    runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
+    first.wait_for_iteration(2)
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.wait() == 0, first.log
+    assert first.wait_until_all_are_gone(5) == []
+    marker = json.loads((run_dir / "PREEMPTED").read_text())
+    assert marker["reason"] == "as SIGTERM asks" and 2 <= marker["iteration"] < NUM_STEPS
+    assert len(first.records()) == marker["iteration"]
+
+    runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
+    second.wait_for_iteration(marker["iteration"] + 1)
+    second.ranks()[1].send_signal(signal.SIGUSR2)
+    assert second.wait() == 0, second.log
+    if (run_dir / "PREEMPTED").exists():  # else it was at its last step
+        assert json.loads((run_dir / "PREEMPTED").read_text())["reason"] == "as SIGUSR2 asks"
+        runs.append(third := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
+        assert third.wait() == 0, third.log
+        second = third
+    assert (run_dir / "DONE").exists() and not (run_dir / "PREEMPTED").exists()
+    assert second.exact_records() == undisturbed
+
+
+def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
+    run_dir = tmp_path / "run"
+    runs.append(run := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS, restarts=2, save_interval=2))
+    run.wait_for_iteration(3)
+    run.ranks()[1].kill()
+    assert run.wait() == 0, run.log
+    assert run.wait_until_all_are_gone(5) == []
+    assert run.exact_records() == undisturbed
+    (restart,) = json.loads((run_dir / "run_summary.json").read_text())["restarts"]
+    assert restart["cause"] == "rank 1 ended by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
+@pytest.mark.parametrize("how", ["launcher killed", "SIGUSR1 to torchrun", "SIGTERM to torchrun"])
+def test_no_rank_outlives_what_started_it(demo_dir, tmp_path, runs, how):
+    """The ranks save first."""
+    start = RealRun.launch if how == "launcher killed" else RealRun.torchrun
+    runs.append(run := start(demo_dir, tmp_path / "run", train_iters=5000))
+    run.wait_for_iteration(2)
+    number = {"launcher killed": signal.SIGKILL, "SIGUSR1 to torchrun": signal.SIGUSR1}.get(how, signal.SIGTERM)
+    os.kill(run.process.pid, number)
+    run.wait()
+    assert run.wait_until_all_are_gone(90) == []
+    assert json.loads((run.run_dir / "PREEMPTED").read_text())["reason"] == "as SIGTERM asks"
+
+
+def test_the_second_ctrl_c_ends_at_once(demo_dir, tmp_path, runs):
+    """A step takes a quarter of a second, a save several: no checkpoint is written in between."""
+    runs.append(run := RealRun.launch(demo_dir, tmp_path / "run", train_iters=5000))
+    run.wait_for_iteration(1)
+    os.kill(run.process.pid, signal.SIGINT)
+    run.wait_for_line(CTRL_C)  # two at once would be one
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() == 130, run.log
+    assert run.wait_until_all_are_gone(10) == []
+    assert run.log.count(CTRL_C) == 1
+    assert run.log.endswith("run has no checkpoint yet: the same command starts over\n")
+
+
+def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
+    """With status 2, naming the first, which goes on; no restart."""
+    run_dir = tmp_path / "run"
+    runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=5000))
+    first.wait_for_iteration(1)
+    before = sorted(path.name for path in run_dir.iterdir())
+    runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
+    assert second.wait() == 2, second.log
+    assert f"another run has {run_dir}: process {first.ranks()[0].pid} on" in second.log
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+    first.wait_for_iteration(first.records()[-1]["iteration"] + 1)
+
+
+@pytest.mark.slow("starts two agents twice; `make test` has one agent")
+def test_two_nodes_start_again_together(demo_dir, tmp_path, undisturbed, runs):
+    """Each with a launcher of its own: a rank of the second is killed, both start again and meet."""
+    run_dir = tmp_path / "run"
+    nodes = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports()), "NPROC_PER_NODE": "1"}
+    for node in range(2):
+        environment = {**nodes, "NODE_RANK": str(node)}
+        settings = {"train_iters": NUM_STEPS, "restarts": 2, "save_interval": 2}
+        runs.append(RealRun.launch(demo_dir, run_dir, environment=environment, **settings))
+    for run in runs:
+        run.wait_for_iteration(3)
+    runs[1].ranks()[0].kill()
+    assert [run.wait() for run in runs] == [0, 0], runs[0].log + runs[1].log
+    assert runs[0].exact_records() == undisturbed
+    assert len((run_dir / "restarts.jsonl").read_text().splitlines()) == 1
+
+
+def free_ports() -> int:
+    """A port that is free, and probably the next ones."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return min(listener.getsockname()[1], 60000)
