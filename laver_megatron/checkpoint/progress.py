@@ -15,6 +15,8 @@ class Progress:
         counted_iterations: what the fields after it are sums over, for the run's summary.
         model_flops, laver_flops: of all devices together, and LaVer's share of them.
         device_seconds: training seconds times devices.
+        data_seconds, skipped_seconds: of the training seconds, those that waited for data, and the other ones of
+            skipped iterations.
     """
 
     iteration: int = 0
@@ -32,3 +34,5 @@ class Progress:
     laver_flops: int = 0
     training_seconds: float = 0.0
     device_seconds: float = 0.0
+    data_seconds: float = 0.0
+    skipped_seconds: float = 0.0

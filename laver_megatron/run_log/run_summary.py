@@ -25,6 +25,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
     hardware                device, num_devices, tensor, pipeline and data parallel sizes, versions
     time                    training_seconds (steps alone, without validation and saving), device_hours (the same
                             times devices), written_at (UTC)
+    goodput                 share of useful steps in the time since the run was born, and seconds by cause
+                            (`resilience/goodput.py`); absent where a run keeps no accounts
     config                  the resolved configuration
 
 A number that was NaN or infinite is null. Everything is plain: other numbers that are put into the file (of an
@@ -96,9 +98,10 @@ def make_summary(
     hardware: Mapping[str, Any],
     validation: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
+    goodput: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of the file, as described above. validation, training: the records of the run's .jsonl files, as far
-    as they are there."""
+    as they are there. goodput: of a run that keeps accounts of its time."""
     columns = LANGUAGE_COLUMNS + (LAVER_COLUMNS if config.objective.laver else ())
     visual, total = progress.consumed_visual_tokens, progress.consumed_tokens
     return {
@@ -130,6 +133,7 @@ def make_summary(
             "device_hours": progress.device_seconds / 3600,
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
+        **({} if goodput is None else {"goodput": dict(goodput)}),
         "config": config.flat(),
     }
 

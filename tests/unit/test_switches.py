@@ -892,6 +892,11 @@ ELSEWHERE = {
     "overlap_param_gather": ("distributed/test_engine_options.py", '"overlap_param_gather": True'),
     "ddp_bucket_size": ("distributed/test_engine_options.py", '"ddp_bucket_size": 9000'),
     "decoder_last_pipeline_num_layers": ("distributed/test_switches.py", "decoder_last_pipeline_num_layers="),
+    "start_timeout_minutes": ("unit/resilience/test_phases.py", "start_timeout_minutes="),
+    "save_timeout_minutes": ("unit/resilience/test_phases.py", "save_timeout_minutes="),
+    "data_timeout_minutes": ("distributed/test_watchdog.py", '"--data-timeout-minutes"'),
+    "step_timeout_minutes": ("distributed/test_watchdog.py", '"--step-timeout-minutes"'),
+    "straggler_percent": ("distributed/test_watchdog.py", '"--straggler-percent"'),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),
     "pipeline_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(pp=2"),

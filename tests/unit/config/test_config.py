@@ -331,7 +331,8 @@ def test_print_config_round_trips(config_file, capsys, tmp_path):
     resolved.write_text(printed)
     assert load_config(["--config", str(resolved)]) == load_config(["--config", path, "--lr", "3e-4"])
     assert [line for line in printed.splitlines() if line.startswith("#")] == [
-        "# start", "# model", "# parallel", "# engine", "# data", "# objective", "# training", "# run"
+        "# start", "# model", "# parallel", "# engine", "# data", "# objective", "# training", "# run",
+        "# reliability",
     ]  # fmt: skip
     assert set(yaml.safe_load(printed)) == set(all_fields())
 

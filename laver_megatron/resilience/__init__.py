@@ -1,0 +1,1 @@
+"""How a run notices faults, says what they are, and ends: phases, heartbeats, watchdog, status, goodput."""
