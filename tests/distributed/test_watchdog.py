@@ -133,11 +133,12 @@ def test_a_stopped_rank_is_named(run, num_ranks, rank):
     [
         (4, "data", 2, "faulty_run.py"),
         (2, "loop", 1, "spin"),
+        pytest.param(1, "loop", 0, "spin", marks=pytest.mark.faults),  # nobody else watches
         pytest.param(2, "data", 0, "faulty_run.py", marks=pytest.mark.faults),
     ],
 )
 def test_a_rank_that_stands_still_is_named_with_its_place(run, num_ranks, fault, rank, where):
-    run.start(num_ranks, fault, rank, *(ONE_EACH if num_ranks == 2 else []))
+    run.start(num_ranks, fault, rank, *(ONE_EACH if num_ranks < 4 else []))
     said, stacks = assert_hung(run, rank, range(num_ranks))
     assert "is alive but has not moved for" in said and where in said and "wrote none" not in said
     assert where in stacks[rank]
