@@ -77,7 +77,7 @@ demo-scaling: $(READY)
 test-fast: $(READY)
 	$(PYTEST) -m "not slow and not processes" tests/unit
 
-test: TESTS := -m "not slow"
+test: TESTS := -m "not slow and not faults"
 test-full: export HYPOTHESIS_PROFILE := search
 # Every part runs, whatever the ones before say.
 test test-full: $(READY)

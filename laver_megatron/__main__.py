@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("launcher", "main", "train, or go on with a run; starts its processes itself"),
     "dry-run": Command("launcher", "dry_run_main", "check a run of N processes without weights, data or GPUs"),
+    "status": Command("status_command", "main", "what a run is doing, or how it ended"),
     "plan": Command("planning.plan_command", "main", "the fastest layout that fits, and what it costs"),
     "stages": Command("stages.stages_command", "main", "train several stages in order"),
     "shards make": Command("shards.commands", "make_main", "make WebDataset shards of published forms of data"),
@@ -47,7 +48,7 @@ USAGE = """usage: laver COMMAND ...        (laver COMMAND --help: its flags)
 
 {commands}
 
-exit status: 0 done, 1 failed while running, 2 wrong use, 130 interrupted
+exit status: 0 done, 1 failed while running, 2 wrong use, 75 hung, 130 interrupted
 
 examples:
   laver demo && laver train

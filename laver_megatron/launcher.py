@@ -76,7 +76,9 @@ def _answer(arguments: Sequence[str]) -> None:
 def _train(config: Config) -> None:
     heed_signals(config.run.run_dir)
     from laver_megatron import train  # only now: help and mistakes need not wait for Megatron-Core
+    from laver_megatron.resilience.nccl import set_nccl_variables
 
+    set_nccl_variables(Path(config.run.run_dir))
     train.run(config)
 
 

@@ -32,10 +32,14 @@ from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
+from laver_megatron.resilience import status
+from laver_megatron.resilience.out_of_memory import is_out_of_memory, out_of_memory_message
+from laver_megatron.resilience.phases import enter, phase
 from laver_megatron.resilience.run_lock import hold
 from laver_megatron.resilience.signals import heed_signals, ignore_signals
 from laver_megatron.resilience.skipped import note_skipped, remember_step, skip_reason
 from laver_megatron.resilience.stop import StepEnd
+from laver_megatron.resilience.watchdog import watched
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.profile import ProfileWindow
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
@@ -60,11 +64,17 @@ def run(config: Config) -> None:
     heed_signals(config.run.run_dir)
     lock = hold(Path(config.run.run_dir))
     try:
-        trainer = setup(config)
-        train(trainer)
+        with watched(config):
+            trainer = setup(config)
+            train(trainer)
     except (ValueError, OSError, TrainingFailed) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = out_of_memory_message(error, config, int(os.environ.get("WORLD_SIZE", "1")))
+        sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {said} [{origin(error)}]")
     ignore_signals()
     for data in filter(None, (trainer.training_data, trainer.validation_data)):
         data.close()
@@ -151,7 +161,8 @@ def train_step(trainer: Trainer) -> dict:
     started = time.perf_counter()
     trainer.skipped = None
     mask_ratio = schedules.mask_ratio(step, config.objective, config.training.train_iters)
-    batch = trainer.training_data.at(trainer.progress.consumed_packs, mask_ratio=mask_ratio, step=step)
+    with phase("data"):
+        batch = trainer.training_data.at(trainer.progress.consumed_packs, mask_ratio=mask_ratio, step=step)
     data_seconds = time.perf_counter() - started
 
     for chunk in trainer.chunks:
@@ -179,11 +190,11 @@ def train_step(trainer: Trainer) -> dict:
 
     seconds = time.perf_counter() - started
     flops = flops_of(trainer.flops, batch.counts, config)
-    trainer.progress.skipped_iterations += skipped
-    advance(trainer.progress, config, batch.counts, flops, seconds)
+    progress = trainer.progress
+    advance(progress, config, batch.counts, flops, seconds=seconds, data_seconds=data_seconds, skipped=skipped)
     return step_record(
         config,
-        trainer.progress,
+        progress,
         batch.counts,
         trainer.flops,
         terms,
@@ -231,6 +242,8 @@ def train(trainer: Trainer) -> None:
     """Runs to train_iters, or until asked to stop, validating, saving and logging on the way."""
     config, progress = trainer.config, trainer.progress
     run_dir = Path(config.run.run_dir)
+    status.follow(progress)
+    enter("step", progress.iteration)
     if progress.iteration >= config.training.train_iters:
         say(
             f"nothing to do: the run is at iteration {progress.iteration} of "
@@ -249,6 +262,8 @@ def train(trainer: Trainer) -> None:
             with window.step(progress.iteration):
                 entry = train_step(trainer)
             trainer.saver.publish_when_written()
+            enter("step", progress.iteration)
+            status.note(entry)
             if log:
                 log.log(entry)
                 log.log_skipped(trainer.skipped)
@@ -311,6 +326,7 @@ def open_log(trainer: Trainer, run_dir: Path) -> RunLog | None:
     )
 
 
+@phase("validate")
 @torch.no_grad()
 def evaluate(trainer: Trainer) -> dict:
     """Losses on held-out packs, always the same ones, masked as at the end of the schedule."""
@@ -323,9 +339,10 @@ def evaluate(trainer: Trainer) -> dict:
     totals = dict.fromkeys(TERMS, 0.0)
     weights = dict.fromkeys(TERMS, 0)
     for i in range(config.run.eval_iters):
-        batch = trainer.validation_data.at(
-            i * config.data.global_batch_size, mask_ratio=config.objective.mask_ratio, step=0
-        )
+        with phase("data"):
+            batch = trainer.validation_data.at(
+                i * config.data.global_batch_size, mask_ratio=config.objective.mask_ratio, step=0
+            )
         terms = run_schedule(trainer, batch, forward_only=True).tolist()
         for name, value in zip(TERMS, terms, strict=True):
             weight = count_of(name, batch.counts)
@@ -339,6 +356,7 @@ def evaluate(trainer: Trainer) -> dict:
     return {**result, "elapsed_seconds": time.perf_counter() - started}
 
 
+@phase("save")
 def save(trainer: Trainer, *, last: bool = True) -> None:
     """A checkpoint of everything, under run_dir/checkpoints. last: it is on the disk when this returns; else it may be
     written while training goes on."""
@@ -367,7 +385,15 @@ def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_t
         return
     with tolerating("run_summary.json", run_dir, "the next checkpoint writes it again"):
         hardware, records = hardware_of(trainer.backend), read_run_records(run_dir)
-        summary = make_summary(trainer.config, trainer.progress, parameters, num_teacher_parameters, hardware, *records)
+        summary = make_summary(
+            trainer.config,
+            trainer.progress,
+            parameters,
+            num_teacher_parameters,
+            hardware,
+            *records,
+            goodput=status.goodput(),
+        )
         write_summary(run_dir, summary)
 
 

@@ -27,6 +27,7 @@ from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.streams import StreamSettings, span_areas
 from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.resilience.limits import collective_timeout_minutes
 from laver_megatron.run_log.records import validation_losses
 from laver_megatron.runtime.backend import (
     Backend,
@@ -69,7 +70,7 @@ def setup(config: Config) -> Trainer:
     """Opens the data, builds this rank's stages, optimizer and teacher, and fills them from where the run starts."""
     backend = use_backend()
     log_to_terminal()
-    join_process_group(config.parallel.distributed_timeout_minutes)
+    join_process_group(collective_timeout_minutes(config))
     start = agree_on_start(config)
     model_dir, encoder_dir = start.model_dir, start.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
@@ -80,7 +81,7 @@ def setup(config: Config) -> Trainer:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
+        timeout_minutes=collective_timeout_minutes(config),
         seed=config.training.seed,
     )
     config, reader, validation_reader = open_data(start.with_data_settings(config), model_dir, encoder_dir)

@@ -16,6 +16,8 @@ class Progress:
         model_flops, laver_flops: of all devices together, and LaVer's share of them.
         device_seconds: training seconds times devices.
         recent_losses, recent_norms: of the last applied steps, for --spike-action; empty without it.
+        data_seconds, skipped_seconds: of the training seconds, those that waited for data, and the other ones of
+            skipped iterations.
     """
 
     iteration: int = 0
@@ -35,3 +37,5 @@ class Progress:
     device_seconds: float = 0.0
     recent_losses: tuple[float, ...] = ()
     recent_norms: tuple[float, ...] = ()
+    data_seconds: float = 0.0
+    skipped_seconds: float = 0.0

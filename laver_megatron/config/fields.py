@@ -158,8 +158,11 @@ class ParallelConfig:
         choices=("full", "selective"),
         default=None,
     )
-    distributed_timeout_minutes: int = option(
-        "minutes a collective may take before the run ends", valid=POSITIVE, default=10
+    distributed_timeout_minutes: int | None = option(
+        "minutes a collective may take before the run ends; the watchdog's limits, such as --step-timeout-minutes, are "
+        "then at most 80% of it (default: two minutes more than the longest of these)",
+        valid=POSITIVE,
+        default=None,
     )
 
 

@@ -78,3 +78,21 @@ class ReliabilityConfig:
     restart_same_step_limit: int = option(
         "faults in a row at the same iteration after which it is not started again", valid=POSITIVE, default=3
     )
+    start_timeout_minutes: float | None = option(
+        "minutes from the start of a process to the first iteration after which the watchdog ends the run with exit "
+        "status 75 and names the rank that stopped; none: any time",
+        valid=ABOVE_ZERO,
+        default=60,
+    )
+    data_timeout_minutes: float | None = option(
+        "the same for reading the data of one iteration", valid=ABOVE_ZERO, default=10
+    )
+    step_timeout_minutes: float | None = option(
+        "the same for one iteration, and for a rank without a heartbeat in any phase", valid=ABOVE_ZERO, default=10
+    )
+    save_timeout_minutes: float | None = option("the same for one checkpoint", valid=ABOVE_ZERO, default=60)
+    straggler_percent: float | None = option(
+        "say it when a rank is busy for so many per cent longer than the others of its pipeline stage; none: never",
+        valid=ABOVE_ZERO,
+        default=50,
+    )

@@ -1,1 +1,1 @@
-"""How a run survives faults: stopping in order, one run for each directory, starting again."""
+"""How a run survives faults: it stops in order, is watched, says what it does, and is started again."""

@@ -140,6 +140,8 @@ class JsonLines:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
+
+
 def validation_losses(run_dir: Path) -> dict[int, float]:
     """The losses of a run's validations, by iteration; those that are not finite are left out."""
     path = run_dir / "validation.jsonl"

@@ -26,6 +26,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
     time                    training_seconds (steps alone, without validation and saving), device_hours (the same
                             times devices), written_at (UTC)
     restarts                what `laver train --restarts` did: when, at which iteration, after what (restarts.jsonl)
+    goodput                 share of useful steps in the time since the run was born, and seconds by cause
+                            (`resilience/goodput.py`); absent where a run keeps no accounts
     config                  the resolved configuration
 
 A number that was NaN or infinite is null. Everything is plain: other numbers that are put into the file (of an
@@ -99,9 +101,11 @@ def make_summary(
     validation: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
     restarts: Sequence[Mapping[str, Any]] = (),
+    *,
+    goodput: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of the file, as described above. validation, training, restarts: the records of the run's .jsonl
-    files, as far as they are there."""
+    files, as far as they are there. goodput: of a run that keeps accounts of its time."""
     columns = LANGUAGE_COLUMNS + (LAVER_COLUMNS if config.objective.laver else ())
     visual, total = progress.consumed_visual_tokens, progress.consumed_tokens
     return {
@@ -134,6 +138,7 @@ def make_summary(
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
         "restarts": [dict(restart) for restart in restarts],
+        **({} if goodput is None else {"goodput": dict(goodput)}),
         "config": config.flat(),
     }
 

@@ -22,7 +22,16 @@ def flops_of(model: ModelFlops, counts: GlobalCounts, config: Config) -> StepFlo
     return step_flops(model, **work_of(counts, config))
 
 
-def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: StepFlops, seconds: float) -> None:
+def advance(
+    progress: Progress,
+    config: Config,
+    counts: GlobalCounts,
+    flops: StepFlops,
+    *,
+    seconds: float,
+    data_seconds: float,
+    skipped: bool,
+) -> None:
     """Adds one iteration to where the run stands and to the sums of its summary."""
     progress.iteration += 1
     progress.consumed_packs += config.data.global_batch_size
@@ -34,7 +43,10 @@ def advance(progress: Progress, config: Config, counts: GlobalCounts, flops: Ste
     progress.consumed_label_tokens += counts.labels
     progress.model_flops += flops.total
     progress.laver_flops += flops.laver_overhead
+    progress.skipped_iterations += skipped
     progress.training_seconds += seconds
+    progress.data_seconds += data_seconds
+    progress.skipped_seconds += skipped * (seconds - data_seconds)
     progress.device_seconds += seconds * dist.get_world_size()
 
 

@@ -908,6 +908,11 @@ ELSEWHERE = {
     "spike_action": ("distributed/test_skipped_steps.py", 'spike_action="stop"'),
     "spike_sigmas": ("unit/resilience/test_spikes.py", "spike_sigmas=5.0"),
     "spike_window": ("unit/resilience/test_spikes.py", "spike_window=4"),
+    "start_timeout_minutes": ("unit/resilience/test_phases.py", "start_timeout_minutes="),
+    "save_timeout_minutes": ("unit/resilience/test_phases.py", "save_timeout_minutes="),
+    "data_timeout_minutes": ("distributed/test_watchdog.py", '"--data-timeout-minutes"'),
+    "step_timeout_minutes": ("distributed/test_watchdog.py", '"--step-timeout-minutes"'),
+    "straggler_percent": ("distributed/test_watchdog.py", '"--straggler-percent"'),
     # The fields that `Layout` stands for.
     "tensor_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(tp=2"),
     "pipeline_model_parallel_size": ("distributed/test_layout_invariance.py", "Layout(pp=2"),

@@ -163,7 +163,15 @@ def test_progress_keeps_the_bad_samples_apart(config):
     counts = GlobalCounts(*[0] * 10)
     flops = SimpleNamespace(total=1, laver_overhead=0)
     with mock.patch.object(batches.dist, "get_world_size", return_value=1):
-        advance(progress, config, replace(counts, samples=5, bad_samples=2), flops, seconds=1.0)
+        advance(
+            progress,
+            config,
+            replace(counts, samples=5, bad_samples=2),
+            flops,
+            seconds=1.0,
+            data_seconds=0.25,
+            skipped=False,
+        )
     assert (progress.consumed_samples, progress.bad_samples) == (15, 3)
 
 

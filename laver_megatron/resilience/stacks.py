@@ -1,0 +1,97 @@
+"""Where threads stand: in a few words for a heartbeat, and whole into a file of `run_dir/faults/`."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+DIRECTORY = "faults"
+# A main thread whose innermost Python frame is in one of these waits: for other ranks, or for the device, which may
+# itself wait for other ranks. The optimizer and train.py have values of the device copied to the host.
+_WAITING = (
+    "/torch/distributed/",
+    "/torch/cuda/",
+    "/megatron/core/pipeline_parallel/p2p_communication.py",
+    "/megatron/core/tensor_parallel/mappings.py",
+    "/megatron/core/tensor_parallel/layers.py",
+    "/megatron/core/distributed/",
+    "/megatron/core/optimizer/",
+    "/laver_megatron/train.py",
+)
+
+
+class Place(NamedTuple):
+    """Where the main thread stands. waits: for others, as far as its Python frames tell."""
+
+    text: str
+    waits: bool
+
+
+def main_thread_place() -> Place:
+    """The innermost frame of the main thread, and the innermost of this package if that is another."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return Place("nowhere: it has ended", False)
+    inner: FrameType | None = frame
+    while inner is not None and "/laver_megatron/" not in inner.f_code.co_filename:
+        inner = inner.f_back
+    text = _name(frame) if inner is None or inner is frame else f"{_name(frame)}, called by {_name(inner)}"
+    return Place(text, is_waiting(frame))
+
+
+def is_waiting(frame: FrameType) -> bool:
+    """Whether a thread whose innermost frame this is waits for other ranks or for the device."""
+    return any(part in frame.f_code.co_filename for part in _WAITING)
+
+
+def _name(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+class StackFile:
+    """The file for this rank's stacks. It is opened before there is a fault, when a file system may still answer, and
+    removed at the end if nothing was written.
+
+    Python's own timer writes all stacks into it when `arm` is not called again in time. That needs neither this
+    process's threads nor its GIL, which a C extension may hold.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        directory = run_dir / DIRECTORY
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"rank_{rank:04d}_*.txt"):  # by a process that was killed
+            if left.stat().st_size == 0:
+                left.unlink(missing_ok=True)
+        self.path = directory / f"rank_{rank:04d}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"
+        self._file = self.path.open("w", encoding="utf-8")
+        self.opened = time.time()
+        self._title = f"rank {rank}, process {os.getpid()} on {socket.gethostname()}"
+
+    def arm(self, seconds: float) -> None:
+        """Has the stacks written unless this is called again within so many seconds."""
+        if self._file.tell():  # written, and then it went on: that was no hang
+            self._file.seek(0)
+            self._file.truncate()
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def write(self, reason: str) -> None:
+        """Writes the stacks of all threads."""
+        faulthandler.cancel_dump_traceback_later()
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}: {reason}\n\n")
+        self._file.flush()
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+
+    def close(self) -> None:
+        """Removes the file if it is empty, and the directory if it was the last."""
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self.path.exists() and self.path.stat().st_size == 0:
+            self.path.unlink()
+            with suppress(OSError):
+                self.path.parent.rmdir()

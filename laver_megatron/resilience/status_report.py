@@ -1,0 +1,148 @@
+"""What a run directory says of its run, for people: `status.json` held against the process, the clock, the markers and
+the checkpoints that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.config.fields import ConfigError
+from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, STOPPED, read_status
+
+NOT_STARTED, GONE = "not started", "gone"
+PREEMPTED = "preempted"
+_MARKERS = {"DONE": FINISHED, "PREEMPTED": PREEMPTED}
+_RESTARTS = "restarts.jsonl"
+# What a run or those who prepare one put into its directory.
+_TRACES = ("config.yaml", "run_summary.json", "metrics.jsonl", "checkpoints", "faults", _RESTARTS, *_MARKERS)
+_MISSED = 12  # intervals; shared file systems show a file late
+_LEAST_SECONDS = 30.0
+
+
+def run_report(run_dir: Path) -> dict[str, Any]:
+    """The run's status with what can be seen from here: `state` is also `gone` (no sign of life for too long) or
+    `not started`, and there are `last_checkpoint`, `restarts`, `last_restart` and `age_seconds`.
+
+    Raises:
+        ConfigError: the directory is not there, or is not that of a run.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError([f"{run_dir}: no such directory"])
+    status = read_status(run_dir)
+    if status is None and not any((run_dir / name).exists() for name in _TRACES):
+        raise ConfigError([f"{run_dir} is not the directory of a run: it has no {FILE_NAME} and none of {_TRACES[:4]}"])
+    restarts = _restarts(run_dir)
+    seen: dict[str, Any] = {
+        "last_checkpoint": _last_checkpoint(run_dir),
+        "restarts": len(restarts),
+        "last_restart": restarts[-1] if restarts else None,
+    }
+    if status is None:
+        return {"state": NOT_STARTED, **seen}
+    age = time.time() - status["updated"]
+    return {**status, "state": _state(run_dir, status, age), "age_seconds": age, **seen}
+
+
+def _state(run_dir: Path, status: Mapping[str, Any], age: float) -> str:
+    """What the status says, unless a marker or the process says otherwise."""
+    for marker, state in _MARKERS.items():
+        path = run_dir / marker
+        if path.exists() and path.stat().st_mtime >= status["started"]:
+            return state
+    if status["state"] in ENDED:
+        return status["state"]
+    is_here = status["host"] == socket.gethostname()
+    is_late = age > max(_LEAST_SECONDS, _MISSED * status["interval_seconds"])
+    return GONE if is_late or (is_here and not _is_alive(status["pid"])) else status["state"]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _last_checkpoint(run_dir: Path) -> str | None:
+    try:
+        path = latest_checkpoint(run_dir / "checkpoints")
+    except ConfigError:
+        return None
+    return None if path is None else str(path)
+
+
+def _restarts(run_dir: Path) -> list[dict[str, Any]]:
+    """The supervisor's lines; a torn last one is left out."""
+    path = run_dir / _RESTARTS
+    restarts = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            restarts.append(json.loads(line))
+        except ValueError:
+            continue
+    return restarts
+
+
+# --- in words ------------------------------------------------------------------------------------------
+
+
+def report_text(run_dir: Path, report: Mapping[str, Any]) -> str:
+    """The report in a few lines."""
+    return "\n".join(_lines(run_dir, report)) + "\n"
+
+
+def _lines(run_dir: Path, report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{run_dir}: {_headline(report)}"
+    if report.get("message"):
+        yield f"  why         {''.join(it if it.isprintable() else ' ' for it in report['message'])}"
+    if "iteration" in report:
+        loss = "" if report["loss"] is None else f", loss {report['loss']:.4f}"
+        yield f"  iteration   {report['iteration']} of {report['train_iters']}{loss}"
+    if report.get("seconds_per_iteration"):
+        left = f", {duration(report['eta_seconds'])} to go" if report["state"] not in ENDED else ""
+        yield f"  speed       {report['seconds_per_iteration']:.3g} s an iteration{left}"
+    if "ledger" in report:
+        seconds = report["ledger"]["seconds"]
+        rest = sorted(((value, name) for name, value in seconds.items()), reverse=True)
+        parts = ", ".join(f"{name} {duration(value)}" for value, name in rest if value >= 0.5)
+        yield f"  goodput     {report['goodput']:.1%} of {duration(report['updated'] - report['born'])}: {parts}"
+    yield f"  checkpoint  {report['last_checkpoint'] or 'none yet'}"
+    if report["restarts"]:
+        last = report["last_restart"]
+        yield f"  restarts    {report['restarts']}, the last: {last.get('cause', 'cause unknown')}"
+    if "host" in report:
+        job = f", job {report['job_id']}" if report["job_id"] else ""
+        yield f"  where       {report['world_size']} ranks; rank 0 is process {report['pid']} on {report['host']}{job}"
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    state = report["state"]
+    if state == NOT_STARTED:
+        return f"has not started, or was trained by a version without {FILE_NAME}"
+    ago = f"{duration(report['age_seconds'])} ago"
+    if state == GONE:
+        return f"no longer updated since {ago} (phase {report['phase']}): rank 0 was killed, is stopped or cut off"
+    if state == "hung":
+        return f"hung, ended by the watchdog {ago}"
+    if state in (*ENDED, PREEMPTED):
+        return f"{state} {ago}" + (", in order before its last iteration" if state in (STOPPED, PREEMPTED) else "")
+    in_phase = report["updated"] - report["phase_since"]
+    return f"{state} (phase {report['phase']} for {duration(in_phase)}; updated {ago})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that matter."""
+    whole = round(max(seconds, 0.0))
+    for size, unit, small, lower in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small} {lower}"
+    return f"{whole} s"

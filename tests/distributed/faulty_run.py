@@ -1,0 +1,59 @@
+"""The launcher with a fault put around the trainer from outside: `torchrun faulty_run.py FAULT RANK ARGUMENTS...`.
+
+From the third iteration on the rank sleeps where it reads its data, loops in Python, sleeps inside a C call that holds
+the GIL, or is slow; or raises an error at once.
+"""
+
+import ctypes
+import os
+import sys
+import time
+
+FROM_ITERATION = 3
+LONG = 300
+
+
+def spin():
+    end = time.monotonic() + LONG
+    while time.monotonic() < end:
+        pass
+
+
+FAULTS = {
+    "none": None,
+    "data": ("BatchSource", "at", lambda: time.sleep(LONG)),
+    "loop": ("train", "run_schedule", spin),
+    "gil": ("train", "run_schedule", lambda: ctypes.PyDLL(None).sleep(LONG)),
+    "slow": ("train", "run_schedule", lambda: time.sleep(0.5)),
+}
+
+
+def install(fault):
+    from laver_megatron import train
+    from laver_megatron.data.batch.batches import BatchSource
+    from laver_megatron.resilience import phases
+
+    kind, name, do = fault
+    owner = {"train": train, "BatchSource": BatchSource}[kind]
+    original = getattr(owner, name)
+
+    def faulty(*arguments, **others):
+        if phases.now().iteration >= FROM_ITERATION:
+            do()
+        return original(*arguments, **others)
+
+    setattr(owner, name, faulty)
+
+
+def main():
+    fault, rank = FAULTS[sys.argv[1]], sys.argv[2]
+    del sys.argv[1:3]
+    from laver_megatron import launcher
+
+    if fault is not None and os.environ["RANK"] == rank:
+        install(fault)
+    launcher.main()
+
+
+if __name__ == "__main__":
+    main()

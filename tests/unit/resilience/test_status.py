@@ -1,0 +1,135 @@
+"""`status.json` and what `laver status` makes of it."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from laver_megatron.__main__ import main
+from laver_megatron.resilience import status
+from laver_megatron.resilience.status_report import duration, run_report
+
+STATUS = {
+    "state": "running", "phase": "step", "iteration": 12, "train_iters": 60, "loss": 1.25, "seconds_per_iteration": 2.0,
+    "eta_seconds": 96.0, "goodput": 0.75, "world_size": 4, "job_id": None, "interval_seconds": 5.0, "message": None,
+    "ledger": {"seconds": {"step": 75.0, "start": 20.0, "save": 5.0, "lost": 0.0}},
+}  # fmt: skip
+
+
+def write(run_dir, **changes):
+    now = time.time()
+    times = {"updated": now, "started": now - 100, "born": now - 100, "phase_since": now - 1}
+    content = {**STATUS, **times, "host": socket.gethostname(), "pid": os.getpid(), **changes}
+    run_dir.mkdir(exist_ok=True)
+    status.write_status(run_dir, content)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "run"
+
+
+def shown(run_dir, capsys, *flags):
+    main(["status", str(run_dir), *flags])
+    return capsys.readouterr().out
+
+
+def test_a_run_that_runs(run_dir, capsys):
+    write(run_dir)
+    text = shown(run_dir, capsys)
+    assert text.startswith(f"{run_dir}: running (phase step for 1 s; updated 0 s ago)\n")
+    assert "iteration   12 of 60, loss 1.2500" in text and "2 s an iteration, 1 min 36 s to go" in text
+    assert "goodput     75.0% of 1 min 40 s: step 1 min 15 s, start 20 s, save 5 s\n" in text
+    assert "checkpoint  none yet" in text and f"process {os.getpid()} on" in text
+
+
+def test_json(run_dir, capsys):
+    write(run_dir)
+    report = json.loads(shown(run_dir, capsys, "--json"))
+    assert report["state"] == "running" and report["restarts"] == 0 and report["age_seconds"] < 10
+
+
+@pytest.mark.processes
+def test_a_process_that_is_gone(run_dir, capsys):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    write(run_dir, pid=done.pid)
+    assert run_report(run_dir)["state"] == "gone"
+    assert "no longer updated since" in shown(run_dir, capsys)
+    # On another host its number says nothing; the time does.
+    write(run_dir, pid=done.pid, host="elsewhere")
+    assert run_report(run_dir)["state"] == "running"
+    write(run_dir, pid=done.pid, host="elsewhere", updated=time.time() - 300)
+    assert run_report(run_dir)["state"] == "gone"
+
+
+@pytest.mark.parametrize("state", status.ENDED)
+def test_a_run_that_has_ended(run_dir, capsys, state):
+    write(run_dir, state=state, updated=time.time() - 7200, message="rank 3: disk full" if state == "failed" else None)
+    text = shown(run_dir, capsys)
+    assert text.startswith(f"{run_dir}: {state}") and "2 h 0 min ago" in text and "to go" not in text
+    assert ("why         rank 3: disk full" in text) == (state == "failed")
+
+
+def test_markers_of_this_attempt_count(run_dir):
+    write(run_dir)
+    for name, state in (("PREEMPTED", "preempted"), ("DONE", "finished")):
+        (run_dir / name).touch()
+        assert run_report(run_dir)["state"] == state
+    for name in ("PREEMPTED", "DONE"):
+        os.utime(run_dir / name, (1, 1))  # left by an earlier attempt
+    assert run_report(run_dir)["state"] == "running"
+
+
+def test_restarts_and_the_last_checkpoint(run_dir, capsys):
+    write(run_dir)
+    lines = [json.dumps({"attempt": number, "cause": f"cause {number}"}) for number in (1, 2)]
+    (run_dir / "restarts.jsonl").write_text("\n".join(lines) + '\n{"attempt": 3, "ca')
+    hf = run_dir / "checkpoints" / "iter_0000010" / "hf"
+    hf.mkdir(parents=True)
+    (hf / "config.json").touch()
+    (run_dir / "checkpoints" / "latest").write_text("10")
+    text = shown(run_dir, capsys)
+    assert "restarts    2, the last: cause 2" in text and "iter_0000010\n" in text
+
+
+def test_a_run_that_never_started(run_dir, capsys):
+    run_dir.mkdir()
+    (run_dir / "config.yaml").touch()
+    assert "has not started" in shown(run_dir, capsys)
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_a_directory_that_is_none(run_dir, capsys, make):
+    if make:
+        run_dir.mkdir()
+        (run_dir / "notes.txt").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["status", str(run_dir)])
+    assert ended.value.code == 2
+    assert ("is not the directory of a run" if make else "no such directory") in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_is_null(run_dir):
+    for loss in (math.nan, math.inf):
+        write(run_dir, loss=loss)
+        assert json.loads((run_dir / "status.json").read_text())["loss"] is None
+
+
+def test_damaged_files_are_no_status(run_dir):
+    run_dir.mkdir()
+    foreign = json.dumps({**STATUS, "pid": "1; rm"})
+    for text in ("", "{", "[]", foreign, "{}"):
+        (run_dir / "status.json").write_text(text)
+        assert status.read_status(run_dir) is None
+    status.change_status(run_dir, state="failed")
+    assert (run_dir / "status.json").read_text() == "{}"
+
+
+def test_durations():
+    assert [duration(it) for it in (0.4, 61, 3661, 90000)] == ["0 s", "1 min 1 s", "1 h 1 min", "1 d 1 h"]
