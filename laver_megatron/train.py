@@ -244,17 +244,19 @@ def train(trainer: Trainer) -> None:
     run_dir = Path(config.run.run_dir)
     status.follow(progress)
     enter("step", progress.iteration)
+    step_end = StepEnd(config)
     if progress.iteration >= config.training.train_iters:
         say(
             f"nothing to do: the run is at iteration {progress.iteration} of "
             f"--train-iters {config.training.train_iters}"
         )
+        step_end.mark(progress.iteration)  # a run may have been killed just before it did
         return
     parameters = count_parameters(trainer.stages)
     log = open_log(trainer, run_dir)
     if unmeasured := missing_peak(config, trainer.backend.device):
         say(unmeasured)
-    window, step_end = ProfileWindow(trainer), StepEnd(config)
+    window = ProfileWindow(trainer)
     skipped_in_a_row = 0
     try:
         while progress.iteration < config.training.train_iters:
@@ -300,7 +302,7 @@ def train(trainer: Trainer) -> None:
         window.close()
         if log:
             log.close()
-    step_end.mark(progress.iteration, agreed)
+    step_end.mark(progress.iteration)
 
 
 def due(iteration: int, interval: int | None) -> bool:

@@ -14,7 +14,6 @@ from typing import NoReturn
 import psutil
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.config.fields import ConfigError
 from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
 from laver_megatron.runtime.processes import signal_at_parents_end
 
@@ -111,10 +110,7 @@ def _end_interrupted(run_dir: str) -> NoReturn:
 
 def interruption_message(run_dir: str) -> str:
     """The last checkpoint of a run directory, and how to resume."""
-    try:
-        checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
-    except ConfigError as error:
-        return f"interrupted; {error.problems[0]}"
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
     if checkpoint is None:
         return f"interrupted; {run_dir} has no checkpoint yet: the same command starts over"
     return f"interrupted; {checkpoint} is kept: the same command resumes from it"

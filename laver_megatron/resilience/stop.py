@@ -45,6 +45,7 @@ class StepEnd:
         self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._last_save = self._last_end = time.monotonic()
         self._step_seconds = self._save_seconds = 0.0
+        self._stop: str | None = None
         if dist.get_rank() == 0:
             for marker in (DONE, PREEMPTED):
                 (self._run_dir / marker).unlink(missing_ok=True)
@@ -58,7 +59,8 @@ class StepEnd:
         wish = torch.tensor([asked() or self._time_is_up(), int(self._save_is_due(now))], device="cpu")
         dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=self._group)
         reason, save = wish.tolist()
-        return Agreement(self._in_words(reason, iteration), bool(save))
+        self._stop = self._in_words(reason, iteration)
+        return Agreement(self._stop, bool(save))
 
     def saved(self) -> None:
         """A checkpoint was written since `agree`."""
@@ -66,11 +68,11 @@ class StepEnd:
         self._save_seconds = max(self._save_seconds, now - self._last_end)
         self._last_save = self._last_end = now
 
-    def mark(self, iteration: int, agreement: Agreement) -> None:
+    def mark(self, iteration: int) -> None:
         """Leaves DONE or PREEMPTED in the run directory, once its last checkpoint is published."""
         if dist.get_rank() == 0:
             is_done = iteration >= self._config.training.train_iters
-            content = {"iteration": iteration, "reason": "finished" if is_done else agreement.stop, "time": time.time()}
+            content = {"iteration": iteration, "reason": "finished" if is_done else self._stop, "time": time.time()}
             write_json(self._run_dir / (DONE if is_done else PREEMPTED), content)
 
     def _save_is_due(self, now: float) -> bool:

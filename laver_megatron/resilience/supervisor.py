@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.checkpoint.directory import iteration_of, latest_checkpoint
+from laver_megatron.config.fields import Config
 from laver_megatron.resilience.agent import Ending, StopRequest
 from laver_megatron.resilience.signals import interruption_message
 from laver_megatron.run_log.records import json_line
@@ -116,18 +116,11 @@ def _last_iteration(run_dir: Path) -> int:
         return _start_iteration(run_dir)
 
 
-def _checkpoint(run_dir: Path) -> Path | None:
-    try:
-        return latest_checkpoint(run_dir / "checkpoints")
-    except ConfigError:
-        return None
-
-
 def _start_iteration(run_dir: Path) -> int:
-    checkpoint = _checkpoint(run_dir)
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iter_"))
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    return 0 if checkpoint is None else iteration_of(checkpoint)
 
 
 def _checkpoint_time(run_dir: Path) -> float:
-    checkpoint = _checkpoint(run_dir)
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
     return 0.0 if checkpoint is None else checkpoint.stat().st_mtime

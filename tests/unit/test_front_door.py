@@ -29,7 +29,7 @@ PROGRAMS = (
     "demo",
     "__main__",
 )
-MOST_LINES_OF_THE_CORE = 18_000
+MOST_LINES_OF_THE_CORE = 19_500
 
 
 def ended(arguments: list[str]) -> int:

@@ -130,6 +130,6 @@ def test_an_interruption_says_what_is_kept(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "iter_0000030"
     (checkpoint / "hf").mkdir(parents=True)
     (checkpoint / "hf" / "config.json").touch()
-    (checkpoint.parent / "latest").write_text("30")
+    (checkpoint / "manifest.json").touch()
     kept = f"interrupted; {checkpoint} is kept: the same command resumes from it"
     assert signals.interruption_message(str(tmp_path)) == kept

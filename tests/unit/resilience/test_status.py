@@ -93,7 +93,7 @@ def test_restarts_and_the_last_checkpoint(run_dir, capsys):
     hf = run_dir / "checkpoints" / "iter_0000010" / "hf"
     hf.mkdir(parents=True)
     (hf / "config.json").touch()
-    (run_dir / "checkpoints" / "latest").write_text("10")
+    (hf.parent / "manifest.json").touch()
     text = shown(run_dir, capsys)
     assert "restarts    2, the last: cause 2" in text and "iter_0000010\n" in text
 

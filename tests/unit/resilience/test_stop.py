@@ -75,10 +75,11 @@ def test_saving_by_the_clock_counts_from_the_last_save(step_end):
 
 
 def test_markers_say_how_it_ended_and_go_with_the_next_start(step_end, tmp_path):
-    end = step_end()
-    end.mark(5, stop.Agreement("as SIGTERM asks", False))
+    end = step_end(exit_interval=5)
+    end.agree(5)
+    end.mark(5)
     content = json.loads((tmp_path / stop.PREEMPTED).read_text())
-    assert (content["iteration"], content["reason"]) == (5, "as SIGTERM asks")
-    step_end().mark(9, stop.Agreement(None, False))
+    assert (content["iteration"], content["reason"]) == (5, "a multiple of --exit-interval 5")
+    step_end().mark(9)
     assert not (tmp_path / stop.PREEMPTED).exists()
     assert json.loads((tmp_path / stop.DONE).read_text())["reason"] == "finished"
