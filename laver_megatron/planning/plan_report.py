@@ -182,10 +182,10 @@ def _best(plan: Plan) -> Iterator[str]:
     recomputed = ", ".join(f"{kind} {_gib(number, 2)} GiB" for kind, number in by_kind)
     yield f"activations by what is recomputed: {recomputed}"
     yield f"the encoder's weights, on every rank of stage 0: {_gib(plan.encoder_bytes, 2)} GiB"
-    copies, tp = host_copies(plan), plan.config.parallel.tensor_model_parallel_size
+    copied, stage = max(zip(host_copies(plan), (one.stage for one in plan.stages), strict=True))
     yield (
-        f"saving in the background holds {_gib(max(copies), 2)} GiB of host memory for each data-parallel rank 0 of "
-        f"stage {copies.index(max(copies))} while it is written, {_gib(sum(copies) * tp, 1)} GiB of all hosts together"
+        f"a checkpoint that is written in the background holds {_gib(copied, 2)} GiB of its host's memory for each "
+        f"data-parallel rank 0 of stage {stage}"
     )
     step, peak = plan.slowest, asdict(plan.slowest.seconds)
     yield f"time, on stage {step.stage}: {_named(peak, lambda seconds: f'{seconds:.3g} s')}"
@@ -207,7 +207,7 @@ def _best(plan: Plan) -> Iterator[str]:
 
 
 def host_copies(plan: Plan) -> list[int]:
-    """Of each stage, see `checkpoint_copy_bytes`."""
+    """Of each of the plan's stages, see `checkpoint_copy_bytes`."""
     return [checkpoint_copy_bytes(plan.config, stage.state, plan.data_parallel_size) for stage in plan.stages]
 
 
