@@ -17,8 +17,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,9 @@ from tests.programs import ROOT, python_path
 MEASURED = ("second", "per_gpu", "mfu", "hfu", "memory", "skew", "straggler", "time")
 
 
+FAULTS = ("kill_rank", "kill_child", "stop_rank", "terminate", "flip_byte", "cut_shard", "fill_disk")
+
+
 @dataclass
 class Disturbed:
     """A run that is disturbed until it is done.
@@ -40,6 +43,7 @@ class Disturbed:
     Attributes:
         command: `laver train` and its flags; started again when it has stopped in order or given up.
         shards: those of the training data, of which one may be cut.
+        faults: names of methods; each comes once before any comes again.
         events: (seconds since the start, fault, what it hit).
     """
 
@@ -47,9 +51,11 @@ class Disturbed:
     command: Sequence[str]
     shards: Sequence[Path]
     random: random.Random
+    faults: Sequence[str] = FAULTS
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     events: list[tuple[float, str, str]] = field(default_factory=list)
     endings: Counter[int] = field(default_factory=Counter)
+    _queue: list[str] = field(default_factory=list)
     _process: subprocess.Popen[bytes] | None = None
     _born: float = field(default_factory=time.monotonic)
 
@@ -109,10 +115,6 @@ class Disturbed:
         filler.unlink()
         return "the file system"
 
-    FAULTS: tuple[Callable[["Disturbed"], str], ...] = (
-        kill_rank, kill_child, stop_rank, terminate, flip_byte, cut_shard, fill_disk,
-    )  # fmt: skip
-
     # --- the run ---
 
     def finish(self, every_seconds: float, max_faults: int, deadline_seconds: float) -> None:
@@ -137,9 +139,11 @@ class Disturbed:
                 if now - self._born > deadline_seconds:
                     raise TimeoutError(f"not done in {deadline_seconds} s: {self.events}, {dict(self.endings)}")
                 if now >= next_fault and len(self.events) < max_faults:
-                    fault = self.random.choice(self.FAULTS)
-                    if hit := fault(self):
-                        self.events.append((round(now - self._born, 1), fault.__name__, hit))
+                    if not self._queue:
+                        self._queue = self.random.sample(self.faults, len(self.faults))
+                    fault = self._queue.pop()
+                    if hit := getattr(self, fault)():
+                        self.events.append((round(now - self._born, 1), fault, hit))
                         next_fault = time.monotonic() + self._wait(every_seconds)
                 time.sleep(0.2)
         finally:
@@ -192,6 +196,18 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of 400 MB that can be filled, where that is permitted; else a folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    is_mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(directory)]).returncode
+    try:
+        yield directory
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", str(directory)], check=True)
+
+
 def train_command(config: Path, run_dir: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "laver_megatron", "train", "--config", str(config), "--run-dir", str(run_dir), *flags]
 
@@ -212,7 +228,9 @@ def main() -> None:
     shutil.rmtree(output / "calm", ignore_errors=True)
     shutil.rmtree(output / "chaos", ignore_errors=True)
     shutil.copytree(demo / "shards", output / "shards", dirs_exist_ok=True)
+    limits = [f"--{phase}-timeout-minutes" for phase in ("data", "step", "save")]
     flags = [
+        *(word for limit in limits for word in (limit, "0.4")),
         "--data-path", f"{output}/shards/train-*.tar", "--train-iters", str(arguments.train_iters),
         "--save-interval", "5", "--keep-last", "3", "--eval-interval", "none", *arguments.flags,
     ]  # fmt: skip
@@ -222,17 +240,22 @@ def main() -> None:
     calm = train_command(ROOT / "examples/demo.yaml", output / "calm", *flags)
     subprocess.run(calm, cwd=ROOT, env=environment, check=True)
     calm_seconds = time.monotonic() - started
-    command = train_command(ROOT / "examples/demo.yaml", output / "chaos", *flags, "--restarts", "1000")
-    shards = sorted((output / "shards").glob("train-*.tar"))
-    run = Disturbed(output / "chaos", command, shards, random.Random(arguments.seed))
-    started = time.monotonic()
-    run.finish(arguments.every, int(arguments.minutes * 60 / arguments.every), arguments.minutes * 60 * 4)
-    seconds = time.monotonic() - started
-    different = differences(output / "calm", output / "chaos")
+    flags += ["--restarts", "1000", "--restart-same-step-limit", "10", "--save-failure", "continue"]
+    with small_disk(output / "disk") as disk:
+        command = train_command(ROOT / "examples/demo.yaml", disk / "chaos", *flags)
+        shards = sorted((output / "shards").glob("train-*.tar"))
+        run = Disturbed(disk / "chaos", command, shards, random.Random(arguments.seed))
+        started = time.monotonic()
+        run.finish(arguments.every, int(arguments.minutes * 60 / arguments.every), arguments.minutes * 60 * 4)
+        seconds = time.monotonic() - started
+        different = differences(output / "calm", disk / "chaos")
+        summary = json.loads((disk / "chaos" / "run_summary.json").read_text())
+        shutil.copytree(disk / "chaos", output / "chaos", ignore=shutil.ignore_patterns("checkpoints"))
     print("\n| fault | times |\n|---|---|")
     for name, count in Counter(name for _, name, _ in run.events).most_common():
         print(f"| {name} | {count} |")
     print(f"\nundisturbed {calm_seconds:.0f} s, disturbed {seconds:.0f} s; endings {dict(run.endings)}")
+    print(f"restarts {len(summary['restarts'])}, goodput {json.dumps(summary.get('goodput'))}")
     print(f"different from the undisturbed run: {different or 'nothing'}")
     sys.exit(bool(different))
 
