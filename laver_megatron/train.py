@@ -236,6 +236,7 @@ def train(trainer: Trainer) -> None:
                 if log:
                     log.log_validation(progress.iteration, result)
             if exiting or finished or due(progress.iteration, config.run.save_interval):
+                window.close()
                 save(trainer, run_dir)
                 summarise(trainer, run_dir, *parameters)
             if exiting:
