@@ -286,6 +286,7 @@ def train(trainer: Trainer) -> None:
                 if log:
                     log.log_validation(progress.iteration, result)
             if agreed.stop or agreed.save or finished or due(progress.iteration, config.run.save_interval):
+                window.close()
                 save(trainer, last=finished or agreed.stop is not None)
                 step_end.saved()
                 summarise(trainer, run_dir, *parameters)

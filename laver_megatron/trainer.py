@@ -27,6 +27,7 @@ from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.qwen import num_virtual_stages
 from laver_megatron.model.streams import StreamSettings, span_areas
 from laver_megatron.model.teacher import Centre, TeacherAverage
+from laver_megatron.objective.schedules import rates_of_parts
 from laver_megatron.resilience.limits import collective_timeout_minutes
 from laver_megatron.run_log.records import validation_losses
 from laver_megatron.runtime.backend import (
@@ -127,7 +128,14 @@ def setup(config: Config) -> Trainer:
     progress = trainer.progress
     training_data.resume_from(progress.data_mark, progress.consumed_samples, progress.bad_samples)
     verb = "resuming" if start.is_own else "starting"
-    say(f"{verb} from {start.directory} at iteration {progress.iteration}; attention kernel {streams.kernel}")
+    when = "during" if chunks[0].ddp_config.overlap_grad_reduce else "after"
+    say(
+        f"{verb} from {start.directory} at iteration {progress.iteration}; attention kernel {streams.kernel}; "
+        f"gradients reduced {when} the backward pass"
+    )
+    if rates := rates_of_parts(config.training):
+        named = ", ".join(f"{part} {rate}" for part, rate in rates.items())
+        say(f"learning rates: {config.training.lr}, but {named}")
     for message in start.messages(config, progress.iteration):
         say(message)
     return trainer

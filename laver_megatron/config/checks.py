@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from laver_megatron.config.capabilities import Capabilities, find_capabilities
@@ -26,6 +27,8 @@ from laver_megatron.config.rate_checks import rate_problems
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
 from laver_megatron.start import find_start
+
+MOST_PROFILED = 20  # iterations
 
 
 def check_run(invocation: Invocation) -> Config:
@@ -87,7 +90,7 @@ def validate(
     """All that is wrong with the numbers, an empty list if nothing is. What needs a shape that is not given
     is left out; capabilities None leave out what depends on the machine."""
     problems = [*_range_problems(config), *rate_problems(config)]
-    problems += engine_problems(config, capabilities, model_shape)
+    problems += engine_problems(config, capabilities, model_shape, _num_replicas(config, world_size))
     problems += _training_problems(config, encoder)
     if _layout_is_countable(config):
         problems += _world_problems(config, world_size)
@@ -129,6 +132,9 @@ def _range_problems(config: Config) -> Iterator[str]:
         value, valid = values[name], item.metadata["range"]
         if valid is not None and value is not None and not valid.holds(value):
             yield f"{name} is {value}, but {valid.rule}"
+        if item.metadata["choices"] and isinstance(value, tuple):
+            twice = {one: count for one, count in Counter(value).items() if count > 1}
+            yield from (f"{name} names {one} {count} times; name it once" for one, count in twice.items())
     interval = config.objective.ema_interval
     if not (0 < interval < 1 or (interval >= 1 and float(interval).is_integer())):
         yield f"ema_interval is {interval}, but must be whole iterations or a share between 0 and 1"
@@ -157,8 +163,15 @@ def _training_problems(config: Config, encoder: CheckedEncoder | None) -> Iterat
         yield from _weight_problems(data.data_weights, data.data_path)
     start, end = config.run.profile_step_start, config.run.profile_step_end
     train_iters = config.training.train_iters
-    if config.run.profile and not start < min(end, train_iters):
-        yield f"profile_step_start {start} must be below profile_step_end {end} and train_iters {train_iters}"
+    if start >= end:
+        yield f"profile_step_start {start} must be below profile_step_end {end}, the last iteration that is profiled"
+    elif end - start > MOST_PROFILED:
+        yield (
+            f"profile_step_start {start} and profile_step_end {end} profile {end - start} iterations, whose events are "
+            f"held in memory; use at most {MOST_PROFILED}, such as --profile-step-end {start + MOST_PROFILED}"
+        )
+    elif config.run.profile and start >= train_iters:
+        yield f"profile_step_start {start} must be below train_iters {train_iters}, or nothing is profiled"
     if config.run.eval_interval is not None and data.valid_data_path is None:
         yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
 
@@ -181,6 +194,12 @@ def _layout_is_countable(config: Config) -> bool:
         parallel.num_layers_per_virtual_pipeline_stage, config.objective.vision_head_output_size,
     )  # fmt: skip
     return all(size is None or size >= 1 for size in sizes) and data.visual_seq_length >= 0
+
+
+def _num_replicas(config: Config, world_size: int) -> int | None:
+    """Data-parallel replicas; None where the processes do not divide."""
+    ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    return world_size // ranks if ranks > 0 and world_size % ranks == 0 else None
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[str]:

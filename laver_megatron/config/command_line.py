@@ -299,9 +299,9 @@ def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any] |
 
 
 def _suggestion(name: str, candidates: Sequence[str]) -> str:
-    # Leading dashes are alike in all flags and say nothing of likeness.
-    bare = {candidate.lstrip("-"): candidate for candidate in candidates}
-    nearest = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.5)
+    # Leading dashes are alike in all flags and say nothing of likeness, and case is a slip.
+    bare = {candidate.lstrip("-").lower(): candidate for candidate in candidates}
+    nearest = difflib.get_close_matches(name.lstrip("-").lower(), bare, n=1, cutoff=0.5)
     return f"; did you mean {bare[nearest[0]]}?" if nearest else ""
 
 

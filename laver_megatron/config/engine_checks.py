@@ -6,60 +6,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from laver_megatron.config.capabilities import AMPERE, BLACKWELL, HOPPER, Capabilities
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import Config, default_of
+from laver_megatron.config.refused import REFUSED
 from laver_megatron.hf.shape import ModelShape
 
 _WIDEST_FLASH_HEAD = 128
 
-# Options of Megatron-Core that the parts around it do not support: field, value that is meant, why, remedy.
-_UNSUPPORTED = (
-    (
-        "cuda_graph_impl",
-        ("local", "transformer_engine"),
-        "the attention kernels build their masks from each micro-batch's spans, which a graph cannot replay",
-        "use none",
-    ),
-    (
-        "fine_grained_activation_offloading",
-        (True,),
-        "pipeline stages with a student and a teacher do not register their micro-batches with it",
-        "use --recompute-granularity to save memory",
-    ),
-    (
-        "tp_comm_overlap",
-        (True,),
-        "its buffers have one shape, and the passes of student and teacher have two; nothing sets them up",
-        "drop it",
-    ),
-    (
-        "optimizer",
-        ("muon",),
-        "it needs the package emerging_optimizers, which is not on the package index, and keeps its master weights "
-        "where neither checkpoints nor the teacher's average find them",
-        "use adam",
-    ),
-    (
-        "use_mup",
-        (True,),
-        "its multipliers of logits and first weights would change the pretrained model that every run begins from",
-        "scale rates by size with laver sweep --lr-exponent",
-    ),
-)
-
 
 def engine_problems(
-    config: Config, capabilities: Capabilities | None = None, shape: ModelShape | None = None
+    config: Config,
+    capabilities: Capabilities | None = None,
+    shape: ModelShape | None = None,
+    num_replicas: int | None = None,
 ) -> Iterator[str]:
-    """What is wrong with the options of the engine. capabilities: of the machine; None: unknown. So is the shape."""
+    """What is wrong with the options of the engine. capabilities: of the machine; None: unknown. So are the shape and
+    the number of data-parallel replicas."""
     if config.model.attention_kernel == "flash":
         yield from flash_problems(config, shape, capabilities)
     elif config.model.attention_kernel == "flex" and capabilities and capabilities.compute_capability is None:
         yield "attention_kernel flex needs CUDA (it has no backward pass on CPU); use auto or dense"
-    yield from _overlap_problems(config)
+    yield from _overlap_problems(config, capabilities, num_replicas)
     yield from _recompute_problems(config)
-    for name, values, why, remedy in _UNSUPPORTED:
-        if (value := config.flat()[name]) in values:
-            yield f"{name} {'on' if value is True else value} is not supported: {why}; {remedy}"
+    for name, refusal in REFUSED.items():
+        if (value := config.flat()[name]) in refusal.values:
+            yield f"{name} {'on' if value is True else value} is not supported: {refusal.why}; {refusal.remedy}"
     yield from _fp8_problems(config)
     yield from _optimizer_problems(config)
     if capabilities is not None:
@@ -70,11 +40,12 @@ def flash_problems(config: Config, shape: ModelShape | None, capabilities: Capab
     """Why attention kernel flash cannot compute a run; shape and capabilities None leave out what depends on them."""
     if capabilities is not None and capabilities.compute_capability is None:
         yield "attention_kernel flash needs CUDA; use auto or dense"
-    elif capabilities is not None and capabilities.compute_capability < AMPERE:  # type: ignore[operator]
+        return
+    if capabilities is not None and capabilities.compute_capability < AMPERE:  # type: ignore[operator]
         found = ".".join(map(str, capabilities.compute_capability))  # type: ignore[arg-type]
         yield f"attention_kernel flash needs a GPU of compute capability 8.0, but this has {found}; use flex"
     if not config.training.bf16:
-        yield "attention_kernel flash computes in 16 bits; set --bf16, or use auto, flex or dense"
+        yield "attention_kernel flash computes in 16 bits; set --bf16, or use auto"
     if shape is not None and (shape.kv_channels % 8 or shape.kv_channels > _WIDEST_FLASH_HEAD):
         yield (
             f"attention_kernel flash takes heads of a multiple of 8 up to {_WIDEST_FLASH_HEAD} wide, but the model's "
@@ -87,6 +58,10 @@ def _fp8_problems(config: Config) -> Iterator[str]:
     if training.fp8_format is None:
         if training.teacher_fp8:
             yield "teacher_fp8 needs fp8_format, which says the format; set --fp8-format hybrid, or drop it"
+        if training.fp8_recipe != default_of("fp8_recipe"):
+            yield (
+                f"fp8_recipe {training.fp8_recipe} has no use without fp8_format; set --fp8-format hybrid, or drop it"
+            )
         return
     if not training.bf16:
         yield f"fp8_format {training.fp8_format} needs bf16, in which all else is computed; set --bf16"
@@ -147,17 +122,30 @@ def _machine_problems(config: Config, capabilities: Capabilities) -> Iterator[st
         yield f"fp8_recipe mxfp8 needs Blackwell (compute capability 10.0), but this GPU has {shown}; use blockwise"
 
 
-def _overlap_problems(config: Config) -> Iterator[str]:
+def overlaps(config: Config, *, on_cuda: bool, num_replicas: int) -> tuple[bool, bool]:
+    """Whether gradients are reduced beside the backward pass, and parameters gathered beside the forward pass. Where
+    the run leaves it open, they are on CUDA where there is more than one replica."""
+    reduce, gather = config.engine.overlap_grad_reduce, config.engine.overlap_param_gather
+    by_default = on_cuda and num_replicas > 1
+    reduces = by_default or bool(gather) if reduce is None else reduce
+    return reduces, (by_default and reduces) if gather is None else gather
+
+
+def _overlap_problems(config: Config, capabilities: Capabilities | None, num_replicas: int | None) -> Iterator[str]:
     engine = config.engine
     if engine.overlap_param_gather and engine.overlap_grad_reduce is False:
         yield (
             "overlap_param_gather needs overlap_grad_reduce, whose buckets it gathers; drop --no-overlap-grad-reduce, "
             "or set --no-overlap-param-gather"
         )
-    if engine.ddp_bucket_size is not None and engine.overlap_grad_reduce is False:
+    # What is not known is taken to be as the option needs it.
+    on_cuda = capabilities is None or capabilities.compute_capability is not None
+    reduces, _ = overlaps(config, on_cuda=on_cuda, num_replicas=2 if num_replicas is None else num_replicas)
+    if engine.ddp_bucket_size is not None and not reduces:
+        why = "" if engine.overlap_grad_reduce is False else ", which is off here unless it is asked for"
         yield (
-            f"ddp_bucket_size {engine.ddp_bucket_size} has no use without overlap_grad_reduce: all gradients are "
-            "reduced at once; drop one of the two"
+            f"ddp_bucket_size {engine.ddp_bucket_size} has no use without overlap_grad_reduce{why}: all gradients are "
+            "reduced at once; set --overlap-grad-reduce, or drop it"
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from laver_megatron.config.options import POSITIVE, option
+from laver_megatron.config.refused import refused
 
 RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp")
 
@@ -30,19 +31,19 @@ class EngineConfig:
         default=None,
     )
     cuda_graph_impl: str = option(
-        "capture layers in CUDA graphs: refused, because this program's attention cannot be captured",
+        refused("cuda_graph_impl", "capture layers in CUDA graphs"),
         choices=("none", "local", "transformer_engine"),
         default="none",
     )
     fine_grained_activation_offloading: bool = option(
-        "activations to the host: refused, because this program's stages cannot do it", default=False
+        refused("fine_grained_activation_offloading", "keep activations in the host's memory"), default=False
     )
     tp_comm_overlap: bool = option(
-        "tensor-parallel communication beside matrix products: refused, because its buffers have one shape",
-        default=False,
+        refused("tp_comm_overlap", "tensor-parallel communication beside matrix products"), default=False
     )
     recompute_modules: tuple[str, ...] | None = option(
-        "what --recompute-granularity selective computes again (default: core_attn)",
+        "what --recompute-granularity selective computes again (default: core_attn, which saves memory with attention "
+        "kernel dense alone: flex and flash keep no scores, so it saves their outputs at most)",
         choices=RECOMPUTED_MODULES,
         default=None,
     )

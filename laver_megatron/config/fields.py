@@ -154,7 +154,8 @@ class ParallelConfig:
         "layers of the last stage of an uneven split", valid=POSITIVE, default=None
     )
     recompute_granularity: str | None = option(
-        "what the backward pass computes again to save memory: whole layers (full) or --recompute-modules (selective)",
+        "what the backward pass computes again to save memory: whole layers (full), or --recompute-modules (selective; "
+        "its default saves memory with attention kernel dense alone)",
         choices=("full", "selective"),
         default=None,
     )
@@ -294,7 +295,9 @@ class RunConfig:
         default=False,
     )
     profile_step_start: int = option("iterations before the profiled ones", valid=NOT_NEGATIVE, default=10)
-    profile_step_end: int = option("the last profiled iteration", valid=POSITIVE, default=12)
+    profile_step_end: int = option(
+        "the last profiled iteration; a checkpoint ends the profile earlier", valid=POSITIVE, default=12
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +370,11 @@ def section_of() -> Mapping[str, str]:
 def all_fields() -> dict[str, dataclasses.Field[Any]]:
     """Every field by its name, in the order they are declared."""
     return {item.name: item for section in SECTIONS for item in fields_of(section)}
+
+
+def default_of(name: str) -> Any:
+    """What a field is where nothing is said of it."""
+    return all_fields()[name].default
 
 
 def field_types() -> dict[str, FieldType]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import Config, default_of
 from laver_megatron.objective.schedules import wsd_decay_steps
 
 
@@ -21,11 +21,13 @@ def rate_problems(config: Config) -> Iterator[str]:
     yield from _part_problems(config)
     if training.lr_decay_style == "WSD":
         yield from _wsd_problems(config)
-    elif training.lr_wsd_decay_iters is not None:
-        yield (
-            f"lr_wsd_decay_iters {training.lr_wsd_decay_iters} is WSD's, but lr_decay_style is "
-            f"{training.lr_decay_style}; set --lr-decay-style WSD, or drop it"
-        )
+        return
+    for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+        if (value := config.flat()[name]) != default_of(name):
+            yield (
+                f"{name} {value} is WSD's, but lr_decay_style is {training.lr_decay_style}; set --lr-decay-style WSD, "
+                "or drop it"
+            )
 
 
 def _part_problems(config: Config) -> Iterator[str]:
@@ -50,6 +52,11 @@ def _wsd_problems(config: Config) -> Iterator[str]:
         yield "lr_decay_style WSD needs the length of its decay; set --lr-wsd-decay-iters, such as 0.1 of the run"
     elif decay > 1 and decay != int(decay):
         yield f"lr_wsd_decay_iters is {decay}, but must be whole iterations or a share between 0 and 1"
+    elif decay > 0 and wsd_decay_steps(training) == 1:
+        yield (
+            f"lr_wsd_decay_iters {decay} is 1 iteration, which would still have lr, so that nothing decays; use at "
+            "least 2"
+        )
     elif decay > 0 and (steps := wsd_decay_steps(training)) > most >= 1:
         yield (
             f"lr_wsd_decay_iters {decay} is {steps} iterations, but {training.train_iters} train_iters less "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from laver_megatron.config.options import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, option
+from laver_megatron.config.refused import refused
 
 # Megatron's names.
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "WSD")
@@ -42,7 +43,10 @@ class TrainingConfig:
         default="cosine",
     )
     lr_wsd_decay_iters: int | float | None = option(
-        "iterations of WSD's decay, or a share of --train-iters such as 0.1", valid=ABOVE_ZERO, default=None
+        "iterations of WSD's decay, at least 2, or a share of --train-iters such as 0.1: of the last D the first still "
+        "has --lr, the D - 1 after it decay, and --min-lr is what one more would have",
+        valid=ABOVE_ZERO,
+        default=None,
     )
     lr_wsd_decay_style: str = option(
         "shape of WSD's decay; minus_sqrt: falls as 1 - sqrt", choices=LR_WSD_DECAY_STYLES, default="exponential"
@@ -70,12 +74,8 @@ class TrainingConfig:
         default="tensorwise",
     )
     teacher_fp8: bool = option("the teacher's decoder layers multiply as --fp8-format says, too", default=False)
-    optimizer: str = option(
-        "adam; muon is refused, because its package is on no index", choices=("adam", "muon"), default="adam"
-    )
-    use_mup: bool = option(
-        "maximal update parametrisation: refused, because it would change the pretrained weights", default=False
-    )
+    optimizer: str = option(refused("optimizer", "adam, or muon"), choices=("adam", "muon"), default="adam")
+    use_mup: bool = option(refused("use_mup", "maximal update parametrisation"), default=False)
     use_precision_aware_optimizer: bool = option(
         "TransformerEngine's Adam that keeps 16 of the master weights' 32 bits beside the bf16 weights, without LaVer",
         default=False,

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from laver_megatron.config.engine_checks import overlaps
 from laver_megatron.config.fields import Config
 from laver_megatron.config.modules import MODULES
 
@@ -22,16 +23,14 @@ _USED_BY_IMAGES = (*MODULES["encoder"], *MODULES["connector"], "mask_token")
 
 
 def data_parallel_config(config: Config) -> DistributedDataParallelConfig:
-    """Megatron-Core's configuration of data parallelism. Where the run leaves it open, communication overlaps on CUDA
-    where there is more than one replica."""
-    overlaps = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size() > 1
-    reduce, gather = config.engine.overlap_grad_reduce, config.engine.overlap_param_gather
-    reduces = overlaps or bool(gather) if reduce is None else reduce
+    """Megatron-Core's configuration of data parallelism."""
+    num_replicas = parallel_state.get_data_parallel_world_size()
+    reduces, gathers = overlaps(config, on_cuda=torch.cuda.is_available(), num_replicas=num_replicas)
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=reduces,
-        overlap_param_gather=(overlaps and reduces) if gather is None else gather,
+        overlap_param_gather=gathers,
         bucket_size=config.engine.ddp_bucket_size,
         check_for_nan_in_grad=False,
     )

@@ -12,18 +12,15 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from laver_megatron.config.fields import TrainingConfig
 from laver_megatron.config.modules import MODULES
+from laver_megatron.objective.schedules import rates_of_parts
 
 INPUT_AND_OUTPUT = ("embedding.", "output_layer.")
 
 
 def rate_multipliers(training: TrainingConfig) -> Mapping[tuple[str, ...], float]:
     """Multipliers of the learning rate by the prefixes of the parameters that they are for."""
-    rates = {
-        MODULES["encoder"]: training.encoder_lr,
-        MODULES["connector"]: training.connector_lr,
-        INPUT_AND_OUTPUT: training.decoupled_lr,
-    }
-    return {prefixes: rate / training.lr for prefixes, rate in rates.items() if rate is not None}
+    prefixes = {"encoder": MODULES["encoder"], "connector": MODULES["connector"], "decoupled": INPUT_AND_OUTPUT}
+    return {prefixes[part]: rate / training.lr for part, rate in rates_of_parts(training).items()}
 
 
 def group_overrides(optimizer_config: OptimizerConfig, training: TrainingConfig) -> dict[ParamKey, ParamGroupOverride]:

@@ -31,6 +31,12 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     return training.min_lr + (training.lr - training.min_lr) * _decay(step, training)
 
 
+def rates_of_parts(training: TrainingConfig) -> dict[str, float]:
+    """What parts of the model have in the place of `lr`, where that is set; `decoupled`: embedding and LM head."""
+    rates = {"encoder": training.encoder_lr, "connector": training.connector_lr, "decoupled": training.decoupled_lr}
+    return {part: rate for part, rate in rates.items() if rate is not None}
+
+
 def _decay(step: int, training: TrainingConfig) -> float:
     """Where the rate stands between `min_lr` (0) and `lr` (1) after the warmup."""
     style, end = training.lr_decay_style, training.train_iters

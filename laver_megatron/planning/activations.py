@@ -120,17 +120,23 @@ class Saved:
 
     def attention(self, *, selective: bool) -> int:
         """From the QKV projection to the output projection's input. selective: the core attention is recomputed."""
+        config = self.config
+        is_one_pack = config.data.micro_batch_size == 1
         shape, tp, width = self.shape, self.tp, self.value_bytes
         tokens = self.num_tokens
         query = tokens * shape.num_attention_heads * shape.kv_channels // tp * width
         key = tokens * max(shape.num_query_groups // tp, 1) * shape.kv_channels * width
-        # Without a copy of its own the value keeps the whole projection alive.
-        inputs = query + 2 * key if self.fused and not selective else 2 * query + 3 * key
+        # Without a copy of its own the value keeps the whole projection alive. FlashAttention lays several packs one
+        # behind the other, in copies; of one pack it takes views.
+        has_copies = self.fused and not selective and not is_one_pack
+        inputs = query + 2 * key if has_copies else 2 * query + 3 * key
         kept = inputs + query  # and the output projection's input
         if selective:
             return kept
         statistics = FP32_BYTES * tokens * shape.num_attention_heads // tp
-        return kept + query + statistics
+        # FlashAttention's output is that input, where there is but one segment of one pack.
+        is_input = self.fused and is_one_pack and not config.objective.laver
+        return kept + statistics + (0 if is_input else query)
 
     def layers(self, num_layers: int) -> int:
         """Decoder layers under the configured recomputation."""

@@ -167,7 +167,7 @@ def layout_name(config: Config, num_gpus: int) -> str:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     unsplit = ", sequences not split" if tp > 1 and not parallel.sequence_parallel else ""
-    recompute = parallel.recompute_granularity or "nothing"
+    recompute = " and ".join(config.engine.recompute_modules or (parallel.recompute_granularity or "nothing",))
     return (
         f"TP {tp} x PP {pp} x DP {num_gpus // (tp * pp)}{split_name(config)}{unsplit}, "
         f"micro-batch {config.data.micro_batch_size}, {recompute} recomputed"

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from laver_megatron.config.engine_fields import RECOMPUTED_MODULES
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.config.modules import MODULES
 from laver_megatron.encoders import EncoderShape, encoder_tensor_sizes, open_preprocessor, read_encoder
@@ -53,7 +54,6 @@ _PINNED = {
     FIRST: FIRST,
     LAST: LAST,
     "micro_batch_size": "micro_batch_size",
-    "recompute": "recompute_granularity",
 }
 _MOST = 10**6  # of anything that is counted, but for the iterations
 _MOST_ITERATIONS = 10**9
@@ -66,11 +66,17 @@ def pinned_fields(arguments: argparse.Namespace) -> Pinned:
         ConfigError: a number out of range.
     """
     given = {field: getattr(arguments, flag) for flag, field in _PINNED.items()}
+    given["recompute_granularity"] = _recomputation(arguments)
     pinned = {field: value for field, value in given.items() if value is not None}
     if pinned.get("recompute_granularity") == "none":
         pinned["recompute_granularity"] = None
     _check_counts({field: value for field, value in pinned.items() if isinstance(value, int)})
     return pinned
+
+
+def _recomputation(arguments: argparse.Namespace) -> str | None:
+    """What --recompute says; None: it is searched. To name modules is to recompute them alone."""
+    return arguments.recompute or ("selective" if arguments.recompute_modules else None)
 
 
 def _check_counts(numbers: dict[str, int]) -> None:
@@ -116,6 +122,8 @@ def make_job(arguments: argparse.Namespace) -> Job:
         max_image_tokens=arguments.image_tokens if encoder.is_native else None,
         global_batch_size=arguments.global_batch_size,
         train_iters=arguments.train_iters,
+        recompute_granularity=None if (kind := _recomputation(arguments)) == "none" else kind,
+        recompute_modules=None if arguments.recompute_modules is None else tuple(arguments.recompute_modules),
         laver=not arguments.no_laver,
         freeze=tuple(arguments.freeze),
         bf16=True,
@@ -212,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
     layout.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N", help="of an uneven split")
     layout.add_argument("--micro-batch-size", type=int)
     layout.add_argument("--recompute", choices=("none", "selective", "full"))
+    layout.add_argument("--recompute-modules", nargs="+", choices=RECOMPUTED_MODULES, help="with --recompute "
+        "selective, which they ask for (default: core_attn, which saves little of what GPUs keep)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--layouts", type=int, default=8, metavar="N", help="how many to list")
     add("--json", action="store_true", help="print JSON in place of tables")

@@ -16,7 +16,7 @@ _SHOWN_REASONS = 6
 _LAYOUT = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size",
     "num_layers_per_virtual_pipeline_stage", FIRST, LAST, "sequence_parallel", "micro_batch_size",
-    "recompute_granularity",
+    "recompute_granularity", "recompute_modules",
 )  # fmt: skip
 
 
@@ -142,7 +142,9 @@ def _table(plans: Sequence[Plan]) -> list[str]:
         "DP": lambda plan: str(plan.data_parallel_size),
         "chunk": lambda plan: split_cell(plan.config),
         "micro": lambda plan: str(plan.config.data.micro_batch_size),
-        "recompute": lambda plan: plan.config.parallel.recompute_granularity or "none",
+        "recompute": lambda plan: "+".join(
+            plan.config.engine.recompute_modules or (plan.config.parallel.recompute_granularity or "none",)
+        ),
         "GiB": lambda plan: _gib(plan.fullest.memory_bytes),
         "s/iteration": lambda plan: f"{plan.seconds:.2f}",
         "tokens/s/GPU": lambda plan: f"{plan.tokens_per_second_per_gpu:,.0f}",

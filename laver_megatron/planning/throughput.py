@@ -86,7 +86,10 @@ def tensor_parallel_bytes(config: Config, shape: ModelShape, workload: Workload,
     student = saved.num_tokens * hidden
     num_layers = sum(layers_of_stages(config, shape.num_layers)[stage])
     backward = 6 if parallel.sequence_parallel else 4
-    again = 4 if parallel.recompute_granularity == "full" else 0
+    # The MLP, recomputed alone, gathers and scatters again, too.
+    again = {"full": 4, "selective": 2 * ("mlp" in recomputed_modules(config))}.get(
+        parallel.recompute_granularity or "", 0
+    )
     total = num_layers * (4 + backward + again) * student
     if config.objective.laver:
         total += num_layers * 4 * config.data.micro_batch_size * config.data.visual_seq_length * hidden
@@ -273,7 +276,10 @@ def _traffic_per_token(config: Config, shape: ModelShape) -> float:
     ffn = shape.ffn_hidden_size / tp
     forward = 10 * hidden + 2 * query_key + 3 * ffn
     backward = 12 * hidden + 2 * query_key + 5 * ffn
-    again = forward if parallel.recompute_granularity == "full" else 0
+    again = forward if parallel.recompute_granularity == "full" else 0.0
+    if parallel.recompute_granularity == "selective":
+        modules = recomputed_modules(config)
+        again = 4 * hidden * ("layernorm" in modules) + 3 * ffn * ("mlp" in modules)
     return (forward + backward + again) * value_bytes(config)
 
 

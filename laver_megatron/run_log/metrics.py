@@ -44,6 +44,9 @@ REQUIRED_FIELDS = (
 # (name in the line, field, format). Fields that are None or missing leave the line.
 LINE_FIELDS = (
     ("learning rate", "learning_rate", ".6E"),
+    ("encoder's", "learning_rate_encoder", ".6E"),  # where parts have rates of their own
+    ("connector's", "learning_rate_connector", ".6E"),
+    ("embedding's and LM head's", "learning_rate_decoupled", ".6E"),
     ("global batch size", "global_batch_size", "5d"),
     ("lm loss", "lm_loss", ".6E"),
     ("mim loss", "mim_loss", ".6E"),

@@ -8,6 +8,7 @@ recomputation counts there, too. Everything is of one process: the times of its 
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,13 +37,20 @@ _POINT_TO_POINT = ("send", "recv", "sendrecv")
 
 
 class ProfileWindow:
-    """Profiles the iterations after `profile_step_start`, up to and with `profile_step_end`, on the first rank of each
-    pipeline stage; on others, and without `--profile`, it does nothing."""
+    """Profiles the iterations after `profile_step_start`, up to and with `profile_step_end` unless it is closed
+    earlier, on the first rank of each pipeline stage; on others, and without `--profile`, it does nothing."""
 
     def __init__(self, trainer: Trainer) -> None:
         run = trainer.config.run
         is_first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
-        self.iterations = range(run.profile_step_start, run.profile_step_end) if run.profile and is_first else range(0)
+        done = trainer.progress.iteration
+        asked = range(run.profile_step_start, run.profile_step_end) if run.profile and is_first else range(0)
+        self.iterations = range(max(asked.start, done), asked.stop)
+        if asked and not self.iterations:
+            say(
+                f"the profiled iterations ({asked.start + 1} to {asked.stop}) have passed, as the run is at iteration "
+                f"{done}: nothing is profiled; raise --profile-step-start and --profile-step-end"
+            )
         self.stages, self.device = trainer.stages, trainer.backend.device
         self.directory = Path(run.run_dir) / "profile"
         self.name = f"stage-{parallel_state.get_pipeline_model_parallel_rank()}"
@@ -67,6 +75,8 @@ class ProfileWindow:
             self.close()
 
     def _open(self) -> None:
+        # The profiler's library writes a line at its start and end at a level that only the next one silences.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._handles = [handle for stage in self.stages for handle in mark_parts(stage)]
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -76,17 +86,18 @@ class ProfileWindow:
         self._profiler.start()
 
     def close(self) -> None:
-        """Ends the window and writes its files; safe where it never began or has ended."""
+        """Ends the window for good and writes its files; safe where it never began or has ended."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
+        first, self.iterations = self.iterations.start + 1, range(0)
         profiler.stop()
         for handle in self._handles:
             handle.remove()
         with tolerating("the profile", self.directory, "what is not written of it is lost"):
-            self._write(profiler)
+            self._write(profiler, first)
 
-    def _write(self, profiler: profile) -> None:
+    def _write(self, profiler: profile, first: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.directory / f"{self.name}.trace.json.gz"))
         if self.device.type == "cuda":
@@ -95,10 +106,11 @@ class ProfileWindow:
         table = format_table(
             times_of_parts(profiler.events(), on_cuda=self.device.type == "cuda"),
             self.num_profiled,
-            f"{self.name}, iterations {self.iterations.start + 1} to {self.iterations.start + self.num_profiled}",
+            f"{self.name}, iterations {first} to {first + self.num_profiled - 1}",
         )
         write_text(self.directory / f"{self.name}.md", table)
-        say(f"profiled {self.num_profiled} iterations: {self.directory / self.name}.md and .trace.json.gz")
+        noun = "iteration" if self.num_profiled == 1 else "iterations"
+        say(f"profiled {self.num_profiled} {noun}: {self.directory / self.name}.md and .trace.json.gz")
 
 
 def mark_parts(stage: LaverStage) -> list[Any]:

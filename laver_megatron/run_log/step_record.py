@@ -13,6 +13,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import GlobalCounts
 from laver_megatron.flops.step import ModelFlops, StepFlops, step_flops, tflops_per_gpu
 from laver_megatron.objective.micro_batch import TERMS
+from laver_megatron.objective.schedules import rates_of_parts
 from laver_megatron.run_log.metrics import peak_memory_bytes
 from laver_megatron.run_log.utilisation import utilisation, work_of
 
@@ -77,6 +78,10 @@ def step_record(
         **(of_laver if config.objective.laver else dict.fromkeys(of_laver)),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
+        **{
+            f"learning_rate_{part}": learning_rate * rate / config.training.lr
+            for part, rate in rates_of_parts(config.training).items()
+        },
         "visual_token_share": counts.visual_tokens / max(counts.tokens, 1),
         "num_samples": counts.samples,
         "num_bad_samples": counts.bad_samples,

@@ -9,6 +9,7 @@ import io
 import logging
 import queue
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from unittest import mock
 if TYPE_CHECKING:
     import torch
 
-# A module of kernels for mixtures of experts, which are not used here, and its names.
+# A module of kernels for mixtures of experts, which are not used here, and the names in it that 0.19 imports.
 _PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
 _PAGED_STASH_NAMES = ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel")
 
@@ -29,6 +30,10 @@ _NEEDLESS_LOG_LINES = {
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
+
+# What a configuration that recomputes core_attn warns of, whether or not TransformerEngine computes the attention. Here
+# it never does, and docs/training.md says with which kernels it is of use.
+_NEEDLESS_WARNING = "If you are using transformer_engine as the transformer implementation"
 
 # Under which key of a checkpoint 0.19 keeps what is not sharded; 0.16 has the file for it.
 _COMMON_STATE, _COMMON_FILE = "common_state", "common.pt"
@@ -54,6 +59,7 @@ def prepare_import() -> None:
         sys.modules[_PAGED_STASH] = empty
     for name, beginning in _NEEDLESS_LOG_LINES.items():
         logging.getLogger(name).addFilter(partial(_does_not_begin, beginning))
+    warnings.filterwarnings("ignore", message=_NEEDLESS_WARNING, category=UserWarning)
 
 
 def _does_not_begin(beginning: str, record: logging.LogRecord) -> bool:

@@ -1,5 +1,6 @@
 """Options of the engine that change how a step is computed: the numbers stay."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -167,6 +168,12 @@ def test_rates_of_parts_do_not_depend_on_the_layout_and_survive_a_checkpoint(poo
     pool.run(trained, other, config(other, "parted"))
     weights = {}
     for name, layout in (("straight", one), ("parted", other)):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 4
+        for record in map(json.loads, lines):
+            for part in ("encoder", "connector", "decoupled"):  # lr is 1e-3
+                expected = record["learning_rate"] * RATES[f"{part}_lr"] / 1e-3
+                assert record[f"learning_rate_{part}"] == pytest.approx(expected)
         shards = pool.run(loaded, layout, config(layout, name))
         weights[name] = whole_tensors(shards)
     for key, weight in weights["straight"].items():

@@ -237,13 +237,13 @@ def read_counts(path: Path, num_samples: int, spare: Path | None = None) -> Samp
             if num_samples >= mapped.SMALLEST:
                 lengths = {name: (dtype, num_samples) for name, dtype in _TYPES.items()}
                 recipe = Recipe(lengths, lambda: _parts(file))
-                columns = map_columns(path, f"counts {FAULT_NAMES}", lambda: recipe, spare)
+                columns = map_columns(path, f"counts {FAULT_NAMES}", lengths, lambda: recipe, spare)
             if columns is None:
                 parts = [{name: np.empty(0, dtype) for name, dtype in _TYPES.items()}, *_parts(file)]
                 columns = {name: np.concatenate([part[name] for part in parts]) for name in _TYPES}
         return SampleCounts(**columns)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"the counts {path} cannot be used ({error}); they are made anew") from error
+        raise ValueError(f"the counts {path} cannot be used ({error}); the samples are counted again") from error
 
 
 def _parts(file: pq.ParquetFile) -> Iterator[Columns]:

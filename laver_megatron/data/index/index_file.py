@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from laver_megatron.data.index import mapped
 from laver_megatron.data.index.faults import FAULT_NAMES
-from laver_megatron.data.index.mapped import Columns, Recipe, map_columns
+from laver_megatron.data.index.mapped import Columns, Lengths, Recipe, map_columns
 from laver_megatron.data.index.shard_index import Shard, ShardIndex, string_bytes
 from laver_megatron.runtime.files import replacing
 
@@ -103,30 +103,43 @@ def read_table(path: Path) -> pa.Table:
     Raises:
         ValueError: the file does not exist or is damaged.
     """
-    with open_parquet(path) as file:
+    with open_parquet(path) as file, _reading(path):
         return file.read()
 
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """A Parquet file whose checksums are verified as it is read.
+    """A Parquet file whose checksums are verified as it is read, which `batches` does.
 
     Raises:
-        ValueError: the file does not exist, or is damaged, which can also be found as it is read.
+        ValueError: the file does not exist, or is damaged.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    try:
+    with _reading(path):
         # Not mapped: a file that is replaced meanwhile would be read half old, half new.
-        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False) as file:
-            yield file
+        file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False)
+    with file:
+        yield file
+
+
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Around what reads a Parquet file: Arrow raises OSError for damage, too."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({str(error).strip()})") from error
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of some columns, part by part."""
-    yield from file.iter_batches(_ROWS_A_GROUP, columns=columns)
+    """The rows of some columns, part by part.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _reading("it"):
+        yield from file.iter_batches(_ROWS_A_GROUP, columns=columns)
     pa.default_memory_pool().release_unused()
 
 
@@ -149,7 +162,7 @@ def read_index(path: str | Path, url: str | None = None, spare: Path | None = No
             content = _Content(file, metadata, path, url)
             columns = None
             if file.metadata.num_rows >= mapped.SMALLEST:
-                columns = map_columns(path, f"index {FAULT_NAMES}", content.recipe, spare)
+                columns = map_columns(path, f"index {FAULT_NAMES}", content.expected(), content.recipe, spare)
             if columns is None:
                 index = content.index(content.read())
                 content.check(index)
@@ -234,6 +247,11 @@ class _Content:
         parts = list(self._parts())
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {**columns, "extensions": self._extension_names()}
+
+    def expected(self) -> Lengths:
+        """Its columns, with the lengths that are known before anything is read."""
+        known = {"I": self._num_samples, "I + 1": self._num_samples + 1}
+        return {name: (dtype, known.get(length)) for name, (dtype, length, _) in _COLUMNS.items()}
 
     def recipe(self) -> Recipe:
         """How its columns are mapped; after a first pass, which finds out how long they are."""

@@ -195,9 +195,12 @@ def test_stray_words(config_file):
     assert "runs/demo" in problems_of("--config", config_file(), "runs/demo")[0]
 
 
+STYLE = ("--lr-decay-style", "wsd")
+
+
 def test_all_problems_together(config_file):
     path = config_file("mask_sampling: sometimes\ntypo_key: 1\n", lr="fast", laver="yes please", seed=1.5)
-    problems = problems_of("--config", path, "--positions", "3d", "--bogus", "--dry-run", "none")
+    problems = problems_of("--config", path, "--positions", "3d", "--bogus", "--dry-run", "none", *STYLE)
     for expected in (
         "unknown flag --bogus",
         f"{path}: unknown key typo_key",
@@ -206,10 +209,11 @@ def test_all_problems_together(config_file):
         f"{path}: seed: expected an integer, not 1.5",
         f"{path}: mask_sampling: 'sometimes' is not one of bernoulli, fixed",
         "--positions: '3d' is not one of 2d, 1d, mrope; did you mean 2d?",
+        "--lr-decay-style: 'wsd' is not one of cosine, linear, constant, WSD; did you mean WSD?",
         "--dry-run: 'none' is not a number of processes",
     ):
         assert expected in problems
-    assert len(problems) == 8
+    assert len(problems) == 9
 
 
 def test_missing_fields_are_named():

@@ -6,7 +6,8 @@ import pytest
 
 from laver_megatron.config.capabilities import Capabilities, find_capabilities
 from laver_megatron.config.engine_checks import engine_problems
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import Config, all_fields
+from laver_megatron.config.refused import REFUSED
 from laver_megatron.model.precision import teacher_config
 from laver_megatron.model.qwen import transformer_config
 from tests.unit.config.test_checks import SHAPE
@@ -28,11 +29,15 @@ PRECISION_AWARE = {"use_precision_aware_optimizer": True}
 @pytest.mark.parametrize(
     "machine, settings, message",
     [
-        (None, {"cuda_graph_impl": "local"}, "cuda_graph_impl local is not supported: the attention kernels build"),
+        (
+            None,
+            {"cuda_graph_impl": "local"},
+            "cuda_graph_impl local is not supported: a graph replays what",
+        ),
         (None, {"fine_grained_activation_offloading": True}, "fine_grained_activation_offloading on is not supported"),
-        (None, {"tp_comm_overlap": True}, "tp_comm_overlap on is not supported: its buffers have one shape"),
+        (None, {"tp_comm_overlap": True}, "tp_comm_overlap on is not supported: TransformerEngine's buffers"),
         (None, {"optimizer": "muon"}, "optimizer muon is not supported: it needs the package emerging_optimizers"),
-        (None, {"use_mup": True}, "use_mup on is not supported: its multipliers of logits and first weights"),
+        (None, {"use_mup": True}, "use_mup on is not supported: its multipliers are made for training"),
         (None, PRECISION_AWARE, "keeps no fp32 master weights, but the teacher averages them"),
         (None, PRECISION_AWARE | {"laver": False, "bf16": False}, "keeps what bf16 weights lack of fp32; set --bf16"),
         (CPU, PRECISION_AWARE | {"laver": False}, "use_precision_aware_optimizer needs a GPU, and none is here"),
@@ -59,6 +64,8 @@ PRECISION_AWARE = {"use_precision_aware_optimizer": True}
             FP8 | {"fp8_recipe": "delayed", "recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
             "fp8_recipe delayed cannot recompute layernorm",
         ),
+        (None, {"fp8_recipe": "mxfp8"}, "fp8_recipe mxfp8 has no use without fp8_format; set --fp8-format hybrid"),
+        (CPU, {"ddp_bucket_size": 9}, "ddp_bucket_size 9 has no use without overlap_grad_reduce, which is off here"),
         (CPU, FP8, "fp8_format hybrid needs a GPU, and none is here"),
         (WITHOUT_ENGINE, FP8, "fp8_format hybrid needs TransformerEngine;"),
         (Capabilities((9, 0), (1, 13)), FP8, "TransformerEngine 2.1 or newer, but 1.13 is installed"),
@@ -104,6 +111,40 @@ def test_heads_that_flash_takes(width, fits):
     assert [f"up to 128 wide, but the model's are {width}; use flex" in problem for problem in problems] == [True] * (
         not fits
     )
+
+
+def test_flash_without_cuda_is_one_problem():
+    for bf16 in (False, True):
+        [problem] = engine_problems(CONFIG.replace(attention_kernel="flash", bf16=bf16), CPU, SHAPE)
+        assert problem == "attention_kernel flash needs CUDA; use auto or dense"
+
+
+@pytest.mark.parametrize(
+    "machine, num_replicas, settings, refused",
+    [
+        (CPU, 2, {}, True),
+        (CPU, 2, {"overlap_grad_reduce": True}, False),
+        (CPU, 2, {"overlap_param_gather": True}, False),
+        (HOPPER, 2, {}, False),
+        (HOPPER, 1, {}, True),
+        (HOPPER, 2, {"overlap_grad_reduce": False}, True),
+        (None, 2, {}, False),
+        (None, None, {}, False),
+    ],
+)
+def test_buckets_are_for_gradients_that_are_reduced_beside(machine, num_replicas, settings, refused):
+    config = CONFIG.replace(ddp_bucket_size=9, **settings)
+    problems = list(engine_problems(config, machine, num_replicas=num_replicas))
+    assert ["ddp_bucket_size 9 has no use" in problem for problem in problems] == [True] * refused
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_help_and_refusal_give_one_reason(name):
+    refusal = REFUSED[name]
+    for value in refusal.values:
+        [problem] = engine_problems(CONFIG.replace(**{name: value}))
+        assert f"is not supported: {refusal.why}; {refusal.remedy}" in problem
+    assert f"refused: {refusal.why}" in all_fields()[name].metadata["help"]
 
 
 def test_this_machine_without_a_gpu_has_no_compute_capability():

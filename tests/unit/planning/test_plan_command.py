@@ -104,6 +104,50 @@ def test_what_the_weights_lack_is_said(tmp_path, capsys):
         assert yaml.safe_load(text)["save_interval_minutes"] == 30
 
 
+def test_modules_that_are_recomputed(tmp_path, capsys):
+    """They are not searched, and count in memory, time and what is written."""
+    layout = ("--tp", "2", "--pp", "1", "--micro-batch-size", "2", "--json")
+    plans = {}
+    for name, flags in {
+        "none": ("--recompute", "none"),
+        "core_attn": ("--recompute", "selective"),
+        "mlp": ("--recompute-modules", "mlp"),
+        "both": ("--recompute", "selective", "--recompute-modules", "core_attn", "mlp"),
+        "full": ("--recompute", "full"),
+    }.items():
+        file = tmp_path / f"{name}.yaml"
+        main([*SEVEN, *layout, *flags, "--write", str(file)])
+        [plans[name]] = json.loads(capsys.readouterr().out)["best"]
+        written = yaml.safe_load(file.read_text())
+        assert written["recompute_granularity"] == plans[name]["layout"]["recompute_granularity"]
+        assert written["recompute_modules"] == {"mlp": ["mlp"], "both": ["core_attn", "mlp"]}.get(name)
+    memory = {name: plan["stages"][0]["activation_bytes"]["layers"] for name, plan in plans.items()}
+    assert memory["none"] > memory["mlp"] > memory["full"]
+    assert memory["none"] - memory["both"] == 2 * memory["none"] - memory["mlp"] - memory["core_attn"]
+    flops = {name: plan["hardware_flops"] for name, plan in plans.items()}
+    assert flops["none"] < flops["core_attn"] < flops["both"] < flops["full"] and flops["none"] < flops["mlp"]
+    seconds = {name: plan["seconds"] for name, plan in plans.items()}
+    assert seconds["none"] < seconds["mlp"] < seconds["both"] < seconds["full"]
+    sent = {name: plan["stages"][0]["sent_bytes"]["tensor_parallel"] for name, plan in plans.items()}
+    assert sent["none"] == sent["core_attn"] < sent["mlp"] == sent["both"] < sent["full"]
+
+
+def test_modules_are_named_in_the_report(capsys):
+    main([*SEVEN, "--recompute-modules", "mlp", "layernorm"])
+    printed = capsys.readouterr().out
+    assert "mlp and layernorm recomputed" in printed and "mlp+layernorm" in printed
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_modules_of_another_recomputation_are_refused(no_search, capsys, kind):
+    with pytest.raises(SystemExit) as caught:
+        main([*SEVEN, "--recompute", kind, "--recompute-modules", "mlp"])
+    assert caught.value.code == 2
+    assert f"recompute_modules (mlp) are those of recompute_granularity selective, but it is {kind}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_links_of_a_described_gpu():
     described = {"memory_gib": 96, "tflops": 400, "bandwidth_gb": 25}
     assert find_gpu(None, **described).node_bandwidth == 25e9

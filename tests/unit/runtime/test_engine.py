@@ -2,10 +2,12 @@
 
 import importlib.util
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from laver_megatron.runtime import engine
 from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism
@@ -18,6 +20,21 @@ def test_kernels_of_triton_are_replaced_where_it_is_missing(monkeypatch, has_tri
     engine.prepare_import()
     assert (engine._PAGED_STASH in sys.modules) is not has_triton
     sys.modules.pop(engine._PAGED_STASH, None)
+
+
+def test_the_warning_of_recomputed_attention_is_silenced_and_no_other():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        settings = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+        TransformerConfig(**settings, recompute_granularity="selective", recompute_modules=["core_attn"])
+        before = [str(warning.message) for warning in found]
+        found.clear()
+        engine.prepare_import()
+        TransformerConfig(**settings, recompute_granularity="selective", recompute_modules=["core_attn"])
+        warnings.warn("If you are using something else", UserWarning, stacklevel=1)
+    [silenced] = [message for message in before if "core_attn recompute is really needed" in message]
+    kept = [message for message in before if message != silenced]
+    assert [str(warning.message) for warning in found] == [*kept, "If you are using something else"]
 
 
 @pytest.fixture

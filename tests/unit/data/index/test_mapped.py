@@ -1,5 +1,6 @@
 """Indexes and counts of many samples: the same as in memory, made again when they must be, shared by processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -104,7 +105,7 @@ def test_an_index_that_was_replaced_is_mapped_anew(path, demo_dir, caplog):
 
 
 @pytest.mark.parametrize("damage", ["header", "first column", "last column", "end", "empty"])
-def test_a_damaged_file_is_made_anew(path, damage, caplog):
+def test_a_damaged_file_is_written_again(path, damage, caplog):
     expected = read_index(path)
     file = path.with_suffix(".mapped")
     content = bytearray(file.read_bytes())
@@ -114,10 +115,100 @@ def test_a_damaged_file_is_made_anew(path, damage, caplog):
     file.unlink()  # not in the place of what `expected` has mapped
     file.write_bytes(kept)
     assert_same(read_index(path), expected)
-    assert f"{file} cannot be used" in caplog.text and "it is made anew" in caplog.text
+    [record] = caplog.records
+    assert f"{file} could not be used (it is damaged: " in record.message
+    assert record.message.endswith(f"the columns of {path} are now in {file}")
     caplog.clear()
     read_index(path)
-    assert "cannot be used" not in caplog.text
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda header: header["shard_I"].update(shape=[]),
+        lambda header: header["shard_I"].update(shape=[10**30]),
+        lambda header: header["shard_I"].update(shape=[-1]),
+        lambda header: header["image_offset_P"].update(shape=[10**30]),
+        lambda header: header["letters"].update(data_offsets=[0, 10**30]),
+        lambda header: header["letters"].update(data_offsets=[-8, 0]),
+        lambda header: header["letters"].update(data_offsets=[0.5, "1"]),
+        lambda header: header["fault_I"].update(dtype="U8"),
+        lambda header: header["fault_I"].update(dtype="F99"),
+        lambda header: header.update(fault_I=3),
+        lambda header: header.pop("fault_I"),
+        lambda header: header.update(more=header["fault_I"]),
+        lambda header: header.update(__metadata__=[]),
+        lambda header: header["__metadata__"].update(checksums="[]"),
+        lambda header: header["__metadata__"].update(checksums="{}"),
+        lambda header: header["__metadata__"].update(checksums="[" * 100_000),
+        lambda header: header["__metadata__"].pop("identity"),
+    ],
+)
+def test_a_damaged_header_is_written_again(path, damage, caplog):
+    expected, file = read_index(path), path.with_suffix(".mapped")
+    content = file.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    damage(header)
+    damaged = json.dumps(header).encode()
+    damaged += b" " * (-len(damaged) % 8)
+    file.unlink()
+    file.write_bytes(len(damaged).to_bytes(8, "little") + damaged + content[8 + header_bytes :])
+    caplog.clear()
+    assert_same(read_index(path), expected)
+    [record] = caplog.records
+    assert f"{file} could not be used (it is damaged: " in record.message
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"\xff" * 64, b"3" * 64, b"null" + b" " * 60])
+def test_a_header_that_is_none_is_written_again(path, header, caplog):
+    expected, file = read_index(path), path.with_suffix(".mapped")
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content)
+    caplog.clear()
+    assert_same(read_index(path), expected)
+    assert len(caplog.records) == 1 and file.read_bytes() == content
+
+
+def test_a_file_that_cannot_be_read_is_left_alone(path, tmp_path, monkeypatch, caplog):
+    expected, file = in_memory(path, monkeypatch), path.with_suffix(".mapped")
+    file.mkdir()
+    assert_same(read_index(path), expected)
+    [record] = caplog.records
+    assert record.message.startswith(f"{file} cannot be read (Is a directory); {path} is held in memory by each reader")
+    caplog.clear()
+    index = read_index(path, spare=tmp_path / "cache")
+    assert_same(index, expected)
+    [record] = caplog.records
+    assert is_mapped(index.shard_I) and f"the columns of {path} are now in {tmp_path / 'cache'}" in record.message
+    caplog.clear()
+    assert is_mapped(read_index(path, spare=tmp_path / "cache").shard_I) and not caplog.text
+
+
+def test_a_user_who_may_not_read_it(path, caplog):
+    expected, is_root = read_index(path), os.geteuid() == 0
+    path.with_suffix(".mapped").chmod(0)
+    if is_root:  # to whom permissions do not apply
+        for folder in path.parents[:4]:
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        index = read_index(path)
+    finally:
+        if is_root:
+            os.seteuid(0)
+    assert_same(index, expected)
+    [record] = caplog.records
+    assert "cannot be read (Permission denied)" in record.message and not is_mapped(index.shard_I)
+
+
+def test_errors_of_whoever_reads_a_parquet_file_stay_what_they_are(path):
+    read_index(path)
+    with pytest.raises(PermissionError, match="mine"), index_file.open_parquet(path):
+        raise PermissionError("mine")
 
 
 def test_what_does_not_match_its_fingerprint_is_not_kept(path):
@@ -138,8 +229,12 @@ def test_folders_that_cannot_be_written_to(path, tmp_path, monkeypatch, caplog):
         return real(name)
 
     monkeypatch.setattr(mapped, "FileLock", refuse)
-    expected = in_memory(path, monkeypatch)
+    expected, file = in_memory(path, monkeypatch), path.with_suffix(".mapped")
+    file.write_bytes(b"of something else")
     assert_same(read_index(path, spare=tmp_path / "cache"), expected)
+    [record] = caplog.records
+    assert record.message.startswith(f"{file} could not be used (it is damaged: it ends in its header); cannot be ")
+    assert f"written (Permission denied); the columns of {path} are now in {tmp_path / 'cache'}" in record.message
     assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == [".mapped"]
     caplog.clear()
     index = read_index(path, spare=tmp_path / "cache")
@@ -148,7 +243,8 @@ def test_folders_that_cannot_be_written_to(path, tmp_path, monkeypatch, caplog):
     for spare in (None, tmp_path / "file" / "below"):
         caplog.clear()
         assert not is_mapped(read_index(path, spare=spare).shard_I)
-        assert f"{path} is held in memory by each reader; start once where its folder can be written to" in caplog.text
+        [record] = caplog.records
+        assert f"{path} is held in memory by each reader; start once where its folder can be" in record.message
 
 
 @pytest.mark.processes
