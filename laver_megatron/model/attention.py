@@ -209,24 +209,24 @@ def _tiles_of_pack(spans_2L: Tensor, dtype: torch.dtype, device: torch.device) -
     _, lengths = torch.unique_consecutive(spans_2L, dim=1, return_counts=True)
     runs = lengths.tolist()
     triangles = _causal_triangles(spans_2L)
-    first = 0
-    while runs:
-        is_rectangle = runs[0] >= LEAST_RECTANGLE
+    first = run = 0
+    while run < len(runs):
         if first in triangles:
             end = triangles[first]
-            del runs[: end - first]
+            run += end - first  # each of its tokens has a span of its own
             yield Tile(slice(first, end), slice(first, end), None, is_causal=True)
             first = end
             continue
-        end = first + runs.pop(0)
+        is_rectangle = runs[run] >= LEAST_RECTANGLE
+        end, run = first + runs[run], run + 1
         while (
             not is_rectangle
-            and runs
-            and runs[0] < LEAST_RECTANGLE
-            and end + runs[0] - first <= TILE_QUERIES
+            and run < len(runs)
+            and runs[run] < LEAST_RECTANGLE
+            and end + runs[run] - first <= TILE_QUERIES
             and end not in triangles
         ):
-            end += runs.pop(0)
+            end, run = end + runs[run], run + 1
         starts_Q, ends_Q = starts_L[first:end], ends_L[first:end]
         keys = slice(int(starts_Q.min()), int(ends_Q.max()))
         mask = None
@@ -251,7 +251,7 @@ def _causal_triangles(spans_2L: Tensor) -> dict[int, int]:
 
 
 def _attend_on_gpu(query_LAD: Tensor, key_LGD: Tensor, value_LGD: Tensor, tiles: Sequence[Tile]) -> Tensor:
-    """What TileAttention computes, by operations that a GPU has, too."""
+    """What TileAttention computes, with operations that CUDA provides as well."""
     contexts = []
     for tile in tiles:
         query, key, value = (

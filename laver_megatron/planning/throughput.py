@@ -87,9 +87,7 @@ def tensor_parallel_bytes(config: Config, shape: ModelShape, workload: Workload,
     num_layers = sum(layers_of_stages(config, shape.num_layers)[stage])
     backward = 6 if parallel.sequence_parallel else 4
     # The MLP, recomputed alone, gathers and scatters again, too.
-    again = {"full": 4, "selective": 2 * ("mlp" in recomputed_modules(config))}.get(
-        parallel.recompute_granularity or "", 0
-    )
+    again = 4 if parallel.recompute_granularity == "full" else 2 * ("mlp" in recomputed_modules(config))
     total = num_layers * (4 + backward + again) * student
     if config.objective.laver:
         total += num_layers * 4 * config.data.micro_batch_size * config.data.visual_seq_length * hidden

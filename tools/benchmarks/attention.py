@@ -14,6 +14,7 @@ Letters: B packs, L tokens, A query heads, G key/value heads, D head width.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -175,11 +176,18 @@ class Task:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
+def _needs_cuda(contender: Contender, task: Task) -> bool:
+    return task.device.type != "cuda" and contender.name not in (PLAIN, "dense")
+
+
 def measure(task: Task, contenders: Sequence[Contender], rounds: int, *, must_run: bool) -> dict[str, str]:
     """Times all in turns. Returns why those that cannot run here cannot; must_run: raise it instead."""
     refused: dict[str, str] = {}
     for contender in contenders:
+        report.progress(f"{contender.name}: {'not on a CPU' if _needs_cuda(contender, task) else 'warming up'}")
         try:
+            if _needs_cuda(contender, task):
+                raise NotImplementedError(f"{contender.name} needs CUDA")
             task.both(contender)  # compiles what is compiled
             task.forward(contender)
             contender.peak_bytes = task.peak_bytes(contender)
@@ -187,6 +195,7 @@ def measure(task: Task, contenders: Sequence[Contender], rounds: int, *, must_ru
             if must_run or contender.name in (PLAIN, "dense"):
                 raise
             refused[contender.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    report.progress(f"{report.count(rounds, 'round')} of {len(contenders) - len(refused)}")
     for _ in range(rounds):
         for contender in contenders:
             if contender.name in refused:
@@ -221,7 +230,8 @@ def section(shape: StepShape, stream: Stream, done: Sequence[Contender], refused
     square = stream.spans_B2L.shape[0] * stream.spans_B2L.shape[2] ** 2
     facts = (
         f"{shape.num_attention_heads} heads of {width}, {shape.num_query_groups} of keys and values, "
-        f"{stream.spans_B2L.shape[2]} tokens, {shape.num_images} images of {shape.grid_side}x{shape.grid_side}; "
+        f"{stream.spans_B2L.shape[2]} tokens, {report.count(shape.num_images, 'image')} of "
+        f"{shape.grid_side}x{shape.grid_side}; "
         f"{stream.area / square:.3f} of the square are inside the mask."
     )
     table = report.table([*head, "made once a micro-batch, ms", "peak memory, MiB"], rows)
@@ -253,6 +263,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     device = report.chosen_device(use_backend().device, options.device)
+    on_gpus = [kernel for kernel in options.kernels or () if kernel != "dense"]
+    if on_gpus and device.type != "cuda":
+        sys.exit(f"--kernels {' '.join(on_gpus)} need CUDA; leave them out, or use --device cuda")
     torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     sections = [_legend(options)]
@@ -274,8 +287,8 @@ def _legend(options: argparse.Namespace) -> str:
         [
             f"- `{PLAIN}`: PyTorch's SDPA, {own}, causal over as many tokens in one document: what there is to reach; "
             "the others: `--attention-kernel`",
-            f"- {'bf16' if options.bf16 else 'fp32'}; median (range) of {options.rounds} rounds of {options.calls} "
-            "calls, in turns",
+            f"- {'bf16' if options.bf16 else 'fp32'}; median (range) of {options.rounds} rounds of "
+            f"{report.count(options.calls, 'call')}, in turns; ratios also of each one's fastest round",
             "- TFLOP/s: pairs inside the mask alone, 4 FLOPs for each value of a head forward and 12 with the backward "
             f"pass; `speed / {PLAIN}` is the ratio of these",
             "- made once a micro-batch, for all layers: what forward takes longer on spans that it has not seen",

@@ -54,7 +54,8 @@ def _cpu() -> str:
         found.setdefault(name.strip(), value.strip())
     name = found.get("model name") or platform.processor() or platform.machine()
     numbers = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
-    return f"{name}{numbers}, {torch.get_num_threads()} threads at the start, {found.get('siblings', '?')} cores"
+    threads = count(torch.get_num_threads(), "thread")
+    return f"{name}{numbers}, {threads} at the start, {found.get('siblings', '?')} cores"
 
 
 def commit() -> str:
@@ -83,14 +84,25 @@ def write(title: str, device: torch.device, sections: Sequence[str], output: Pat
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
+    progress(f"wrote {output}")
+
+
+def progress(line: str) -> None:
+    """What a benchmark does now, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def count(number: int, noun: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, over: float = 1.0) -> str:
-    """Median of the ratios of each round, their range, and the ratio of the smallest, which a busy machine disturbs
-    least. over: divides all of them."""
+    """Median of the ratios of each round, their range, and the ratio of each one's fastest round, which a busy machine
+    disturbs least. over: divides all of them."""
     ratios = [a / b / over for a, b in zip(numerators, denominators, strict=True)]
     smallest = min(numerators) / min(denominators) / over
-    return f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}), fastest {smallest:.3f}"
+    return f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}), of the fastest rounds {smallest:.3f}"
 
 
 def spread(values: Sequence[float], spec: str = ".1f") -> str:

@@ -130,8 +130,10 @@ def time_step(contender: Contender, device: torch.device) -> None:
 def run_rounds(contenders: Sequence[Contender], num_rounds: int, device: torch.device) -> None:
     """Two steps each to warm up, then rounds, in each of which another begins."""
     for contender in contenders:
+        report.progress(f"{contender.name}: warming up")
         contender.step()
         contender.step()
+    report.progress(f"{', '.join(contender.name for contender in contenders)}: {report.count(num_rounds, 'round')}")
     for number in range(num_rounds):
         first = number % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
@@ -184,10 +186,10 @@ def report_shape(
         flops = f"{contender.flops / 1e9:.1f}{' counted' if contender.counted else ''}"
         rows.append([name, ms, tokens, against, flops, f"{speed / 1e9:.1f}", utilisation, peak])
     head = ["step", "ms", "tokens/s", "time / `qwen`", "GFLOP", "GFLOP/s", "of `products`", "peak memory, MiB"]
-    title = f"## {shape.name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    title = f"## {shape.name}, {report.count(threads, 'thread')}"
     facts = (
-        f"Vocabulary {shape.vocab_size}, {shape.num_images} images of {shape.grid_side}x{shape.grid_side} tokens a "
-        f"pack, {shape.num_packs} packs a step."
+        f"Vocabulary {shape.vocab_size}, {report.count(shape.num_images, 'image')} of "
+        f"{shape.grid_side}x{shape.grid_side} tokens a pack, {report.count(shape.num_packs, 'pack')} a step."
     )
     return "\n\n".join([title, facts, report.table(head, rows), "\n".join(_conclusions(shape, done, lm_parts))])
 
@@ -250,6 +252,7 @@ def peaks(key: str, options: argparse.Namespace) -> dict[str, int]:
     for name in options.contenders:
         if name == "products" or options.no_memory or (options.one_at_a_time and options.device == "cuda"):
             continue  # the last: `measure` does it on the way
+        report.progress(f"{key}, {name}: peak memory")
         command = [sys.executable, "-m", "tools.benchmarks.step", "--shapes", key, "--peak-of", name]
         command += ["--device", options.device, "--threads", "1", *(["--bf16"] if options.bf16 else [])]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -276,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(SHAPES[key], Path(directory), device, bf16=options.bf16)
             for threads in options.threads:
+                report.progress(f"{key}, {report.count(threads, 'thread')}: building {', '.join(options.contenders)}")
                 torch.set_num_threads(threads)
                 done = measure(bench, options.contenders, options.rounds, one_at_a_time=options.one_at_a_time)
                 memory |= {name: one.peak_bytes for name, one in done.items() if one.peak_bytes and name != "products"}
@@ -291,7 +295,7 @@ def _legend(options: argparse.Namespace) -> str:
     memory = "of the allocator" if options.device == "cuda" else "of the resident set (VmHWM) above the libraries'"
     lines = [f"- `{name}`: {CONTENDERS[name]}" for name in options.contenders]
     lines += [
-        f"- {dtype}; median (range) of {options.rounds} rounds, and where it says `fastest` of each one's fastest"
+        f"- {dtype}; median (range) of {options.rounds} rounds, and the ratio of each one's fastest round"
         + (", one contender after the other" if options.one_at_a_time else ", the steps in turns"),
         "- FLOPs of real tokens, the exact mask area and the LM head where ours needs it (of `qwen` everywhere); those "
         "of `official` are counted as executed, full squares of attention included",

@@ -1,5 +1,6 @@
 """The attention benchmark: streams and areas are those of the mask, and the report holds every part."""
 
+import pytest
 import torch
 
 from laver_megatron.model.spans import spans_to_mask
@@ -33,9 +34,18 @@ def test_plain_causal_is_ours_on_text():
     torch.testing.assert_close(*(one.attend(*task.inputs, task.spans_B2L) for one in (plain, dense)))
 
 
-def test_a_quick_run_reports_every_kernel(capsys):
-    attention.main(["--quick"])
-    text = capsys.readouterr().out
+def test_a_quick_run_reports_every_kernel(capsys, tmp_path):
+    attention.main(["--quick", "--output", str(tmp_path / "report.md")])
+    text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().err
     for kernel in attention.KERNELS:
-        assert f"\n| {kernel} |" in text or f"- `{kernel}` does not run here: " in text
+        if kernel == "dense":
+            assert "\ndense: warming up\n" in said
+        else:
+            assert f"- `{kernel}` does not run here: {kernel} needs CUDA\n" in f"{text}\n"
+    assert said.endswith(f"wrote {tmp_path / 'report.md'}\n")
     assert "\n| causal |" in text and "\n| dense |" in text and "language and reconstruction" in text
+
+
+def test_kernels_that_need_cuda_are_refused_by_name():
+    with pytest.raises(SystemExit, match="--kernels flex flash need CUDA; leave them out, or use --device cuda"):
+        attention.main(["--quick", "--kernels", "flex", "dense", "flash"])

@@ -73,7 +73,7 @@ def test_products_count_what_they_multiply():
 
 
 def test_the_report_holds_ratios_of_the_same_round():
-    assert report.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == "2.000 (2.000-3.000), fastest 2.000"
+    assert report.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == "2.000 (2.000-3.000), of the fastest rounds 2.000"
     done = {
         name: step.Contender(name, lambda: None, flops, seconds=[seconds] * 3, overhead=[0.01] * 3)
         for name, flops, seconds in [("products", 4, 1e-9), ("qwen", 4, 2e-9), ("lm", 4, 2e-9), ("laver", 7, 4e-9)]

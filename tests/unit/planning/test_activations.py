@@ -1,9 +1,15 @@
 """Activations against what autograd saves on the CPU, part by part, for every kind of recomputation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from laver_megatron.hf.shape import ModelShape
+from laver_megatron.model.attention import SpanAttention
 from laver_megatron.planning.activations import Saved, activations_of_stage
 from tests.small_run import (
     SHAPE,
@@ -13,6 +19,7 @@ from tests.small_run import (
     settings,
     workload,
 )
+from tests.varlen import plain_varlen  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -68,6 +75,37 @@ def test_saved_tensors(encoder_dir, recompute, bf16, num_images, changes):
     # What is promised of the planner's activations; found within 1%, with a trained encoder 6%.
     assert planned == pytest.approx(of_stage, rel=0.1)
     assert saved.logits() + saved.losses() == pytest.approx(of_losses, rel=0.1)
+
+
+@pytest.mark.parametrize("num_packs", [1, 2])
+@pytest.mark.parametrize("laver", [True, False])
+def test_what_flash_attention_keeps(plain_varlen, encoder_dir, num_packs, laver):  # noqa: F811
+    """From the projection to the output projection's input, by the kernel's own code on the CPU. Of one pack it keeps
+    views, so that the whole projection stays; of several it keeps copies."""
+    config = settings(1, micro_batch_size=num_packs, laver=laver, bf16=False)
+    data, width, groups = config.data, SHAPE.kv_channels, SHAPE.num_query_groups
+    segments = (data.seq_length, data.visual_seq_length) if laver else (data.seq_length,)
+    length = sum(segments)
+    starts = torch.cat([torch.full((size,), sum(segments[:place])) for place, size in enumerate(segments)])
+    spans = torch.stack([starts, torch.arange(length) + 1]).int().expand(num_packs, 2, length).contiguous()
+    core = SpanAttention(SimpleNamespace(), 1, kernel="flash", segments=segments)
+    weight = nn.Parameter(torch.randn(4, SHAPE.num_attention_heads * width))
+
+    def kept(attend):
+        mixed = torch.randn(length, num_packs, groups, SHAPE.num_attention_heads // groups * width + 2 * width)
+        mixed.requires_grad_()
+        query, key, value = mixed.split([mixed.shape[3] - 2 * width, width, width], dim=3)
+        # As rotary positions do, into new tensors.
+        turned = query.reshape(length, num_packs, -1, width) + 1, key + 1
+        saved = SavedBytes(nn.ParameterList([weight, nn.Parameter(spans, requires_grad=False)]))
+        with saved.hooks():
+            functional.linear(attend(*turned, value, spans), weight)
+        return saved.num_bytes
+
+    planned = Saved(config, SHAPE, workload(1, encoder_dir), fused=True)
+    assert kept(core) == planned.attention(selective=False)
+    recomputed = kept(lambda *inputs: checkpoint(core, *inputs, use_reentrant=True))
+    assert recomputed == planned.attention(selective=True)
 
 
 def test_stages_in_flight(encoder_dir):
