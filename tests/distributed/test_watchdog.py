@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.resilience.status_report import run_report
-from laver_megatron.runtime.exit_status import HUNG
+from laver_megatron.runtime.exit_status import FAILED, HUNG
 from tests.programs import ROOT, python_path
 
 FAULTY_RUN = Path(__file__).with_name("faulty_run.py")
@@ -144,6 +144,7 @@ def test_a_rank_that_stands_still_is_named_with_its_place(run, num_ranks, fault,
     assert where in stacks[rank]
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_a_rank_whose_gil_is_held_is_named_and_writes_its_stacks(run):
     """None of its threads runs; Python's own timer writes what they do."""
@@ -153,6 +154,7 @@ def test_a_rank_whose_gil_is_held_is_named_and_writes_its_stacks(run):
     assert "faulty_run.py" in stacks[1] and "faulty" in stacks[1]
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_a_store_that_does_not_answer_ends_every_rank(run):
     """As where its host is cut off. torchrun keeps it; stopped, it cannot end the ranks: they do so by themselves."""
@@ -165,9 +167,10 @@ def test_a_store_that_does_not_answer_ends_every_rank(run):
         assert time.monotonic() < end
         time.sleep(0.1)
     os.kill(run.process.pid, signal.SIGCONT)
-    assert run.wait() == {HUNG}, run.log[-3000:]
+    # The first that ends closes its connections, which may end the other by an error before its own limit.
+    assert HUNG in run.wait() <= {HUNG, FAILED}, run.log[-3000:]
     assert "rank 0 has not reached the store of the process group for" in run.said()
-    assert all("Current thread" in text for text in run.stacks().values()) and len(run.stacks()) == 2
+    assert any("Current thread" in text for text in run.stacks().values())
 
 
 @pytest.mark.processes
@@ -187,6 +190,7 @@ def test_a_run_in_order_leaves_its_status_and_names_its_straggler(run):
     assert json.loads((run.dir / "run_summary.json").read_text())["goodput"]["share"] > 0
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_accounts_of_a_run_that_was_killed(run):
     """The parts add up to the time since birth, the dead time and the lost iterations among them."""

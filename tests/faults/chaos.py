@@ -44,6 +44,7 @@ class Disturbed:
         command: `laver train` and its flags; started again when it has stopped in order or given up.
         shards: those of the training data, of which one may be cut.
         faults: names of methods; each comes once before any comes again.
+        at_iterations: when metrics.jsonl tells of them, instead of by the clock, and in the order of `faults`.
         events: (seconds since the start, fault, what it hit).
     """
 
@@ -52,6 +53,7 @@ class Disturbed:
     shards: Sequence[Path]
     random: random.Random
     faults: Sequence[str] = FAULTS
+    at_iterations: Sequence[int] = ()
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     events: list[tuple[float, str, str]] = field(default_factory=list)
     endings: Counter[int] = field(default_factory=Counter)
@@ -138,9 +140,11 @@ class Disturbed:
                 now = time.monotonic()
                 if now - self._born > deadline_seconds:
                     raise TimeoutError(f"not done in {deadline_seconds} s: {self.events}, {dict(self.endings)}")
-                if now >= next_fault and len(self.events) < max_faults:
+                is_due = self._has_reached_next() if self.at_iterations else now >= next_fault
+                if is_due and len(self.events) < max_faults:
                     if not self._queue:
-                        self._queue = self.random.sample(self.faults, len(self.faults))
+                        mixed = self.random.sample(self.faults, len(self.faults))
+                        self._queue = list(self.faults[::-1]) if self.at_iterations else mixed
                     fault = self._queue.pop()
                     if hit := getattr(self, fault)():
                         self.events.append((round(now - self._born, 1), fault, hit))
@@ -155,6 +159,12 @@ class Disturbed:
         self._process = subprocess.Popen(
             self.command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
         )
+
+    def _has_reached_next(self) -> bool:
+        if len(self.events) >= len(self.at_iterations):
+            return False
+        file, iteration = self.run_dir / "metrics.jsonl", self.at_iterations[len(self.events)]
+        return file.exists() and f'"iteration": {iteration},' in file.read_text()
 
     def _wait(self, seconds: float) -> float:
         return self.random.uniform(0.5, 1.5) * seconds
