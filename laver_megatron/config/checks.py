@@ -90,7 +90,7 @@ def validate(
     problems += engine_problems(config, capabilities, model_shape)
     problems += _training_problems(config, encoder)
     if _layout_is_countable(config):
-        problems += _world_problems(config, world_size)
+        problems += world_problems(config, world_size)
         problems += sequence_problems(config)
         if model_shape is not None:
             problems += _tensor_parallel_problems(config, model_shape)
@@ -183,7 +183,8 @@ def _layout_is_countable(config: Config) -> bool:
     return all(size is None or size >= 1 for size in sizes) and data.visual_seq_length >= 0
 
 
-def _world_problems(config: Config, world_size: int) -> Iterator[str]:
+def world_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Why so many processes cannot share the work."""
     parallel, data = config.parallel, config.data
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
