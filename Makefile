@@ -6,6 +6,7 @@
 #   make test-fast    unit tests without processes, signals and disks: some minutes on two cores
 #   make test         lint, types and all tests that guard a change: up to twenty minutes on two cores
 #   make test-full    the same with the slow tests, and with new examples in property tests
+#   make test-faults  faults put into runs of several processes, at length: a quarter of an hour on two cores
 #   make test-engine  what touches Megatron-Core, on its newest version: ten minutes on two cores
 #   make bench        measures a step, attention, checkpoint and loader on this CPU, in a quarter of an hour; in runs/bench
 #   make gpu          tests and benchmarks on a GPU in pieces of at most nine minutes, gpu-1 to gpu-9; in runs/gpu
@@ -15,7 +16,7 @@
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-engine bench lint clean \
+.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-faults test-engine bench lint clean \
 	gpu gpu-wheels test-gpu bench-gpu
 
 BASE_PYTHON ?= python3
@@ -78,15 +79,20 @@ test-fast: $(READY)
 	$(PYTEST) -m "not slow and not processes" tests/unit
 
 test: TESTS := -m "not slow and not faults"
+test-full: TESTS := -m "not faults"
 test-full: export HYPOTHESIS_PROFILE := search
 # Every part runs, whatever the ones before say.
 test test-full: $(READY)
 	@failed=; \
 	make --no-print-directory lint || failed="$$failed lint"; \
 	$(PYTEST) $(TESTS) tests/unit || failed="$$failed unit"; \
-	$(PYTEST) $(TESTS) tests/distributed || failed="$$failed distributed"; \
+	$(PYTEST) $(TESTS) tests/distributed tests/faults || failed="$$failed distributed"; \
 	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed"; exit 1; fi; \
 	echo "make $@: lint, unit and distributed tests passed"
+
+# One at a time: they wait for timeouts, and some of them measure.
+test-faults: $(READY)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -m faults tests/unit tests/distributed tests/faults
 
 # What goes through Megatron-Core: model and layers, gradients, schedules, optimizer, checkpoints and conversion. Data,
 # encoders, configuration and tools know nothing of its version. Left out for time: layouts and switches that repeat the

@@ -140,7 +140,7 @@ def _rendezvous(node: int, num_nodes: int, per_node: int, config: Config) -> Alo
 def check_elastic(config: Config, per_node: int, num_nodes: int) -> None:
     """Raises ConfigError where --elastic could never go on with fewer nodes."""
     problems = (
-        [] if config.reliability.restarts else ["elastic starts the run again without lost nodes: set --restarts"]
+        [] if config.reliability.restarts else ["elastic goes on by a restart, but restarts is 0: set --restarts"]
     )
     of_fewer = [list(world_problems(config, count * per_node)) for count in range(1, num_nodes)]
     if num_nodes == 1:

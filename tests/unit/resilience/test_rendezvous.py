@@ -114,6 +114,17 @@ def test_a_mistake_on_node_0_ends_the_others(port):
     assert told[0].status == HUNG and str(told[0]) == "node 0 has ended the run: rank 0 ended with exit status 75"
 
 
+def test_what_node_0_said_before_it_ended_is_remembered(port, capsys):
+    """Ranks may take longer to end than node 0 waits for their supervisor."""
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    with guest.watching(request()):
+        host.leave("rank 0 ended with exit status 2", WRONG_USE)
+    guest._address = ("localhost", 1)  # where nobody is
+    (over,) = meet(guest)
+    assert over.status == WRONG_USE and "rank 0 ended with exit status 2" in str(over)
+
+
 @pytest.mark.parametrize("ended", [0, 1])
 def test_ranks_do_not_outlive_those_of_another_node_for_long(port, ended, capsys):
     both = nodes(port, 2)
