@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from laver_megatron.config.checks import check, check_run
+from laver_megatron.config.checks import check, check_run, world_problems
 from laver_megatron.config.command_line import (
     Invocation,
     exit_on_config_error,
@@ -23,9 +23,11 @@ from laver_megatron.config.command_line import (
     load_config,
     read_command_line,
 )
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.program import EXAMPLES, program
 from laver_megatron.resilience.agent import Ending, StopRequest, run_agent
+from laver_megatron.resilience.rendezvous import Alone, Guest, Plan
+from laver_megatron.resilience.rendezvous_host import Host
 from laver_megatron.resilience.signals import STARTED, heed_signals
 from laver_megatron.resilience.supervisor import supervise
 
@@ -34,8 +36,8 @@ DEMO_CONFIG = EXAMPLES / "demo.yaml"
 DEMO_DIR = Path("runs/demo")  # as in demo.yaml: below the current directory
 DEMO_PARTS = ("model", "encoder", "shards")
 DEMO_TIMEOUT_SECONDS = 600
-# For nodes that start again: one may still wait for its collectives to fail.
-_MEETING_SECONDS = 900
+# For agents to find each other when nodes start again: their supervisors have met already.
+_MEETING_SECONDS = 300
 _ASKS_FOR_HELP = ("--help", "-h", "--print-schema")
 _ASKS_ONLY = (*_ASKS_FOR_HELP, "--print-config", "--dry-run")
 _LAYOUT_FLAGS = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
@@ -99,6 +101,8 @@ def _start(arguments: list[str], is_demo: bool) -> None:
         make_or_await_demo(DEMO_DIR)
     with exit_on_config_error():
         check(Invocation(config, dry_run_world_size=world_size), on_cuda=torch.cuda.is_available())
+        if config.reliability.elastic:
+            check_elastic(config, per_node, num_nodes)
     os.environ.setdefault(STARTED, str(time.time()))
     if world_size == 1 and not config.reliability.restarts:
         _train(config)
@@ -109,10 +113,42 @@ def _start(arguments: list[str], is_demo: bool) -> None:
 def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Config) -> None:
     """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
 
-    def run_once(request: StopRequest, attempt: int) -> Ending:
-        return run_agent([*meeting(num_nodes, attempt=attempt), *words], per_node, request)
+    node = int(_node_rank(os.environ))
 
-    supervise(run_once, config, keeps_record=_node_rank(os.environ) == "0")
+    def run_once(request: StopRequest, plan: Plan) -> Ending:
+        rank = plan.nodes.index(node)
+        flags = meeting(len(plan.nodes), {**os.environ, "NODE_RANK": str(rank)}, attempt=plan.attempt)
+        return run_agent([*flags, *words], per_node, request)
+
+    supervise(run_once, config, _rendezvous(node, num_nodes, per_node, config))
+
+
+def _rendezvous(node: int, num_nodes: int, per_node: int, config: Config) -> Alone:
+    settings = config.reliability
+    if num_nodes == 1 or not settings.restarts:
+        return Alone(node, num_nodes)
+    address, port = _master(os.environ)
+    if node != 0:
+        return Guest(node, num_nodes, (address, port - 1), 60 * settings.node_timeout_minutes)
+
+    def fits(count: int) -> bool:
+        return count == num_nodes or (settings.elastic and not list(world_problems(config, count * per_node)))
+
+    return Host(num_nodes, port - 1, 60 * settings.node_timeout_minutes, fits)
+
+
+def check_elastic(config: Config, per_node: int, num_nodes: int) -> None:
+    """Raises ConfigError where --elastic could never go on with fewer nodes."""
+    problems = (
+        [] if config.reliability.restarts else ["elastic goes on by a restart, but restarts is 0: set --restarts"]
+    )
+    of_fewer = [list(world_problems(config, count * per_node)) for count in range(1, num_nodes)]
+    if num_nodes == 1:
+        problems.append("elastic goes on without lost nodes, but there is one node (NNODES); drop --elastic")
+    elif all(of_fewer):
+        problems.append(f"elastic: no fewer than {num_nodes} nodes will do; with {num_nodes - 1}: {of_fewer[-1][0]}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def count_processes(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -140,11 +176,16 @@ def meeting(num_nodes: int, environ: Mapping[str, str] = os.environ, *, attempt:
     port of its own, so that none meets what another node has left of the last."""
     if num_nodes == 1 and not (environ.get("MASTER_ADDR") or environ.get("MASTER_PORT")):
         return ("--standalone",)
-    address = environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_JOB_NODELIST")) or "localhost"
-    port = str(int(environ.get("MASTER_PORT") or "29500") + attempt)
+    address, port = _master(environ)
     flags = ("--nnodes", str(num_nodes), "--node-rank", _node_rank(environ), "--master-addr", address)
     patience = ("--rdzv-conf", f"timeout={_MEETING_SECONDS}") if attempt else ()
-    return *flags, "--master-port", port, *patience
+    return *flags, "--master-port", str(port + attempt), *patience
+
+
+def _master(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of node 0."""
+    host = environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_JOB_NODELIST")) or "localhost"
+    return host, int(environ.get("MASTER_PORT") or "29500")
 
 
 def _node_rank(environ: Mapping[str, str]) -> str:

@@ -65,7 +65,7 @@ def program(main: Main) -> Main:
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
-        _interrupt_on_sigterm()
+        _interrupt_on_signals()
         try:
             main(argv)
         except ConfigError as error:
@@ -85,8 +85,9 @@ def program(main: Main) -> Main:
     return run
 
 
-def _interrupt_on_sigterm() -> None:
-    """SIGTERM does what Ctrl-C does. Processes forked from this one end at once, or answer it in a way of their own."""
+def _interrupt_on_signals() -> None:
+    """SIGTERM, SIGUSR1 and SIGUSR2 do what Ctrl-C does. Processes forked from this one end at once, or answer them in a
+    way of their own."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -95,4 +96,5 @@ def _interrupt_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     if current_thread() is main_thread():  # no other may set handlers
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, interrupt)

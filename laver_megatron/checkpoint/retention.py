@@ -35,6 +35,9 @@ def delete_superfluous(directory: Path, newest: Path, settings: ReliabilityConfi
     """
     if settings.keep_last is None:
         return
+    if problem := quick_problem(newest):  # nothing goes for one that cannot be loaded
+        say(f"WARNING: no old checkpoint is deleted: {problem}")
+        return
     whole = {
         iteration_of(path): path
         for path in checkpoints_in(directory)

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +35,8 @@ class Saver:
     """Writes checkpoints of a run into its checkpoints/ folder. All methods but `close` are collective.
 
     Args:
-        model_dir, encoder_dir: Hugging Face directories whose small files are copied along.
+        model_dir, encoder_dir: Hugging Face directories whose small files are copied along. They are read now: after a
+            resume they belong to a checkpoint, which may be deleted before the next save.
         run: the run's configuration, with which a later start is compared.
         settings: whether training goes on meanwhile, what a failure means, which checkpoints stay.
         losses: gives the losses of the validations so far, by iteration.
@@ -50,7 +52,8 @@ class Saver:
         losses: Callable[[], Mapping[int, float]] = dict,
     ) -> None:
         self.directory, self.settings = directory, settings
-        self._model_dir, self._encoder_dir, self._run, self._losses = model_dir, encoder_dir, run, losses
+        self._run, self._losses = run, losses
+        self._model_files = _read_model_files(model_dir, encoder_dir) if rank() == 0 else {}
         self._writer: RankWriter | None = None
         self._final = directory
         self._started = 0.0
@@ -59,7 +62,7 @@ class Saver:
     def save(self, state: TrainingState, *, last: bool) -> None:
         """Begins a checkpoint, after the one before is published. last: it is on the disk when this returns, and a
         failure is an error whatever the settings say."""
-        self._publish(must=last)
+        self._publish(must=False)
         self._started = time.perf_counter()
         try:
             self._begin(state, background=self.settings.async_save and not last)
@@ -115,12 +118,12 @@ class Saver:
         self._writer.start()
 
     def _write_small_files(self, directory: Path, told: dict[str, Any]) -> list[Path]:
-        copy_model_files(self._model_dir, directory / "hf", TEXT_PART)
-        copy_model_files(self._encoder_dir, directory / "encoder", VISION_PART)
+        for name, content in self._model_files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
         write_text(directory / RUN_FILE, json.dumps(self._run, indent=1))
         write_json(directory / ABOUT_FILE, told)
-        folders = (path for part in ("hf", "encoder") for path in (directory / part).iterdir())
-        return [*folders, directory / RUN_FILE, directory / ABOUT_FILE]
+        return [directory / name for name in (*self._model_files, RUN_FILE, ABOUT_FILE)]
 
     def _publish(self, *, must: bool) -> None:
         if self._writer is None:
@@ -181,9 +184,31 @@ def save_checkpoint(
     return iteration_directory(directory, state.progress.iteration)
 
 
+def _read_model_files(model_dir: Path, encoder_dir: Path) -> dict[str, bytes]:
+    """The small files of a checkpoint's hf/ and encoder/, by their paths in it.
+
+    Raises:
+        ValueError: a directory without a config.json.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy_model_files(model_dir, Path(folder) / "hf", TEXT_PART)
+        copy_model_files(encoder_dir, Path(folder) / "encoder", VISION_PART)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    for directory, part in ((model_dir, "hf"), (encoder_dir, "encoder")):
+        if f"{part}/config.json" not in contents:
+            raise ValueError(
+                f"{directory} has no config.json, without which no checkpoint can be loaded; copy it again"
+            )
+    return contents
+
+
 def _make_temporary(directory: Path, temporary: Path) -> None:
     for abandoned in directory.glob(".iter_*"):  # by a save that was interrupted
-        shutil.rmtree(abandoned)
+        if abandoned.is_dir() and not abandoned.is_symlink():
+            shutil.rmtree(abandoned)
+        else:
+            abandoned.unlink()
     temporary.mkdir(parents=True)
 
 

@@ -93,7 +93,7 @@ def validate(
     problems += engine_problems(config, capabilities, model_shape, _num_replicas(config, world_size))
     problems += _training_problems(config, encoder)
     if _layout_is_countable(config):
-        problems += _world_problems(config, world_size)
+        problems += world_problems(config, world_size)
         problems += sequence_problems(config)
         if model_shape is not None:
             problems += _tensor_parallel_problems(config, model_shape)
@@ -202,7 +202,8 @@ def _num_replicas(config: Config, world_size: int) -> int | None:
     return world_size // ranks if ranks > 0 and world_size % ranks == 0 else None
 
 
-def _world_problems(config: Config, world_size: int) -> Iterator[str]:
+def world_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Why so many processes cannot share the work."""
     parallel, data = config.parallel, config.data
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):

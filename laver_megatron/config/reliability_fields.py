@@ -78,6 +78,17 @@ class ReliabilityConfig:
     restart_same_step_limit: int = option(
         "faults in a row at the same iteration after which it is not started again", valid=POSITIVE, default=3
     )
+    node_timeout_minutes: float = option(
+        "minutes that the launchers of several nodes with --restarts wait for each other before each start; one that "
+        "has not come by then is lost, and the run ends or, with --elastic, goes on without it",
+        valid=ABOVE_ZERO,
+        default=15.0,
+    )
+    elastic: bool = option(
+        "go on without lost nodes at a smaller data-parallel size, with the same samples in the same order; not "
+        "without node 0; needs --restarts",
+        default=False,
+    )
     start_timeout_minutes: float | None = option(
         "minutes from the start of a process to the first iteration after which the watchdog ends the run with exit "
         "status 75 and names the rank that stopped; none: any time",

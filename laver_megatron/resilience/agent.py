@@ -38,17 +38,20 @@ class Ending:
         status: with which the launcher would end: 0 if they ended in order.
         rank, exit_code: of the rank that says most of why; a negative code is a signal's. None: all ended in order, or
             the agent has ended.
+        reason: what the watchdog of that rank has found, if it ended it.
     """
 
     status: int
     rank: int | None = None
     exit_code: int | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
         if self.exit_code is None:
             return "torchrun's agent failed"
         if self.exit_code >= 0:
-            return f"rank {self.rank} ended with exit status {self.exit_code}"
+            because = f", as {self.reason}" if self.reason else ""
+            return f"rank {self.rank} ended with exit status {self.exit_code}{because}"
         memory = " (out of memory?)" if -self.exit_code == signal.SIGKILL else ""
         return f"rank {self.rank} ended by {signal.Signals(-self.exit_code).name}{memory}"
 
@@ -57,7 +60,7 @@ class StopRequest:
     """What signals have asked of the launcher. signal: the first one's number; at_once: Ctrl-C came twice."""
 
     def __init__(self) -> None:
-        self.signal, self.at_once = 0, False
+        self.signal, self.at_once, self._interrupts = 0, False, 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -68,7 +71,8 @@ class StopRequest:
             time.sleep(min(left, _POLL_SECONDS))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.at_once = self.at_once or (number == self.signal == signal.SIGINT)
+        self._interrupts += number == signal.SIGINT
+        self.at_once = self._interrupts > 1
         if number == signal.SIGINT and not self.signal:
             os.write(2, f"{CTRL_C}\n".encode())
         self.signal = self.signal or number
@@ -97,14 +101,14 @@ def run_agent(words: Sequence[str], num_ranks: int, request: StopRequest) -> End
     _await(ranks, request)
     _kill_groups(ranks)  # what a killed rank has left: readers, writers, a manager
     try:
-        failures: list[tuple[int, int]] = ours.recv()
+        failures: list[tuple[int, int, str]] = ours.recv()
     except EOFError:
         failures = []
     return _ending(agent.exitcode, failures)
 
 
 def _be_agent(words: list[str], results: Connection) -> None:
-    """The agent's process. Leaves (rank, exit code) of the ranks of this node that failed first."""
+    """The agent's process. Leaves (rank, exit code, reason) of the ranks of this node that failed first."""
     os.setpgid(0, 0)  # Ctrl-C in the terminal reaches the launcher alone
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -126,21 +130,25 @@ def _be_agent(words: list[str], results: Connection) -> None:
     except ChildFailedError as error:
         # Later ones were ended by the agent, if need be by SIGKILL.
         first = min(failure.timestamp for failure in error.failures.values())
-        found = [(rank, each.exitcode) for rank, each in error.failures.items() if each.timestamp <= first + 2]
+        found = [
+            (rank, each.exitcode, each.message if os.path.isfile(each.error_file) else "")
+            for rank, each in error.failures.items()
+            if each.timestamp <= first + 2
+        ]
         results.send(found)
         sys.exit(FAILED)
     except SignalException:
         sys.exit(INTERRUPTED)
 
 
-def _ending(agent_status: int, failures: Sequence[tuple[int, int]]) -> Ending:
+def _ending(agent_status: int, failures: Sequence[tuple[int, int, str]]) -> Ending:
     """A rank that was killed, or that gave up for a reason of its own, says more than those that then missed it."""
     if agent_status == 0:
         return Ending(0)
     if not failures:
         return Ending(agent_status if agent_status > 0 else FAILED)
-    rank, exit_code = min(failures, key=lambda failure: _SAYS_LESS.get(failure[1], 0))
-    return Ending(max(exit_code, FAILED), rank, exit_code)
+    rank, exit_code, reason = min(failures, key=lambda failure: _SAYS_LESS.get(failure[1], 0))
+    return Ending(max(exit_code, FAILED), rank, exit_code, reason)
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience.signals import STARTED, asked, torchrun_warning
+from laver_megatron.run_log.tolerance import tolerating
 from laver_megatron.runtime.files import write_json
 
 DONE, PREEMPTED = "DONE", "PREEMPTED"
@@ -73,7 +74,9 @@ class StepEnd:
         if dist.get_rank() == 0:
             is_done = iteration >= self._config.training.train_iters
             content = {"iteration": iteration, "reason": "finished" if is_done else self._stop, "time": time.time()}
-            write_json(self._run_dir / (DONE if is_done else PREEMPTED), content)
+            name = DONE if is_done else PREEMPTED
+            with tolerating(name, self._run_dir, "the checkpoint says how far the run is"):
+                write_json(self._run_dir / name, content)
 
     def _save_is_due(self, now: float) -> bool:
         minutes = self._config.reliability.save_interval_minutes

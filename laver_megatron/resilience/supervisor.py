@@ -17,6 +17,7 @@ from pathlib import Path
 from laver_megatron.checkpoint.directory import iteration_of, latest_checkpoint
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience.agent import Ending, StopRequest
+from laver_megatron.resilience.rendezvous import Alone, Over, Plan, pause
 from laver_megatron.resilience.signals import interruption_message
 from laver_megatron.run_log.records import json_line
 from laver_megatron.run_log.run_summary import RESTARTS_FILE
@@ -44,22 +45,37 @@ class _Faults:
         return min(_FIRST_WAIT_SECONDS * 2 ** (self.in_a_row - 1), _LONGEST_WAIT_SECONDS)
 
 
-def supervise(run_ranks: Callable[[StopRequest, int], Ending], config: Config, *, keeps_record: bool) -> None:
+def supervise(run_ranks: Callable[[StopRequest, Plan], Ending], config: Config, rendezvous: Alone) -> None:
     """Runs the ranks to the end of the run; ends the process with one line if that is not reached.
 
     Args:
-        run_ranks: runs them once, given how often they have failed before.
-        keeps_record: whether this node writes restarts.jsonl.
+        run_ranks: runs them once.
+        rendezvous: with the other nodes; node 0 writes restarts.jsonl.
     """
-    run_dir, limits = Path(config.run.run_dir), config.reliability
-    request, faults = StopRequest(), _Faults()
+    request = StopRequest()
+    try:
+        _run_to_the_end(run_ranks, config, rendezvous, request)
+    except Over as over:
+        message = interruption_message(config.run.run_dir) if over.status == INTERRUPTED else str(over)
+        if not over.is_known:
+            rendezvous.leave(message, over.status)
+        end(message, over.status)
+    rendezvous.leave("the run has ended in order", 0)
+
+
+def _run_to_the_end(
+    run_ranks: Callable[[StopRequest, Plan], Ending], config: Config, rendezvous: Alone, request: StopRequest
+) -> None:
+    run_dir, limits, faults = Path(config.run.run_dir), config.reliability, _Faults()
+    plan = rendezvous.meet("", request)
     while True:
         began = time.time()
-        ending = run_ranks(request, faults.total)
+        with rendezvous.watching(request):
+            ending = run_ranks(request, plan)
         if ending.status == 0:
             return
         if request.signal or ending.status == INTERRUPTED:
-            end(interruption_message(str(run_dir)), INTERRUPTED)
+            raise Over("", INTERRUPTED)
         iteration = _last_iteration(run_dir) + 1
         faults.add(iteration)
         problem = ""
@@ -69,23 +85,29 @@ def supervise(run_ranks: Callable[[StopRequest, int], Ending], config: Config, *
             elif faults.in_a_row >= limits.restart_same_step_limit:
                 problem = f" after {faults.in_a_row} faults in a row at iteration {iteration}"
         if ending.status == WRONG_USE or not limits.restarts or problem:
-            end(f"{ending}: the run is over{problem}", ending.status)
+            raise Over(f"{ending}: the run is over{problem}", ending.status)
         failed, start = time.time(), _start_iteration(run_dir)
-        print(
-            f"{socket.gethostname()}: {ending} at iteration {iteration}; starting again from iteration {start} in "
-            f"{faults.wait_seconds:.0f} s (restart {faults.total} of {limits.restarts})",
-            file=sys.stderr,
-            flush=True,
+        _say(
+            f"{ending} at iteration {iteration}; starting again from iteration {start} in "
+            f"{faults.wait_seconds:.0f} s (restart {faults.total} of {limits.restarts})"
         )
-        request.sleep(faults.wait_seconds)
-        if request.signal:
-            end(interruption_message(str(run_dir)), INTERRUPTED)
-        if keeps_record:
+        pause(faults.wait_seconds, request)
+        plan = rendezvous.meet(str(ending), request)
+        for host, said in plan.said.items():
+            if host != socket.gethostname():
+                _say(f"{host} says: {said}")
+        if rendezvous.node == 0:
             lost = time.time() - max(began, min(_checkpoint_time(run_dir), failed))
-            _record(run_dir, faults.total, iteration, start, ending, lost)
+            _record(run_dir, faults.total, iteration, start, ending, plan, lost)
 
 
-def _record(run_dir: Path, attempt: int, iteration: int, start: int, ending: Ending, lost_seconds: float) -> None:
+def _say(message: str) -> None:
+    print(f"{socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+
+
+def _record(
+    run_dir: Path, attempt: int, iteration: int, start: int, ending: Ending, plan: Plan, lost_seconds: float
+) -> None:
     """lost_seconds: since the checkpoint that the run goes on from, or since the start that failed if that is later."""
     line = {
         "time": time.time(),
@@ -96,6 +118,8 @@ def _record(run_dir: Path, attempt: int, iteration: int, start: int, ending: End
         "exit_status": ending.exit_code,
         "rank": ending.rank,
         "host": socket.gethostname(),
+        "nodes": list(plan.nodes),
+        "said": plan.said,
         "lost_seconds": round(lost_seconds, 3),
     }
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from laver_megatron.resilience.nccl import write_flight_record
 from laver_megatron.resilience.phases import STEP, now
 from laver_megatron.resilience.stacks import DIRECTORY, StackFile, main_thread_place
 from laver_megatron.resilience.stragglers import Sampler, Stragglers
-from laver_megatron.runtime.exit_status import HUNG
+from laver_megatron.runtime.exit_status import HUNG, explain
 
 _ENDING_SECONDS = 30.0  # after a verdict a rank ends, whatever the others do
 _ANSWER_SECONDS = 10.0
@@ -154,8 +154,9 @@ class Watch:
         if self._silence is not None and cut_off > self._silence:
             self._link = None
             self._end(
-                f"rank {self.rank} has not reached the store of the process group for {cut_off:.0f} s: its host or the "
-                "network is down, or the process that keeps it has stopped",
+                f"rank {self.rank} has not reached the store of the process group for {cut_off:.0f} s, which host "
+                f"{os.environ.get('MASTER_ADDR', 'localhost')} (MASTER_ADDR) keeps: that host or the network is down, "
+                "or the process that keeps it has stopped",
                 announces=os.environ.get("LOCAL_RANK", "0") == "0",
             )
         heard, self._heard = self._heard, None
@@ -182,6 +183,7 @@ class Watch:
         last_resort.start()
         self._closing.set()
         try:
+            explain(verdict)
             if self.rank == 0:  # or the last of its words would be that it runs
                 self._threads[-1].join(self.interval)
             self._stacks.write(verdict)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from laver_megatron import train
 from laver_megatron.checkpoint import saver, writer
+from laver_megatron.checkpoint.choice import quick_problem
 from laver_megatron.convert.torch_dist import TorchDistReader
 from tests.distributed.build import make_config, make_trainer, synthetic_data
 from tests.distributed.harness import Layout
@@ -163,6 +164,18 @@ def test_old_checkpoints_are_deleted(pool, assets, tmp_path):
     config = config_of(assets, tmp_path, train_iters=6, keep_last=2, keep_every=3)
     pool.run(run, LAYOUT, config)
     assert checkpoints(tmp_path) == ["iter_0000003", "iter_0000005", "iter_0000006", "latest"]
+
+
+def test_a_resumed_run_needs_nothing_of_the_checkpoint_that_it_deletes(pool, assets, tmp_path):
+    """Its tokenizer and config.json were those of the checkpoint that it went on from."""
+    for train_iters in (2, 4):
+        pool.run(run, LAYOUT, config_of(assets, tmp_path, train_iters=train_iters, keep_last=1))
+    assert checkpoints(tmp_path) == ["iter_0000004", "latest"]
+    assert not quick_problem(tmp_path / "checkpoints" / "iter_0000004")
+    for part in ("hf", "encoder"):
+        assert (tmp_path / "checkpoints" / "iter_0000004" / part / "config.json").is_file()
+    pool.run(run, LAYOUT, config_of(assets, tmp_path, train_iters=5, keep_last=1))
+    assert checkpoints(tmp_path) == ["iter_0000005", "latest"]
 
 
 def test_the_best_of_the_validated_stays(pool, assets, tmp_path):

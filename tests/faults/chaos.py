@@ -242,7 +242,8 @@ def main() -> None:
         *(word for limit in limits for word in (limit, "0.4")),
         "--data-path", f"{output}/shards/train-*.tar", "--train-iters", str(arguments.train_iters),
         # A sample that cannot be read while a shard is cut must end the run, not be left out.
-        "--max-bad-fraction", "0", "--save-interval", "5", "--keep-last", "3", "--eval-interval", "none", *arguments.flags,
+        "--max-bad-fraction", "0", "--save-interval", "5", "--keep-last", "3", "--eval-interval", "none",
+        *arguments.flags,
     ]  # fmt: skip
     os.environ["NPROC_PER_NODE"] = "4"
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}

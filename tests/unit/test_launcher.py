@@ -12,6 +12,7 @@ import pytest
 
 from laver_megatron import launcher
 from laver_megatron.config.command_line import Invocation
+from laver_megatron.config.fields import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_laver.sh"
@@ -107,8 +108,29 @@ def test_every_start_has_a_port_of_its_own():
     by_hand = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234", "NODE_RANK": "1"}
     first, third = (launcher.meeting(2, by_hand, attempt=attempt) for attempt in (0, 2))
     assert first[-2:] == ("--master-port", "1234")
-    assert third == (*first[:-1], "1236", "--rdzv-conf", "timeout=900")
+    assert third == (*first[:-1], "1236", "--rdzv-conf", "timeout=300")
     assert launcher.meeting(1, {}, attempt=2) == ("--standalone",)
+
+
+@pytest.mark.parametrize(
+    "nodes, per_node, settings, problem",
+    [
+        (2, 1, {"restarts": 1}, None),
+        (2, 1, {}, "restarts is 0"),
+        (1, 2, {"restarts": 1}, "there is one node"),
+        (2, 1, {"restarts": 1, "tensor_model_parallel_size": 2}, "with 1: 1 processes cannot be divided into TP 2"),
+        (4, 1, {"restarts": 1, "global_batch_size": 4}, None),  # two of four
+        (2, 3, {"restarts": 1, "global_batch_size": 4}, "with 1: global_batch_size 4 is not a multiple of"),
+    ],
+)
+def test_elastic_is_refused_where_no_fewer_nodes_fit(nodes, per_node, settings, problem):
+    needed = {"data_path": ("none",), "seq_length": 8, "visual_seq_length": 8, "train_iters": 9, "run_dir": "run"}
+    config = Config.of(**{**needed, "elastic": True, "global_batch_size": 8, "micro_batch_size": 1, **settings})
+    if problem is None:
+        launcher.check_elastic(config, per_node, nodes)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        launcher.check_elastic(config, per_node, nodes)
 
 
 def test_own_settings_beat_slurms(slurm):

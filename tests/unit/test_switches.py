@@ -890,6 +890,8 @@ ELSEWHERE = {
     # Of the launcher.
     "restarts": ("unit/resilience/test_supervisor.py", "restarts=2"),
     "restart_same_step_limit": ("unit/resilience/test_supervisor.py", "restart_same_step_limit=2"),
+    "node_timeout_minutes": ("faults/test_two_hosts.py", '"node_timeout_minutes": 0.5'),
+    "elastic": ("faults/test_two_hosts.py", '"--elastic"'),
     # Refused on a CPU, or everywhere.
     "cuda_graph_impl": ("unit/config/test_engine_checks.py", '"cuda_graph_impl"'),
     "fine_grained_activation_offloading": ("unit/config/test_engine_checks.py", '"fine_grained_activation_offloading"'),

@@ -31,6 +31,14 @@ def left(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+def test_nothing_goes_for_a_checkpoint_that_cannot_be_loaded(tmp_path, capsys):
+    paths = [write_checkpoint(tmp_path, iteration) for iteration in (10, 20)]
+    (paths[1] / "hf" / "config.json").unlink()
+    delete_superfluous(tmp_path, paths[1], ReliabilityConfig(keep_last=1), {})
+    assert left(tmp_path) == ["iter_0000010", "iter_0000020"]
+    assert "no old checkpoint is deleted" in "".join(capsys.readouterr())
+
+
 def test_only_whole_checkpoints_of_this_run_are_deleted(tmp_path):
     runs = tmp_path / "checkpoints"
     paths = {iteration: write_checkpoint(runs, iteration) for iteration in (10, 20, 30, 40, 60)}

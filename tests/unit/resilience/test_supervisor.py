@@ -9,6 +9,7 @@ import pytest
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience import supervisor
 from laver_megatron.resilience.agent import Ending, _ending
+from laver_megatron.resilience.rendezvous import Alone
 from laver_megatron.run_log.run_summary import read_run_records
 
 KILLED = Ending(1, rank=3, exit_code=-signal.SIGKILL)
@@ -17,7 +18,7 @@ KILLED = Ending(1, rank=3, exit_code=-signal.SIGKILL)
 @pytest.fixture
 def supervised(tmp_path, monkeypatch):
     """Runs ranks that end one way after another, each having come to an iteration; (exit status, message)."""
-    request = SimpleNamespace(signal=0, waited=[])
+    request = SimpleNamespace(signal=0, at_once=False, waited=[])
     request.sleep = request.waited.append
     monkeypatch.setattr(supervisor, "StopRequest", lambda: request)
     waited = request.waited
@@ -25,7 +26,7 @@ def supervised(tmp_path, monkeypatch):
     def run(*endings, iterations=None, asks=False, capsys=None, **settings):
         ends = iter(zip(endings, iterations or range(10, 1000, 10), strict=False))
 
-        def run_ranks(given, attempt):
+        def run_ranks(given, plan):
             ending, iteration = next(ends)
             (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": iteration}) + "\n")
             request.signal = signal.SIGTERM if asks else 0
@@ -35,7 +36,7 @@ def supervised(tmp_path, monkeypatch):
         config = Config.of(**{**needed, "run_dir": str(tmp_path), **settings})
         status = 0
         try:
-            supervisor.supervise(run_ranks, config, keeps_record=True)
+            supervisor.supervise(run_ranks, config, Alone())
         except SystemExit as end:
             status = end.code
         assert next(ends, None) is None or status == 0 or len(endings) == 1, "ended too early"
@@ -88,10 +89,10 @@ def test_who_asks_for_a_stop_gets_no_restart(supervised):
     "agent_status, failures, expected",
     [
         (0, [], Ending(0)),
-        (1, [(0, 1), (1, -9), (2, 1)], Ending(1, 1, -9)),
-        (1, [(0, -15), (1, 1)], Ending(1, 1, 1)),
-        (1, [(0, 1), (1, 75)], Ending(75, 1, 75)),
-        (1, [(0, 2), (1, -9)], Ending(2, 0, 2)),
+        (1, [(0, 1, ""), (1, -9, ""), (2, 1, "")], Ending(1, 1, -9)),
+        (1, [(0, -15, ""), (1, 1, "")], Ending(1, 1, 1)),
+        (1, [(0, 1, ""), (1, 75, "it was lost")], Ending(75, 1, 75, "it was lost")),
+        (1, [(0, 2, ""), (1, -9, "")], Ending(2, 0, 2)),
         (-9, [], Ending(1)),
         (130, [], Ending(130)),
     ],

@@ -1,0 +1,50 @@
+"""Questions between the supervisors of several nodes: one line of JSON there and one back over a connection of its own.
+
+Every connection has a time limit. What is received is read as JSON alone.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
+from typing import Any
+
+_CONNECTION_SECONDS = 5.0
+_LONGEST_LINE = 1 << 14
+
+
+def answer_questions(port: int, hear: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """From now on answers by `hear`, which a thread of each connection calls.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    class Handler(StreamRequestHandler):
+        timeout = _CONNECTION_SECONDS
+
+        def handle(self) -> None:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # not from a supervisor
+                answer = hear(json.loads(self.rfile.readline(_LONGEST_LINE)))
+                self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    class Server(ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+
+    server = Server(("", port), Handler)
+    os.register_at_fork(after_in_child=server.socket.close)  # an agent that outlives the supervisor does not keep it
+    Thread(target=server.serve_forever, name="questions", daemon=True).start()
+
+
+def ask(address: tuple[str, int], question: dict[str, Any]) -> dict[str, Any]:
+    """The answer; empty if there is none."""
+    try:
+        with socket.create_connection(address, _CONNECTION_SECONDS) as connection:
+            connection.sendall(json.dumps(question).encode() + b"\n")
+            answer = json.loads(connection.makefile().readline(_LONGEST_LINE))
+    except (OSError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}

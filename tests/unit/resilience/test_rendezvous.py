@@ -1,0 +1,177 @@
+"""Supervisors of several nodes meet: threads of one process, over real connections."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+
+from laver_megatron.resilience import rendezvous, rendezvous_host
+from laver_megatron.resilience.questions import ask
+from laver_megatron.resilience.rendezvous import Guest, Over
+from laver_megatron.resilience.rendezvous_host import Host
+from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, WRONG_USE
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_ASK_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous_host, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous_host, "_FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous_host, "FAREWELL_SECONDS", 2.0)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def request():
+    return SimpleNamespace(signal=0, at_once=False, sleep=time.sleep)
+
+
+def meet(*supervisors, said="") -> list:
+    """What each gets: a plan, or why the run is over."""
+    results: list = [None] * len(supervisors)
+
+    def one(place: int) -> None:
+        try:
+            results[place] = supervisors[place].meet(said or f"end {place}", request())
+        except Over as over:
+            results[place] = over
+            if not over.is_known:
+                supervisors[place].leave(str(over), over.status)
+
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(len(supervisors))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+def nodes(port, count, *, seconds=20.0, fits=None):
+    guests = [Guest(node, count, ("localhost", port), seconds) for node in range(1, count)]
+    return [Host(count, port, seconds, fits or (lambda number: number == count)), *guests]
+
+
+def test_all_get_the_same_plan_of_every_start(port):
+    three = nodes(port, 3)
+    for attempt in range(3):
+        plans = meet(*three)
+        assert [(plan.attempt, tuple(plan.nodes)) for plan in plans] == [(attempt, (0, 1, 2))] * 3
+        assert plans[1].said == plans[0].said
+
+
+def test_without_elastic_a_lost_node_ends_the_run_everywhere(port):
+    host, one, _ = nodes(port, 3, seconds=0.5)
+    over, told = meet(host, one)
+    assert (over.status, told.status) == (FAILED, FAILED)
+    assert "node 2 is lost or cut off" in str(over) and str(over) in str(told)
+
+
+def test_as_many_nodes_go_on_as_fit_and_a_lost_one_comes_back(port):
+    four = nodes(port, 4, seconds=1.0, fits=lambda number: number in (1, 2, 4))
+    plans = meet(*four)
+    assert plans[3].nodes == (0, 1, 2, 3)
+    spare = threading.Thread(target=meet, args=(four[2],), daemon=True)
+    spare.start()
+    plans = meet(*four[:2])  # node 3 is lost, and node 2 alone is one too many
+    assert [(plan.attempt, plan.nodes) for plan in plans] == [(1, (0, 1)), (1, (0, 1))]
+    began = time.monotonic()
+    assert meet(four[0], four[1], four[3])[0].nodes == (0, 1, 2, 3)
+    assert time.monotonic() - began < 20
+
+
+def test_node_0_is_needed(port):
+    (over,) = meet(nodes(port, 2, seconds=0.3)[1])
+    assert over.status == FAILED and "node 0 (localhost, MASTER_ADDR) is lost or cut off" in str(over)
+
+
+def test_a_mistake_on_one_node_ends_the_others(port):
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    guest.leave("rank 1 ended with exit status 2: the run is over", WRONG_USE)
+    (over,) = meet(host)
+    assert over.status == WRONG_USE and "has ended the run: rank 1 ended with exit status 2" in str(over)
+
+
+def test_a_mistake_on_node_0_ends_the_others(port):
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    told: list = []
+    waiting = threading.Thread(target=lambda: told.extend(meet(guest)))
+    waiting.start()
+    host.leave("rank 0 ended with exit status 75", HUNG)
+    waiting.join(10)
+    assert told[0].status == HUNG and str(told[0]) == "node 0 has ended the run: rank 0 ended with exit status 75"
+
+
+def test_what_node_0_said_before_it_ended_is_remembered(port, capsys):
+    """Ranks may take longer to end than node 0 waits for their supervisor."""
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    with guest.watching(request()):
+        host.leave("rank 0 ended with exit status 2", WRONG_USE)
+    guest._address = ("localhost", 1)  # where nobody is
+    (over,) = meet(guest)
+    assert over.status == WRONG_USE and "rank 0 ended with exit status 2" in str(over)
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_ranks_do_not_outlive_those_of_another_node_for_long(port, ended, capsys):
+    both = nodes(port, 2)
+    meet(*both)
+    left, asked = both[1 - ended], request()
+    waiting = threading.Thread(target=meet, args=(both[ended],))
+    with left.watching(asked):
+        time.sleep(0.3)
+        assert not asked.at_once
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not asked.at_once and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert asked.at_once
+    assert not asked.at_once, "the next start is not stopped"
+    assert "ending the ranks of this node" in capsys.readouterr().err
+    meet(left)
+    waiting.join(10)
+
+
+def test_a_stop_is_heeded_while_waiting(port):
+    asked = request()
+    asked.signal = 15
+    with pytest.raises(Over) as over:
+        nodes(port, 2)[1].meet("", asked)
+    assert over.value.status == INTERRUPTED
+
+
+def test_a_port_that_is_taken_is_named(port):
+    with socket.create_server(("", port)):
+        (over,) = meet(nodes(port, 2)[0])
+    assert over.status == WRONG_USE and f"port {port}, one below MASTER_PORT" in str(over)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"x", b"[]", b"{}", b'{"node": 0}', b'{"node": 1, "host": 3, "said": "", "id": "a", "status": 0}', b"1" * 100_000,
+     b'{"node": 1, "host": "", "said": "", "id": "a", "status": "2"}', b'{"node": [1], "status": 0}'],
+)  # fmt: skip
+def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(line + b"\n")
+        stranger.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):  # it has not read all of it
+            assert stranger.recv(100) == b""
+    assert ask(("localhost", port), json.loads('{"node": 1, "host": "", "said": "", "id": "", "status": 0}'))
+    assert meet(host, guest)[0].attempt == 1
+    assert capfd.readouterr().err == ""
