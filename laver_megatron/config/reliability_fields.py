@@ -22,7 +22,7 @@ class ReliabilityConfig:
         default="none",
     )
     spike_sigmas: float = option(
-        "standard deviations above the mean of the last steps from which a value is a spike",
+        "a loss or gradient norm more than this many standard deviations above the mean of recent steps is a spike",
         valid=ABOVE_ZERO,
         default=6.0,
     )
@@ -59,7 +59,7 @@ class ReliabilityConfig:
         default=False,
     )
     save_interval_minutes: float | None = option(
-        "minutes after a checkpoint at which the next is saved, beside those of --save-interval; none: by iterations "
+        "save a checkpoint this many minutes after the last one, in addition to --save-interval; none: by iterations "
         "alone",
         valid=ABOVE_ZERO,
         default=30.0,
@@ -103,7 +103,7 @@ class ReliabilityConfig:
     )
     save_timeout_minutes: float | None = option("the same for one checkpoint", valid=ABOVE_ZERO, default=60)
     straggler_percent: float | None = option(
-        "say it when a rank is busy for so many per cent longer than the others of its pipeline stage; none: never",
+        "report a rank that is busy this many percent longer than the others of its pipeline stage; none: never",
         valid=ABOVE_ZERO,
         default=50,
     )

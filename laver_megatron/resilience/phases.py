@@ -45,7 +45,7 @@ def now() -> Moment:
 
 
 def enter(name: str, iteration: int | None = None) -> None:
-    """The main thread is in another phase, or in the same one anew. iteration: how many are done; None: as before."""
+    """The main thread is in another phase, or again in the same one. iteration: how many are done; None: as before."""
     global _moment
     moment, time_now = _moment, time.monotonic()
     _moment = Moment(

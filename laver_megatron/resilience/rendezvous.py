@@ -132,7 +132,7 @@ class Guest(Alone):
                 raise Over(
                     f"node 0 ({self._address[0]}, MASTER_ADDR) is lost or cut off: not reached for "
                     f"{self._limit_seconds / 60:g} minutes (--node-timeout-minutes). The nodes meet there: start the "
-                    "run anew on nodes that are left",
+                    "run again on nodes that are left",
                     FAILED,
                     is_known=True,
                 )
