@@ -215,7 +215,7 @@ def small_disk(directory: Path) -> Iterator[Path]:
         yield directory
     finally:
         if is_mounted:
-            subprocess.run(["umount", str(directory)], check=True)
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)  # a process may still hold it
 
 
 def train_command(config: Path, run_dir: Path, *flags: str) -> list[str]:
