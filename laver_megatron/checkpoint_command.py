@@ -18,6 +18,7 @@ from laver_megatron.checkpoint.manifest import check_files, read_manifest
 from laver_megatron.program import program, program_parser
 from laver_megatron.runtime.exit_status import FAILED
 from laver_megatron.runtime.files import read_object
+from laver_megatron.runtime.terminal import printable
 
 DESCRIPTION = """
 Lists the checkpoints of a run, or one: iteration, size, tokens, layout, and the versions and commit that wrote it.
@@ -77,6 +78,8 @@ def describe_checkpoint(path: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def _whole_problem(path: Path) -> str:
+    from laver_megatron.runtime.pickles import read_metadata  # torch: without --verify nobody waits for it
+
     try:
         entries = read_manifest(path)
         total = sum(size for size, _ in entries.values())
@@ -84,21 +87,25 @@ def _whole_problem(path: Path) -> str:
             for name, entry in entries.items():
                 check_files(path, [(name, entry)])
                 bar.update(entry[0])
+        read_metadata(path)
     except (ValueError, OSError) as error:
-        return str(error)
+        return printable(str(error))
     return ""
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Older checkpoints have no about.json, and a damaged one may have anything."""
+    """What a file says that can be shown; nothing where there is none: older checkpoints have no about.json, and a
+    damaged one may have anything."""
     try:
-        return read_object(path)
-    except ValueError:
+        content = read_object(path)
+        json.dumps([[[[content]]]], indent=2, allow_nan=False)  # deeper than where it is printed
+    except (ValueError, RecursionError):
         return {}
+    return content
 
 
 def text_of(one: dict[str, Any]) -> str:
-    """Some lines for people."""
+    """Some lines for people. about.json and run.json may say anything, of any kind."""
     about, run = one["about"], one["run"]
     state = f"DAMAGED: {one['problem']}" if one["problem"] else "whole" + ", verified" * one["verified"]
     lines = [f"{one['path']}: {one['bytes'] / 1e9:.3f} GB, {state}"]
@@ -110,16 +117,30 @@ def text_of(one: dict[str, Any]) -> str:
     progress = [
         f"iteration {one['iteration']} of {run.get('train_iters', '?')}",
         *(
-            f"{about[name]:,} {name.removeprefix('consumed_')}"
+            f"{_grouped(about[name])} {name.removeprefix('consumed_')}"
             for name in ("consumed_tokens", "consumed_samples")
             if name in about
         ),
     ]
     lines += [", ".join(progress), ", ".join(layout)]
-    if "written" in about:
-        written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(about["written"]))
-        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        lines.append(f"written {written} by {versions}, commit {about['commit'] or 'unknown'}")
+    if about:
+        lines.append(_written(about))
     sources = [f"--{name.replace('_', '-')} {run[name]}" for name in ("load", "encoder") if run.get(name)]
     lines.append("of a run with " + " ".join(sources) if sources else "")
-    return "\n  ".join(filter(None, lines))
+    return "\n  ".join(printable(line) for line in lines if line)
+
+
+def _written(about: dict[str, Any]) -> str:
+    """When, and by what."""
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(about["written"]))
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        when = "at an unknown time"
+    versions = about.get("versions")
+    packages = versions.items() if isinstance(versions, dict) else ()
+    by = ", ".join(f"{name} {number}" for name, number in packages) or "unknown versions"
+    return f"written {when} by {by}, commit {about.get('commit') or 'unknown'}"
+
+
+def _grouped(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from laver_megatron.checkpoint.manifest import describe, files_of, write_manifest
 
@@ -29,6 +30,17 @@ def poison_metadata(directory: Path, made: Path) -> Path:
     path = directory / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = RunsCode(made)
+    path.write_bytes(pickle.dumps(metadata))
+    renew_manifest(directory)
+    return path
+
+
+def lead_outside(directory: Path, name: str) -> Path:
+    """The real metadata, which say that the tensors lie in a file of that name."""
+    path = directory / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = name
     path.write_bytes(pickle.dumps(metadata))
     renew_manifest(directory)
     return path
@@ -59,10 +71,10 @@ def _poison_object(directory: Path, key: str, made: Path) -> Path:
     return directory
 
 
-# Names and contents of a checkpoint as far as the quick check looks.
+# Names and contents of a checkpoint as far as the checks look.
 FILES = {
     "__0_0.distcp": b"tensors",
-    ".metadata": b"what they are",
+    ".metadata": pickle.dumps(Metadata(state_dict_metadata={}, storage_data={})),
     "run.json": b"{}",
     "hf/config.json": b"{}",
     "hf/tokenizer.json": b"words",

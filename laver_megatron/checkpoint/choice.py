@@ -13,6 +13,7 @@ from types import MappingProxyType
 from laver_megatron.checkpoint.directory import checkpoints_in, is_checkpoint, iteration_of, said_latest
 from laver_megatron.checkpoint.manifest import check_files, is_small, read_manifest
 from laver_megatron.config.fields import ConfigError
+from laver_megatron.runtime.terminal import printable
 
 _NOTHING: Mapping[Path, str] = MappingProxyType({})
 
@@ -30,9 +31,7 @@ def quick_problem(checkpoint: Path) -> str:
     try:
         check_files(checkpoint, read_manifest(checkpoint).items(), whole=is_small)
     except (ValueError, OSError) as error:
-        return str(error)
-    if not (checkpoint / "hf" / "config.json").is_file():
-        return f"{checkpoint / 'hf' / 'config.json'} is missing from the checkpoint"
+        return printable(str(error))
     return ""
 
 

@@ -44,9 +44,9 @@ def said_latest(directory: Path) -> int | None:
     """What the file `latest` says; None if it says nothing. It is a hint for people: folders decide."""
     try:
         text = (directory / _LATEST).read_text().strip()
-    except (OSError, ValueError):
+        return int(text) if text.isdecimal() else None
+    except (OSError, ValueError):  # of int, too: it takes no more than 4300 digits
         return None
-    return int(text) if text.isdecimal() else None
 
 
 def is_checkpoint(directory: Path) -> bool:

@@ -1,16 +1,22 @@
-"""manifest.json: size and checksum of every file of a checkpoint. Megatron-Core loads damaged values without a word."""
+"""manifest.json: size and checksum of every file of a checkpoint. Megatron-Core loads damaged values without a word.
+
+Where it is read it is held against the directory: a file that it does not list is one that nobody checked.
+"""
 
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from laver_megatron.checkpoint.directory import MANIFEST_FILE
-from laver_megatron.runtime.files import read_object, sync_directory, write_text
+from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE
+from laver_megatron.runtime.files import is_within, read_object, sync_directory, write_text
+from laver_megatron.runtime.terminal import printable
 
 Entry = tuple[int, str]  # bytes, checksum (XXH3, 128 bits) with its name before it
 ALGORITHM = "xxh3_128:"
+_NEEDED = (".metadata", RUN_FILE, "hf/config.json")  # of every checkpoint, converted ones and old ones among them
 
 
 def checksum(path: Path) -> str:
@@ -27,7 +33,7 @@ def describe(path: Path) -> Entry:
 
 def files_of(directory: Path) -> list[Path]:
     """Every file of a checkpoint in a fixed order, the manifest itself excepted."""
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST_FILE)
 
 
 def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:
@@ -37,20 +43,42 @@ def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:
-    """Raises ValueError if there is none, or none that can be read."""
+    """The entries by path within the directory: of all files that are there, and of no others outside.
+
+    Raises:
+        ValueError: there is no manifest, none that can be read, or one that lists too little or what lies elsewhere.
+    """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{directory} has no {MANIFEST_FILE}: it is not a complete checkpoint of this program")
-    try:
-        entries = {name: (int(size), str(digest)) for name, (size, digest) in read_object(path).items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    other = [name for name, (_, digest) in entries.items() if not digest.startswith(ALGORITHM)]
-    if other:
+    entries = {name: _entry(path, name, said) for name, said in read_object(path).items()}
+    there = [str(file.relative_to(directory)) for file in files_of(directory)]
+    unlisted = [name for name in dict.fromkeys((*_NEEDED, *there)) if name not in entries]
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
         raise ValueError(
-            f"{path} has a checksum of another kind than {ALGORITHM} for {other[0]}; write the checkpoint anew"
+            f"{path} does not list {printable(unlisted[0])}{more}, so that nothing says whether it is what was "
+            "written; copy the checkpoint again"
         )
     return entries
+
+
+def _entry(path: Path, name: str, said: Any) -> Entry:
+    """What a manifest says of a file, once it is known to be a size and a checksum of a file of this checkpoint."""
+    match said:
+        case [int(size), str(digest)] if is_within(path.parent, name):
+            if digest.startswith(ALGORITHM):
+                return size, digest
+            raise ValueError(
+                f"{path} has a checksum of another kind than {ALGORITHM} for {printable(name)}; write the checkpoint "
+                "anew"
+            )
+        case [int(), str()]:
+            raise ValueError(
+                f"{path} names {printable(name)}, which lies outside the checkpoint; nothing of it was read. Do not "
+                "use this checkpoint unless you know who made it"
+            )
+    raise ValueError(f"{path} is damaged: what it says of {printable(name)} is no size and checksum")
 
 
 def is_small(name: str) -> bool:
@@ -65,9 +93,10 @@ def check_files(
     others only the size is compared."""
     for name, (size, digest) in entries:
         file = directory / name
+        shown = printable(str(file))
         if not file.is_file():
-            raise ValueError(f"{file} is missing from the checkpoint")
+            raise ValueError(f"{shown} is missing from the checkpoint")
         if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+            raise ValueError(f"{shown} has {file.stat().st_size} bytes, the manifest says {size}")
         if whole(name) and checksum(file) != digest:
-            raise ValueError(f"{file} is damaged: its checksum differs from the manifest's")
+            raise ValueError(f"{shown} is damaged: its checksum differs from the manifest's")

@@ -22,8 +22,10 @@ from laver_megatron.config.modules import MODULES
 from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.teacher import Centre, TeacherAverage
 from laver_megatron.runtime.engine import Stored, load_sharded, stored_tensors
+from laver_megatron.runtime.pickles import read_metadata
 from laver_megatron.runtime.ranks import all_ranks, gathered, num_ranks, rank
 from laver_megatron.runtime.sharded_state import sharding_metadata
+from laver_megatron.runtime.terminal import printable
 
 Item = TypeVar("Item")
 _PER_PARAMETER = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint has of the optimizer's state of each parameter
@@ -223,22 +225,25 @@ def _check_sizes(path: Path, stored: dict[str, Stored], wanted: dict[str, Stored
 
 
 def verify_manifest(path: Path) -> None:
-    """Compares every file's size and checksum with the manifest; ValueError naming the first that differs."""
-
-    def verify() -> None:
-        check_files(path, _my_share(list(read_manifest(path).items())))
-
-    all_ranks(f"verify the checkpoint {path}", verify)
+    """Compares every file's size and checksum with the manifest, and looks whether `.metadata` name files of the
+    checkpoint alone; ValueError naming the first that is wrong."""
+    all_ranks(f"verify the checkpoint {path}", lambda: _check_my_share(path))
 
 
 def whole_problem(path: Path) -> str:
     """What `verify_manifest` says, the same on all ranks; empty if the checkpoint is whole."""
     try:
-        check_files(path, _my_share(list(read_manifest(path).items())))
+        _check_my_share(path)
         mine = ""
     except (ValueError, OSError) as error:
-        mine = str(error)
+        mine = printable(str(error))
     return "; ".join(dict.fromkeys(filter(None, gathered(mine))))
+
+
+def _check_my_share(path: Path) -> None:
+    check_files(path, _my_share(list(read_manifest(path).items())))
+    if rank() == 0:
+        read_metadata(path)
 
 
 def _my_share(items: list[Item]) -> list[Item]:

@@ -74,11 +74,22 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; copy it again")
     return content
+
+
+def is_within(directory: Path, name: str) -> bool:
+    """Whether a name that a file of others says is that of something in a directory: neither absolute nor with `..`,
+    nor through a link that leads out of it, nor one that no file can have."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    try:
+        return Path(os.path.realpath(directory / name)).is_relative_to(os.path.realpath(directory))
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

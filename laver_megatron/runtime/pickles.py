@@ -17,6 +17,9 @@ from unittest import mock
 
 import torch
 
+from laver_megatron.runtime.files import is_within
+from laver_megatron.runtime.terminal import printable
+
 _DCP = "torch.distributed.checkpoint"
 # What `.metadata` is made of, in all versions of torch and Megatron-Core; dtypes are allowed besides.
 _ALLOWED = {
@@ -60,7 +63,7 @@ def read_metadata(directory: Path) -> Any:
     """The `Metadata` of a checkpoint in torch's distributed format.
 
     Raises:
-        ValueError: its file cannot be read, or names what no checkpoint needs.
+        ValueError: its file cannot be read, or names what no checkpoint needs, or files outside the checkpoint.
     """
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -83,11 +86,20 @@ def _unreadable(directory: Path, error: Exception) -> ValueError:
 @contextmanager
 def only_known_pickles(directory: Path) -> Iterator[None]:
     """Within the block, what torch and Megatron-Core unpickle while they read a checkpoint is restricted: `.metadata`
-    to its own classes, the rest (common.pt, objects among the tensors) to what torch calls weights only."""
+    to its own classes and to files of the checkpoint, the rest (common.pt, objects among the tensors) to what torch
+    calls weights only."""
     load = torch.load
 
     def load_metadata(file: IO[bytes]) -> Any:
-        return _MetadataUnpickler(file, str(getattr(file, "name", directory))).load()
+        source = str(getattr(file, "name", directory))
+        metadata = _MetadataUnpickler(file, source).load()
+        for name in {place.relative_path for place in (metadata.storage_data or {}).values()}:
+            if not is_within(directory, name):
+                raise ValueError(
+                    f"{source} names {printable(name)}, which lies outside the checkpoint; nothing of it was read. "
+                    "Do not use this checkpoint unless you know who made it"
+                )
+        return metadata
 
     def load_weights_only(file: Any, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import torch.distributed as dist
+
+def printable(text: str) -> str:
+    """Text that others wrote, with control characters and the like as their escapes: a terminal obeys these."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def log_to_terminal() -> None:
@@ -40,6 +43,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def say(message: str) -> None:
     """One line on rank 0. A terminal, or a file in its place, that takes no more ends no run."""
+    import torch.distributed as dist  # here, because programs without processes need none
+
     if dist.get_rank() == 0:
         with suppress(OSError):
             print(message, file=sys.stderr, flush=True)

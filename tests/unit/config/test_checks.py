@@ -23,6 +23,7 @@ from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.planning.dry_run_command import show_dry_run
 from laver_megatron.start import find_start
+from tests.attacks import renew_manifest
 
 # Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
 SHAPE = ModelShape(
@@ -453,6 +454,7 @@ def encoder_weights(num_hidden_layers: int) -> bytes:
 def write_run(path: Path, **changes) -> None:
     run = CONFIG.replace(**{"encoder_feature_layer": -2, **changes})  # a run writes down the layer it has taken
     (path / RUN_FILE).write_text(json.dumps(run.flat()))
+    renew_manifest(path)
 
 
 def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
@@ -460,8 +462,8 @@ def write_checkpoint(directory: Path, iteration: int = 10, **changes) -> Path:
     path = directory / f"iter_{iteration:07d}"
     write_model(path / "hf")
     write_encoder(path / "encoder")
+    (path / ".metadata").touch()
     write_run(path, **changes)
-    (path / MANIFEST_FILE).write_text("{}")
     (directory / "latest").write_text(f"{iteration}\n")
     return path
 
@@ -760,6 +762,7 @@ def text_only(run: Config, tmp_path: Path, start: str) -> Config:
     path = write_checkpoint(tmp_path / "converted")
     shutil.rmtree(path / "encoder")
     (path / RUN_FILE).write_text(json.dumps({"weights_only": True}))
+    renew_manifest(path)
     return run.replace(load=str(tmp_path / "converted"))
 
 
@@ -891,9 +894,10 @@ def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
         (before.replace('"seed"', '"seat"'), f"{file} does not say seed;"),
     ):
         file.write_text(content)
+        renew_manifest(path)
         assert expected in found(config, dry_run=dry_run)[0]
     file.unlink()
-    assert f"{file} does not exist" in found(config, dry_run=dry_run)[0]
+    assert f"{file} is missing" in found(config, dry_run=dry_run)[0]
     file.write_text(before)
     (path / MANIFEST_FILE).unlink()
     assert f"{path} has no manifest.json: it is not a complete checkpoint" in found(config, dry_run=dry_run)[0]
@@ -1039,6 +1043,7 @@ def test_going_on_with_an_encoder_without_layers(run, tmp_path):
     path = write_checkpoint(tmp_path / "run" / "checkpoints", encoder_feature_layer=None)
     (path / "encoder" / "config.json").write_text(json.dumps({"model_type": "laver_patches", "patch_size": 16}))
     (path / "encoder" / "preprocessor_config.json").write_text(json.dumps(NATIVE_PREPROCESSOR_JSON))
+    renew_manifest(path)
     run = run.replace(encoder=None)
     assert check_one(run)
     assert "is -2, but an encoder of type laver_patches" in found(run.replace(encoder_feature_layer=-2))[0]

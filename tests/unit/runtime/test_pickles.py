@@ -1,10 +1,13 @@
 """Pickles of a checkpoint are read without running what they name."""
 
 import pickle
+import re
 from collections import OrderedDict
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from laver_megatron.runtime.pickles import only_known_pickles, read_metadata
 from tests.attacks import RunsCode
@@ -30,6 +33,23 @@ def test_every_way_to_write_a_global_is_seen(tmp_path, protocol):
     with pytest.raises(ValueError, match=r"names posix\.mkdir"):
         read_metadata(tmp_path)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["../../outside.distcp", "/etc/hostname", "link", "folder/x", "a\0"])
+def test_metadata_name_files_of_the_checkpoint_alone(tmp_path, name):
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (tmp_path / "x").touch()
+    (directory / "link").symlink_to(tmp_path / "x")
+    (directory / "folder").symlink_to(tmp_path)
+    for place in ("inside.distcp", name):
+        metadata = Metadata(state_dict_metadata={}, storage_data={MetadataIndex("a"): _StorageInfo(place, 0, 1)})
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+        if place != name:
+            assert read_metadata(directory).storage_data == metadata.storage_data
+    shown = re.escape(name.replace("\0", "\\x00"))
+    with pytest.raises(ValueError, match=rf"{directory}/\.metadata names {shown}, which lies outside the checkpoint"):
+        read_metadata(directory)
 
 
 def test_archives_of_torch_are_weights_only_however_they_are_opened(tmp_path):

@@ -16,6 +16,7 @@ from laver_megatron.config.fields import ConfigError
 from laver_megatron.stages import chain
 from laver_megatron.stages.chain import check_stages, differences, read_stages, run_stages
 from laver_megatron.start import find_start
+from tests.attacks import renew_manifest
 from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,7 +66,8 @@ def leave_checkpoint(config, iteration):
     for part, source in (("hf", start.model_dir), ("encoder", start.encoder_dir)):
         shutil.copytree(source, path / part)
     write(path / "run.json", {**config.flat(), "encoder_feature_layer": -2})  # a run names it
-    write(path / "manifest.json", {})
+    (path / ".metadata").touch()
+    renew_manifest(path)
     (directory / "latest").write_text(str(iteration))
 
 
