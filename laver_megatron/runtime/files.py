@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,22 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; copy it again")
+    return content
+
+
+def read_small(path: Path, most_bytes: int) -> bytes:
+    """The content of a small file that anybody may have put there; never waits for a pipe, nor reads a device.
+
+    Raises:
+        ValueError: it is no regular file, or larger.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path} is larger than {most_bytes} bytes")
     return content
 
 

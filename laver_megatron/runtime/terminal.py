@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import torch.distributed as dist
-
 
 def log_to_terminal() -> None:
     """Shows the package's own messages, of rank 0 all and of the others only warnings, and silences the
@@ -38,8 +36,15 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def printable(text: str) -> str:
+    """Text from a file, with escapes in place of what a terminal would obey."""
+    return "".join(it if it.isprintable() else it.encode("unicode_escape").decode("ascii") for it in text)
+
+
 def say(message: str) -> None:
     """One line on rank 0. A terminal, or a file in its place, that takes no more ends no run."""
+    import torch.distributed as dist  # here, because programs that print do without it
+
     if dist.get_rank() == 0:
         with suppress(OSError):
             print(message, file=sys.stderr, flush=True)
