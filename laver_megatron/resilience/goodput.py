@@ -27,11 +27,27 @@ CARRIED = ("lost", START, VALIDATE, SAVE, "restart", "other")
 _BASE = ("training_seconds", "data_seconds", "skipped_seconds")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that can be reckoned with."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def is_ledger(value: Any) -> bool:
+    """Whether a value of a file is what `Ledger.plain` gives."""
+    if not isinstance(value, dict):
+        return False
+    parts = {"base": _BASE, "progress": _BASE, "seconds": (*KEPT, *CARRIED)}
+    return all(is_number(value.get(name)) for name in ("born", "at")) and all(
+        isinstance(part := value.get(name), dict) and part.keys() == {*causes} and all(map(is_number, part.values()))
+        for name, causes in parts.items()
+    )
+
+
 class Ledger:
     """The accounts of a run, kept by one process of each attempt.
 
     Args:
-        earlier: what `plain` gave at the last sign of life of the attempt before; None in a run's first.
+        earlier: what `plain` gave at the last sign of life of the attempt before (`is_ledger`); None in a run's first.
     """
 
     def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
@@ -44,7 +60,7 @@ class Ledger:
         self._earlier = earlier
         if earlier is not None:
             self.born, self._base = earlier["born"], dict(earlier["base"])
-            self._carried = {cause: float(earlier["seconds"].get(cause, 0.0)) for cause in CARRIED}
+            self._carried = {cause: float(earlier["seconds"][cause]) for cause in CARRIED}
             self._carried["restart"] += max(0.0, self.started - earlier["at"])
             self._at_resume = dict(earlier["progress"])  # until it is known what the checkpoint has kept
 

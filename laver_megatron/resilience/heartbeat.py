@@ -56,13 +56,17 @@ class Link:
         """Tells the others."""
         self._store.set(self._beat_key(self.rank), json.dumps(asdict(beat)))
 
+    def has_begun(self, rank: int) -> bool:
+        """Whether a rank has given its first heartbeat of this attempt."""
+        return self._store.check([self._beat_key(rank)])
+
     def beats(self) -> dict[int, Beat]:
         """The last beat of every rank that has begun."""
         ranks: Iterable[int] = range(self.world_size)
         if not self._all_have_begun:
             self._all_have_begun = self._store.check([self._beat_key(rank) for rank in ranks])
         if not self._all_have_begun:  # asking for a key that is not there would wait for it
-            ranks = [rank for rank in ranks if self._store.check([self._beat_key(rank)])]
+            ranks = [rank for rank in ranks if self.has_begun(rank)]
         found = self._store.multi_get([self._beat_key(rank) for rank in ranks]) if ranks else []
         return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, found, strict=True)}
 

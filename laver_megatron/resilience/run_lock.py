@@ -5,29 +5,40 @@ writers do not inherit, as they would filelock's locks. Where the file system do
 its content decides: host, pid and job of the holder, and the file's time, which the holder renews.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import sys
+import tempfile
 import threading
 import time
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from laver_megatron.runtime.exit_status import WRONG_USE, end
+from laver_megatron.runtime.terminal import printable
 
 LOCK_FILE = "run.lock"
 # A holder on another machine is taken to be gone after so long without a sign.
 STALE_SECONDS = 120.0
 _BEAT_SECONDS = 20.0
 _JOB = "SLURM_JOB_ID"
+_MOST_BYTES = 4096  # of the file: its holder writes some two hundred
+_TYPES: dict[str, Any] = {"host": str, "pid": int, "job_id": (str, type(None)), "began": float}
 
 
 class RunLock:
-    """The lock of a run directory, held until `release` or the end of the process."""
+    """The lock of a run directory, held until `release` or the end of the process.
+
+    Raises:
+        ValueError: the file is a link or no file, so that it is not ours to write.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LOCK_FILE
@@ -62,34 +73,47 @@ class RunLock:
         self._file.truncate(0)
         self._file.close()
 
-    def _open(self) -> IO[str]:
+    def _open(self) -> FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            file = FileIO(os.open(self._path, flags, 0o644), "r+")
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise self._is_no_file() from error
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise self._is_no_file()
+        return file
+
+    def _is_no_file(self) -> ValueError:
+        return ValueError(f"{self._path} is not a regular file, as the lock of a run must be: remove it")
 
     def _holder(self) -> dict[str, Any]:
-        """What the file says; empty if nobody has it."""
-        self._file.seek(0)
-        text = self._file.read()
+        """What the file says; empty if nobody has it, or nobody that it names: its holder was killed while it wrote,
+        or something else wrote into it."""
         try:
-            found = json.loads(text) if text.strip() else {}
-        except ValueError:  # its holder was killed while it wrote
+            found = json.loads(os.pread(self._file.fileno(), _MOST_BYTES, 0))
+        except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        is_holder = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in _TYPES.items())
+        return found if is_holder and 0 < found["pid"] < 2**31 else {}
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
         """Of a holder whose lock this machine does not see."""
         if holder.get("host") == socket.gethostname():
             try:
                 return abs(psutil.Process(holder["pid"]).create_time() - holder["began"]) < 1
-            except (psutil.Error, KeyError, TypeError):
+            except psutil.Error:
                 return False
         if holder.get("job_id") is not None and holder.get("job_id") == os.environ.get(_JOB):
             return False  # the same job, started again elsewhere
-        signed = os.stat(self._path).st_mtime
-        probe = self._path.with_name(f".{LOCK_FILE}.{os.getpid()}")  # the file system's clock, not this machine's
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
+        signed = os.fstat(self._file.fileno()).st_mtime
+        with tempfile.TemporaryFile(dir=self._path.parent) as probe:  # the file system's clock, not this machine's
+            now = os.fstat(probe.fileno()).st_mtime
+        if signed > now:  # or it would count for as long as that lies ahead
+            os.utime(self._file.fileno(), (now, now))
         return now - signed < STALE_SECONDS
 
     def _sign(self) -> None:
@@ -100,10 +124,10 @@ class RunLock:
             "began": psutil.Process().create_time(),
             "heartbeat": time.time(),
         }
+        text = json.dumps(content).encode() + b"\n"
         self._file.seek(0)
-        self._file.write(json.dumps(content) + "\n")
-        self._file.truncate()
-        self._file.flush()
+        self._file.write(text)
+        self._file.truncate(len(text))
 
     def _keep_signing(self) -> None:
         while not self._released.wait(_BEAT_SECONDS):
@@ -116,16 +140,17 @@ class RunLock:
 def _in_words(holder: dict[str, Any]) -> str:
     if not holder:
         return "it has not said yet which"
-    job = f", job {holder['job_id']}" if holder.get("job_id") else ""
-    return f"process {holder.get('pid')} on {holder.get('host')}{job}"
+    job = f", job {holder['job_id']}" if holder["job_id"] else ""
+    return printable(f"process {holder['pid']} on {holder['host']}{job}")
 
 
 def hold(run_dir: Path) -> RunLock | None:
-    """The directory's lock, on rank 0; ends the process with WRONG_USE if another run has it."""
+    """The directory's lock, on rank 0; ends the process with WRONG_USE if another run has it, or its file
+    is not ours."""
     if os.environ.get("RANK", "0") != "0":
         return None
-    lock = RunLock(run_dir)
     try:
+        lock = RunLock(run_dir)
         lock.acquire()
     except ValueError as error:
         end(f"error: {error}", WRONG_USE)

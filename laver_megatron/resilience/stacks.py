@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 DIRECTORY = "faults"
 # A main thread whose innermost Python frame is in one of these waits: for other ranks, or for the device, which may
@@ -56,25 +56,34 @@ def _name(frame: FrameType) -> str:
 
 class StackFile:
     """The file for this rank's stacks. It is opened before there is a fault, when a file system may still answer, and
-    removed at the end if nothing was written.
+    removed at the end if nothing was written. Until `open` it is not there: stacks then go to stderr.
 
     Python's own timer writes all stacks into it when `arm` is not called again in time. That needs neither this
     process's threads nor its GIL, which a C extension may hold.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        directory = run_dir / DIRECTORY
-        directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"rank_{rank:04d}_*.txt"):  # by a process that was killed
+        name = f"rank_{rank:04d}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"
+        self.path, self.opened = run_dir / DIRECTORY / name, time.time()
+        self._file: TextIO | None = None
+        self._rank = rank
+
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
+    def open(self) -> None:
+        """Opens the file, and removes empty ones that processes of this rank have left when they were killed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.path.parent.glob(f"rank_{self._rank:04d}_*.txt"):
             if left.stat().st_size == 0:
                 left.unlink(missing_ok=True)
-        self.path = directory / f"rank_{rank:04d}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"
         self._file = self.path.open("w", encoding="utf-8")
-        self.opened = time.time()
-        self._title = f"rank {rank}, process {os.getpid()} on {socket.gethostname()}"
 
     def arm(self, seconds: float) -> None:
         """Has the stacks written unless this is called again within so many seconds."""
+        if self._file is None:
+            return
         if self._file.tell():  # written, and then it went on: that was no hang
             self._file.seek(0)
             self._file.truncate()
@@ -83,15 +92,19 @@ class StackFile:
     def write(self, reason: str) -> None:
         """Writes the stacks of all threads."""
         faulthandler.cancel_dump_traceback_later()
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._title}: {reason}\n\n")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        file = self._file or sys.stderr
+        title = f"rank {self._rank}, process {os.getpid()} on {socket.gethostname()}"
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}: {reason}\n\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
 
     def close(self) -> None:
         """Removes the file if it is empty, and the directory if it was the last."""
         faulthandler.cancel_dump_traceback_later()
-        self._file.close()
-        if self.path.exists() and self.path.stat().st_size == 0:
-            self.path.unlink()
-            with suppress(OSError):
+        if self._file is None:
+            return
+        with suppress(OSError):
+            self._file.close()
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
                 self.path.parent.rmdir()

@@ -20,23 +20,45 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.config.fields import Config
-from laver_megatron.resilience.goodput import Ledger
+from laver_megatron.resilience.goodput import Ledger, is_ledger, is_number
 from laver_megatron.resilience.phases import DATA, SAVE, START, STEP, VALIDATE, now
-from laver_megatron.runtime.files import write_text
+from laver_megatron.runtime.files import read_small, write_text
 
 FILE_NAME = "status.json"
 FINISHED, STOPPED, FAILED, INTERRUPTED, HUNG = ENDED = ("finished", "stopped", "failed", "interrupted", "hung")
 _STATES = {START: "starting", DATA: "running", STEP: "running", VALIDATE: "validating", SAVE: "saving"}
 _RECENT = 20
+MOST_BYTES = 1 << 20  # of a file that is read; this one has some two thousand
 
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What each part of the file must be; those of the first are in every status.
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("iteration", "train_iters", "pid", "world_size"), _is_count),
+    **dict.fromkeys(("goodput", "updated", "started", "born", "phase_since", "interval_seconds"), is_number),
+    **dict.fromkeys(("state", "phase", "host"), _is_text),
+}
+_OTHERS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("loss", "seconds_per_iteration", "eta_seconds", "hung_since"), is_number),
+    **dict.fromkeys(("message", "job_id"), _is_text),
+    "ledger": is_ledger,
+}
 _recent: deque[Mapping[str, Any]] = deque(maxlen=_RECENT)
 _ledger: Ledger | None = None
+_finished: int | None = None  # the last iteration of a run that had finished before
 
 
 def note(record: Mapping[str, Any]) -> None:
@@ -57,14 +79,16 @@ def goodput() -> dict[str, Any] | None:
 
 def open_accounts(run_dir: Path) -> None:
     """Goes on with the accounts of the run's last attempt, or begins new ones."""
-    global _ledger
+    global _ledger, _finished
     _recent.clear()
     known = read_status(run_dir) or {}
-    goes_on = "ledger" in known and known.get("state") != FINISHED
-    try:
-        _ledger = Ledger(known["ledger"] if goes_on else None)
-    except (KeyError, TypeError, ValueError):  # of another version
-        _ledger = Ledger()
+    _finished = known["iteration"] if known.get("state") == FINISHED else None
+    _ledger = Ledger(known.get("ledger") if _finished is None else None)
+
+
+def is_as_before(train_iters: int) -> bool:
+    """Whether the run had finished before this start, which has trained nothing: its status still holds."""
+    return _finished is not None and _finished >= train_iters and not _recent
 
 
 def close_accounts() -> None:
@@ -120,25 +144,25 @@ def change_status(run_dir: Path, **changes: Any) -> None:
         return
     try:
         write_status(run_dir, {**known, **changes})
-    except OSError:
+    except (OSError, ValueError):
         return
 
 
+def fail(run_dir: Path, message: str | None) -> None:
+    """Says that the run failed, and why, on a rank that does not keep the accounts; where another has said so this
+    rank's error only follows from that one's."""
+    if (read_status(run_dir) or {}).get("state") not in (FAILED, HUNG):
+        change_status(run_dir, state=FAILED, message=message, updated=time.time())
+
+
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """The content of the file; None if it is not there or is none of ours."""
+    """The content of the file; None if it is not there or is none of ours. Parts that are not what they should be, and
+    those that this version does not know, are absent."""
     try:
-        status = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_small(run_dir / FILE_NAME, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
-    return status if isinstance(status, dict) and _is_whole(status) else None
-
-
-def _is_whole(status: Mapping[str, Any]) -> bool:
-    numbers = ("iteration", "train_iters", "goodput", "updated", "started", "born", "phase_since", "interval_seconds")
-    return (
-        all(isinstance(status.get(name), (int, float)) for name in numbers)
-        and all(isinstance(status.get(name), int) for name in ("pid", "world_size"))
-        and all(isinstance(status.get(name), str) for name in ("state", "phase", "host"))
-        and isinstance(status.get("ledger"), dict)
-        and isinstance(status["ledger"].get("seconds"), dict)
-    )
+    if not isinstance(found, dict):
+        return None
+    status = {name: found[name] for name, fits in (_NEEDED | _OTHERS).items() if fits(found.get(name))}
+    return status if status.keys() >= _NEEDED.keys() else None

@@ -13,9 +13,12 @@ from typing import Any
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, STOPPED, read_status
+from laver_megatron.resilience.goodput import is_number
+from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, MOST_BYTES, STOPPED, read_status
+from laver_megatron.runtime.files import read_small
+from laver_megatron.runtime.terminal import printable
 
-NOT_STARTED, GONE = "not started", "gone"
+NOT_STARTED, GONE, UNREADABLE = "not started", "gone", "unreadable"
 PREEMPTED = "preempted"
 _MARKERS = {"DONE": FINISHED, "PREEMPTED": PREEMPTED}
 _RESTARTS = "restarts.jsonl"
@@ -26,17 +29,19 @@ _LEAST_SECONDS = 30.0
 
 
 def run_report(run_dir: Path) -> dict[str, Any]:
-    """The run's status with what can be seen from here: `state` is also `gone` (no sign of life for too long) or
-    `not started`, and there are `last_checkpoint`, `restarts`, `last_restart` and `age_seconds`.
+    """The run's status with what can be seen from here: `state` is also `gone` (no sign of life for too long),
+    `not started` or `unreadable`, and there are `last_checkpoint`, `restarts`, `last_restart` and `age_seconds`.
 
     Raises:
-        ConfigError: the directory is not there, or is not that of a run.
+        ValueError: the directory is not there, or is not that of a run.
     """
     if not run_dir.is_dir():
-        raise ConfigError([f"{run_dir}: no such directory"])
+        raise ValueError(f"{run_dir}: no such directory")
     status = read_status(run_dir)
-    if status is None and not any((run_dir / name).exists() for name in _TRACES):
-        raise ConfigError([f"{run_dir} is not the directory of a run: it has no {FILE_NAME} and none of {_TRACES[:4]}"])
+    is_there = os.path.lexists(run_dir / FILE_NAME)
+    if not is_there and not any((run_dir / name).exists() for name in _TRACES):
+        named = ", ".join((FILE_NAME, *_TRACES[:3]))
+        raise ValueError(f"{run_dir} is not the directory of a run: it has no {named} or {_TRACES[3]}; give --run-dir")
     restarts = _restarts(run_dir)
     seen: dict[str, Any] = {
         "last_checkpoint": _last_checkpoint(run_dir),
@@ -44,7 +49,7 @@ def run_report(run_dir: Path) -> dict[str, Any]:
         "last_restart": restarts[-1] if restarts else None,
     }
     if status is None:
-        return {"state": NOT_STARTED, **seen}
+        return {"state": UNREADABLE if is_there else NOT_STARTED, **seen}
     age = time.time() - status["updated"]
     return {**status, "state": _state(run_dir, status, age), "age_seconds": age, **seen}
 
@@ -75,20 +80,25 @@ def _is_alive(pid: int) -> bool:
 def _last_checkpoint(run_dir: Path) -> str | None:
     try:
         path = latest_checkpoint(run_dir / "checkpoints")
-    except ConfigError:
+    except (ConfigError, OSError):
         return None
     return None if path is None else str(path)
 
 
 def _restarts(run_dir: Path) -> list[dict[str, Any]]:
-    """The supervisor's lines; a torn last one is left out."""
-    path = run_dir / _RESTARTS
+    """The supervisor's lines, without what is none; a torn last one is left out."""
+    try:
+        lines = read_small(run_dir / _RESTARTS, MOST_BYTES).splitlines()
+    except (OSError, ValueError):
+        return []
     restarts = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in lines:
         try:
-            restarts.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict):
+            restarts.append({name: it for name, it in found.items() if is_number(it) or isinstance(it, str)})
     return restarts
 
 
@@ -103,12 +113,13 @@ def report_text(run_dir: Path, report: Mapping[str, Any]) -> str:
 def _lines(run_dir: Path, report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{run_dir}: {_headline(report)}"
     if report.get("message"):
-        yield f"  why         {''.join(it if it.isprintable() else ' ' for it in report['message'])}"
+        yield f"  why         {printable(report['message'])}"
     if "iteration" in report:
-        loss = "" if report["loss"] is None else f", loss {report['loss']:.4f}"
+        loss = f", loss {report['loss']:.4f}" if "loss" in report else ""
         yield f"  iteration   {report['iteration']} of {report['train_iters']}{loss}"
     if report.get("seconds_per_iteration"):
-        left = f", {duration(report['eta_seconds'])} to go" if report["state"] not in ENDED else ""
+        goes_on = report["state"] not in (*ENDED, PREEMPTED, GONE) and "eta_seconds" in report
+        left = f", {duration(report['eta_seconds'])} to go" if goes_on else ""
         yield f"  speed       {report['seconds_per_iteration']:.3g} s an iteration{left}"
     if "ledger" in report:
         seconds = report["ledger"]["seconds"]
@@ -117,26 +128,30 @@ def _lines(run_dir: Path, report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  goodput     {report['goodput']:.1%} of {duration(report['updated'] - report['born'])}: {parts}"
     yield f"  checkpoint  {report['last_checkpoint'] or 'none yet'}"
     if report["restarts"]:
-        last = report["last_restart"]
-        yield f"  restarts    {report['restarts']}, the last: {last.get('cause', 'cause unknown')}"
+        cause = printable(str(report["last_restart"].get("cause", "cause unknown")))
+        yield f"  restarts    {report['restarts']}, the last: {cause}"
     if "host" in report:
-        job = f", job {report['job_id']}" if report["job_id"] else ""
-        yield f"  where       {report['world_size']} ranks; rank 0 is process {report['pid']} on {report['host']}{job}"
+        job = f", job {report['job_id']}" if report.get("job_id") else ""
+        where = f"{report['world_size']} ranks; rank 0 is process {report['pid']} on {report['host']}{job}"
+        yield f"  where       {printable(where)}"
 
 
 def _headline(report: Mapping[str, Any]) -> str:
     state = report["state"]
     if state == NOT_STARTED:
         return f"has not started, or was trained by a version without {FILE_NAME}"
+    if state == UNREADABLE:
+        return f"what it does is not known: {FILE_NAME} cannot be read, or is not what a run writes"
+    phase = printable(report.get("phase", ""))
     ago = f"{duration(report['age_seconds'])} ago"
     if state == GONE:
-        return f"no longer updated since {ago} (phase {report['phase']}): rank 0 was killed, is stopped or cut off"
+        return f"no longer updated since {ago} (phase {phase}): rank 0 was killed, is stopped or cut off"
     if state == "hung":
         return f"hung, ended by the watchdog {ago}"
     if state in (*ENDED, PREEMPTED):
         return f"{state} {ago}" + (", in order before its last iteration" if state in (STOPPED, PREEMPTED) else "")
     in_phase = report["updated"] - report["phase_since"]
-    return f"{state} (phase {report['phase']} for {duration(in_phase)}; updated {ago})"
+    return f"{printable(state)} (phase {phase} for {duration(in_phase)}; updated {ago})"
 
 
 def duration(seconds: float) -> str:

@@ -9,11 +9,15 @@ Every rank has two threads beside its training, and rank 0 a third, which writes
 
 One rank gives the verdict and announces it when the others have written their stacks. Where the store is gone (its host
 is down, the network is cut) each rank ends by itself. The threads are daemons and never keep a process from exiting.
+
+Only rank 0 knows that no other run has the run directory (`run_lock.py`). The others leave it alone until they have
+heard of rank 0.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -39,6 +43,7 @@ _ENDING_SECONDS = 30.0  # after a verdict a rank ends, whatever the others do
 _ANSWER_SECONDS = 10.0
 _LATE_BEATS = 4  # a thread that wakes so many intervals late was stopped
 _TIMER_SHARE = 0.9  # of the limit for silence: then the stacks are written without this process's threads
+_GLOO = re.compile(r"(/gloo/transport/\S+\] .*?(?:\]:\d+)?)\. .*", re.DOTALL)
 
 
 @contextmanager
@@ -51,9 +56,15 @@ def watched(config: Config) -> Iterator[None]:
         watch.close(status.INTERRUPTED)
         raise
     except BaseException as error:
-        watch.close(status.FAILED, f"rank {watch.rank} on {socket.gethostname()}: {type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {without_advice(str(error))}"
+        watch.close(status.FAILED, f"rank {watch.rank} on {socket.gethostname()}: {text}")
         raise
     watch.close(status.FINISHED if now().iteration >= config.training.train_iters else status.STOPPED)
+
+
+def without_advice(text: str) -> str:
+    """An error of Gloo without its advice, which is for programmers, and its emoji; any other as it is."""
+    return _GLOO.sub(r"\1", text)
 
 
 class Watch:
@@ -76,6 +87,7 @@ class Watch:
         self._exchanged = time.monotonic()
         tasks: list[Callable[[], None]] = [self._exchange, self._watch]
         if self.rank == 0:
+            self._stacks.open()
             status.open_accounts(self._run_dir)
             tasks.append(self._write_status)
         self._threads = [Thread(target=task, name=f"laver{task.__name__}", daemon=True) for task in tasks]
@@ -83,7 +95,7 @@ class Watch:
             thread.start()
 
     def close(self, ending: str, message: str | None = None) -> None:
-        """Ends the watch and writes how the run ended."""
+        """Ends the watch and writes how the run ended. Raises nothing: it would hide what the run ended by."""
         self._closing.set()
         for thread in self._threads:
             thread.join(1.0)
@@ -91,8 +103,8 @@ class Watch:
         if self.rank == 0:
             self._put_status(ending, message)
             status.close_accounts()
-        elif ending == status.FAILED:
-            status.change_status(self._run_dir, state=ending, message=message, updated=time.time())
+        elif ending == status.FAILED and self._stacks.is_open:
+            status.fail(self._run_dir, message)
 
     # --- the first thread: the store -----------------------------------------------------------------------
 
@@ -105,6 +117,7 @@ class Watch:
                         continue
                     self._link = Link()
                 self._link.publish(self._beat())
+                self._open_stacks()
                 if self._is_monitor():
                     self._heard = self._link.beats()
                 self._verdict = self._link.verdict()
@@ -114,6 +127,12 @@ class Watch:
         with suppress(RuntimeError):
             if self._link is not None:
                 self._link.publish(self._beat(ended=True))
+
+    def _open_stacks(self) -> None:
+        """Now that rank 0 has begun, and so holds the run directory. Where that fails they go to stderr."""
+        if not self._stacks.is_open and self._link is not None and self._link.has_begun(0):
+            with suppress(OSError):
+                self._stacks.open()
 
     def _beat(self, ended: bool = False) -> Beat:
         self._count += 1
@@ -234,12 +253,14 @@ class Watch:
             self._put_status()
 
     def _put_status(self, ending: str | None = None, message: str | None = None) -> None:
-        """Unless another rank has written that the run failed."""
-        content = status.status_of(self._config, self.interval, ending, message)
-        known = status.read_status(self._run_dir) or {}
-        if known.get("started") == content["started"] and known["state"] in (status.FAILED, status.HUNG):
+        """Unless another rank has written that the run failed. A fault here ends no run: a full disk, say."""
+        if status.is_as_before(self._config.training.train_iters):
             return
-        with suppress(OSError):  # a disk that is full ends no run here
+        with suppress(Exception):
+            content = status.status_of(self._config, self.interval, ending, message)
+            known = status.read_status(self._run_dir) or {}
+            if known.get("started") == content["started"] and known["state"] in (status.FAILED, status.HUNG):
+                return
             status.write_status(self._run_dir, content)
 
 

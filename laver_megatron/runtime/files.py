@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,22 @@ def is_within(directory: Path, name: str) -> bool:
         return Path(os.path.realpath(directory / name)).is_relative_to(os.path.realpath(directory))
     except (OSError, ValueError):
         return False
+
+
+def read_small(path: Path, most_bytes: int) -> bytes:
+    """The content of a small file that anybody may have put there; never waits for a pipe, nor reads a device.
+
+    Raises:
+        ValueError: it is no regular file, or larger.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path} is larger than {most_bytes} bytes")
+    return content
 
 
 @contextmanager

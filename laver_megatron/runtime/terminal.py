@@ -7,11 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-def printable(text: str) -> str:
-    """Text that others wrote, with control characters and the like as their escapes: a terminal obeys these."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def log_to_terminal() -> None:
     """Shows the package's own messages, of rank 0 all and of the others only warnings, and silences the
     progress bars that transformers would draw on every rank."""
@@ -41,9 +36,14 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def printable(text: str) -> str:
+    """Text from a file, with escapes in place of what a terminal would obey."""
+    return "".join(it if it.isprintable() else it.encode("unicode_escape").decode("ascii") for it in text)
+
+
 def say(message: str) -> None:
     """One line on rank 0. A terminal, or a file in its place, that takes no more ends no run."""
-    import torch.distributed as dist  # here, because programs without processes need none
+    import torch.distributed as dist  # here, because programs that print do without it
 
     if dist.get_rank() == 0:
         with suppress(OSError):

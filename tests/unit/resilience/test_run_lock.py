@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from laver_megatron.resilience.run_lock import LOCK_FILE, STALE_SECONDS, RunLock
+from laver_megatron.resilience.run_lock import LOCK_FILE, STALE_SECONDS, RunLock, hold
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = (
@@ -90,7 +90,59 @@ def test_another_process_with_the_holders_number_is_not_the_holder(tmp_path):
     RunLock(tmp_path).acquire()
 
 
-@pytest.mark.parametrize("text", ["", '{"host": ', "[]", "\x00\x00"])
-def test_a_torn_file_belongs_to_nobody(tmp_path, text):
-    (tmp_path / LOCK_FILE).write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", '{"host": ', "[]", "\x00\x00", "\xff\xfe", "null", "[" * 4000, content(pid=-1), content(pid=10**400),
+        content(host=None), content(pid="1"), content(began="x"), content(began=10**400), "x" * (1 << 20),
+    ],
+)  # fmt: skip
+def test_a_file_that_names_no_holder_belongs_to_nobody(tmp_path, text, capsys):
+    """Torn, or written by something else; as if it were from another machine just now."""
+    (tmp_path / LOCK_FILE).write_text(text, encoding="latin-1")
     RunLock(tmp_path).acquire()
+    assert capsys.readouterr().err == ""
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_file_of_any_size_is_not_read_whole(tmp_path):
+    path = tmp_path / LOCK_FILE
+    path.touch()
+    os.truncate(path, 3 << 40)  # more than any memory
+    RunLock(tmp_path).acquire()
+    assert path.stat().st_size < 4096
+
+
+def test_a_sign_from_the_future_counts_as_one_of_now(tmp_path):
+    """It does not hold the directory for years."""
+    path = tmp_path / LOCK_FILE
+    path.write_text(content())
+    os.utime(path, (4e9, 4e9))
+    with pytest.raises(ValueError, match="process 1 on elsewhere"):
+        RunLock(tmp_path).acquire()
+    assert path.stat().st_mtime == pytest.approx(time.time(), abs=60)
+
+
+def test_what_another_machine_calls_itself_is_escaped(tmp_path):
+    (tmp_path / LOCK_FILE).write_text(content(host="\x1b[2J\u202eevil\ud800", job_id="\n7"))
+    with pytest.raises(ValueError) as refused:
+        RunLock(tmp_path).acquire()
+    assert r"process 1 on \x1b[2J\u202eevil\ud800, job \n7;" in str(refused.value) and str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "directory"])
+def test_what_is_no_file_is_refused_and_left_alone(tmp_path, kind, capsys):
+    path, target = tmp_path / LOCK_FILE, tmp_path / "target"
+    if kind == "link":
+        target.write_text("precious")
+    if "link" in kind:
+        path.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(SystemExit) as ended:
+        hold(tmp_path)
+    assert ended.value.code == 2
+    assert f"{path} is not a regular file, as the lock of a run must be: remove it" in capsys.readouterr().err
+    assert (target.read_text() == "precious") if kind == "link" else not target.exists()
