@@ -108,7 +108,7 @@ class Disturbed:
     def fill_disk(self) -> str:
         """No space for some seconds; where the run directory has a small file system of its own."""
         filler = self.run_dir.parent / "filler"
-        if shutil.disk_usage(self.run_dir).total > 4 << 30:
+        if shutil.disk_usage(self.run_dir.parent).total > 4 << 30:
             return ""
         with suppress(OSError), filler.open("wb", buffering=0) as stream:
             while stream.write(bytes(1 << 20)):

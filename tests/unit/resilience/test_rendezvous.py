@@ -169,8 +169,8 @@ def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
     meet(host, guest)
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(line + b"\n")
-        stranger.shutdown(socket.SHUT_WR)
-        with suppress(ConnectionResetError):  # it has not read all of it
+        with suppress(OSError):  # it may have closed the connection before it read all of this
+            stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(100) == b""
     assert ask(("localhost", port), json.loads('{"node": 1, "host": "", "said": "", "id": "", "status": 0}'))
     assert meet(host, guest)[0].attempt == 1
