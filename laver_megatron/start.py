@@ -10,6 +10,7 @@ A run directory with checkpoints of its own is resumed from the newest of them, 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from laver_megatron.checkpoint.choice import choose
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder, is_converted
-from laver_megatron.config.fields import Config
+from laver_megatron.config.fields import CHANGEABLE, Config, all_fields, field_types
 from laver_megatron.hf.shape import is_laver_export
 from laver_megatron.objective.schedules import ema_interval_steps, ema_momentum, learning_rate, mask_ratio
 from laver_megatron.runtime.files import read_object
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 HF_PREFIX = "hf:"
 HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
+# What a run that goes on from a checkpoint compares with its own settings.
+_COMPARED = (
+    *CHANGEABLE, *HEAD_SIZES, "laver", "freeze", "centre_momentum", "seq_length", "visual_seq_length", "seed",
+    "train_iters",
+)  # fmt: skip
 _LAVER_NAMES = ("[MASK]", "vision head")
 
 
@@ -159,7 +165,10 @@ class Resume(FromCheckpoint):
         packs of that size."""
         if config.data.visual_seq_length:
             return config
-        return config.replace(visual_seq_length=read_run(self.checkpoint)[0]["visual_seq_length"])
+        then, problem = read_run(self.checkpoint)
+        if problem:
+            raise ValueError(problem)
+        return config.replace(visual_seq_length=then["visual_seq_length"])
 
     def fill(self, state: TrainingState, config: Config) -> None:
         from laver_megatron.checkpoint.state import load_checkpoint  # here: checks need not wait for Megatron-Core
@@ -341,9 +350,18 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
         known = read_object(file)
     except ValueError as error:
         return {}, str(error)
-    if known.get("weights_only"):
+    if wrong := [name for name in _COMPARED if name in known and not _is_possible(name, known[name])]:
+        said = ", ".join(f"{name} is {reprlib.repr(known[name])}" for name in wrong)
+        return {}, f"{file} says what no run can have: {said}; copy the checkpoint again"
+    if known.get("weights_only") is True:
         known["laver"] = "vision_head_output_size" in known
     return known, ""
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    """Whether a setting can have a value, by its type and range."""
+    valid = all_fields()[name].metadata["range"]
+    return field_types()[name].holds(value) and (value is None or valid is None or valid.holds(value))
 
 
 def read_export(directory: Path) -> tuple[dict[str, Any], str]:

@@ -69,7 +69,7 @@ def continuity_problems(
 def _unsaid(checkpoint: Path, written: Mapping[str, Any]) -> str:
     """What a checkpoint's run.json should say and does not."""
     needed = (*CHANGEABLE, *_WHY)
-    if written.get("weights_only"):
+    if written.get("weights_only") is True:
         needed = CHANGEABLE if has_encoder(checkpoint) else ()
     absent = [name for name in needed if name not in written]
     return f"{checkpoint / RUN_FILE} does not say {', '.join(absent)}; copy the checkpoint again" if absent else ""

@@ -58,6 +58,19 @@ class FieldType:
     is_list: bool
     is_optional: bool
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value, as JSON has it, is of this type."""
+        if value is None:
+            return self.is_optional
+        if self.is_list != isinstance(value, (list, tuple)):
+            return False
+        return all(self._is_scalar(item) for item in (value if self.is_list else [value]))
+
+    def _is_scalar(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return bool in self.scalars
+        return isinstance(value, self.scalars) or (float in self.scalars and isinstance(value, int))
+
 
 def field_type(hint: Any) -> FieldType:
     """The type of a field by its annotation."""

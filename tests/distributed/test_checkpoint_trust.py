@@ -8,7 +8,7 @@ import pytest
 from laver_megatron import train
 from laver_megatron.checkpoint import state as checkpoint
 from laver_megatron.checkpoint.directory import latest_checkpoint
-from tests.attacks import poison_common, poison_metadata, renew_manifest
+from tests.attacks import lead_outside, poison_common, poison_metadata, renew_manifest
 from tests.distributed.build import VOCABULARY, assert_same_bits, make_config, make_trainer, snapshot
 from tests.distributed.harness import Layout
 
@@ -53,6 +53,18 @@ def test_a_checkpoint_runs_no_code(pool, assets, written, tmp_path, poison):
         for message in messages:
             assert f"{poisoned}" in message and "posix.mkdir" in message, message
     assert not (tmp_path / "made").exists()
+
+
+def test_tensors_come_from_the_checkpoint_alone(pool, assets, written, tmp_path):
+    """Though a file like theirs lies elsewhere."""
+    directory = tmp_path / "theirs"
+    shutil.copytree(written, directory)
+    shutil.copy(directory / "__0_0.distcp", tmp_path / "outside.distcp")
+    path = lead_outside(directory, "../outside.distcp")
+    config = make_config(assets, tmp_path / "run", LAYOUT)
+    for messages in pool.run(refusals, LAYOUT, config, directory):
+        for message in messages:
+            assert f"{path} names ../outside.distcp, which lies outside the checkpoint" in message, message
 
 
 def test_sizes_are_compared_before_anything_is_loaded(pool, assets, written, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from laver_megatron.checkpoint.directory import latest_checkpoint
 from laver_megatron.trainer import agree_on_start
-from tests.attacks import cut, flip
+from tests.attacks import cut, flip, lead_outside, poison_metadata, renew_manifest
 from tests.distributed.build import assert_same_bits, make_config, make_trainer
 from tests.distributed.harness import Layout, join
 from tests.distributed.test_checkpoint import metrics, run
@@ -56,6 +57,38 @@ def test_every_file_damaged_in_every_way(pool, assets, written, tmp_path):
             name, passed_over = found[run_dir.name]
             assert name == "iter_0000001", run_dir.name
             assert len(passed_over) == 1 and str(file.parent) in passed_over[0], passed_over
+
+
+def omit_tensors(directory):
+    """A changed file that the manifest does not list."""
+    flip(directory / "__0_0.distcp")
+    renew_manifest(directory)
+    entries = json.loads((directory / "manifest.json").read_text())
+    del entries["__0_0.distcp"]
+    (directory / "manifest.json").write_text(json.dumps(entries))
+
+
+FORGERIES = {
+    "omitted": (omit_tensors, "manifest.json does not list __0_0.distcp"),
+    "empty": (
+        lambda directory: (directory / "manifest.json").write_text("{}"),
+        "manifest.json does not list .metadata",
+    ),
+    "outside": (lambda directory: lead_outside(directory, "../../outside.distcp"), ".metadata names ../../outside"),
+    "code": (lambda directory: poison_metadata(directory, directory / "made"), ".metadata is a pickle that names"),
+}
+
+
+def test_forgeries_count_as_damage(pool, assets, written, tmp_path):
+    """What nobody checked and what leads elsewhere, though the checksums fit."""
+    for name, (forge, _) in FORGERIES.items():
+        shutil.copytree(written, tmp_path / name)
+        forge(tmp_path / name / "checkpoints/iter_0000002")
+    run_dirs = [tmp_path / name for name in FORGERIES]
+    for found in pool.run(starts, LAYOUT, config_of(assets, tmp_path), run_dirs):
+        for name, (_, expected) in FORGERIES.items():
+            start, (problem,) = found[name]
+            assert start == "iter_0000001" and expected in problem, problem
 
 
 def refused(layout, config):

@@ -22,7 +22,7 @@ from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders import EncoderShape, read_encoder
 from laver_megatron.hf.shape import ModelShape, read_model_shape
 from laver_megatron.planning.dry_run_command import show_dry_run
-from laver_megatron.start import find_start
+from laver_megatron.start import Resume, find_start
 from tests.attacks import renew_manifest
 
 # Qwen2.5-0.5B: heads and key/value heads that few sizes divide.
@@ -901,6 +901,38 @@ def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
     file.write_text(before)
     (path / MANIFEST_FILE).unlink()
     assert f"{path} has no manifest.json: it is not a complete checkpoint" in found(config, dry_run=dry_run)[0]
+
+
+@pytest.mark.parametrize("how", ["resume", "load", "finetune"])
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("freeze", [1], "[1]"),
+        ("freeze", 3, "3"),
+        ("freeze", None, "None"),
+        ("positions", ["2d", 2], "['2d', 2]"),
+        ("encoder_feature_layer", {"a": []}, "{'a': []}"),
+        ("laver", "yes", "'yes'"),
+        ("seed", True, "True"),
+        ("seq_length", 192.5, "192.5"),
+        ("visual_seq_length", "32", "'32'"),
+        ("visual_seq_length", None, "None"),
+        ("train_iters", "\x1b[2J", "'\\x1b[2J'"),
+        ("train_iters", 0, "0"),
+        ("centre_momentum", float("nan"), "nan"),
+        ("vision_head_hidden_size", [[[]]], "[[[]]]"),
+    ],
+)
+def test_checkpoint_that_says_what_no_run_can_have(run, tmp_path, how, name, value, shown):
+    """Though its checksum fits: in words, not from the middle of a comparison."""
+    config, path = going_on(run, tmp_path, how)
+    file = path / RUN_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    renew_manifest(path)
+    problem = f"{file} says what no run can have: {name} is {shown}; copy the checkpoint again"
+    assert found(config)[0] == problem
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        Resume(checkpoint=path, model_dir=None, encoder_dir=None).with_data_settings(run.replace(visual_seq_length=0))
 
 
 # --- tokenizer, architectures, encoders, shards --------------------------------------------------------
