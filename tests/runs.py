@@ -101,6 +101,13 @@ class RealRun:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log
             time.sleep(0.02)
 
+    def wait_for_file(self, pattern: str) -> None:
+        """Until its directory has such a file."""
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not any(self.run_dir.glob(pattern)):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
     def descendants(self) -> list[psutil.Process]:
         """Everything that it has started, as far as it was seen."""
         try:
