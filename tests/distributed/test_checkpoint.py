@@ -366,8 +366,8 @@ def test_broken_checkpoints_are_refused_by_name(pool, assets, written, tmp_path)
 # (module, function, which of its calls): where `save_checkpoint` is stopped, in order.
 MOMENTS = (
     (saver, "plan_save", 1),
-    (saver, "copy_model_files", 1),
-    (saver, "copy_model_files", 2),
+    (Path, "write_bytes", 1),  # of the model's small files
+    (Path, "write_bytes", 3),
     (os, "replace", 1),  # the run's settings
     (os, "replace", 2),  # who wrote it
     (saver, "finish_save", 1),
