@@ -260,7 +260,6 @@ def train(trainer: Trainer) -> None:
     skipped_in_a_row = 0
     try:
         while progress.iteration < config.training.train_iters:
-            skipped_before = progress.skipped_iterations
             with window.step(progress.iteration):
                 entry = train_step(trainer)
             trainer.saver.publish_when_written()
@@ -269,7 +268,7 @@ def train(trainer: Trainer) -> None:
             if log:
                 log.log(entry)
                 log.log_skipped(trainer.skipped)
-            skipped_in_a_row = skipped_in_a_row + 1 if progress.skipped_iterations > skipped_before else 0
+            skipped_in_a_row = skipped_in_a_row + 1 if trainer.skipped else 0
             if skipped_in_a_row >= config.training.max_skipped_iterations:
                 raise TrainingFailed(
                     f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, "

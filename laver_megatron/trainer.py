@@ -71,7 +71,8 @@ def setup(config: Config) -> Trainer:
     """Opens the data, builds this rank's stages, optimizer and teacher, and fills them from where the run starts."""
     backend = use_backend()
     log_to_terminal()
-    join_process_group(collective_timeout_minutes(config))
+    timeout_minutes = collective_timeout_minutes(config)
+    join_process_group(timeout_minutes)
     start = agree_on_start(config)
     model_dir, encoder_dir = start.model_dir, start.encoder_dir
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
@@ -82,7 +83,7 @@ def setup(config: Config) -> Trainer:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(config, shape.num_layers),
-        timeout_minutes=collective_timeout_minutes(config),
+        timeout_minutes=timeout_minutes,
         seed=config.training.seed,
     )
     config, reader, validation_reader = open_data(start.with_data_settings(config), model_dir, encoder_dir)

@@ -45,6 +45,20 @@ IMAGES = (
 )
 
 
+@contextmanager
+def before_the_update(trainer: train.Trainer, change: Callable[[], None]) -> Iterator[None]:
+    """`change` is called once the gradients are reduced, before the optimizer takes them."""
+    prepare = trainer.optimizer.prepare_grads
+
+    def change_and_prepare() -> Any:
+        change()
+        return prepare()
+
+    trainer.optimizer.prepare_grads = change_and_prepare
+    yield
+    trainer.optimizer.prepare_grads = prepare
+
+
 @dataclass(frozen=True)
 class Assets:
     """Hugging Face directories."""

@@ -1,7 +1,6 @@
 """Steps that are not applied: a gradient that only one rank sees is seen by all, and the record names it."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 from megatron.core import parallel_state
@@ -12,6 +11,7 @@ from tests.distributed.build import (
     PACKS_PER_STEP,
     SyntheticReader,
     assert_same_bits,
+    before_the_update,
     make_config,
     make_trainer,
     snapshot,
@@ -29,25 +29,20 @@ def keys_of_step(step, packs=range(PACKS_PER_STEP)):
     return [sample.encoded.key for pack in packs for sample in reader._pack(step * PACKS_PER_STEP + pack)]
 
 
-@contextmanager
 def one_nan(trainer, name):
     """After the reductions, one gradient of a parameter on a rank that holds a copy of it: the second tensor-parallel
     rank, of its data-parallel replicas the one whose optimizer has the parameter's first element."""
-    prepare = trainer.optimizer.prepare_grads
     named = dict(trainer.stages[0].named_parameters())
     assert not getattr(named[name], "tensor_model_parallel", False), f"{name} has no copies"
 
-    def poison_and_prepare():
+    def poison():
         for part in trainer.optimizer.chained_optimizers:
             if named[name] in part.model_param_gbuf_map and parallel_state.get_tensor_model_parallel_rank() == 1:
                 owned = part._get_model_param_range_map(named[name])["param"]
                 if owned.start == 0 < owned.end:
                     named[name].main_grad.view(-1)[0] = float("nan")
-        return prepare()
 
-    trainer.optimizer.prepare_grads = poison_and_prepare
-    yield
-    trainer.optimizer.prepare_grads = prepare
+    return before_the_update(trainer, poison)
 
 
 def step_over_a_copy(layout, config, name):

@@ -1,7 +1,6 @@
 """The teacher follows the student's weights exactly, at every layout, and nothing else moves it."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +8,14 @@ import torch.distributed as dist
 
 from laver_megatron.objective import schedules
 from laver_megatron.train import run_schedule, train, train_step
-from tests.distributed.build import assert_same_bits, make_config, make_trainer, snapshot, synthetic_data
+from tests.distributed.build import (
+    assert_same_bits,
+    before_the_update,
+    make_config,
+    make_trainer,
+    snapshot,
+    synthetic_data,
+)
 from tests.distributed.harness import Layout
 
 
@@ -140,22 +146,17 @@ def test_momentum_one_stays_and_zero_follows(pool, assets, tmp_path, momentum, e
 # --- steps that are not finite --------------------------------------------------------------------------
 
 
-@contextmanager
 def poisoned_gradient(trainer, rank):
     """Infinite gradients in the part that one rank owns, after the reductions: the losses are finite."""
-    prepare = trainer.optimizer.prepare_grads
 
-    def poison_and_prepare():
+    def poison():
         if dist.get_rank() == rank:
             for part in trainer.optimizer.chained_optimizers:
                 for parameter in getattr(part, "model_param_gbuf_map", {}):
                     owned = part._get_model_param_range_map(parameter)["param"]
                     parameter.main_grad.view(-1)[owned.start : owned.end].fill_(float("inf"))
-        return prepare()
 
-    trainer.optimizer.prepare_grads = poison_and_prepare
-    yield
-    trainer.optimizer.prepare_grads = prepare
+    return before_the_update(trainer, poison)
 
 
 def step_over_a_nan(layout, config, poisoned_rank):

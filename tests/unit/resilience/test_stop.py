@@ -7,7 +7,8 @@ import pytest
 
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience import signals, stop
-from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism
+from laver_megatron.runtime.backend import shut_down_parallelism
+from tests.distributed.harness import Layout, join
 
 
 @pytest.fixture
@@ -15,13 +16,7 @@ def step_end(tmp_path, monkeypatch):
     """Of a run with some settings, at its start."""
     for name in ("SLURM_JOB_END_TIME", signals.STARTED, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    initialise_parallelism(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        virtual_pipeline_model_parallel_size=None,
-        timeout_minutes=1,
-        seed=3,
-    )
+    join(Layout(), seed=3)
 
     def make(**settings):
         needed = {"data_path": ("none",), "seq_length": 8, "visual_seq_length": 8, "train_iters": 9}

@@ -10,7 +10,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from laver_megatron.runtime import engine
-from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism
+from laver_megatron.runtime.backend import shut_down_parallelism
+from tests.distributed.harness import Layout, join
 
 
 @pytest.mark.parametrize("has_triton", [False, True])
@@ -39,13 +40,7 @@ def test_the_warning_of_recomputed_attention_is_silenced_and_no_other():
 
 @pytest.fixture
 def one_process():
-    initialise_parallelism(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        virtual_pipeline_model_parallel_size=None,
-        timeout_minutes=1,
-        seed=3,
-    )
+    join(Layout(), seed=3)
     yield
     shut_down_parallelism()
 

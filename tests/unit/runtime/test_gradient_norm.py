@@ -10,8 +10,9 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from laver_megatron.runtime.backend import initialise_parallelism, shut_down_parallelism, use_backend
+from laver_megatron.runtime.backend import shut_down_parallelism
 from laver_megatron.runtime.gradient_norm import agreed_loss_and_norm, blockwise_l2_norm
+from tests.distributed.harness import Layout, join
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the machine may have Megatron's own kernels")
 
@@ -24,14 +25,7 @@ LARGE = 4_000_000
 
 @pytest.fixture(autouse=True, scope="module")
 def group_of_one():
-    use_backend()
-    initialise_parallelism(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        virtual_pipeline_model_parallel_size=None,
-        timeout_minutes=1,
-        seed=0,
-    )
+    join(Layout(), seed=0)
     yield
     shut_down_parallelism()
 
