@@ -100,6 +100,13 @@ def data_parallel(stage: Any, ddp_config: Any, *, disable_bucketing: bool) -> An
     return DistributedDataParallel(stage.config, ddp_config, stage, disable_bucketing=disable_bucketing, **layout)
 
 
+def gradients_of_norm(optimizer: Any) -> list["torch.Tensor"]:
+    """The gradients of an optimizer that this rank adds to the global norm: no copies of what another rank adds."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()
+
+
 def stored_tensors(checkpoint: Path) -> dict[str, Stored]:
     """What is sharded in a checkpoint, tensors and other objects, by key.
 

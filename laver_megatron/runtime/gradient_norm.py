@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from laver_megatron.runtime import engine
+
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
@@ -62,7 +64,7 @@ def agreed_loss_and_norm(optimizer: MegatronOptimizer, loss: float) -> tuple[flo
         The loss of rank 0, NaN if any rank's is not finite. The norm over all parameters, each counted once; NaN if any
         copy of a gradient is not finite.
     """
-    counted = [gradient for part in optimizer.chained_optimizers for gradient in part.get_main_grads_for_grad_norm()]
+    counted = [gradient for part in optimizer.chained_optimizers for gradient in engine.gradients_of_norm(part)]
     is_counted = {id(gradient) for gradient in counted}
     all_gradients = (gradient_of(main) for part in optimizer.chained_optimizers for main in part.get_parameters())
     copies = [gradient for gradient in all_gradients if gradient is not None and id(gradient) not in is_counted]
