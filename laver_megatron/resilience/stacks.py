@@ -59,7 +59,8 @@ class StackFile:
     removed at the end if nothing was written. Until `open` it is not there: stacks then go to stderr.
 
     Python's own timer writes all stacks into it when `arm` is not called again in time. That needs neither this
-    process's threads nor its GIL, which a C extension may hold.
+    process's threads nor its GIL, which a C extension may hold. They stay there until `clear`: a process that goes on
+    may do so only because it is being ended (a signal ends a system call), and its stacks are what is asked for.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -82,12 +83,14 @@ class StackFile:
 
     def arm(self, seconds: float) -> None:
         """Has the stacks written unless this is called again within so many seconds."""
-        if self._file is None:
-            return
-        if self._file.tell():  # written, and then it went on: that was no hang
+        if self._file is not None:
+            faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def clear(self) -> None:
+        """Removes what the timer has written: the process went on, and nobody has given a verdict."""
+        if self._file is not None and self._file.tell():
             self._file.seek(0)
             self._file.truncate()
-        faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def write(self, reason: str) -> None:
         """Writes the stacks of all threads."""

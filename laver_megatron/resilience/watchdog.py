@@ -85,6 +85,7 @@ class Watch:
         self._heard: dict[int, Beat] | None = None  # by the first thread, for the second
         self._verdict: str | None = None
         self._exchanged = time.monotonic()
+        self._asked = 0.0  # when the first thread began to ask, the last time that it was answered
         tasks: list[Callable[[], None]] = [self._exchange, self._watch]
         if self.rank == 0:
             self._stacks.open()
@@ -113,15 +114,17 @@ class Watch:
             try:
                 if self._link is None:
                     if not dist.is_initialized() or self._world_size == 1:
-                        self._heard, self._exchanged = {self.rank: self._beat()}, time.monotonic()
+                        self._heard = {self.rank: self._beat()}
+                        self._exchanged = self._asked = time.monotonic()
                         continue
                     self._link = Link()
                 self._link.publish(self._beat())
                 self._open_stacks()
                 if self._is_monitor():
                     self._heard = self._link.beats()
+                asked = time.monotonic()
                 self._verdict = self._link.verdict()
-                self._exchanged = time.monotonic()
+                self._asked, self._exchanged = asked, time.monotonic()
             except (RuntimeError, ValueError):  # the store is gone: the second thread sees how long
                 continue
         with suppress(RuntimeError):
@@ -151,7 +154,7 @@ class Watch:
 
     def _watch(self) -> None:
         tick = self.interval if self._sampler is None else min(self.interval, self._sampler.interval)
-        last = time.monotonic()
+        last = woke = time.monotonic()
         while not self._closing.wait(tick):
             if self._sampler is not None:
                 self._sampler.look()
@@ -160,11 +163,19 @@ class Watch:
                 continue
             if time_now - last > _LATE_BEATS * self.interval:
                 self._judge.forgive(time_now)
-                self._exchanged = time_now
+                self._exchanged = woke = time_now
             last = time_now
-            if self._silence is not None:
-                self._stacks.arm(max(_TIMER_SHARE * self._silence, 2 * self.interval))
+            self._arm(woke)
             self._look_for_fault(time_now)
+
+    def _arm(self, woke: float) -> None:
+        """Puts off the timer for this rank's stacks. What it has written while this thread did not run stays until the
+        store, asked since the thread `woke`, knows no verdict: a rank that is ended for its silence may run again for a
+        moment."""
+        if self._asked > woke and self._verdict is None:
+            self._stacks.clear()
+        if self._silence is not None:
+            self._stacks.arm(max(_TIMER_SHARE * self._silence, 2 * self.interval))
 
     def _look_for_fault(self, time_now: float) -> None:
         if self._verdict is not None:

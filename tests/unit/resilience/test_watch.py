@@ -94,6 +94,19 @@ def test_the_first_cause_stays(config, run_dir, state):
     assert (read(run_dir)["state"], read(run_dir)["message"]) == (state, "rank 2: disk full")
 
 
+@pytest.mark.parametrize("seconds_after, verdict, stays", [(1, None, False), (-1, None, True), (1, "rank 0", True)])
+def test_stacks_stay_until_it_is_known_that_there_is_no_verdict(config, run_dir, seconds_after, verdict, stays):
+    """A rank that held the GIL is ended by a signal, which lets its threads run once more. seconds_after: between its
+    awakening and its last question to the store."""
+    watch = Watch(config)
+    (file,) = (run_dir / "faults").glob("rank_0000_*.txt")
+    os.write(watch._stacks._file.fileno(), b"Thread 0x1")  # as the timer does
+    watch._asked, watch._verdict = time.monotonic(), verdict
+    watch._arm(woke=watch._asked - seconds_after)
+    watch.close(status.FAILED)
+    assert file.exists() == stays
+
+
 def test_gloo_gives_no_advice(config, run_dir):
     with pytest.raises(RuntimeError), watched(config):
         raise RuntimeError(GLOO)
