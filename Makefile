@@ -6,7 +6,7 @@
 #   make test-fast    unit tests without processes, signals and disks: some minutes on two cores
 #   make test         lint, types and all tests that guard a change: up to twenty minutes on two cores
 #   make test-full    the same with the slow tests, and with new examples in property tests
-#   make test-faults  faults put into runs of several processes, at length: a quarter of an hour on two cores
+#   make test-faults  faults put into runs of several processes, at length: twenty minutes on two cores
 #   make test-engine  what touches Megatron-Core, on its newest version: ten minutes on two cores
 #   make bench        measures a step, attention, checkpoint and loader on this CPU, in a quarter of an hour; in runs/bench
 #   make gpu          tests and benchmarks on a GPU in pieces of at most nine minutes, gpu-1 to gpu-9; in runs/gpu
@@ -81,12 +81,13 @@ test-fast: $(READY)
 test: TESTS := -m "not slow and not faults"
 test-full: TESTS := -m "not faults"
 test-full: export HYPOTHESIS_PROFILE := search
-# Every part runs, whatever the ones before say.
+# Every part runs, whatever the ones before say. Files with few tests are the long ones among the distributed tests:
+# by default they would come last, where one process may be left alone with them.
 test test-full: $(READY)
 	@failed=; \
 	make --no-print-directory lint || failed="$$failed lint"; \
 	$(PYTEST) $(TESTS) tests/unit || failed="$$failed unit"; \
-	$(PYTEST) $(TESTS) tests/distributed tests/faults || failed="$$failed distributed"; \
+	$(PYTEST) --no-loadscope-reorder $(TESTS) tests/faults tests/distributed || failed="$$failed distributed"; \
 	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed"; exit 1; fi; \
 	echo "make $@: lint, unit and distributed tests passed"
 

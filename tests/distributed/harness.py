@@ -166,9 +166,11 @@ def _serve(number: int, connection: Connection, stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=False)  # noqa: SIM115
     import torch
 
+    from laver_megatron.run_log.metrics import RunLog
     from laver_megatron.runtime.backend import use_backend
     from tests.checkpoint_writer import prepare_checkpoint_writer
 
+    RunLog._draw = lambda *_: None  # a second of matplotlib at every run's end; unit/run_log/test_curves.py draws
     torch.set_num_threads(1)
     use_backend()
     prepare_checkpoint_writer()

@@ -45,7 +45,18 @@ def train_on_worse_and_worse(layout, config, limit):
     return problem, snapshot(trainer), trainer.progress.iteration
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2), Layout(tp=2, pp=2)], ids=str)
+DIVIDED = pytest.mark.slow(reason="replicas and ranks that do not read are in PP2 x DP2")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2, dp=2),
+        pytest.param(Layout(tp=2, dp=2), marks=DIVIDED),
+        pytest.param(Layout(tp=2, pp=2), marks=DIVIDED),
+    ],
+    ids=str,
+)
 def test_the_limit_of_bad_samples_saves_first(pool, assets, tmp_path, layout):
     """Ranks that do not read end with the same message; a run that allows more resumes as if nothing had been."""
     config = make_config(assets, tmp_path / "limited", layout, train_iters=4)

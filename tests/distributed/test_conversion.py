@@ -60,11 +60,12 @@ from tests.parity import TOLERANCE, model_outputs
 
 NUM_STEPS = 2
 FOUR = Layout(tp=2, pp=2, sp=True)
+IN_OTHERS = pytest.mark.slow(reason="a division that others of these hold")
 LAYOUTS = [
-    Layout(),
-    Layout(tp=2),
+    pytest.param(Layout(), marks=IN_OTHERS),
+    pytest.param(Layout(tp=2), marks=IN_OTHERS),
     Layout(tp=4),  # more ranks than key/value groups
-    Layout(pp=2),
+    pytest.param(Layout(pp=2), marks=IN_OTHERS),
     Layout(pp=2, vpp_layers=1),
     Layout(pp=2, first_layers=1),
     FOUR,
@@ -317,10 +318,10 @@ def state_after_starts(layout, configs):
 
 
 TRAINED = [
-    (Layout(), "tied", {}),
+    pytest.param(Layout(), "tied", {}, marks=IN_OTHERS),
     (Layout(tp=2), "untied", {"bf16": True}),
     (Layout(tp=4), "tied", {"positions": "1d", "centre_momentum": None}),
-    (Layout(pp=2), "tied", {"bf16": True}),
+    pytest.param(Layout(pp=2), "tied", {"bf16": True}, marks=IN_OTHERS),
     (Layout(pp=2, vpp_layers=1), "untied", {}),
     (Layout(pp=2, first_layers=1), "tied", {"attention": "causal"}),
     (FOUR, "untied", {"positions": "mrope", "vision_head_output_size": 48}),

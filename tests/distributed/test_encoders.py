@@ -29,13 +29,15 @@ NUM_STEPS = 2
 TERMS = ("lm_loss", "mim_loss", "gram_loss", "loss", "grad_norm")
 # (is frozen, layout)
 COVERED = [(False, Layout(tp=2)), (True, Layout(pp=2))]
+# Divided as CLIP's is, with a class token and layers whose hidden states are taken.
+LIKE_CLIP = ("dinov2_with_registers", "aimv2")
 CASES = [
     pytest.param(
         kind,
         is_frozen,
         layout,
         marks=pytest.mark.slow(reason="trained at TP2 x DP2 and PP2, and frozen at TP2, it has met every division")
-        if kind != "patches" and (is_frozen, layout) in COVERED
+        if kind != "patches" and ((is_frozen, layout) in COVERED or (kind in LIKE_CLIP and layout.dp == 1))
         else (),
         id=f"{kind}-{'frozen' if is_frozen else 'trained'}-{layout}",
     )

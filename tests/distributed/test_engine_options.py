@@ -83,7 +83,7 @@ def note_collectives(trainer, sent):
     [
         (Layout(dp=2), {"freeze": ()}),
         (Layout(tp=2, dp=2, sp=True), {"freeze": ()}),
-        (Layout(pp=2, dp=2), {"freeze": ()}),
+        pytest.param(Layout(pp=2, dp=2), {"freeze": ()}, marks=pytest.mark.slow(reason="virtual stages have it, too")),
         (Layout(pp=2, dp=2, vpp_layers=1), {"freeze": ()}),
         (Layout(dp=2), {"freeze": ("encoder", "decoder"), "laver": False}),
         # Steps 2 and 4 are skipped: what is gathered after them is what was there.

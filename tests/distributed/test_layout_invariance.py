@@ -32,53 +32,47 @@ DIVISIONS = {
     "tied": (
         (Layout(), 4),
         (Layout(tp=2, pp=2, sp=True), 1),
-        (Layout(tp=2, dp=2), 1),
         (Layout(tp=2, dp=2, sp=True), 2),
         (Layout(pp=2, vpp_layers=1, dp=2), 2),
         (Layout(pp=3, first_layers=1, last_layers=1), 1),
         (Layout(tp=4), 2),
-        (Layout(dp=4), 2),
     ),
     "untied": (
         (Layout(tp=2, pp=2, sp=True), 2),
         (Layout(pp=2, vpp_layers=1), 2),
-        (Layout(tp=2, dp=2), 1),
-        (Layout(pp=4), 1),
     ),
     # Without LaVer: beside the reconstruction's gradients, which are a hundred times larger, a mistake in
     # those of the language loss could hide.
     "no-laver": (
         (Layout(tp=2, pp=2, sp=True), 1),
-        (Layout(pp=2, vpp_layers=1), 1),
         (Layout(tp=2, dp=2), 2),
     ),
     # Only the connector trains: the later stages have no parameter to train, its gradients cross them.
     "connector-only": (
         (Layout(tp=2, dp=2, sp=True), 1),
-        (Layout(tp=2, pp=2, sp=True), 2),
         (Layout(pp=2, dp=2, vpp_layers=1), 2),
         (Layout(pp=3, first_layers=1, last_layers=1), 1),
     ),
     # The same with an LM head of its own, the last stage's only weight beside layers.
-    "connector-only-untied": (
-        (Layout(pp=2, last_layers=1), 1),
-        (Layout(tp=2, pp=2), 1),
-    ),
+    "connector-only-untied": ((Layout(tp=2, pp=2), 1),),
 }
-# What divides in one way, as the combinations above do, too.
-SINGLE_DIVISIONS = {
+# What divides as the combinations above do, too.
+OTHER_DIVISIONS = {
     "tied": (
+        (Layout(tp=2, dp=2), 1),
+        (Layout(dp=4), 2),
         (Layout(tp=2), 1),
         (Layout(pp=2), 2),
         (Layout(dp=2), 2),
         (Layout(pp=2, vpp_layers=1), 1),
         (Layout(pp=2, first_layers=1), 1),
     ),
-    "untied": ((Layout(pp=2), 1),),
-    "no-laver": ((Layout(pp=2), 2),),
-    "connector-only": ((Layout(pp=2), 1), (Layout(dp=2), 2)),
+    "untied": ((Layout(pp=2), 1), (Layout(tp=2, dp=2), 1), (Layout(pp=4), 1)),
+    "no-laver": ((Layout(pp=2), 2), (Layout(pp=2, vpp_layers=1), 1)),
+    "connector-only": ((Layout(pp=2), 1), (Layout(dp=2), 2), (Layout(tp=2, pp=2, sp=True), 2)),
+    "connector-only-untied": ((Layout(pp=2, last_layers=1), 1),),
 }
-SINGLE = pytest.mark.slow(reason="the combinations hold each of these divisions")
+OTHER = pytest.mark.slow(reason="the combinations hold each of these divisions")
 SETTINGS = {
     "tied": {"freeze": ()},
     "untied": {"freeze": ()},
@@ -144,8 +138,8 @@ def reference(pool, assets):
     [
         *((variant, *division) for variant, divisions in DIVISIONS.items() for division in divisions),
         *(
-            pytest.param(variant, *division, marks=SINGLE)
-            for variant, divisions in SINGLE_DIVISIONS.items()
+            pytest.param(variant, *division, marks=OTHER)
+            for variant, divisions in OTHER_DIVISIONS.items()
             for division in divisions
         ),
     ],

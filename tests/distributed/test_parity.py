@@ -37,16 +37,17 @@ CASES = {
     "mixed, mrope": (image_micro_batches, {"attention": "mixed", "positions": "mrope"}),
 }
 # (checkpoint, layout). Checkpoints have four heads in two key/value groups, `one group` in one.
+IN_OTHERS = pytest.mark.slow(reason="a division that others of these hold")
 DIVISIONS = [
-    ("tied", Layout()),
-    ("tied", Layout(tp=2)),
-    ("tied", Layout(pp=2)),
+    pytest.param("tied", Layout(), marks=IN_OTHERS),
+    pytest.param("tied", Layout(tp=2), marks=IN_OTHERS),
+    pytest.param("tied", Layout(pp=2), marks=IN_OTHERS),
     ("tied", FOUR),
     ("tied", Layout(pp=2, vpp_layers=1)),
     ("tied", Layout(tp=4)),
     ("untied", Layout()),
-    ("untied", Layout(tp=2)),
-    ("untied", Layout(pp=2)),
+    pytest.param("untied", Layout(tp=2), marks=IN_OTHERS),
+    pytest.param("untied", Layout(pp=2), marks=IN_OTHERS),
     ("untied", FOUR),
     ("untied", Layout(tp=4, sp=True)),
     ("one group", Layout(tp=2, sp=True)),

@@ -10,9 +10,11 @@ import pytest
 
 from laver_megatron.resilience.signals import CTRL_C
 from laver_megatron.resilience.status import read_status
+from laver_megatron.resilience.status_report import run_report
 from tests.runs import RealRun
 
 pytestmark = pytest.mark.processes
+OTHER_WAY = pytest.mark.faults  # the same with another signal, or to another process
 NUM_STEPS = 8
 
 
@@ -29,34 +31,42 @@ def runs():
 def undisturbed(demo_dir, tmp_path_factory):
     run = RealRun.launch(demo_dir, tmp_path_factory.mktemp("undisturbed") / "run", train_iters=NUM_STEPS)
     assert run.wait() == 0, run.log
-    return run.exact_records()
+    return run
 
 
-def test_stopped_twice_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs):
-    """SIGTERM to the launcher, SIGUSR2 to one rank: one more step at most, a save, status 0; then it goes on."""
+def test_a_run_in_order_leaves_its_status(undisturbed):
+    """It ends by itself, its heartbeats notwithstanding, and its times add up."""
+    status = read_status(undisturbed.run_dir)
+    assert (status["state"], status["iteration"], status["world_size"]) == ("finished", NUM_STEPS, 2)
+    assert status["loss"] > 0 and run_report(undisturbed.run_dir)["state"] == "finished"
+    assert sum(status["ledger"]["seconds"].values()) == pytest.approx(status["updated"] - status["born"], abs=0.5)
+    assert json.loads((undisturbed.run_dir / "run_summary.json").read_text())["goodput"]["share"] > 0
+    assert not (undisturbed.run_dir / "faults").exists()
+
+
+@pytest.mark.parametrize(
+    "to, name", [("launcher", "SIGTERM"), pytest.param("rank", "SIGUSR2", marks=OTHER_WAY)], ids=str
+)
+def test_stopped_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs, to, name):
+    """One more step at most, a save, status 0; then it goes on."""
     run_dir = tmp_path / "run"
     runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
     first.wait_for_iteration(2)
-    os.kill(first.process.pid, signal.SIGTERM)
+    target = first.ranks()[1].pid if to == "rank" else first.process.pid
+    os.kill(target, getattr(signal, name))
     assert first.wait() == 0, first.log
     assert first.wait_until_all_are_gone(5) == []
     marker = json.loads((run_dir / "PREEMPTED").read_text())
-    assert marker["reason"] == "as SIGTERM asks" and 2 <= marker["iteration"] < NUM_STEPS
+    assert marker["reason"] == f"as {name} asks" and 2 <= marker["iteration"] < NUM_STEPS
     assert len(first.records()) == marker["iteration"]
 
     runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
-    second.wait_for_iteration(marker["iteration"] + 1)
-    second.ranks()[1].send_signal(signal.SIGUSR2)
     assert second.wait() == 0, second.log
-    if (run_dir / "PREEMPTED").exists():  # else it was at its last step
-        assert json.loads((run_dir / "PREEMPTED").read_text())["reason"] == "as SIGUSR2 asks"
-        runs.append(third := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
-        assert third.wait() == 0, third.log
-        second = third
     assert (run_dir / "DONE").exists() and not (run_dir / "PREEMPTED").exists()
-    assert second.exact_records() == undisturbed
+    assert second.exact_records() == undisturbed.exact_records()
 
 
+@pytest.mark.faults
 def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
     run_dir = tmp_path / "run"
     runs.append(run := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS, restarts=2, save_interval=2))
@@ -64,13 +74,16 @@ def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
     run.ranks()[1].kill()
     assert run.wait() == 0, run.log
     assert run.wait_until_all_are_gone(5) == []
-    assert run.exact_records() == undisturbed
+    assert run.exact_records() == undisturbed.exact_records()
     (restart,) = json.loads((run_dir / "run_summary.json").read_text())["restarts"]
     assert restart["cause"] == "rank 1 ended by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
-@pytest.mark.parametrize("how", ["launcher killed", "SIGUSR1 to torchrun", "SIGTERM to torchrun"])
+@pytest.mark.parametrize(
+    "how",
+    ["launcher killed", *(pytest.param(f"{name} to torchrun", marks=OTHER_WAY) for name in ("SIGUSR1", "SIGTERM"))],
+)
 def test_no_rank_outlives_what_started_it(demo_dir, tmp_path, runs, how):
     """The ranks save first."""
     start = RealRun.launch if how == "launcher killed" else RealRun.torchrun
@@ -83,6 +96,7 @@ def test_no_rank_outlives_what_started_it(demo_dir, tmp_path, runs, how):
     assert json.loads((run.run_dir / "PREEMPTED").read_text())["reason"] == "as SIGTERM asks"
 
 
+@pytest.mark.faults
 def test_the_second_ctrl_c_ends_at_once(demo_dir, tmp_path, runs):
     """A step takes a quarter of a second, a save several: no checkpoint is written in between."""
     runs.append(run := RealRun.launch(demo_dir, tmp_path / "run", train_iters=5000))
@@ -124,7 +138,7 @@ def test_two_nodes_start_again_together(demo_dir, tmp_path, undisturbed, runs):
         run.wait_for_iteration(3)
     runs[1].ranks()[0].kill()
     assert [run.wait() for run in runs] == [0, 0], runs[0].log + runs[1].log
-    assert runs[0].exact_records() == undisturbed
+    assert runs[0].exact_records() == undisturbed.exact_records()
     assert len((run_dir / "restarts.jsonl").read_text().splitlines()) == 1
 
 

@@ -31,7 +31,7 @@ CASES = [
     (Layout(), "all but connector"),
     pytest.param(Layout(pp=2), "nothing", marks=PART),
     pytest.param(Layout(pp=2), "inputs", marks=PART),
-    (Layout(pp=2), "all but connector"),
+    pytest.param(Layout(pp=2), "all but connector", marks=PART),
     (Layout(tp=2, sp=True), "nothing"),
     pytest.param(Layout(tp=2, sp=True), "inputs", marks=PART),
     (Layout(tp=2, pp=2, sp=True), "inputs"),

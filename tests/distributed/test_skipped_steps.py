@@ -61,15 +61,26 @@ def step_over_a_copy(layout, config, name):
     return first, record, after, skipped
 
 
-@pytest.mark.parametrize("name", [NORM, BIAS])
+ALIKE = pytest.mark.slow(reason="norms and biases are copies alike")
+DIVISIONS = {
+    "TP2": (Layout(tp=2), {}),
+    "TP2-DP2": (Layout(tp=2, dp=2), {}),
+    "TP2+SP-DP2-overlapping": (Layout(tp=2, dp=2, sp=True), OVERLAP),
+}
+
+
 @pytest.mark.parametrize(
-    "layout, options",
+    "layout, options, name",
     [
-        (Layout(tp=2), {}),
-        (Layout(tp=2, dp=2), {}),
-        (Layout(tp=2, dp=2, sp=True), OVERLAP),
+        pytest.param(
+            *division,
+            name,
+            id=f"{key}-{name}",
+            marks=() if (name == BIAS) == (key == "TP2-DP2") else ALIKE,
+        )
+        for key, division in DIVISIONS.items()
+        for name in (NORM, BIAS)
     ],
-    ids=["TP2", "TP2-DP2", "TP2+SP-DP2-overlapping"],
 )
 def test_a_nan_in_a_copy_that_the_norm_leaves_out_changes_nothing(pool, assets, layout, options, name):
     config = make_config(assets, "unused", layout, freeze=(), **options)
@@ -140,7 +151,7 @@ SPIKES = {"spike_sigmas": 100.0, "spike_window": 3}
 
 def test_a_spike_is_skipped_and_the_window_survives_a_restart(pool, assets, tmp_path):
     """A spike after four steps; the run is stopped after three, when the window has just filled."""
-    layout = Layout(tp=2, dp=2)
+    layout = Layout(dp=2)
     common = {"train_iters": 6, "freeze": (), "spike_action": "skip", **SPIKES}
     whole = pool.run(train_here, layout, make_config(assets, tmp_path / "whole", layout, **common), 4)
     pool.run(train_here, layout, make_config(assets, tmp_path / "parts", layout, exit_interval=3, **common), 4)
@@ -162,7 +173,7 @@ def test_a_spike_is_skipped_and_the_window_survives_a_restart(pool, assets, tmp_
 
 
 def test_a_spike_stops_the_run_with_the_state_before_it_saved(pool, assets, tmp_path):
-    layout = Layout(tp=2, dp=2)
+    layout = Layout(dp=2)
     common = {"train_iters": 6, "freeze": (), **SPIKES}
     config = make_config(assets, tmp_path / "stopped", layout, spike_action="stop", **common)
     for problem, _, progress in pool.run(train_here, layout, config, 4):

@@ -177,8 +177,21 @@ def step_over_a_nan(layout, config, poisoned_rank):
     return record, after
 
 
-@pytest.mark.parametrize("poisoned_rank", [None, 0, 3])
-@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2), Layout(tp=2, pp=2, sp=True)], ids=str)
+OTHER_RANK = pytest.mark.slow(reason="which rank it is is looked at at the other layout")
+
+
+@pytest.mark.parametrize(
+    "layout, poisoned_rank",
+    [
+        (Layout(tp=2, dp=2), None),
+        (Layout(tp=2, dp=2), 0),
+        pytest.param(Layout(tp=2, dp=2), 3, marks=OTHER_RANK),
+        (Layout(tp=2, pp=2, sp=True), None),
+        pytest.param(Layout(tp=2, pp=2, sp=True), 0, marks=OTHER_RANK),
+        (Layout(tp=2, pp=2, sp=True), 3),
+    ],
+    ids=str,
+)
 def test_a_step_that_is_not_finite_changes_nothing(pool, assets, tmp_path, layout, poisoned_rank):
     data = "nan" if poisoned_rank is None else "packs"
     config = make_config(assets, tmp_path, layout, data_path=(data,))

@@ -138,11 +138,14 @@ def test_the_run_moves(one_process):
         assert last[name] < (1 - least) * first[name], name
 
 
-def test_shell_agents_share_a_pipeline(agents, demo_dir, one_process, tmp_path):
-    """`bash pretrain_laver.sh` on each of two machines: TP2 within a machine, a pipeline stage on each, the number
+@pytest.mark.parametrize(
+    "tp", [1, pytest.param(2, marks=pytest.mark.slow(reason="tensor parallelism within a machine, as without agents"))]
+)
+def test_shell_agents_share_a_pipeline(agents, demo_dir, one_process, tmp_path, tp):
+    """`bash pretrain_laver.sh` on each of two machines: TP within a machine, a pipeline stage on each, the number
     of processes found by the launcher. One agent alone would have too few ranks to start."""
     run_dir = tmp_path / "run"
-    command = ["bash", LAUNCHER, *arguments(demo_dir, run_dir, tp=2, pp=2, micro_batch_size=2)]
+    command = ["bash", LAUNCHER, *arguments(demo_dir, run_dir, tp=tp, pp=2, micro_batch_size=2)]
     port = free_port()
     for node in range(2):
         agents.start(command, NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT=port)
@@ -150,6 +153,7 @@ def test_shell_agents_share_a_pipeline(agents, demo_dir, one_process, tmp_path):
     assert_same(records(run_dir), one_process)
 
 
+@pytest.mark.slow(reason="the launcher's own agents meet in the same way")
 def test_torchrun_agents_share_the_data(agents, demo_dir, one_process, tmp_path):
     """`torchrun --nnodes 2 ... pretrain_laver.sh` on each of two machines, data parallel across them."""
     run_dir = tmp_path / "run"

@@ -79,6 +79,13 @@ class Run:
                     ranks[int(variable[5:])] = pid
         return ranks
 
+    def wait_until_said(self):
+        """Until the watchdog has announced its verdict."""
+        end = time.monotonic() + SECONDS
+        while "laver: the run hangs: " not in self.log:
+            assert time.monotonic() < end and self.process.poll() is None, self.log[-3000:]
+            time.sleep(0.1)
+
     def said(self):
         """What the watchdog announced; there is one such line."""
         (line,) = re.findall(r"^.*laver: (the run hangs: .*)$", self.log, re.MULTILINE)
@@ -122,6 +129,8 @@ def test_a_stopped_rank_is_named(run, num_ranks, rank):
     run.reach(2)
     pid = run.pids()[rank]
     os.kill(pid, signal.SIGSTOP)
+    run.wait_until_said()
+    os.kill(pid, signal.SIGKILL)  # as torchrun would half a minute later
     said, stacks = assert_hung(run, rank, set(range(num_ranks)) - {rank})
     assert f"rank {rank} (process {pid} on" in said and "has given no heartbeat for" in said
     assert f"rank {rank} wrote none: stopped or gone" in said and not stacks[rank]
@@ -131,8 +140,8 @@ def test_a_stopped_rank_is_named(run, num_ranks, rank):
 @pytest.mark.parametrize(
     "num_ranks, fault, rank, where",
     [
-        (4, "data", 2, "faulty_run.py"),
         (2, "loop", 1, "spin"),
+        pytest.param(4, "data", 2, "faulty_run.py", marks=pytest.mark.faults),
         pytest.param(1, "loop", 0, "spin", marks=pytest.mark.faults),  # nobody else watches
         pytest.param(2, "data", 0, "faulty_run.py", marks=pytest.mark.faults),
     ],
@@ -173,21 +182,15 @@ def test_a_store_that_does_not_answer_ends_every_rank(run):
     assert any("Current thread" in text for text in run.stacks().values())
 
 
+@pytest.mark.faults
 @pytest.mark.processes
-def test_a_run_in_order_leaves_its_status_and_names_its_straggler(run):
-    """It ends by itself, its heartbeats notwithstanding; times add up; the slow rank is named."""
-    started = time.time()
+def test_a_straggler_is_named(run):
+    """The slow rank and no other; the run ends in order. (Of a run without one: test_preemption.py.)"""
     run.start(2, "slow", 1, *ONE_EACH, "--train-iters", 35, "--straggler-percent", 40, minutes=1)
     assert run.wait() == 0, run.log[-3000:]
-    status = run.status
-    assert (status["state"], status["iteration"], status["world_size"]) == ("finished", 35, 2)
-    assert status["loss"] > 0 and status["started"] >= started and run_report(run.dir)["state"] == "finished"
-    seconds = status["ledger"]["seconds"]
-    assert sum(seconds.values()) == pytest.approx(status["updated"] - status["born"], abs=0.5)
-    assert not (run.dir / "faults").exists()
     named = re.findall(r"^straggler: (.*)$", run.log, re.MULTILINE)
     assert named and all(re.findall(r"rank (\d+) \(process", line) == ["1"] for line in named), run.log[-3000:]
-    assert json.loads((run.dir / "run_summary.json").read_text())["goodput"]["share"] > 0
+    assert run_report(run.dir)["state"] == "finished" and not (run.dir / "faults").exists()
 
 
 @pytest.mark.faults

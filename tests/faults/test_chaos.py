@@ -1,5 +1,6 @@
 """A short form of `chaos.py`: after faults of several kinds a run ends with the same bits."""
 
+import json
 import random
 
 import pytest
@@ -23,3 +24,5 @@ def test_after_random_faults_a_run_ends_with_the_same_bits(demo_dir, tmp_path, m
     run.finish(every_seconds=0, max_faults=3, deadline_seconds=240)
     assert differences(tmp_path / "calm", tmp_path / "chaos") == [], run.events
     assert [name for _, name, _ in run.events] == list(faults)
+    restarts = json.loads((tmp_path / "chaos" / "run_summary.json").read_text())["restarts"]
+    assert [restart["cause"][6:] for restart in restarts] == [" ended by SIGKILL (out of memory?)"], restarts

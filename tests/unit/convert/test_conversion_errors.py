@@ -738,13 +738,14 @@ def test_a_failure_spares_what_it_would_have_replaced(whole, tmp_path, monkeypat
     refused(hf_to_megatron, whole / "hf", out, "Input/output error", error=OSError, overwrite=True)
 
 
-@pytest.mark.processes
-def test_targets_in_and_around_the_input(hf, megatron, tmp_path):
-    (tmp_path / "link").symlink_to(hf)
+def test_targets_in_and_around_the_input(whole, tmp_path):
+    around = tmp_path / "around"  # so that nothing but it lies beside the targets
+    hf, megatron = (copy(whole / name, around / name) for name in ("hf", "megatron"))
+    (around / "link").symlink_to(hf)
     for overwrite in (False, True):
-        for target in (hf, hf / "inside", hf / "a/b", tmp_path, tmp_path / "link", tmp_path / "link/inside"):
+        for target in (hf, hf / "inside", hf / "a/b", around, around / "link", around / "link/inside"):
             refused(hf_to_megatron, hf, target, target, "which is read", overwrite=overwrite)
-        for target in (megatron, megatron / "hf", tmp_path):
+        for target in (megatron, megatron / "hf", around):
             refused(megatron_to_hf, megatron, target, target, "which is read", overwrite=overwrite)
 
 
@@ -953,7 +954,12 @@ runpy.run_path(tool, run_name="__main__")
     "tool, what, words",
     [
         ("hf_to_megatron", "open", "cannot be opened"),
-        ("hf_to_megatron", "write", "rank 1: OSError: [Errno 28] No space left on device"),
+        pytest.param(
+            "hf_to_megatron",
+            "write",
+            "rank 1: OSError: [Errno 28] No space left on device",
+            marks=pytest.mark.slow(reason="the other tool's files are written and agreed on alike"),
+        ),
         ("megatron_to_hf", "write", "rank 1: OSError: [Errno 28] No space left on device"),
     ],
 )

@@ -48,20 +48,29 @@ def model_of(config, encoder_dir):
     )
 
 
-@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+MICRO_BATCHES = [
+    (0, {"laver": False}),
+    (1, {}),
+    (2, {}),
+    (2, {"laver": False}),
+    (2, {"freeze": ()}),
+    (1, {"micro_batch_size": 2}),
+    (1, {"freeze": ("encoder", "decoder")}),
+    # Empty visual slots are computed like full ones.
+    (1, {"visual_seq_length": 2 * SIDE**2}),
+    (2, {"visual_seq_length": 640, "micro_batch_size": 2, "freeze": ("encoder", "connector")}),
+]
+# What is computed again depends on what needs a gradient.
+RECOMPUTED = [*MICRO_BATCHES[3:5], MICRO_BATCHES[6], MICRO_BATCHES[8]]
+ALIKE = pytest.mark.slow(reason="recompute looks at nothing that these change")
+
+
 @pytest.mark.parametrize(
-    "num_images, changes",
+    "num_images, changes, recompute",
     [
-        (0, {"laver": False}),
-        (1, {}),
-        (2, {}),
-        (2, {"laver": False}),
-        (2, {"freeze": ()}),
-        (1, {"micro_batch_size": 2}),
-        (1, {"freeze": ("encoder", "decoder")}),
-        # Empty visual slots are computed like full ones.
-        (1, {"visual_seq_length": 2 * SIDE**2}),
-        (2, {"visual_seq_length": 640, "micro_batch_size": 2, "freeze": ("encoder", "connector")}),
+        pytest.param(*case, recompute, marks=ALIKE if recompute is not None and case not in RECOMPUTED else ())
+        for case in MICRO_BATCHES
+        for recompute in (None, "selective", "full")
     ],
     ids=str,
 )
