@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.config.fields import ConfigError
+from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.goodput import is_number
 from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, MOST_BYTES, STOPPED, read_status
 from laver_megatron.runtime.files import read_small
@@ -30,7 +29,8 @@ _LEAST_SECONDS = 30.0
 
 def run_report(run_dir: Path) -> dict[str, Any]:
     """The run's status with what can be seen from here: `state` is also `gone` (no sign of life for too long),
-    `not started` or `unreadable`, and there are `last_checkpoint`, `restarts`, `last_restart` and `age_seconds`.
+    `not started` or `unreadable`, and there are `last_checkpoint` (from which the next start would go on, by the quick
+    check), `damaged_checkpoints` (what is wrong with newer ones), `restarts`, `last_restart` and `age_seconds`.
 
     Raises:
         ValueError: the directory is not there, or is not that of a run.
@@ -42,9 +42,10 @@ def run_report(run_dir: Path) -> dict[str, Any]:
     if not is_there and not any((run_dir / name).exists() for name in _TRACES):
         named = ", ".join((FILE_NAME, *_TRACES[:3]))
         raise ValueError(f"{run_dir} is not the directory of a run: it has no {named} or {_TRACES[3]}; give --run-dir")
-    restarts = _restarts(run_dir)
+    restarts, choice = _restarts(run_dir), next_choice(run_dir)
     seen: dict[str, Any] = {
-        "last_checkpoint": _last_checkpoint(run_dir),
+        "last_checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
+        "damaged_checkpoints": list(choice.passed_over),
         "restarts": len(restarts),
         "last_restart": restarts[-1] if restarts else None,
     }
@@ -75,14 +76,6 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _last_checkpoint(run_dir: Path) -> str | None:
-    try:
-        path = latest_checkpoint(run_dir / "checkpoints")
-    except (ConfigError, OSError):
-        return None
-    return None if path is None else str(path)
 
 
 def _restarts(run_dir: Path) -> list[dict[str, Any]]:
@@ -126,7 +119,10 @@ def _lines(run_dir: Path, report: Mapping[str, Any]) -> Iterator[str]:
         rest = sorted(((value, name) for name, value in seconds.items()), reverse=True)
         parts = ", ".join(f"{name} {duration(value)}" for value, name in rest if value >= 0.5)
         yield f"  goodput     {report['goodput']:.1%} of {duration(report['updated'] - report['born'])}: {parts}"
-    yield f"  checkpoint  {report['last_checkpoint'] or 'none yet'}"
+    damaged = report["damaged_checkpoints"]
+    yield f"  checkpoint  {report['last_checkpoint'] or ('none that is whole' if damaged else 'none yet')}"
+    for problem in damaged:
+        yield f"  damaged     {printable(problem)}"
     if report["restarts"]:
         cause = printable(str(report["last_restart"].get("cause", "cause unknown")))
         yield f"  restarts    {report['restarts']}, the last: {cause}"

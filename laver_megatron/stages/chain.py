@@ -22,6 +22,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
+from laver_megatron.checkpoint.choice import choose
 from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
@@ -66,8 +67,8 @@ class Stage:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Its newest one. Raises ConfigError as `latest_checkpoint` does."""
-        return latest_checkpoint(Path(self.config.run.run_dir) / "checkpoints")
+        """The newest whole one, which its next start would go on from. Raises ConfigError as `choose` does."""
+        return choose(Path(self.config.run.run_dir) / "checkpoints").checkpoint
 
     @property
     def iteration(self) -> int:

@@ -66,7 +66,7 @@ def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
     assert run.wait_until_all_are_gone(5) == []
     assert run.exact_records() == undisturbed
     (restart,) = json.loads((run_dir / "run_summary.json").read_text())["restarts"]
-    assert restart["cause"] == "rank 1 ended by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
+    assert restart["cause"] == "rank 1 was killed by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
