@@ -34,6 +34,7 @@ _COMPARED = (
     *CHANGEABLE, *HEAD_SIZES, "laver", "freeze", "centre_momentum", "seq_length", "visual_seq_length", "seed",
     "train_iters",
 )  # fmt: skip
+_SIZES, _LARGEST_SIZE = (*HEAD_SIZES, "seq_length", "visual_seq_length"), 1 << 24
 _LAVER_NAMES = ("[MASK]", "vision head")
 
 
@@ -120,7 +121,7 @@ class Start:
             return ""
         return (
             f"the image encoder is that of {self.encoder_dir}, weights and all; "
-            f"--encoder {config.start.encoder} was only compared with it by its settings"
+            f"--encoder {config.start.encoder} only served to check that its settings agree"
         )
 
 
@@ -359,7 +360,9 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
 
 
 def _is_possible(name: str, value: Any) -> bool:
-    """Whether a setting can have a value, by its type and range."""
+    """Whether a setting can have a value, by its type and range; a size must also be one that memory can hold."""
+    if name in _SIZES and isinstance(value, int) and value > _LARGEST_SIZE:
+        return False
     valid = all_fields()[name].metadata["range"]
     return field_types()[name].holds(value) and (value is None or valid is None or valid.holds(value))
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import reprlib
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -28,7 +29,7 @@ from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
-from laver_megatron.config.fields import Config, ConfigError, all_fields
+from laver_megatron.config.fields import Config, ConfigError, all_fields, field_types
 from laver_megatron.config.options import is_required
 from laver_megatron.launcher import LAUNCHER, count_processes
 from laver_megatron.resilience.signals import STOP_SIGNALS
@@ -226,15 +227,23 @@ def _num_processes(stage: Stage) -> int | None:
 
 
 def differences(stage: Stage) -> list[str]:
-    """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
+    """Settings that change the outcome and are not those that the stage's newest checkpoint was written with.
+
+    Raises:
+        ConfigError: the checkpoint's run.json says what is of another type than the setting.
+    """
     assert stage.checkpoint is not None
-    written: Mapping[str, object] = read_object(stage.checkpoint / RUN_FILE)
+    file = stage.checkpoint / RUN_FILE
+    written, types = read_object(file), field_types()
+    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
+    if wrong := sorted(name for name in compared & written.keys() if not types[name].holds(written[name])):
+        said = ", ".join(f"{name} is {reprlib.repr(written[name])}" for name in wrong)
+        raise ConfigError([f"{file} says what no run can have: {said}; copy the checkpoint again"])
     now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]
     if now["encoder_feature_layer"] is None:  # the encoder's own
         del now["encoder_feature_layer"]
-    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
     # What came after the checkpoint's version was at its default.
     defaults = {name: None if is_required(item) else item.default for name, item in all_fields().items()}
     return [name for name in now if name in compared and now[name] != written.get(name, defaults[name])]
