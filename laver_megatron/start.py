@@ -11,7 +11,7 @@ A run directory with checkpoints of its own is resumed from the newest of them, 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -351,12 +351,18 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
         known = read_object(file)
     except ValueError as error:
         return {}, str(error)
-    if wrong := [name for name in _COMPARED if name in known and not _is_possible(name, known[name])]:
-        said = ", ".join(f"{name} is {reprlib.repr(known[name])}" for name in wrong)
-        return {}, f"{file} says what no run can have: {said}; copy the checkpoint again"
+    if problem := impossible_settings(file, known, _COMPARED):
+        return {}, problem
     if known.get("weights_only") is True:
         known["laver"] = "vision_head_output_size" in known
     return known, ""
+
+
+def impossible_settings(file: Path, known: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Which of these settings a checkpoint's run.json says to be what no run can have; empty if none."""
+    wrong = [name for name in names if name in known and not _is_possible(name, known[name])]
+    said = ", ".join(f"{name} is {reprlib.repr(known[name])}" for name in wrong)
+    return f"{file} says what no run can have: {said}; copy the checkpoint again" if wrong else ""
 
 
 def _is_possible(name: str, value: Any) -> bool:

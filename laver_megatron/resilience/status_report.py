@@ -14,15 +14,15 @@ from typing import Any
 from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.goodput import is_number
 from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, MOST_BYTES, STOPPED, read_status
+from laver_megatron.run_log.run_summary import RESTARTS_FILE
 from laver_megatron.runtime.files import read_small
 from laver_megatron.runtime.terminal import printable
 
 NOT_STARTED, GONE, UNREADABLE = "not started", "gone", "unreadable"
 PREEMPTED = "preempted"
 _MARKERS = {"DONE": FINISHED, "PREEMPTED": PREEMPTED}
-_RESTARTS = "restarts.jsonl"
 # What a run or those who prepare one put into its directory.
-_TRACES = ("config.yaml", "run_summary.json", "metrics.jsonl", "checkpoints", "faults", _RESTARTS, *_MARKERS)
+_TRACES = ("config.yaml", "run_summary.json", "metrics.jsonl", "checkpoints", "faults", RESTARTS_FILE, *_MARKERS)
 _MISSED = 12  # intervals; shared file systems show a file late
 _LEAST_SECONDS = 30.0
 
@@ -81,7 +81,7 @@ def _is_alive(pid: int) -> bool:
 def _restarts(run_dir: Path) -> list[dict[str, Any]]:
     """The supervisor's lines, without what is none; a torn last one is left out."""
     try:
-        lines = read_small(run_dir / _RESTARTS, MOST_BYTES).splitlines()
+        lines = read_small(run_dir / RESTARTS_FILE, MOST_BYTES).splitlines()
     except (OSError, ValueError):
         return []
     restarts = []
@@ -137,11 +137,12 @@ def _headline(report: Mapping[str, Any]) -> str:
     if state == NOT_STARTED:
         return f"has not started, or was trained by a version without {FILE_NAME}"
     if state == UNREADABLE:
-        return f"what it does is not known: {FILE_NAME} cannot be read, or is not what a run writes"
+        return f"its state is unknown: {FILE_NAME} cannot be read, or was not written by a run"
     phase = printable(report.get("phase", ""))
-    ago = f"{duration(report['age_seconds'])} ago"
+    age = duration(report["age_seconds"])
+    ago = f"{age} ago"
     if state == GONE:
-        return f"no longer updated since {ago} (phase {phase}): rank 0 was killed, is stopped or cut off"
+        return f"not updated for {age} (phase {phase}): rank 0 was killed, is stopped or cut off"
     if state == "hung":
         return f"hung, ended by the watchdog {ago}"
     if state in (*ENDED, PREEMPTED):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import reprlib
 import signal
 import subprocess
 import sys
@@ -29,13 +28,13 @@ from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
 from laver_megatron.config.continuity import unasked_changes
 from laver_megatron.config.directories import shard_problems
-from laver_megatron.config.fields import Config, ConfigError, all_fields, field_types
+from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.config.options import is_required
 from laver_megatron.launcher import LAUNCHER, count_processes
 from laver_megatron.resilience.signals import STOP_SIGNALS
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
-from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
+from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start, impossible_settings
 
 BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
@@ -227,18 +226,13 @@ def _num_processes(stage: Stage) -> int | None:
 
 
 def differences(stage: Stage) -> list[str]:
-    """Settings that change the outcome and are not those that the stage's newest checkpoint was written with.
-
-    Raises:
-        ConfigError: the checkpoint's run.json says what is of another type than the setting.
-    """
+    """Settings that change the outcome and are not those of the newest checkpoint; ConfigError if those cannot be."""
     assert stage.checkpoint is not None
     file = stage.checkpoint / RUN_FILE
-    written, types = read_object(file), field_types()
+    written = read_object(file)
     compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
-    if wrong := sorted(name for name in compared & written.keys() if not types[name].holds(written[name])):
-        said = ", ".join(f"{name} is {reprlib.repr(written[name])}" for name in wrong)
-        raise ConfigError([f"{file} says what no run can have: {said}; copy the checkpoint again"])
+    if problem := impossible_settings(file, written, sorted(compared)):
+        raise ConfigError([problem])
     now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]

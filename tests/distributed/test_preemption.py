@@ -105,7 +105,7 @@ def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
     before = sorted(run_dir.rglob("[!.]*"))
     runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
     assert second.wait() == 2, second.log
-    assert f"another run has {run_dir}: process {first.ranks()[0].pid} on" in second.log
+    assert f"another run is using {run_dir}: process {first.ranks()[0].pid} on" in second.log
     assert sorted(run_dir.rglob("[!.]*")) == before
     assert read_status(run_dir)["state"] == "running"
     first.wait_for_iteration(first.records()[-1]["iteration"] + 1)
