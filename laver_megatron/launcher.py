@@ -25,7 +25,8 @@ from laver_megatron.config.command_line import (
 )
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.program import EXAMPLES, program
-from laver_megatron.resilience.agent import Ending, StopRequest, run_agent
+from laver_megatron.resilience.agent import StopRequest, run_agent
+from laver_megatron.resilience.endings import Ending
 from laver_megatron.resilience.rendezvous import Alone, Guest, Plan
 from laver_megatron.resilience.rendezvous_host import Host
 from laver_megatron.resilience.signals import STARTED, heed_signals

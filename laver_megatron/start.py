@@ -11,7 +11,7 @@ A run directory with checkpoints of its own is resumed from the newest of them, 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +34,7 @@ _COMPARED = (
     *CHANGEABLE, *HEAD_SIZES, "mim_target", "laver", "freeze", "centre_momentum", "seq_length", "visual_seq_length",
     "seed", "train_iters",
 )  # fmt: skip
+_SIZES, _LARGEST_SIZE = (*HEAD_SIZES, "seq_length", "visual_seq_length"), 1 << 24
 _LAVER_NAMES = ("[MASK]", "vision head")
 
 
@@ -120,7 +121,7 @@ class Start:
             return ""
         return (
             f"the image encoder is that of {self.encoder_dir}, weights and all; "
-            f"--encoder {config.start.encoder} was only compared with it by its settings"
+            f"--encoder {config.start.encoder} only served to check that its settings agree"
         )
 
 
@@ -350,16 +351,24 @@ def read_run(checkpoint: Path) -> tuple[dict[str, Any], str]:
         known = read_object(file)
     except ValueError as error:
         return {}, str(error)
-    if wrong := [name for name in _COMPARED if name in known and not _is_possible(name, known[name])]:
-        said = ", ".join(f"{name} is {reprlib.repr(known[name])}" for name in wrong)
-        return {}, f"{file} says what no run can have: {said}; copy the checkpoint again"
+    if problem := impossible_settings(file, known, _COMPARED):
+        return {}, problem
     if known.get("weights_only") is True:
         known["laver"] = "vision_head_output_size" in known
     return known, ""
 
 
+def impossible_settings(file: Path, known: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Which of these settings a checkpoint's run.json says to be what no run can have; empty if none."""
+    wrong = [name for name in names if name in known and not _is_possible(name, known[name])]
+    said = ", ".join(f"{name} is {reprlib.repr(known[name])}" for name in wrong)
+    return f"{file} says what no run can have: {said}; copy the checkpoint again" if wrong else ""
+
+
 def _is_possible(name: str, value: Any) -> bool:
-    """Whether a setting can have a value, by its type and range."""
+    """Whether a setting can have a value, by its type and range; a size must also be one that memory can hold."""
+    if name in _SIZES and isinstance(value, int) and value > _LARGEST_SIZE:
+        return False
     valid = all_fields()[name].metadata["range"]
     return field_types()[name].holds(value) and (value is None or valid is None or valid.holds(value))
 

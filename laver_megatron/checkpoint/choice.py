@@ -60,6 +60,17 @@ def choose(directory: Path, *, strict: bool = False, damaged: Mapping[Path, str]
     return Choice(None)
 
 
+def next_choice(run_dir: Path, *, strict: bool = False) -> Choice:
+    """What the next start of a run would choose by the quick check, for those who only tell: where the start would be
+    refused, there is no checkpoint, and why."""
+    try:
+        return choose(run_dir / "checkpoints", strict=strict)
+    except ConfigError as error:
+        return Choice(None, tuple(error.problems))
+    except OSError as error:
+        return Choice(None, (printable(str(error)),))
+
+
 def _lost(directory: Path, chosen: Path, problems: list[str]) -> list[str]:
     """A line where a checkpoint that `latest` names is not there at all."""
     said = said_latest(directory)

@@ -78,7 +78,7 @@ def _entry(path: Path, name: str, said: Any) -> Entry:
                 f"{path} names {printable(name)}, which lies outside the checkpoint; nothing of it was read. Do not "
                 "use this checkpoint unless you know who made it"
             )
-    raise ValueError(f"{path} is damaged: what it says of {printable(name)} is no size and checksum")
+    raise ValueError(f"{path} is damaged: what it says of {printable(name)} is not a size and a checksum")
 
 
 def is_small(name: str) -> bool:

@@ -142,7 +142,7 @@ def needed(num_bytes: int, directory: Path) -> str:
     free = shutil.disk_usage(directory).free
     return (
         f"{num_bytes / 1e9:.3f} GB are to be written there and {free / 1e9:.3f} GB are free (a quota may allow less); "
-        "remove old checkpoints, or keep fewer with --keep-last"
+        "remove old checkpoints, or keep fewer with --keep-last (an old one is deleted only when the new one is whole)"
     )
 
 

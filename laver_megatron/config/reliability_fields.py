@@ -47,7 +47,8 @@ class ReliabilityConfig:
         default="stop",
     )
     keep_last: int | None = option(
-        "checkpoints to keep, the newest; older ones are deleted when a new one is whole (default: all are kept)",
+        "checkpoints to keep, the newest; an older one is deleted only when the new one is whole, so leave room for "
+        "one more (default: all are kept)",
         valid=POSITIVE,
         default=None,
     )

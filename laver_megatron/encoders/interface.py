@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.hf.shape import is_size
+from laver_megatron.hf.shape import above_largest, is_size
 
 if TYPE_CHECKING:  # importing them takes seconds, and the planner, which reads shapes, needs none
     from PIL import Image
@@ -262,7 +262,7 @@ def read_sizes(vision: dict[str, Any], names: Sequence[str], path: Path) -> dict
     if found["num_channels"] != 3:
         raise ConfigError([f"{path}: num_channels is {found['num_channels']}, but pictures have 3 colours"])
     sizes = {name: found[name] for name in (*names, "num_channels")}
-    problems = []
+    problems = [f"{path}: {problem}" for problem in above_largest(sizes, names)]
     for heads in ("num_attention_heads", "num_heads"):
         if heads in sizes and sizes["hidden_size"] % sizes[heads]:
             problems.append(f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} {sizes[heads]}")

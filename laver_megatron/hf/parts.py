@@ -15,7 +15,7 @@ from laver_megatron.encoders.native import NativePreprocessor
 from laver_megatron.hf.files import PROCESSOR_FILE
 from laver_megatron.hf.rows import row_blocks
 from laver_megatron.hf.safetensors_reader import TRAINING_STATE, SafetensorsReader
-from laver_megatron.hf.shape import ModelShape, is_laver_export, read_config, read_model_shape
+from laver_megatron.hf.shape import ModelShape, is_laver_export, is_size, read_config, read_model_shape
 from laver_megatron.hf.tokenizer import tokenizer_problems
 from laver_megatron.hf.weights import EMBEDDING, TEACHER, TIED_HEAD, ModelParts, Size
 from laver_megatron.runtime.files import read_object
@@ -139,8 +139,10 @@ def settings_of_checkpoint(directory: Path) -> ModelSettings:
     """The settings of a Megatron checkpoint, by its run.json."""
     path = directory / RUN_FILE
     content = read_object(path)
-    settings = _read_settings(content, {}, path, directory / "encoder")
-    return replace(settings, max_image_tokens=content.get("max_image_tokens"))
+    settings, cap = _read_settings(content, {}, path, directory / "encoder"), content.get("max_image_tokens")
+    if cap is not None and not is_size(cap):
+        raise ValueError(f"{path}: max_image_tokens is {cap!r}, but must be a positive integer or null; copy it again")
+    return replace(settings, max_image_tokens=cap)
 
 
 def _read_settings(

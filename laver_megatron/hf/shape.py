@@ -6,6 +6,8 @@ state is an error, because checkpoints of one family differ in vocabulary, tying
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,16 @@ _DECODER_SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-# More than any model has; a slip of the keyboard would otherwise fill the memory with names of weights.
-_MOST_LAYERS = 10_000
+# More than any model has, by the file's name: a slip of the keyboard would otherwise fill the memory with weights, or
+# with their names. Image encoders have some of them, too.
+LARGEST = {
+    "num_hidden_layers": 10_000, "depth": 10_000, "num_attention_heads": 1 << 16, "num_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16, "hidden_size": 1 << 20, "out_hidden_size": 1 << 20, "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 31,
+    "image_size": 1 << 16, "patch_size": 1 << 16, "mlp_ratio": 1 << 8,
+    "num_register_tokens": 1 << 16, "spatial_merge_size": 1 << 8, "temporal_patch_size": 1 << 8,
+}  # fmt: skip
+_MOST_PARAMETERS = 10**14  # 200 TB in bf16: each size alone may be possible
 
 LAVER_EXPORT = "laver"  # model_type of our exports, whose config.json contains those of their two models
 TEXT_PART, VISION_PART = "text_config", "vision_config"
@@ -65,6 +75,13 @@ def read_model_shape(directory: str | Path) -> ModelShape:
         problems.append(f"{path}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads")
     if heads % groups:
         problems.append(f"{path}: {heads} attention heads are not a multiple of {groups} key/value heads")
+    layers, hidden = sizes["num_layers"], sizes["hidden_size"]
+    matrices = 3 * layers * hidden * sizes["ffn_hidden_size"] + hidden * sizes["vocab_size"]
+    if matrices > _MOST_PARAMETERS:
+        problems.append(
+            f"{path}: num_hidden_layers, hidden_size, intermediate_size and vocab_size make a model of at least "
+            f"{matrices:.1e} parameters, above {_MOST_PARAMETERS:.0e}; copy the file from the original model"
+        )
     if problems:
         raise ConfigError(problems)
     return ModelShape(
@@ -117,8 +134,8 @@ def _decoder_faults(content: dict[str, Any]) -> list[str]:
     problems = []
     if faults:
         problems.append(f"{', '.join(faults)} missing or not a positive integer")
-    elif content["num_hidden_layers"] > _MOST_LAYERS:
-        problems.append(f"num_hidden_layers is {content['num_hidden_layers']}, above {_MOST_LAYERS}")
+    else:
+        problems += above_largest(content, (*_DECODER_SIZES.values(), "head_dim"))
     numbers = {"rms_norm_eps": content.get("rms_norm_eps"), "rope_theta": _rope_theta(content)}
     wrong = [name for name, value in numbers.items() if not is_positive(value)]
     if wrong:
@@ -167,6 +184,15 @@ def _rope_theta(content: dict[str, Any]) -> Any:
     rope = content.get("rope_parameters")
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     return content.get("rope_theta") if theta is None else theta
+
+
+def above_largest(sizes: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Of sizes that are integers, or absent, those above what any model has."""
+    known = ((name, sizes.get(name), LARGEST.get(name)) for name in names)
+    return [
+        f"{name} is {reprlib.repr(value)}, above {largest}" for name, value, largest in known
+        if value is not None and largest is not None and value > largest
+    ]  # fmt: skip
 
 
 def is_size(value: Any) -> bool:

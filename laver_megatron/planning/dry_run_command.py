@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from laver_megatron.config.checks import check, describe_run
 from laver_megatron.config.command_line import Invocation, exit_on_config_error, is_rank_zero
 from laver_megatron.config.fields import ConfigError
@@ -16,6 +18,8 @@ def show_dry_run(invocation: Invocation) -> None:
         shape = check(invocation)  # on another machine, perhaps, than the one that will train
         if not is_rank_zero():
             return
+        from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
+        from laver_megatron.planning.disk import checkpoint_bytes, room_free, room_needed
         from laver_megatron.planning.dry_run import (  # Megatron-Core: mistakes need not wait for it
             dry_run,
             dry_run_report,
@@ -30,4 +34,6 @@ def show_dry_run(invocation: Invocation) -> None:
         if found.problems:
             raise ConfigError(found.problems)
     print(dry_run_report(found))
+    size = checkpoint_bytes(config, shape, read_encoder(encoder_dir), encoder_tensor_sizes(encoder_dir))
+    print(f"{room_needed(config, size)}; {room_free(Path(config.run.run_dir))}")
     print(f"dry run, nothing wrong: {describe_run(config, shape, world_size)}")

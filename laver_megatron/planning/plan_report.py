@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from laver_megatron.config.fields import Config
+from laver_megatron.planning.disk import checkpoint_bytes, room_needed
 from laver_megatron.planning.hardware import GIB
 from laver_megatron.planning.memory import checkpoint_copy_bytes
 from laver_megatron.planning.plan import Job, Plan, activations_by_recomputation, laver_costs, layout_name
@@ -30,6 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "usable_bytes": plan.job.gpu.usable_bytes,
         "encoder_bytes": plan.encoder_bytes,
         "host_copy_bytes": host_copies(plan),
+        "checkpoint_bytes": checkpoint_size(plan),
         "num_micro_batches": plan.num_micro_batches,
         "stages": [
             {
@@ -189,6 +191,7 @@ def _best(plan: Plan) -> Iterator[str]:
         f"a checkpoint that is written in the background holds {_gib(copied, 2)} GiB of its host's memory for each "
         f"data-parallel rank 0 of stage {stage}"
     )
+    yield room_needed(plan.config, checkpoint_size(plan))
     step, peak = plan.slowest, asdict(plan.slowest.seconds)
     yield f"time, on stage {step.stage}: {_named(peak, lambda seconds: f'{seconds:.3g} s')}"
     sent = _named(asdict(step.sent), lambda number: f"{number / 1e9:.2f} GB")
@@ -206,6 +209,12 @@ def _best(plan: Plan) -> Iterator[str]:
             f"{costs.ratio:.2f} x that without it (teacher {costs.teacher_seconds:.3g} s, vision head and Gram "
             f"{costs.head_seconds:.3g} s, second stream {costs.stream_seconds:.3g} s of {plan.seconds:.3g} s)"
         )
+
+
+def checkpoint_size(plan: Plan) -> int:
+    """Of a checkpoint on the disk, see `checkpoint_bytes`."""
+    job = plan.job
+    return checkpoint_bytes(plan.config, job.shape, job.workload.encoder, job.encoder_sizes)
 
 
 def host_copies(plan: Plan) -> list[int]:

@@ -10,50 +10,26 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from laver_megatron.resilience.endings import Ending, first_ending, reasons_in
 from laver_megatron.resilience.signals import CTRL_C, LAUNCHED, STOP_SIGNALS, TORCHRUN_PATIENCE
-from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE
+from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
 from laver_megatron.runtime.processes import signal_at_parents_end
 
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 24 * 3600  # for a save, if the launcher is gone and the agent has to end the ranks
-# Exit codes by how little they say; those that are not here, such as SIGKILL, have 0.
-_SAYS_LESS = {WRONG_USE: -1, FAILED: 1, -signal.SIGTERM: 2, INTERRUPTED: 3}
+# The agent kills a rank that has not ended 30 s after the first failure: later exits are its doing.
+_OWN_EXIT_SECONDS = 25
 _LEFT_SECONDS = 600.0  # for ranks whose agent is gone: a step and a save
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the ranks of this node ended.
-
-    Attributes:
-        status: with which the launcher would end: 0 if they ended in order.
-        rank, exit_code: of the rank that says most of why; a negative code is a signal's. None: all ended in order, or
-            the agent has ended.
-        reason: what the watchdog of that rank has found, if it ended it.
-    """
-
-    status: int
-    rank: int | None = None
-    exit_code: int | None = None
-    reason: str = ""
-
-    def __str__(self) -> str:
-        if self.exit_code is None:
-            return "torchrun's agent failed"
-        if self.exit_code >= 0:
-            because = f", as {self.reason}" if self.reason else ""
-            return f"rank {self.rank} ended with exit status {self.exit_code}{because}"
-        memory = " (out of memory?)" if -self.exit_code == signal.SIGKILL else ""
-        return f"rank {self.rank} ended by {signal.Signals(-self.exit_code).name}{memory}"
 
 
 class StopRequest:
@@ -80,8 +56,15 @@ class StopRequest:
 
 def run_agent(words: Sequence[str], num_ranks: int, request: StopRequest) -> Ending:
     """Runs the ranks of this node until all have ended. words: torchrun's arguments."""
+    with tempfile.TemporaryDirectory(prefix="laver_") as log_dir:
+        agent_status, exits = _run_agent(["--log-dir", log_dir, *words], num_ranks, request)
+        return first_ending(agent_status, exits, reasons_in(Path(log_dir)))
+
+
+def _run_agent(words: list[str], num_ranks: int, request: StopRequest) -> tuple[int, list[tuple[int, int]]]:
+    """(the agent's exit status, what `_be_agent` leaves)."""
     ours, theirs = get_context("fork").Pipe(duplex=False)
-    agent = get_context("fork").Process(target=_be_agent, args=(list(words), theirs))
+    agent = get_context("fork").Process(target=_be_agent, args=(words, theirs))
     agent.start()
     theirs.close()
     assert agent.pid is not None
@@ -101,14 +84,13 @@ def run_agent(words: Sequence[str], num_ranks: int, request: StopRequest) -> End
     _await(ranks, request)
     _kill_groups(ranks)  # what a killed rank has left: readers, writers, a manager
     try:
-        failures: list[tuple[int, int, str]] = ours.recv()
+        return agent.exitcode, ours.recv()
     except EOFError:
-        failures = []
-    return _ending(agent.exitcode, failures)
+        return agent.exitcode, []
 
 
 def _be_agent(words: list[str], results: Connection) -> None:
-    """The agent's process. Leaves (rank, exit code, reason) of the ranks of this node that failed first."""
+    """The agent's process. Leaves (rank, exit code) of the ranks of this node that failed by themselves."""
     os.setpgid(0, 0)  # Ctrl-C in the terminal reaches the launcher alone
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -128,27 +110,11 @@ def _be_agent(words: list[str], results: Connection) -> None:
         torchrun.main(words)
         results.send([])
     except ChildFailedError as error:
-        # Later ones were ended by the agent, if need be by SIGKILL.
-        first = min(failure.timestamp for failure in error.failures.values())
-        found = [
-            (rank, each.exitcode, each.message if os.path.isfile(each.error_file) else "")
-            for rank, each in error.failures.items()
-            if each.timestamp <= first + 2
-        ]
-        results.send(found)
+        latest = min(failure.timestamp for failure in error.failures.values()) + _OWN_EXIT_SECONDS
+        results.send([(rank, it.exitcode) for rank, it in error.failures.items() if it.timestamp <= latest])
         sys.exit(FAILED)
     except SignalException:
         sys.exit(INTERRUPTED)
-
-
-def _ending(agent_status: int, failures: Sequence[tuple[int, int, str]]) -> Ending:
-    """A rank that was killed, or that gave up for a reason of its own, says more than those that then missed it."""
-    if agent_status == 0:
-        return Ending(0)
-    if not failures:
-        return Ending(agent_status if agent_status > 0 else FAILED)
-    rank, exit_code, reason = min(failures, key=lambda failure: _SAYS_LESS.get(failure[1], 0))
-    return Ending(max(exit_code, FAILED), rank, exit_code, reason)
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ from threading import Event, Thread
 from typing import Any
 
 from laver_megatron.resilience.agent import StopRequest
+from laver_megatron.resilience.endings import UNKNOWN
 from laver_megatron.resilience.questions import ask
 from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
 
@@ -45,11 +46,18 @@ class Over(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """A start. nodes: those that take part, in the order of their ranks; said: by host, how their last start ended."""
+    """A start.
+
+    Attributes:
+        nodes: those that take part, in the order of their ranks.
+        said: by host, how their last start ended.
+        blamed: the host of those on which it failed first.
+    """
 
     attempt: int
     nodes: tuple[int, ...]
     said: dict[str, str] = field(default_factory=dict)
+    blamed: str = field(default_factory=socket.gethostname)
 
 
 class Alone:
@@ -58,13 +66,13 @@ class Alone:
     def __init__(self, node: int = 0, num_nodes: int = 1) -> None:
         self.node, self.plan = node, Plan(-1, tuple(range(num_nodes)))
 
-    def meet(self, said: str, request: StopRequest) -> Plan:
-        """Waits for the others. said: how the ranks of this node have ended.
+    def meet(self, said: str, request: StopRequest, distance: int = UNKNOWN) -> Plan:
+        """Waits for the others. said, distance: how the ranks of this node have ended (`Ending`).
 
         Raises:
             Over: the run does not go on.
         """
-        self.plan = self._agree(said, request)
+        self.plan = self._agree(said, request, distance)
         return self.plan
 
     def leave(self, message: str, status: int) -> None:
@@ -98,7 +106,7 @@ class Alone:
                 )
                 request.at_once = True
 
-    def _agree(self, said: str, request: StopRequest) -> Plan:
+    def _agree(self, said: str, request: StopRequest, distance: int) -> Plan:
         return Plan(self.plan.attempt + 1, self.plan.nodes)
 
     def _others_have_ended(self) -> bool:
@@ -118,16 +126,16 @@ class Guest(Alone):
         while status not in (0, INTERRUPTED) and not self._ask(message, "", status) and time.monotonic() < deadline:
             time.sleep(_ASK_SECONDS)
 
-    def _agree(self, said: str, request: StopRequest) -> Plan:
+    def _agree(self, said: str, request: StopRequest, distance: int) -> Plan:
         question, reached = uuid.uuid4().hex, time.monotonic()
         while True:
-            answer = self._last_words or self._ask(said, question)
+            answer = self._last_words or self._ask(said, question, distance=distance)
             if answer:
                 reached = time.monotonic()
                 if "over" in answer:
                     raise Over(f"node 0 has ended the run: {answer['over']}", answer["status"], is_known=True)
                 if question in answer["ids"]:
-                    return Plan(answer["attempt"], tuple(answer["nodes"]), answer["said"])
+                    return Plan(answer["attempt"], tuple(answer["nodes"]), answer["said"], answer["blamed"])
             elif time.monotonic() - reached > self._limit_seconds:
                 raise Over(
                     f"node 0 ({self._address[0]}, MASTER_ADDR) is lost or cut off: not reached for "
@@ -142,10 +150,11 @@ class Guest(Alone):
         answer = self._ask("", "")
         return bool(answer) and answer.get("attempt") != self.plan.attempt
 
-    def _ask(self, said: str, question: str, status: int = 0) -> dict[str, Any]:
+    def _ask(self, said: str, question: str, status: int = 0, distance: int = UNKNOWN) -> dict[str, Any]:
         """Node 0's answer; empty if there is none."""
         host, said = socket.gethostname(), said[:_LONGEST_SAYING]
         message = {"node": self.node, "host": host, "said": said, "id": question, "status": status}
+        message["distance"] = distance
         answer = ask(self._address, message)
         if "over" in answer:
             self._last_words = answer

@@ -41,7 +41,7 @@ class Host(Alone):
         while not needed <= self._told and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
-    def _agree(self, said: str, request: StopRequest) -> Plan:
+    def _agree(self, said: str, request: StopRequest, distance: int) -> Plan:
         if not self._answer:
             try:
                 answer_questions(self._port, self._hear)
@@ -57,7 +57,7 @@ class Host(Alone):
             missing = [node for node in self.plan.nodes[1:] if node not in asking]
             count = max((count for count in range(1, len(asking) + 2) if self._fits(count)), default=0)
             if count and (is_late or not missing):
-                return self._start([asking[node] for node in sorted(asking)[: count - 1]], said)
+                return self._start([asking[node] for node in sorted(asking)[: count - 1]], said, distance)
             if is_late:
                 raise Over(
                     f"node {', '.join(map(str, missing))} is lost or cut off: it did not come to the next start within "
@@ -66,12 +66,14 @@ class Host(Alone):
                 )
             pause(_POLL_SECONDS, request)
 
-    def _start(self, others: list[dict[str, Any]], said: str) -> Plan:
+    def _start(self, others: list[dict[str, Any]], said: str, distance: int) -> Plan:
         self._used |= {message["id"] for message in others}
         told = {socket.gethostname(): said, **{message["host"]: message["said"] for message in others}}
-        plan = Plan(self.plan.attempt + 1, (0, *(message["node"] for message in others)), told)
+        distances = [(distance, socket.gethostname()), *((message["distance"], message["host"]) for message in others)]
+        blamed = min(distances, key=lambda pair: pair[0])[1]  # of several, the first node
+        plan = Plan(self.plan.attempt + 1, (0, *(message["node"] for message in others)), told, blamed)
         ids = [message["id"] for message in others]
-        self._answer = {"attempt": plan.attempt, "nodes": plan.nodes, "said": told, "ids": ids}
+        self._answer = {"attempt": plan.attempt, "nodes": plan.nodes, "said": told, "blamed": blamed, "ids": ids}
         return plan
 
     def _others_have_ended(self) -> bool:
@@ -87,12 +89,13 @@ class Host(Alone):
         }
 
     def _hear(self, message: dict[str, Any]) -> dict[str, Any]:
-        node, status = message["node"], message["status"]
+        node, status, distance = message["node"], message["status"], message["distance"]
         texts = {name: message[name] for name in _TEXTS}
-        if node not in self._others or type(status) is not int or not all(isinstance(t, str) for t in texts.values()):
+        are_numbers = type(status) is int and type(distance) is int
+        if node not in self._others or not are_numbers or not all(isinstance(it, str) for it in texts.values()):
             raise ValueError(f"not from a supervisor: {message}")
         if texts["id"] or status:  # else it only looks
-            self._asked[node] = {"node": node, "status": status, **texts}, time.monotonic()
+            self._asked[node] = {"node": node, "status": status, "distance": distance, **texts}, time.monotonic()
         if "over" in self._answer or status:
             self._told.add(node)
         return self._answer

@@ -59,8 +59,9 @@ class RunLock:
             held = True
         if held:
             raise ValueError(
-                f"another run has {self._path.parent}: {_in_words(holder)}; stop that one, or give this one another "
-                f"--run-dir (a holder on another machine counts as gone after {STALE_SECONDS:.0f} s without a sign)"
+                f"another run is using {self._path.parent}: {_in_words(holder)}; stop it, or give this one "
+                f"another --run-dir (a holder on another machine counts as gone after {STALE_SECONDS:.0f} s without "
+                "a sign)"
             )
         if holder:
             print(f"taking over {self._path.parent} from a run that is gone: {_in_words(holder)}", file=sys.stderr)
@@ -139,7 +140,7 @@ class RunLock:
 
 def _in_words(holder: dict[str, Any]) -> str:
     if not holder:
-        return "it has not said yet which"
+        return "its process is not known yet"
     job = f", job {holder['job_id']}" if holder["job_id"] else ""
     return printable(f"process {holder['pid']} on {holder['host']}{job}")
 

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 import psutil
 
-from laver_megatron.checkpoint.directory import latest_checkpoint
+from laver_megatron.checkpoint.choice import next_choice
+from laver_megatron.resilience.endings import explain
 from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
 from laver_megatron.runtime.processes import signal_at_parents_end
 
@@ -61,6 +62,7 @@ def _read(pipe: int, parent: int, run_dir: str) -> None:
         if number not in STOP_SIGNALS or _is_over:
             continue
         if _is_left_over(parent):
+            explain("another rank of this node has ended", FAILED, is_follow_up=True)
             os._exit(FAILED)
         interrupts += number == signal.SIGINT
         # torchrun answers a second Ctrl-C by ending, which reaches a rank as another signal.
@@ -109,11 +111,14 @@ def _end_interrupted(run_dir: str) -> NoReturn:
 
 
 def interruption_message(run_dir: str) -> str:
-    """The last checkpoint of a run directory, and how to resume."""
-    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
-    if checkpoint is None:
-        return f"interrupted; {run_dir} has no checkpoint yet: the same command starts over"
-    return f"interrupted; {checkpoint} is kept: the same command resumes from it"
+    """The checkpoint from which the same command resumes, and what is wrong with newer ones."""
+    choice = next_choice(Path(run_dir))
+    wrong = f" ({'; '.join(choice.passed_over)})" if choice.passed_over else ""
+    if choice.checkpoint is not None:
+        return f"interrupted; {choice.checkpoint} is kept: the same command resumes from it{wrong}"
+    if wrong:
+        return f"interrupted; {run_dir} has no checkpoint that is whole{wrong}"
+    return f"interrupted; {run_dir} has no checkpoint yet: the same command starts over"
 
 
 def torchrun_warning() -> str:

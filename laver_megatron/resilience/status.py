@@ -34,6 +34,7 @@ FILE_NAME = "status.json"
 FINISHED, STOPPED, FAILED, INTERRUPTED, HUNG = ENDED = ("finished", "stopped", "failed", "interrupted", "hung")
 _STATES = {START: "starting", DATA: "running", STEP: "running", VALIDATE: "validating", SAVE: "saving"}
 _RECENT = 20
+_CLOCK_SECONDS = 2.0  # the time when a process began is known to the second
 MOST_BYTES = 1 << 20  # of a file that is read; this one has some two thousand
 
 
@@ -153,6 +154,17 @@ def fail(run_dir: Path, message: str | None) -> None:
     rank's error only follows from that one's."""
     if (read_status(run_dir) or {}).get("state") not in (FAILED, HUNG):
         change_status(run_dir, state=FAILED, message=message, updated=time.time())
+
+
+def set_cause(run_dir: Path, cause: str, *, is_hang: bool, since: float) -> None:
+    """Says in the launcher's words why the run failed: the rank that wrote first may only have lost its peer, and a
+    killed one wrote nothing.
+
+    since: when the ranks were started. The status of an earlier start, or of another run, is left alone.
+    """
+    known = read_status(run_dir)
+    if known is not None and known["started"] >= since - _CLOCK_SECONDS:
+        change_status(run_dir, state=HUNG if is_hang else FAILED, message=cause, updated=time.time())
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

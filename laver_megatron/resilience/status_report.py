@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.checkpoint.directory import latest_checkpoint
-from laver_megatron.config.fields import ConfigError
+from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.goodput import is_number
 from laver_megatron.resilience.status import ENDED, FILE_NAME, FINISHED, MOST_BYTES, STOPPED, read_status
+from laver_megatron.run_log.run_summary import RESTARTS_FILE
 from laver_megatron.runtime.files import read_small
 from laver_megatron.runtime.terminal import printable
 
 NOT_STARTED, GONE, UNREADABLE = "not started", "gone", "unreadable"
 PREEMPTED = "preempted"
 _MARKERS = {"DONE": FINISHED, "PREEMPTED": PREEMPTED}
-_RESTARTS = "restarts.jsonl"
 # What a run or those who prepare one put into its directory.
-_TRACES = ("config.yaml", "run_summary.json", "metrics.jsonl", "checkpoints", "faults", _RESTARTS, *_MARKERS)
+_TRACES = ("config.yaml", "run_summary.json", "metrics.jsonl", "checkpoints", "faults", RESTARTS_FILE, *_MARKERS)
 _MISSED = 12  # intervals; shared file systems show a file late
 _LEAST_SECONDS = 30.0
 
 
 def run_report(run_dir: Path) -> dict[str, Any]:
     """The run's status with what can be seen from here: `state` is also `gone` (no sign of life for too long),
-    `not started` or `unreadable`, and there are `last_checkpoint`, `restarts`, `last_restart` and `age_seconds`.
+    `not started` or `unreadable`, and there are `last_checkpoint` (from which the next start would go on, by the quick
+    check), `damaged_checkpoints` (what is wrong with newer ones), `restarts`, `last_restart` and `age_seconds`.
 
     Raises:
         ValueError: the directory is not there, or is not that of a run.
@@ -42,9 +42,10 @@ def run_report(run_dir: Path) -> dict[str, Any]:
     if not is_there and not any((run_dir / name).exists() for name in _TRACES):
         named = ", ".join((FILE_NAME, *_TRACES[:3]))
         raise ValueError(f"{run_dir} is not the directory of a run: it has no {named} or {_TRACES[3]}; give --run-dir")
-    restarts = _restarts(run_dir)
+    restarts, choice = _restarts(run_dir), next_choice(run_dir)
     seen: dict[str, Any] = {
-        "last_checkpoint": _last_checkpoint(run_dir),
+        "last_checkpoint": str(choice.checkpoint) if choice.checkpoint else None,
+        "damaged_checkpoints": list(choice.passed_over),
         "restarts": len(restarts),
         "last_restart": restarts[-1] if restarts else None,
     }
@@ -77,18 +78,10 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _last_checkpoint(run_dir: Path) -> str | None:
-    try:
-        path = latest_checkpoint(run_dir / "checkpoints")
-    except (ConfigError, OSError):
-        return None
-    return None if path is None else str(path)
-
-
 def _restarts(run_dir: Path) -> list[dict[str, Any]]:
     """The supervisor's lines, without what is none; a torn last one is left out."""
     try:
-        lines = read_small(run_dir / _RESTARTS, MOST_BYTES).splitlines()
+        lines = read_small(run_dir / RESTARTS_FILE, MOST_BYTES).splitlines()
     except (OSError, ValueError):
         return []
     restarts = []
@@ -126,7 +119,10 @@ def _lines(run_dir: Path, report: Mapping[str, Any]) -> Iterator[str]:
         rest = sorted(((value, name) for name, value in seconds.items()), reverse=True)
         parts = ", ".join(f"{name} {duration(value)}" for value, name in rest if value >= 0.5)
         yield f"  goodput     {report['goodput']:.1%} of {duration(report['updated'] - report['born'])}: {parts}"
-    yield f"  checkpoint  {report['last_checkpoint'] or 'none yet'}"
+    damaged = report["damaged_checkpoints"]
+    yield f"  checkpoint  {report['last_checkpoint'] or ('none that is whole' if damaged else 'none yet')}"
+    for problem in damaged:
+        yield f"  damaged     {printable(problem)}"
     if report["restarts"]:
         cause = printable(str(report["last_restart"].get("cause", "cause unknown")))
         yield f"  restarts    {report['restarts']}, the last: {cause}"
@@ -141,11 +137,12 @@ def _headline(report: Mapping[str, Any]) -> str:
     if state == NOT_STARTED:
         return f"has not started, or was trained by a version without {FILE_NAME}"
     if state == UNREADABLE:
-        return f"what it does is not known: {FILE_NAME} cannot be read, or is not what a run writes"
+        return f"its state is unknown: {FILE_NAME} cannot be read, or was not written by a run"
     phase = printable(report.get("phase", ""))
-    ago = f"{duration(report['age_seconds'])} ago"
+    age = duration(report["age_seconds"])
+    ago = f"{age} ago"
     if state == GONE:
-        return f"no longer updated since {ago} (phase {phase}): rank 0 was killed, is stopped or cut off"
+        return f"not updated for {age} (phase {phase}): rank 0 was killed, is stopped or cut off"
     if state == "hung":
         return f"hung, ended by the watchdog {ago}"
     if state in (*ENDED, PREEMPTED):

@@ -14,14 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from laver_megatron.checkpoint.directory import iteration_of, latest_checkpoint
+from laver_megatron.checkpoint.choice import Choice, next_choice
+from laver_megatron.checkpoint.directory import iteration_of
 from laver_megatron.config.fields import Config
-from laver_megatron.resilience.agent import Ending, StopRequest
+from laver_megatron.resilience import status
+from laver_megatron.resilience.agent import StopRequest
+from laver_megatron.resilience.endings import Ending
 from laver_megatron.resilience.rendezvous import Alone, Over, Plan, pause
 from laver_megatron.resilience.signals import interruption_message
 from laver_megatron.run_log.records import json_line
 from laver_megatron.run_log.run_summary import RESTARTS_FILE
-from laver_megatron.runtime.exit_status import INTERRUPTED, WRONG_USE, end
+from laver_megatron.runtime.exit_status import HUNG, INTERRUPTED, WRONG_USE, end
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 60.0
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than a line
@@ -84,20 +87,25 @@ def _run_to_the_end(
                 problem = f" after {limits.restarts} restarts (--restarts)"
             elif faults.in_a_row >= limits.restart_same_step_limit:
                 problem = f" after {faults.in_a_row} faults in a row at iteration {iteration}"
+        if ending.status != WRONG_USE and rendezvous.node == 0:
+            status.set_cause(run_dir, str(ending), is_hang=ending.status == HUNG, since=began)
         if ending.status == WRONG_USE or not limits.restarts or problem:
             raise Over(f"{ending}: the run is over{problem}", ending.status)
-        failed, start = time.time(), _start_iteration(run_dir)
+        failed, choice = time.time(), next_choice(run_dir, strict=limits.strict_load)
+        start = _iteration(choice)
         _say(
             f"{ending} at iteration {iteration}; starting again from iteration {start} in "
             f"{faults.wait_seconds:.0f} s (restart {faults.total} of {limits.restarts})"
         )
+        for problem in choice.passed_over:
+            _say(f"WARNING: {f'going back to {choice.checkpoint}' if choice.checkpoint else 'cannot start'}: {problem}")
         pause(faults.wait_seconds, request)
-        plan = rendezvous.meet(str(ending), request)
+        plan = rendezvous.meet(str(ending), request, ending.distance)
         for host, said in plan.said.items():
             if host != socket.gethostname():
                 _say(f"{host} says: {said}")
         if rendezvous.node == 0:
-            lost = time.time() - max(began, min(_checkpoint_time(run_dir), failed))
+            lost = time.time() - max(began, min(_written(choice), failed))
             _record(run_dir, faults.total, iteration, start, ending, plan, lost)
 
 
@@ -108,16 +116,20 @@ def _say(message: str) -> None:
 def _record(
     run_dir: Path, attempt: int, iteration: int, start: int, ending: Ending, plan: Plan, lost_seconds: float
 ) -> None:
-    """lost_seconds: since the checkpoint that the run goes on from, or since the start that failed if that is later."""
+    """Writes down the fault, with the cause on the node where the run failed first.
+
+    lost_seconds: since the checkpoint that the run goes on from, or since the start that failed if that is later.
+    """
+    is_ours = plan.blamed == socket.gethostname()
     line = {
         "time": time.time(),
         "attempt": attempt,
         "iteration": iteration,
         "from_iteration": start,
-        "cause": str(ending),
-        "exit_status": ending.exit_code,
-        "rank": ending.rank,
-        "host": socket.gethostname(),
+        "cause": str(ending) if is_ours else plan.said[plan.blamed],
+        "exit_status": ending.exit_code if is_ours else None,
+        "rank": ending.rank if is_ours else None,
+        "host": plan.blamed,
         "nodes": list(plan.nodes),
         "said": plan.said,
         "lost_seconds": round(lost_seconds, 3),
@@ -137,14 +149,13 @@ def _last_iteration(run_dir: Path) -> int:
             lines = file.read().split(b"\n")[:-1]  # the last may be torn
         return int(json.loads(lines[-1])["iteration"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return _start_iteration(run_dir)
+        return _iteration(next_choice(run_dir))
 
 
-def _start_iteration(run_dir: Path) -> int:
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    return 0 if checkpoint is None else iteration_of(checkpoint)
+def _iteration(choice: Choice) -> int:
+    return 0 if choice.checkpoint is None else iteration_of(choice.checkpoint)
 
 
-def _checkpoint_time(run_dir: Path) -> float:
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    return 0.0 if checkpoint is None else checkpoint.stat().st_mtime
+def _written(choice: Choice) -> float:
+    """When the checkpoint was written."""
+    return 0.0 if choice.checkpoint is None else choice.checkpoint.stat().st_mtime

@@ -17,7 +17,6 @@ heard of rank 0.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 import time
@@ -30,6 +29,7 @@ import torch.distributed as dist
 
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience import status
+from laver_megatron.resilience.endings import explain, explain_error, without_advice
 from laver_megatron.resilience.heartbeat import Beat, Link
 from laver_megatron.resilience.judge import Judge, numbers
 from laver_megatron.resilience.limits import beat_interval, phase_limits
@@ -37,13 +37,12 @@ from laver_megatron.resilience.nccl import write_flight_record
 from laver_megatron.resilience.phases import STEP, now
 from laver_megatron.resilience.stacks import DIRECTORY, StackFile, main_thread_place
 from laver_megatron.resilience.stragglers import Sampler, Stragglers
-from laver_megatron.runtime.exit_status import HUNG, explain
+from laver_megatron.runtime.exit_status import HUNG
 
 _ENDING_SECONDS = 30.0  # after a verdict a rank ends, whatever the others do
 _ANSWER_SECONDS = 10.0
 _LATE_BEATS = 4  # a thread that wakes so many intervals late was stopped
 _TIMER_SHARE = 0.9  # of the limit for silence: then the stacks are written without this process's threads
-_GLOO = re.compile(r"(/gloo/transport/\S+\] .*?(?:\]:\d+)?)\. .*", re.DOTALL)
 
 
 @contextmanager
@@ -56,15 +55,11 @@ def watched(config: Config) -> Iterator[None]:
         watch.close(status.INTERRUPTED)
         raise
     except BaseException as error:
+        explain_error(error)
         text = f"{type(error).__name__}: {without_advice(str(error))}"
         watch.close(status.FAILED, f"rank {watch.rank} on {socket.gethostname()}: {text}")
         raise
     watch.close(status.FINISHED if now().iteration >= config.training.train_iters else status.STOPPED)
-
-
-def without_advice(text: str) -> str:
-    """An error of Gloo without its advice, which is for programmers, and its emoji; any other as it is."""
-    return _GLOO.sub(r"\1", text)
 
 
 class Watch:
@@ -213,7 +208,7 @@ class Watch:
         last_resort.start()
         self._closing.set()
         try:
-            explain(verdict)
+            explain(verdict, HUNG)
             if self.rank == 0:  # or the last of its words would be that it runs
                 self._threads[-1].join(self.interval)
             self._stacks.write(verdict)

@@ -40,8 +40,8 @@ def missing_peak(config: Config, device: torch.device) -> str | None:
     if peak_of_run(config, device) is not None:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    reason = f"no peak is known of {name} in {'bf16' if config.training.bf16 else 'fp32'}"
-    return f"no MFU: {reason} (the table has bf16 of {', '.join(PEAK_BF16_TFLOPS)}); give it with --peak-tflops"
+    reason = f"the peak {'bf16' if config.training.bf16 else 'fp32'} throughput of {name} is not known"
+    return f"no MFU: {reason} (known in bf16: {', '.join(PEAK_BF16_TFLOPS)}); set it with --peak-tflops"
 
 
 def utilisation(

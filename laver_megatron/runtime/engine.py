@@ -10,12 +10,12 @@ import logging
 import queue
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,18 @@ def gradients_of_norm(optimizer: Any) -> list["torch.Tensor"]:
     return optimizer.get_main_grads_for_grad_norm()
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block, an attribute that a module or class defines itself is another. In all threads: Megatron-Core
+    and torch have no argument for it."""
+    before = vars(owner)[name]  # not getattr, which would unwrap a static method
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def stored_tensors(checkpoint: Path) -> dict[str, Stored]:
     """What is sharded in a checkpoint, tensors and other objects, by key.
 
@@ -165,7 +177,7 @@ def plan_save(sharded: dict, directory: Path) -> PlannedSave:
     # Whoever writes is a thread of this process; Megatron-Core would start another process to hold a queue.
     filesystem_async._results_queue = queue.SimpleQueue()
     strategy = Plan("torch_dist", 1, thread_count=1)
-    with mock.patch.object(common.TorchCommonSaveStrategy, "save_common", keep_common) if has_file else nullcontext():
+    with replaced(common.TorchCommonSaveStrategy, "save_common", keep_common) if has_file else nullcontext():
         dist_checkpointing.save(sharded, str(directory), strategy, async_sharded_save=True, **more)
     return planned
 

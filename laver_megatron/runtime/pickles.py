@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
-from unittest import mock
 
 import torch
 
+from laver_megatron.runtime.engine import replaced
 from laver_megatron.runtime.files import is_within
 from laver_megatron.runtime.terminal import printable
 
@@ -88,6 +88,8 @@ def only_known_pickles(directory: Path) -> Iterator[None]:
     """Within the block, what torch and Megatron-Core unpickle while they read a checkpoint is restricted: `.metadata`
     to its own classes and to files of the checkpoint, the rest (common.pt, objects among the tensors) to what torch
     calls weights only."""
+    from torch.distributed.checkpoint import filesystem
+
     load = torch.load
 
     def load_metadata(file: IO[bytes]) -> Any:
@@ -109,7 +111,6 @@ def only_known_pickles(directory: Path) -> Iterator[None]:
             named = re.search(r"(?:GLOBAL|global:?|function|class)\s+`?([\w.]+\.[\w.]+)", str(error))
             raise _refusal(source, named[1] if named else str(error)) from error
 
-    filesystem = "torch.distributed.checkpoint.filesystem.pickle"
     restricted = SimpleNamespace(load=load_metadata, dump=pickle.dump)
-    with mock.patch(filesystem, restricted), mock.patch.object(torch, "load", load_weights_only):
+    with replaced(filesystem, "pickle", restricted), replaced(torch, "load", load_weights_only):
         yield

@@ -16,12 +16,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 
+from laver_megatron.checkpoint.choice import choose
 from laver_megatron.checkpoint.directory import RUN_FILE, latest_checkpoint
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation, read_command_line
@@ -33,7 +34,7 @@ from laver_megatron.launcher import LAUNCHER, count_processes
 from laver_megatron.resilience.signals import STOP_SIGNALS
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.runtime.files import read_object
-from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start
+from laver_megatron.start import HF_PREFIX, FromCheckpoint, find_start, impossible_settings
 
 BASELINE = "-baseline"
 # Exit status of a chain that has stopped where it was told to, before its end.
@@ -66,8 +67,8 @@ class Stage:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Its newest one. Raises ConfigError as `latest_checkpoint` does."""
-        return latest_checkpoint(Path(self.config.run.run_dir) / "checkpoints")
+        """The newest whole one, which its next start would go on from. Raises ConfigError as `choose` does."""
+        return choose(Path(self.config.run.run_dir) / "checkpoints").checkpoint
 
     @property
     def iteration(self) -> int:
@@ -225,15 +226,18 @@ def _num_processes(stage: Stage) -> int | None:
 
 
 def differences(stage: Stage) -> list[str]:
-    """Settings that change the outcome and are not those that the stage's newest checkpoint was written with."""
+    """Settings that change the outcome and are not those of the newest checkpoint; ConfigError if those cannot be."""
     assert stage.checkpoint is not None
-    written: Mapping[str, object] = read_object(stage.checkpoint / RUN_FILE)
+    file = stage.checkpoint / RUN_FILE
+    written = read_object(file)
+    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
+    if problem := impossible_settings(file, written, sorted(compared)):
+        raise ConfigError([problem])
     now = json.loads(json.dumps(stage.config.flat()))
     if not now["visual_seq_length"]:  # proposed by the data, which are compared themselves
         del now["visual_seq_length"]
     if now["encoder_feature_layer"] is None:  # the encoder's own
         del now["encoder_feature_layer"]
-    compared = hashed_settings(stage.config.objective.laver) - {"eval_iters"} | {"seed"}
     # What came after the checkpoint's version was at its default.
     defaults = {name: None if is_required(item) else item.default for name, item in all_fields().items()}
     return [name for name in now if name in compared and now[name] != written.get(name, defaults[name])]

@@ -76,7 +76,7 @@ def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
     assert run.wait_until_all_are_gone(5) == []
     assert run.exact_records() == undisturbed.exact_records()
     (restart,) = json.loads((run_dir / "run_summary.json").read_text())["restarts"]
-    assert restart["cause"] == "rank 1 ended by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
+    assert restart["cause"] == "rank 1 was killed by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
@@ -119,7 +119,7 @@ def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
     before = sorted(run_dir.rglob("[!.]*"))
     runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
     assert second.wait() == 2, second.log
-    assert f"another run has {run_dir}: process {first.ranks()[0].pid} on" in second.log
+    assert f"another run is using {run_dir}: process {first.ranks()[0].pid} on" in second.log
     assert sorted(run_dir.rglob("[!.]*")) == before
     assert read_status(run_dir)["state"] == "running"
     first.wait_for_iteration(first.records()[-1]["iteration"] + 1)

@@ -16,6 +16,9 @@ from laver_megatron import train
 from laver_megatron.checkpoint import saver, writer
 from laver_megatron.checkpoint.choice import quick_problem
 from laver_megatron.convert.torch_dist import TorchDistReader
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
+from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.planning.disk import checkpoint_bytes
 from tests.distributed.build import make_config, make_trainer, synthetic_data
 from tests.distributed.harness import Layout
 from tests.distributed.test_checkpoint import run
@@ -144,6 +147,11 @@ def test_a_disk_that_is_full(pool, assets, tmp_path, is_known):
     whole = tmp_path / "whole"
     pool.run(run, layout, config_of(assets, whole, layout, train_iters=1))
     size = sum(path.stat().st_size for path in (whole / "checkpoints/iter_0000001").rglob("*") if path.is_file())
+    of_encoder = read_encoder(assets.encoder), encoder_tensor_sizes(assets.encoder)
+    shape = read_model_shape(whole / "checkpoints/iter_0000001/hf")
+    planned = checkpoint_bytes(config_of(assets, whole, layout), shape, *of_encoder)
+    tensors = sum(path.stat().st_size for path in (whole / "checkpoints/iter_0000001").glob("*.distcp"))
+    assert tensors == pytest.approx(planned, rel=0.5), "a small model's files are in part names and places"
     with small_disk(tmp_path / "disk", int(1.5 * size)):
         config = config_of(assets, tmp_path / "disk", layout)
         for error, left in pool.run(train_until_full, layout, config, is_known):

@@ -169,7 +169,9 @@ def _run_reference(pair: Pair, probes: list[Probe], report: Report, say: Say) ->
     num_tokens = sum(map(len, probes))
     try:
         with _step(say, f"transformers: {len(probes)} prompts, {num_tokens} tokens, processes 1"):
-            ((reference, unlike_training),) = run_workers(run_transformers, 1, pair.hugging_face, probes)
+            ((reference, unlike_training),) = run_workers(
+                run_transformers, 1, pair.hugging_face, probes, result_types=[Outputs]
+            )
     except WorkerFailed as error:
         report.rows.append(Row("transformers", None, (str(error),)))
         return None
@@ -190,7 +192,16 @@ def _run_layouts(
         check_files = number == 0
         try:
             with _step(say, f"Megatron {_name(layout)}: processes {num_workers}"):
-                results = run_workers(run_megatron, num_workers, pair.megatron, probes, packed, layout, check_files)
+                results = run_workers(
+                    run_megatron,
+                    num_workers,
+                    pair.megatron,
+                    probes,
+                    packed,
+                    layout,
+                    check_files,
+                    result_types=[Outputs],
+                )
             report.rows.append(compare_outputs(_name(layout), probes, reference, results, report.tolerance))
         except WorkerFailed as error:
             report.rows.append(Row(_name(layout), None, (str(error),)))

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,14 @@ class Worker:
     store: Path
 
 
-def run_workers(function: Callable[..., Any], num_workers: int, *arguments: Any) -> list[Any]:
+def run_workers(
+    function: Callable[..., Any], num_workers: int, *arguments: Any, result_types: Sequence[type] = ()
+) -> list[Any]:
     """`function(worker, *arguments)` in each of `num_workers` new processes; their results, by rank.
 
-    function: at the top of a module. Results travel as torch files, so tensors in them are on the CPU.
+    Args:
+        function: at the top of a module. Results travel as torch files, so tensors in them are on the CPU.
+        result_types: classes of this package that the results are made of. Nothing else that could run code is read.
 
     Raises:
         WorkerFailed: what the first of them to fail raised; the others are ended.
@@ -67,7 +71,8 @@ def run_workers(function: Callable[..., Any], num_workers: int, *arguments: Any)
             for process in processes.processes:
                 process.terminate()
                 process.join()
-        return [torch.load(directory / f"result-{rank}.pt", weights_only=False) for rank in range(num_workers)]
+        with torch.serialization.safe_globals(list(result_types)):
+            return [torch.load(directory / f"result-{rank}.pt", weights_only=True) for rank in range(num_workers)]
 
 
 def _work(rank: int, num_workers: int, directory: Path, function: Callable[..., Any], arguments: tuple) -> None:

@@ -813,8 +813,8 @@ def test_encoder_that_is_not_the_checkpoints(run, tmp_path, how):
     assert "image_mean [0.4, 0.5, 0.5] against [0.5, 0.5, 0.5]" in problem and "resample " in problem
     said = find_start(config).encoder_note(config.replace(encoder=str(same)))
     assert said == (
-        f"the image encoder is that of {path}/encoder, weights and all; --encoder {same} was only compared with it by "
-        "its settings"
+        f"the image encoder is that of {path}/encoder, weights and all; --encoder {same} only served to "
+        "check that its settings agree"
     )
     assert find_start(config).encoder_note(config.replace(encoder=None)) == ""
     assert check_one(config.replace(encoder=None)) and check_one(config.replace(encoder="/gone"))
@@ -932,6 +932,8 @@ def test_checkpoint_that_does_not_say_what_it_is(run, tmp_path, how, dry_run):
         ("seq_length", 192.5, "192.5"),
         ("visual_seq_length", "32", "'32'"),
         ("visual_seq_length", None, "None"),
+        ("visual_seq_length", 10**12, "1000000000000"),
+        ("vision_head_hidden_size", 10**12, "1000000000000"),
         ("train_iters", "\x1b[2J", "'\\x1b[2J'"),
         ("train_iters", 0, "0"),
         ("centre_momentum", float("nan"), "nan"),
@@ -1024,6 +1026,12 @@ def test_tokenizer(run, tmp_path):
         ({"vocab_size": "many", "hidden_size": 64.0}, "hidden_size, vocab_size missing or not a positive integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers missing or not a positive integer"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000, above 10000"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000, above 1048576"),
+        ({"vocab_size": 10**12, "head_dim": 10**9}, "vocab_size is 1000000000000, above 67108864"),
+        ({"intermediate_size": 10**30}, "intermediate_size is 1000000000000000000000000000000, above 16777216"),
+        ({"hidden_size": -64}, "hidden_size missing or not a positive integer"),
+        ({"vocab_size": 0}, "vocab_size missing or not a positive integer"),
+        ({"hidden_size": 1 << 20, "intermediate_size": 1 << 24}, "make a model of at least 2.1e+14 parameters, above"),
         ({"num_attention_heads": 0, "num_key_value_heads": 0}, "heads, num_key_value_heads missing or no"),
         ({"head_dim": "32"}, "head_dim missing or not a positive integer"),
         ({"head_dim": 0}, "head_dim missing or not a positive integer"),

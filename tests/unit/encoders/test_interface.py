@@ -116,6 +116,8 @@ def test_what_a_file_does_not_say_is_as_transformers_assumes(tmp_path, name):
     [
         ("siglip", {"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
         ("aimv2", {"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
+        ("siglip", {"hidden_size": 10**12}, "hidden_size is 1000000000000, above 1048576; copy the file"),
+        ("clip", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, above 10000; copy the file"),
         ("clip", {"patch_size": 65}, "patch_size 65 is above image_size 64"),
         ("siglip", {"image_size": None, "patch_size": 225}, "patch_size 225 is above image_size 224"),
         (

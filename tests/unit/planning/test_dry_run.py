@@ -210,6 +210,7 @@ def test_72b_on_128_ranks_in_a_minute_and_a_gigabyte(demo_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     # Qwen2.5-72B's config.json: the published checkpoint has as many.
     assert "72,706,203,648  language model" in done.stdout
+    assert "a checkpoint takes " in done.stdout and " GB are free for " in done.stdout
     assert "dry run, nothing wrong: 80 layers of width 8192; 128 processes as TP 8 x PP 8 x DP 2" in done.stdout
     used = done.stdout.splitlines()[-1].split()
     assert float(used[1]) <= 60 and float(used[2]) <= 1e9, used

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from laver_megatron.resilience import rendezvous, rendezvous_host
+from laver_megatron.resilience.endings import KILLED, PEER_LOST
 from laver_megatron.resilience.questions import ask
 from laver_megatron.resilience.rendezvous import Guest, Over
 from laver_megatron.resilience.rendezvous_host import Host
@@ -68,6 +69,26 @@ def test_all_get_the_same_plan_of_every_start(port):
         plans = meet(*three)
         assert [(plan.attempt, tuple(plan.nodes)) for plan in plans] == [(attempt, (0, 1, 2))] * 3
         assert plans[1].said == plans[0].said
+
+
+def test_the_node_that_failed_first_is_blamed(port, monkeypatch):
+    """By all, whoever keeps the record."""
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    distances = {host: PEER_LOST, guest: KILLED}
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: threading.current_thread().name)
+    plans: list = [None, None]
+
+    def one(place, supervisor):
+        plans[place] = supervisor.meet(f"end {place}", request(), distances[supervisor])
+
+    threads = [threading.Thread(target=one, args=it, name=f"host{it[0]}") for it in enumerate((host, guest))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [plan.blamed for plan in plans] == ["host1", "host1"]
+    assert plans[0].said["host1"] == "end 1"
 
 
 def test_without_elastic_a_lost_node_ends_the_run_everywhere(port):
@@ -161,8 +182,9 @@ def test_a_port_that_is_taken_is_named(port):
 
 @pytest.mark.parametrize(
     "line",
-    [b"x", b"[]", b"{}", b'{"node": 0}', b'{"node": 1, "host": 3, "said": "", "id": "a", "status": 0}', b"1" * 100_000,
-     b'{"node": 1, "host": "", "said": "", "id": "a", "status": "2"}', b'{"node": [1], "status": 0}'],
+    [b"x", b"[]", b"{}", b'{"node": 0}', b'{"node": 1, "host": 3, "said": "", "id": "a", "status": 0, "distance": 0}',
+     b"1" * 100_000, b'{"node": 1, "host": "", "said": "", "id": "a", "status": 0, "distance": "x"}',
+     b'{"node": 1, "host": "", "said": "", "id": "a", "status": "2", "distance": 0}', b'{"node": [1], "status": 0}'],
 )  # fmt: skip
 def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
     host, guest = nodes(port, 2)
@@ -172,6 +194,8 @@ def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
         with suppress(OSError):  # it may have closed the connection before it read all of this
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(100) == b""
-    assert ask(("localhost", port), json.loads('{"node": 1, "host": "", "said": "", "id": "", "status": 0}'))
+    assert ask(
+        ("localhost", port), json.loads('{"node": 1, "host": "", "said": "", "id": "", "status": 0, "distance": 0}')
+    )
     assert meet(host, guest)[0].attempt == 1
     assert capfd.readouterr().err == ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from laver_megatron.resilience import signals
+from tests.attacks import cut, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.processes
@@ -127,9 +128,10 @@ def test_torchrun_by_hand_is_warned_of(monkeypatch):
 
 def test_an_interruption_says_what_is_kept(tmp_path):
     assert signals.interruption_message(str(tmp_path)).endswith("has no checkpoint yet: the same command starts over")
-    checkpoint = tmp_path / "checkpoints" / "iter_0000030"
-    (checkpoint / "hf").mkdir(parents=True)
-    (checkpoint / "hf" / "config.json").touch()
-    (checkpoint / "manifest.json").touch()
-    kept = f"interrupted; {checkpoint} is kept: the same command resumes from it"
-    assert signals.interruption_message(str(tmp_path)) == kept
+    checkpoint, newest = (write_checkpoint(tmp_path / "checkpoints", iteration) for iteration in (30, 60))
+    assert f"{newest} is kept" in signals.interruption_message(str(tmp_path))
+    cut(newest / "__0_0.distcp")
+    kept = f"interrupted; {checkpoint} is kept: the same command resumes from it ({newest}/__0_0.distcp has "
+    assert signals.interruption_message(str(tmp_path)).startswith(kept)
+    cut(checkpoint / "__0_0.distcp")
+    assert "has no checkpoint that is whole (" in signals.interruption_message(str(tmp_path))

@@ -15,6 +15,7 @@ from laver_megatron.checkpoint.progress import Progress
 from laver_megatron.resilience import status
 from laver_megatron.resilience.goodput import CARRIED, KEPT, is_ledger
 from laver_megatron.resilience.status_report import duration, report_text, run_report
+from tests.attacks import cut, write_checkpoint
 
 SECONDS = dict.fromkeys((*KEPT, *CARRIED), 0.0)
 LEDGER = {
@@ -67,7 +68,7 @@ def test_a_process_that_is_gone(run_dir, capsys):
     done.wait()
     write(run_dir, pid=done.pid)
     assert run_report(run_dir)["state"] == "gone"
-    assert "no longer updated since" in shown(run_dir, capsys)
+    assert "not updated for" in shown(run_dir, capsys)
     # On another host its number says nothing; the time does.
     write(run_dir, pid=done.pid, host="elsewhere")
     assert run_report(run_dir)["state"] == "running"
@@ -98,12 +99,14 @@ def test_restarts_and_the_last_checkpoint(run_dir, capsys):
     write(run_dir)
     lines = [json.dumps({"attempt": number, "cause": f"cause {number}"}) for number in (1, 2)]
     (run_dir / "restarts.jsonl").write_text("\n".join(lines) + '\n{"attempt": 3, "ca')
-    hf = run_dir / "checkpoints" / "iter_0000010" / "hf"
-    hf.mkdir(parents=True)
-    (hf / "config.json").touch()
-    (hf.parent / "manifest.json").touch()
+    older, newest = (write_checkpoint(run_dir / "checkpoints", iteration) for iteration in (10, 20))
     text = shown(run_dir, capsys)
-    assert "restarts    2, the last: cause 2" in text and "iter_0000010\n" in text
+    assert "restarts    2, the last: cause 2" in text and f"checkpoint  {newest}\n" in text
+    cut(newest / "__0_0.distcp")
+    text = shown(run_dir, capsys)
+    assert f"checkpoint  {older}\n  damaged     {newest}/__0_0.distcp has " in text
+    (older / "manifest.json").unlink()
+    assert "checkpoint  none that is whole\n" in shown(run_dir, capsys)
 
 
 def test_a_run_that_never_started(run_dir, capsys):
@@ -180,9 +183,7 @@ def test_what_is_no_small_file_is_not_read(run_dir, capsys, name, kind):
         os.truncate(path, 3 << 40)
     report = run_report(run_dir)
     assert report["state"] == ("unreadable" if name == "status.json" else "running") and report["restarts"] == 0
-    assert ("what it does is not known: status.json cannot be read" in shown(run_dir, capsys)) == (
-        name == "status.json"
-    )
+    assert ("its state is unknown: status.json cannot be read" in shown(run_dir, capsys)) == (name == "status.json")
 
 
 def test_lines_of_restarts_that_are_none(run_dir, capsys):

@@ -2,15 +2,18 @@
 
 import json
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from laver_megatron.config.fields import Config
-from laver_megatron.resilience import supervisor
-from laver_megatron.resilience.agent import Ending, _ending
-from laver_megatron.resilience.rendezvous import Alone
+from laver_megatron.resilience import status, supervisor
+from laver_megatron.resilience.endings import PEER_LOST, Ending
+from laver_megatron.resilience.rendezvous import Alone, Plan
 from laver_megatron.run_log.run_summary import read_run_records
+from tests.attacks import cut, write_checkpoint
+from tests.unit.resilience.test_status import STATUS
 
 KILLED = Ending(1, rank=3, exit_code=-signal.SIGKILL)
 
@@ -23,7 +26,7 @@ def supervised(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "StopRequest", lambda: request)
     waited = request.waited
 
-    def run(*endings, iterations=None, asks=False, capsys=None, **settings):
+    def run(*endings, iterations=None, asks=False, plan=None, **settings):
         ends = iter(zip(endings, iterations or range(10, 1000, 10), strict=False))
 
         def run_ranks(given, plan):
@@ -34,13 +37,16 @@ def supervised(tmp_path, monkeypatch):
 
         needed = {"data_path": ("none",), "seq_length": 8, "visual_seq_length": 8, "train_iters": 9}
         config = Config.of(**{**needed, "run_dir": str(tmp_path), **settings})
-        status = 0
+        ended = 0
         try:
-            supervisor.supervise(run_ranks, config, Alone())
+            rendezvous = Alone()
+            if plan is not None:
+                monkeypatch.setattr(rendezvous, "_agree", lambda *arguments: plan)
+            supervisor.supervise(run_ranks, config, rendezvous)
         except SystemExit as end:
-            status = end.code
-        assert next(ends, None) is None or status == 0 or len(endings) == 1, "ended too early"
-        return status, waited
+            ended = end.code
+        assert next(ends, None) is None or ended == 0 or len(endings) == 1, "ended too early"
+        return ended, waited
 
     return run
 
@@ -53,18 +59,33 @@ def test_an_orderly_end_is_the_end(supervised, tmp_path):
 def test_a_fault_is_followed_by_a_start_that_is_written_down(supervised, tmp_path, capsys):
     assert supervised(KILLED, Ending(0), iterations=[10, 20], restarts=2) == (0, [1.0])
     (line,) = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
-    assert line["cause"] == "rank 3 ended by SIGKILL (out of memory?)"
+    assert line["cause"] == "rank 3 was killed by SIGKILL (out of memory?)"
     assert (line["attempt"], line["iteration"], line["from_iteration"]) == (1, 11, 0)
     assert (line["rank"], line["exit_status"]) == (3, -9)
     assert read_run_records(tmp_path)[2] == [line]
     assert "starting again from iteration 0 in 1 s (restart 1 of 2)" in capsys.readouterr().err
 
 
+def test_the_checkpoint_that_will_be_used_is_named(supervised, tmp_path, capsys):
+    """Not a newer one that is damaged; nor any, where none is whole."""
+    older, newest = (write_checkpoint(tmp_path / "checkpoints", iteration) for iteration in (5, 10))
+    supervised(KILLED, Ending(0), restarts=1)
+    assert "starting again from iteration 10 in 1 s" in capsys.readouterr().err
+    cut(newest / "__0_0.distcp")
+    supervised(KILLED, Ending(0), restarts=1)
+    said = capsys.readouterr().err
+    assert "starting again from iteration 5 in 1 s" in said
+    assert f"WARNING: going back to {older}: {newest}/__0_0.distcp has" in said
+    assert read_run_records(tmp_path)[2][-1]["from_iteration"] == 5
+    supervised(KILLED, Ending(0), restarts=1, strict_load=True)
+    assert "WARNING: cannot start" in (said := capsys.readouterr().err) and "--strict-load goes on from" in said
+
+
 def test_restarts_are_counted(supervised, capsys):
     assert supervised(KILLED, KILLED, KILLED, restarts=2) == (1, [1.0, 1.0])
     assert "the run is over after 2 restarts (--restarts)" in capsys.readouterr().err
     status, waited = supervised(KILLED)
-    assert status == 1 and capsys.readouterr().err == "rank 3 ended by SIGKILL (out of memory?): the run is over\n"
+    assert status == 1 and capsys.readouterr().err == "rank 3 was killed by SIGKILL (out of memory?): the run is over\n"
 
 
 def test_it_waits_longer_without_progress_and_gives_up(supervised, capsys):
@@ -85,17 +106,20 @@ def test_who_asks_for_a_stop_gets_no_restart(supervised):
     assert supervised(KILLED, asks=True, restarts=9) == (130, [])
 
 
-@pytest.mark.parametrize(
-    "agent_status, failures, expected",
-    [
-        (0, [], Ending(0)),
-        (1, [(0, 1, ""), (1, -9, ""), (2, 1, "")], Ending(1, 1, -9)),
-        (1, [(0, -15, ""), (1, 1, "")], Ending(1, 1, 1)),
-        (1, [(0, 1, ""), (1, 75, "it was lost")], Ending(75, 1, 75, "it was lost")),
-        (1, [(0, 2, ""), (1, -9, "")], Ending(2, 0, 2)),
-        (-9, [], Ending(1)),
-        (130, [], Ending(130)),
-    ],
-)
-def test_the_rank_that_says_most(agent_status, failures, expected):
-    assert _ending(agent_status, failures) == expected
+def test_the_status_gets_the_cause(supervised, tmp_path):
+    """Whatever rank wrote first, as long as it was started by this launcher."""
+    times = dict.fromkeys(("updated", "born", "phase_since"), time.time())
+    message = "rank 0 on host: RuntimeError: Connection closed by peer"
+    for started, expected in ((time.time() + 5, "rank 3 was killed by SIGKILL (out of memory?)"), (9.0, message)):
+        content = {**STATUS, **times, "started": started, "host": "here", "pid": 1, "message": message}
+        status.write_status(tmp_path, {**content, "state": "failed"})
+        assert supervised(KILLED)[0] == 1
+        assert status.read_status(tmp_path)["message"] == expected
+
+
+def test_of_several_nodes_the_one_that_failed_first_is_recorded(supervised, tmp_path):
+    said = {"away": "rank 9 was killed by SIGBUS"}
+    lost_peer = Ending(1, 0, 1, "Connection closed by peer", PEER_LOST)
+    assert supervised(lost_peer, Ending(0), restarts=1, plan=Plan(1, (0, 1), said, "away")) == (0, [1.0])
+    (line,) = read_run_records(tmp_path)[2]
+    assert (line["cause"], line["host"], line["rank"]) == ("rank 9 was killed by SIGBUS", "away", None)

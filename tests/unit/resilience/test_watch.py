@@ -9,7 +9,8 @@ import pytest
 
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience import status
-from laver_megatron.resilience.watchdog import Watch, watched, without_advice
+from laver_megatron.resilience.endings import without_advice
+from laver_megatron.resilience.watchdog import Watch, watched
 from tests.unit.resilience.test_status import STATUS
 
 GLOO = (

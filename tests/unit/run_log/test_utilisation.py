@@ -71,7 +71,7 @@ def test_without_a_known_peak_there_is_none_and_the_reason_is_said():
     found = utilisation(MODEL, COUNTS, settings, seconds=1.0, num_devices=1, device=CPU)
     assert found == dict.fromkeys(UTILISATION_FIELDS)
     message = missing_peak(settings, CPU)
-    assert "no peak is known of the CPU in bf16" in message and "--peak-tflops" in message
+    assert "the peak bf16 throughput of the CPU is not known" in message and "--peak-tflops" in message
     assert missing_peak(config(peak_tflops=1.5), CPU) is None and peak_of_run(config(peak_tflops=1.5), CPU) == 1.5
 
 
@@ -81,5 +81,5 @@ def test_a_gpu_is_held_against_its_data_sheet_in_bf16_alone(name, bf16, peak):
     with mock.patch.object(torch.cuda, "get_device_name", lambda device: name):
         assert peak_of_run(config(bf16=bf16), CUDA) == peak
         if peak is None:
-            assert "no peak is known of NVIDIA H200 in fp32" in missing_peak(config(bf16=bf16), CUDA)
+            assert "the peak fp32 throughput of NVIDIA H200 is not known" in missing_peak(config(bf16=bf16), CUDA)
     module._table_entry.cache_clear()

@@ -77,3 +77,18 @@ def test_buckets_are_those_that_megatron_chooses(one_process, caplog, overlap, b
     stage.pop(3), ours.module.pop(3)  # has no place
     assert buckets(ours) == buckets(by_megatron)
     assert (len(buckets(ours)[0]) > 1) is (overlap and not disable)
+
+
+def test_what_is_replaced_for_a_block_is_put_back():
+    """As it was: a static method stays one, whatever ended the block."""
+
+    class Owner:
+        @staticmethod
+        def answer():
+            return 1
+
+    kept = vars(Owner)["answer"]
+    with pytest.raises(OSError), engine.replaced(Owner, "answer", lambda: 2):
+        assert Owner.answer() == 2
+        raise OSError
+    assert vars(Owner)["answer"] is kept and Owner().answer() == 1

@@ -1,6 +1,7 @@
 """A chain of stages on made-up directories, with a launcher that only leaves checkpoints behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -355,6 +356,20 @@ def test_what_does_not_change_the_outcome_is_no_difference(place, launcher):
     other = {"tensor_model_parallel_size": 4, "save_interval": 7, "num_workers": 0}
     assert differences(replace(stages[0], config=stages[0].config.replace(**other))) == []
     assert differences(replace(stages[0], config=stages[0].config.replace(lr=1.0, seed=1))) == ["lr", "seed"]
+
+
+@pytest.mark.parametrize(
+    "name, value, shown", [("lr", "fast", "'fast'"), ("seed", [1], "[1]"), ("freeze", 3, "3"), ("seq_length", {}, "{}")]
+)
+def test_a_checkpoint_that_says_what_no_run_can_have(place, launcher, name, value, shown):
+    """Though its checksum fits."""
+    stages = read_stages(OFFICIAL)
+    assert run_stages(stages) == 0
+    file = stages[0].checkpoint / "run.json"
+    write(file, {**json.loads(file.read_text()), name: value})
+    renew_manifest(file.parent)
+    with pytest.raises(ConfigError, match=re.escape(f"{file} says what no run can have: {name} is {shown}; copy")):
+        run_stages(stages)
 
 
 # --- the command ---------------------------------------------------------------------------------------

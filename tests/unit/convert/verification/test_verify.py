@@ -519,7 +519,7 @@ def test_the_grid_has_what_fits(text):
 def test_what_failed_is_a_difference_and_not_the_end(monkeypatch, text):
     """A layout that fails is reported, and the next one is still tried."""
 
-    def answer(function, num_workers, *arguments):
+    def answer(function, num_workers, *arguments, **types):
         if function is run_transformers:
             return [(transformers_outputs(*arguments), [])]
         raise WorkerFailed("no memory")

@@ -1,6 +1,7 @@
 """Functions in fresh processes: results by rank, and the first failure in its own words."""
 
 import os
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ def fail_on_rank_1(worker):
     torch.distributed.FileStore(str(worker.store), 2).wait(["never set"])
 
 
+class Named:
+    def __init__(self, number):
+        self.number = number
+
+
+def name_a_class(worker):
+    return Named(torch.ones(2))
+
+
 def die(worker):
     os._exit(3)
 
@@ -25,6 +35,15 @@ def die(worker):
 @pytest.mark.processes
 def test_workers_answer_by_rank():
     assert run_workers(rank_and_argument, 2, "x") == [(0, 2, "x"), (1, 2, "x")]
+
+
+@pytest.mark.processes
+def test_a_result_runs_no_code():
+    """Of classes only those are made that are expected."""
+    (result,) = run_workers(name_a_class, 1, result_types=[Named])
+    assert torch.equal(result.number, torch.ones(2))
+    with pytest.raises(UnpicklingError, match="Named"):
+        run_workers(name_a_class, 1)
 
 
 @pytest.mark.processes
