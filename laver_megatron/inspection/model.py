@@ -7,7 +7,7 @@ Layer 0 is the decoder's input (words, and the connector's output), layer l what
 final norm, which `output_hidden_states` of transformers applies to the last.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +86,7 @@ class InspectedModel:
         self.model.to(device).eval()
         self.directory, self.model_type, self.device = directory, model_type, device
         family = FAMILIES[model_type]
-        self.decoder = self.model.get_submodule(family.decoder)
+        self.decoder: Any = self.model.get_submodule(family.decoder)
         self.connector = self.model.get_submodule(family.connector)
         self.num_layers = len(self.decoder.layers)
 
@@ -160,7 +160,7 @@ class InspectedModel:
             masses.append(visual_attention_mass(output[1][0], visual_S))
 
         with ExitStack() as hooks:
-            layers: Sequence[nn.Module] = self.decoder.layers  # type: ignore[assignment]
+            layers = self.decoder.layers
             hooks.enter_context(before(layers[0], lambda tensor: hidden.append(tensor[0])))
             hooks.enter_context(before(self.connector, features.append))
             for layer in layers:

@@ -8,6 +8,7 @@ rank has some of an image's tokens: the sums over them are added up (`objective/
 all-reduce a micro-batch and stage.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,8 +22,6 @@ from laver_megatron.model.laver import LaverStage
 from laver_megatron.model.streams import MicroBatch
 from laver_megatron.objective.similarity import cosines_of_sums, unit_sums
 from laver_megatron.runtime.transfer import on_device
-
-FIELD = "visual_similarity"
 
 
 class SimilarityCurve:
@@ -42,7 +41,8 @@ class SimilarityCurve:
             for stage in self.stages:
                 current = _Pass(stage)
                 handles = [stage.register_forward_pre_hook(current.begin)]
-                for layer in stage.decoder.layers:
+                layers: Any = stage.decoder.layers
+                for layer in layers:
                     handles.append(layer.register_forward_hook(partial(current.keep, layer.layer_number - 1)))
                 handles.append(stage.register_forward_hook(partial(self._add, current)))
                 for handle in handles:
@@ -51,21 +51,21 @@ class SimilarityCurve:
 
     def _add(self, current: "_Pass", stage: nn.Module, arguments: Any, output: Any) -> None:
         for layer, cosine_I in current.finish():
-            has_value_I = ~cosine_I.isnan() | (current.num_tokens_I > 1)
+            has_value_I = current.num_tokens_I > 1
             self._sum_L[layer] += cosine_I[has_value_I].sum(dtype=torch.float64)
             self._count_L[layer] += has_value_I.sum()
 
-    def result(self) -> dict[str, list[float | None]]:
-        """The curve as {FIELD: one number a layer}, the mean over all images of more than one token, the same on all
-        ranks; null where it is not finite. Nothing if there was no such image. Collective over all processes."""
+    def result(self) -> list[float | None] | None:
+        """One number a layer, the mean over all images of more than one token, the same on all ranks; null where it is
+        not finite. None if there was no such image. Collective over all processes."""
         totals_2L = torch.stack([self._sum_L, self._count_L])
         # Tensor-parallel ranks count the same images, and both numbers as often.
         dist.all_reduce(totals_2L)
         sums, counts = totals_2L.tolist()
         if not all(counts):
-            return {}
+            return None
         means = [total / count for total, count in zip(sums, counts, strict=True)]
-        return {FIELD: [mean if abs(mean) < float("inf") else None for mean in means]}
+        return [mean if math.isfinite(mean) else None for mean in means]
 
 
 class _Pass:
