@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from laver_megatron.inspection import plots
-from laver_megatron.inspection.collect import MEASURES, Inspection, is_run, mean_and_error, shown_layers
+from laver_megatron.inspection.collect import MEASURES, Inspection, is_run, mean_and_error
+from laver_megatron.inspection.measures import slope
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -146,20 +148,18 @@ def _html(
 
 
 def _summary(inspections: Sequence[Inspection]) -> str:
-    """All measures in the middle and at the last layer."""
-    heads, rows = ["model"], []
-    for measure in MEASURES.values():
-        heads.append(measure.title)
+    """All measures at two layers."""
+    rows = []
     for inspection in inspections:
-        middle = shown_layers(inspection.num_layers)[len(shown_layers(inspection.num_layers)) // 2]
-        cells = [inspection.name]
-        for name in MEASURES:
-            mean_C = inspection.mean(name)[0]
-            cells.append(f"{_number(mean_C[middle])} / {_number(mean_C[-1])}")
-        rows.append(cells)
+        layer = round(2 * inspection.num_layers / 3)
+        means = [inspection.mean(name)[0] for name in MEASURES]
+        cells = [f"{_number(mean_C[layer])} / {_number(mean_C[-1])}" for mean_C in means]
+        decay = slope(torch.from_numpy(inspection.decay()[0].mean(0)))
+        rows.append([inspection.name, *cells, _number(float(decay))])
+    heads = ["model", *(measure.title for measure in MEASURES.values()), "Attention, change a token of the answer"]
     return (
-        f'{_table(heads, rows)}<p class="note">At two thirds of the layers / at the last; '
-        f"{inspections[0].num_images} images.</p>"
+        f'{_table(heads, rows)}<p class="note">After two thirds of the layers / after the last; '
+        f"{inspections[0].num_images} images. The change is the slope of a line through the mean over the layers.</p>"
     )
 
 

@@ -73,9 +73,17 @@ def draw_steps(inspections: Sequence[Inspection]) -> bytes:
     return png(2, 3, (4.2, 3.2), draw)
 
 
-def _heat_map(axes: Axes, values: np.ndarray, x: str, y: str, first_row: int = 0) -> None:
+def _heat_map(
+    axes: Axes,
+    values: np.ndarray,
+    x: str,
+    y: str,
+    first_row: int = 0,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> None:
     image = axes.imshow(
         values, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest",
+        vmin=limits[0], vmax=limits[1],
         extent=(-0.5, values.shape[1] - 0.5, first_row - 0.5, first_row + len(values) - 0.5),
     )  # fmt: skip
     axes.grid(False)
@@ -100,9 +108,11 @@ def draw_decay(inspections: Sequence[Inspection], is_run: bool) -> bytes:
         first.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(inspections) > 1:
             first.legend()
-        for axes, inspection in zip(others, inspections, strict=False):
+        maps = [inspection.decay()[0] for inspection in inspections]
+        limits = min(values.min() for values in maps), max(values.max() for values in maps)
+        for axes, inspection, values in zip(others, inspections, maps, strict=False):
             axes.set_title(inspection.name, loc="left")
-            _heat_map(axes, inspection.decay()[0], "position in the answer", "layer", first_row=1)
+            _heat_map(axes, values, "position in the answer", "layer", first_row=1, limits=limits)
 
     return png(1, 1 + min(len(inspections), 3), (4.2, 3.0), draw)
 

@@ -1,4 +1,4 @@
-"""`laver inspect` as a program: its numbers are those of a computation by hand, its page needs nothing beside it, and bad
+"""`laver inspect` as a program: its numbers are those of a computation by hand, its page needs nothing beside it, bad
 input is refused with a reason before a model is loaded."""
 
 import csv
@@ -154,8 +154,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(export, photos, demo_dir,
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no pictures in this folder" in refused(capsys, *asked, empty)
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
-    assert "20000 x 10000 pixels are more than 100000000" in refused(capsys, *asked, tmp_path / "huge.png")
+    Image.new("1", (11_000, 10_000)).save(tmp_path / "huge.png")
+    assert "11000 x 10000 pixels are more than 100000000" in refused(capsys, *asked, tmp_path / "huge.png")
 
     shards = "--model", export, *output, "--data-path", demo_dir / "shards"
     assert "--samples 100000, but" in refused(capsys, *shards, "--samples", 100_000)
