@@ -44,9 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from laver_megatron.inspection.sources import find_sources
     from laver_megatron.runtime.files import new_directory
 
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of builds without CUDA
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     sources = find_sources(options.compare or [options.model])
     samples, shown = _samples(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(
         device=device,
         dtype=options.dtype,

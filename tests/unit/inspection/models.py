@@ -21,6 +21,7 @@ from transformers import (
 from laver_megatron.convert.export import description
 from laver_megatron.demo.encoders import save_encoder
 from tests.conversions import image_token, write_laver
+from tests.unit.convert.encoders import write_family_export
 
 TEXT = {
     "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -30,9 +31,11 @@ TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 
 
 def write_model(kind: str, directory: Path, demo_dir: Path) -> Path:
-    """kind: laver, llava-clip, llava-siglip or qwen2_5_vl."""
+    """kind: laver (with its training state), laver-ENCODER, llava-clip, llava-siglip or qwen2_5_vl."""
     if kind == "laver":
         return write_laver(directory, demo_dir)
+    if kind.startswith("laver-"):
+        return write_family_export(kind.removeprefix("laver-"), directory, demo_dir / "model")
     directory.mkdir(parents=True)
     if kind == "qwen2_5_vl":
         return _write_qwen(directory, demo_dir)

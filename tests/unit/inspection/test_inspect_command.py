@@ -161,6 +161,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(export, photos, demo_dir,
     assert "--samples 100000, but" in refused(capsys, *shards, "--samples", 100_000)
     assert "have their own" in refused(capsys, *shards, "--question", "What?")
     assert "--data-path: " in refused(capsys, "--model", export, *output, "--data-path", tmp_path / "none.tar")
+    assert "--device abacus: " in refused(capsys, "--model", export, *shown, "--device", "abacus")
     assert "is there already" in refused(capsys, "--model", export, "--images", photos, "--output", photos)
     assert not (tmp_path / "seen").exists()
 

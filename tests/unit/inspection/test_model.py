@@ -10,7 +10,10 @@ from laver_megatron.inspection.model import InspectedModel
 from laver_megatron.inspection.samples import Sample
 from tests.unit.inspection.models import write_model
 
-KINDS = ("laver", "llava-clip", "llava-siglip", "qwen2_5_vl")
+KINDS = (
+    "laver", "laver-clip", "laver-dinov2_with_registers", "laver-qwen2_5_vl", "laver-patches", "llava-clip",
+    "llava-siglip", "qwen2_5_vl",
+)  # fmt: skip
 
 
 def picture(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
