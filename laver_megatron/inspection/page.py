@@ -67,10 +67,12 @@ def write_page(inspections: Sequence[Inspection], directory: Path, *, facts: Seq
 
 def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Section]:
     steps = is_run(inspections)
+    mapped = plots.some(inspections) if steps else inspections
     sections = [
         Section(
             "Over the layers",
-            "Layer 0 is what enters the decoder; all layers are before the final norm. Bands are two standard errors. "
+            "Layer 0 is what enters the decoder; all layers are before the final norm. Bands are two standard errors over the "
+            "images; all models see the same ones, so differences can be clear although bands overlap. "
             + " ".join(f"{measure.title}: {measure.explanation}." for measure in MEASURES.values()),
             {"curves.png": plots.draw_curves(inspections, steps)},
         )
@@ -86,13 +88,14 @@ def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Sectio
             )
         )
     with_teacher = [inspection for inspection in inspections if inspection.gram is not None]
-    if with_teacher:
+    drawn = [inspection for inspection in mapped if inspection.gram is not None]
+    if drawn:
         sections.append(
             Section(
                 "Gram matrices of student and teacher",
                 "Cosines of the visual logits of all pairs of patches. Clipping lets pairs through that are more alike "
-                "for the student than for the teacher.",
-                {"gram.png": plots.draw_gram(with_teacher)},
+                "for the student than for the teacher. After ±: the standard error.",
+                {"gram.png": plots.draw_gram(drawn)},
                 _table(["model", *_GRAM.values()], [_gram_cells(inspection) for inspection in with_teacher]),
             )
         )
@@ -103,7 +106,7 @@ def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Sectio
                 f"Patches of {name}",
                 "Above: the first three principal components as red, green and blue; like colours, like tokens. Below: "
                 "cosine to the marked patch, from -1 (blue) to 1 (red).",
-                {f"patches_{number + 1}.png": plots.draw_views(number, inspections)},
+                {f"patches_{number + 1}.png": plots.draw_views(number, mapped)},
             )
         )
     shown = inspections if not steps else inspections[-1:]

@@ -32,6 +32,11 @@ def png(num_rows: int, num_columns: int, size: tuple[float, float], draw: Callab
     return file.getvalue()
 
 
+def some(steps: Sequence[Any]) -> list[Any]:
+    """The first, the middle and the last of several; all of three."""
+    return [steps[number] for number in dict.fromkeys((0, len(steps) // 2, len(steps) - 1))]
+
+
 def colours_of(inspections: Sequence[Inspection], is_run: bool) -> list[Any]:
     """One of each model; along a scale for the steps of a run."""
     if is_run or len(inspections) > len(_COLOURS):
@@ -40,7 +45,7 @@ def colours_of(inspections: Sequence[Inspection], is_run: bool) -> list[Any]:
 
 
 def draw_curves(inspections: Sequence[Inspection], is_run: bool) -> bytes:
-    """All measures over the layers, a line a model, with a band of two standard errors."""
+    """All measures over the layers: a line a model, with a band of two standard errors; a line a step of a run."""
 
     def draw(panels: np.ndarray) -> None:
         for axes, (name, measure) in zip(panels.flat, MEASURES.items(), strict=True):
@@ -48,14 +53,17 @@ def draw_curves(inspections: Sequence[Inspection], is_run: bool) -> bytes:
             for inspection, colour in zip(inspections, colours_of(inspections, is_run), strict=True):
                 mean_C, error_C, _ = inspection.mean(name)
                 layers = np.arange(len(mean_C))
-                axes.plot(layers, mean_C, "o-", color=colour, markersize=3, linewidth=1.5, label=inspection.name)
-                axes.fill_between(
-                    layers, mean_C - 2 * error_C, mean_C + 2 * error_C, color=colour, alpha=0.15, linewidth=0
-                )
+                label = f"step {inspection.source.step}" if is_run else inspection.name
+                axes.plot(layers, mean_C, "o-", color=colour, markersize=3, linewidth=1.5, label=label)
+                if not is_run:
+                    axes.fill_between(
+                        layers, mean_C - 2 * error_C, mean_C + 2 * error_C, color=colour, alpha=0.15, linewidth=0
+                    )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel("layer")
         if len(inspections) > 1:
-            panels[0, 0].legend(loc="best")
+            lines = panels[0, 0].get_lines()
+            panels[0, 0].legend(handles=some(lines) if is_run else lines, loc="best")
 
     return png(2, 3, (4.2, 3.0), draw)
 
@@ -96,25 +104,29 @@ def _heat_map(
 
 
 def draw_decay(inspections: Sequence[Inspection], is_run: bool) -> bytes:
-    """Attention to visual tokens along the answer: mean over the layers, and layer by position of each model."""
+    """Attention to visual tokens along the answer: mean over the layers, and layer by position of each model, of a run
+    at some steps."""
+    mapped = some(inspections) if is_run else inspections
 
     def draw(panels: np.ndarray) -> None:
         first, *others = panels.flat
         first.set_title("Mean over the layers", loc="left")
         for inspection, colour in zip(inspections, colours_of(inspections, is_run), strict=True):
-            first.plot(inspection.decay()[0].mean(0), "o-", color=colour, markersize=3, label=inspection.name)
+            label = f"step {inspection.source.step}" if is_run else inspection.name
+            first.plot(inspection.decay()[0].mean(0), "o-", color=colour, markersize=3, label=label)
         first.set_ylim(bottom=0)
         first.set_xlabel("position in the answer")
         first.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(inspections) > 1:
-            first.legend()
-        maps = [inspection.decay()[0] for inspection in inspections]
+            lines = first.get_lines()
+            first.legend(handles=some(lines) if is_run else lines)
+        maps = [inspection.decay()[0] for inspection in mapped]
         limits = min(values.min() for values in maps), max(values.max() for values in maps)
-        for axes, inspection, values in zip(others, inspections, maps, strict=False):
+        for axes, inspection, values in zip(others, mapped, maps, strict=True):
             axes.set_title(inspection.name, loc="left")
             _heat_map(axes, values, "position in the answer", "layer", first_row=1, limits=limits)
 
-    return png(1, 1 + min(len(inspections), 3), (4.2, 3.0), draw)
+    return png(1, 1 + len(mapped), (4.2, 3.0), draw)
 
 
 def draw_points(inspection: Inspection, with_tsne: bool) -> bytes:

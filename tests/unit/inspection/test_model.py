@@ -1,13 +1,18 @@
 """What is seen in a model is what transformers' own `output_hidden_states` and `output_attentions` say."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import silhouette_score
 
 from laver_megatron.data.read.conversations import Message
+from laver_megatron.inspection.collect import Inspection, add_observation
 from laver_megatron.inspection.model import InspectedModel
 from laver_megatron.inspection.samples import Sample
+from laver_megatron.inspection.sources import Source
 from tests.unit.inspection.models import write_model
 
 KINDS = (
@@ -89,3 +94,59 @@ def test_without_an_answer_the_model_gives_one(models, kind):
     inputs, before = inspected.prepare(sample_of(picture(6), answer=None), max_new_tokens=5)
     assert before <= inputs["input_ids"].shape[1] <= before + 10
     assert len(inspected.observe(inputs, before).answer_Q) == inputs["input_ids"].shape[1] - before
+
+
+def aligned(tokens: np.ndarray, features: np.ndarray, neighbours: int) -> float:
+    """CKNNA in numpy."""
+    kernels = [unit @ unit.T for unit in (tokens, features)]
+    near = []
+    for kernel in kernels:
+        order = np.argsort(-kernel + 9 * np.eye(len(kernel)), axis=1)  # itself comes last
+        near.append(np.zeros_like(kernel))
+        np.put_along_axis(near[-1], order[:, :neighbours], 1, axis=1)
+
+    def hsic(k: np.ndarray, other: np.ndarray) -> float:
+        n = len(k)
+        rest = k.sum() * other.sum() / (n - 1) / (n - 2) - 2 * (k @ other).sum() / (n - 2)
+        return (np.trace(k @ other) + rest) / n / (n - 3)
+
+    both = near[0] * near[1]
+    own = [hsic(mask * kernel, mask * kernel) for mask, kernel in zip(near, kernels, strict=True)]
+    return hsic(both * kernels[0], both * kernels[1]) / np.sqrt(own[0] * own[1])
+
+
+@pytest.mark.parametrize("kind", ["laver", "llava-clip", "qwen2_5_vl"])
+@torch.no_grad()
+def test_every_curve_is_that_of_a_computation_by_hand(models, kind):
+    inspected = models(kind)
+    inputs, before = inspected.prepare(sample_of(picture(1)), max_new_tokens=4)
+    seen = inspected.observe(inputs, before)
+    found = Inspection(Source(kind, Path(kind), kind), inspected.num_layers)
+    add_observation(found, seen, neighbours=5)
+
+    inspected.decoder.norm, norm = torch.nn.Identity(), inspected.decoder.norm
+    output = inspected.model(**inputs, output_hidden_states=True, output_attentions=True)
+    inspected.decoder.norm = norm
+    visual = (inputs["input_ids"][0] == inspected.model.config.image_token_id).numpy()
+    features = seen.features[0].double().numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    for layer, hidden in enumerate(output.hidden_states):
+        unit = hidden[0].double().numpy()
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        tokens, text = unit[visual], unit[~visual]
+        cosines, shares = tokens @ tokens.T, np.linalg.svd(tokens, compute_uv=False)
+        shares /= shares.sum()
+        expected = {
+            "visual_similarity": cosines[~np.eye(len(tokens), dtype=bool)].mean(),
+            "effective_rank": np.exp(-(shares * np.log(shares + 1e-300)).sum()),
+            "cknna": aligned(tokens, features, 5),
+            "centroid_distance": np.linalg.norm(tokens.mean(0) - text.mean(0)),
+            "silhouette": silhouette_score(unit, visual, metric="cosine"),
+        }
+        for name, value in expected.items():
+            assert found.curves[name][0][layer] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, layer)
+    behind = ~visual & (np.arange(len(visual)) > visual.argmax())
+    for layer, weights in enumerate(output.attentions):
+        mass = weights[0].double().numpy()[:, :, visual].sum(-1).mean(0)
+        assert found.curves["attention_mass"][0][layer + 1] == pytest.approx(mass[behind].mean(), rel=1e-5)
+        np.testing.assert_allclose(found.answers[0][layer], mass[before - 1 : -1], rtol=1e-5)
