@@ -71,8 +71,8 @@ def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Sectio
     sections = [
         Section(
             "Over the layers",
-            "Layer 0 is what enters the decoder; all layers are before the final norm. Bands are two standard errors over the "
-            "images; all models see the same ones, so differences can be clear although bands overlap. "
+            "Layer 0 is what enters the decoder; all layers are before the final norm. Bands are two standard errors "
+            "over the images; all models see the same ones, so differences can be clear although bands overlap. "
             + " ".join(f"{measure.title}: {measure.explanation}." for measure in MEASURES.values()),
             {"curves.png": plots.draw_curves(inspections, steps)},
         )
