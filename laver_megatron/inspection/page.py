@@ -2,7 +2,8 @@
 
 index.html              everything, with the pictures inside
 curves.csv              model, step, measure, layer, mean, standard error, number of images (or conversations)
-attention_decay.csv     model, step, layer, position in the answer, mean, number of conversations
+attention_decay.csv     model, step, layer, position in the answer, mean, number of conversations; of answers that
+                        are not empty
 gram.csv                model, step, measure, mean, standard error, number of images; of models with a teacher
 *.png                   the pictures
 """
@@ -52,9 +53,12 @@ class Section:
 def write_page(inspections: Sequence[Inspection], directory: Path, *, facts: Sequence[str], with_tsne: bool) -> Path:
     """Writes all files into a directory that exists. facts: lines on what was shown. Returns index.html."""
     sections = _sections(inspections, with_tsne)
-    tables = {"curves.csv": _curve_rows(inspections), "attention_decay.csv": _decay_rows(inspections)}
-    if gram := list(_gram_rows(inspections)):
-        tables["gram.csv"] = gram
+    tables = {
+        "curves.csv": list(_curve_rows(inspections)),
+        "attention_decay.csv": list(_decay_rows(inspections)),
+        "gram.csv": list(_gram_rows(inspections)),
+    }
+    tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         (directory / name).write_text(_csv(rows), encoding="utf-8")
     for section in sections:
@@ -79,15 +83,12 @@ def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Sectio
     ]
     if steps:
         sections.append(Section("Over the training", "Layer by step.", {"steps.png": plots.draw_steps(inspections)}))
-    if all(inspection.decay()[0].size for inspection in inspections):
-        sections.append(
-            Section(
-                "Attention along the answer",
-                "Share of its attention that each token of the answer gives to visual tokens, when it is predicted.",
-                {"attention_decay.png": plots.draw_decay(inspections, steps)},
-            )
-        )
-    with_teacher = [inspection for inspection in inspections if inspection.gram is not None]
+    answering = [inspection for inspection in inspections if inspection.decay()[0].size]
+    note = "Share of its attention that each token of the answer gives to visual tokens, when it is predicted."
+    if silent := [inspection.name for inspection in inspections if not inspection.decay()[0].size]:
+        note += f" Most answers of {', '.join(silent)} are empty; give one with --answer."
+    pictures = {"attention_decay.png": plots.draw_decay(answering, steps)} if answering else {}
+    sections.append(Section("Attention along the answer", note, pictures))
     drawn = [inspection for inspection in mapped if inspection.gram is not None]
     if drawn:
         sections.append(
@@ -96,7 +97,7 @@ def _sections(inspections: Sequence[Inspection], with_tsne: bool) -> list[Sectio
                 "Cosines of the visual logits of all pairs of patches. Clipping lets pairs through that are more alike "
                 "for the student than for the teacher. After ±: the standard error.",
                 {"gram.png": plots.draw_gram(drawn)},
-                _table(["model", *_GRAM.values()], [_gram_cells(inspection) for inspection in with_teacher]),
+                _table(["model", *_GRAM.values()], [_gram_cells(it) for it in inspections if it.gram is not None]),
             )
         )
     for number in range(min(len(inspection.views) for inspection in inspections)):
@@ -212,10 +213,9 @@ def _row(inspection: Inspection, **cells: Any) -> dict[str, Any]:
     return {"model": inspection.name, "step": inspection.source.step, **known}
 
 
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    listed = list(rows)
-    writer = csv.DictWriter(text, list(listed[0]) if listed else ["model"], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(listed)
+    writer.writerows(rows)
     return text.getvalue()

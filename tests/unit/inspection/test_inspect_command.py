@@ -121,6 +121,15 @@ def test_steps_of_a_run_become_a_map_and_shards_bring_their_answers(export, demo
     assert (tmp_path / "seen/steps.png").exists()
 
 
+def test_empty_answers_are_said_and_leave_the_rest(export, photos, tmp_path):
+    output = tmp_path / "seen"
+    words = ["--model", export, "--images", photos / "0.png", "--answer", "", "--output", output, "--no-tsne"]
+    inspect_command.main(list(map(str, words)))
+    assert "Most answers of export are empty" in (output / "index.html").read_text()
+    assert not (output / "attention_decay.csv").exists() and not (output / "attention_decay.png").exists()
+    assert all(row["mean"] for row in rows_of(output / "curves.csv") if row["measure"] == "visual_similarity")
+
+
 def refused(capsys, *words: object, loaded: bool = False) -> str:
     """The message of a command line that ends with exit status 2; without a model having been loaded."""
     with (
