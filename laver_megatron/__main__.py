@@ -37,6 +37,7 @@ COMMANDS = {
     "export": Command("convert.export_command", "main", "a Megatron checkpoint to Hugging Face weights"),
     "verify": Command("convert.verify_command", "main", "whether both sides hold the same model"),
     "checkpoint": Command("checkpoint_command", "main", "what checkpoints hold, and whether they are whole"),
+    "inspect": Command("inspection.inspect_command", "main", "look inside models: visual tokens layer by layer"),
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),

@@ -30,6 +30,7 @@ from laver_megatron.data.batch.batches import GlobalBatch
 from laver_megatron.model.laver import StageOutput
 from laver_megatron.model.overlap import complete_parameters
 from laver_megatron.model.streams import MicroBatch, build_micro_batch
+from laver_megatron.model.visual_similarity import SimilarityCurve
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
 from laver_megatron.resilience import status
@@ -42,7 +43,7 @@ from laver_megatron.resilience.stop import StepEnd
 from laver_megatron.resilience.watchdog import watched
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.profile import ProfileWindow
-from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
+from laver_megatron.run_log.run_summary import VISUAL_SIMILARITY, make_summary, read_run_records, write_summary
 from laver_megatron.run_log.step_record import advance, flops_of, step_record
 from laver_megatron.run_log.tolerance import tolerating
 from laver_megatron.run_log.utilisation import missing_peak
@@ -281,7 +282,10 @@ def train(trainer: Trainer) -> None:
                 finished and config.run.eval_interval is not None
             )
             if validating and trainer.validation_data is not None:
-                result = evaluate(trainer)
+                inspecting = due(progress.iteration, config.run.inspect_interval) or (
+                    finished and config.run.inspect_interval is not None
+                )
+                result = inspect(trainer) if inspecting else evaluate(trainer)
                 if log:
                     log.log_validation(progress.iteration, result)
             if agreed.stop or agreed.save or finished or due(progress.iteration, config.run.save_interval):
@@ -356,6 +360,15 @@ def evaluate(trainer: Trainer) -> dict:
     if not config.objective.laver:
         result = {"loss": result["loss"], "lm_loss": result["lm_loss"]}
     return {**result, "elapsed_seconds": time.perf_counter() - started}
+
+
+def inspect(trainer: Trainer) -> dict:
+    """`evaluate`, and how alike the visual tokens of an image are after each decoder layer."""
+    curve = SimilarityCurve(trainer.stages)
+    with curve.collecting():
+        result = evaluate(trainer)
+    by_layer = curve.result()
+    return result if by_layer is None else {**result, VISUAL_SIMILARITY: by_layer}
 
 
 @phase("save")

@@ -175,6 +175,9 @@ def _training_problems(config: Config, encoder: CheckedEncoder | None) -> Iterat
         yield f"profile_step_start {start} must be below train_iters {train_iters}, or nothing is profiled"
     if config.run.eval_interval is not None and data.valid_data_path is None:
         yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
+    inspects, evaluates = config.run.inspect_interval, config.run.eval_interval
+    if inspects is not None and (evaluates is None or inspects % evaluates):
+        yield f"inspect_interval {inspects} must be a multiple of eval_interval, which is {evaluates}"
 
 
 def _weight_problems(weights: Sequence[float], paths: Sequence[str]) -> Iterator[str]:

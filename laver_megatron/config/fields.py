@@ -300,6 +300,12 @@ class RunConfig:
         default=None,
     )
     eval_iters: int = option("global batches of one evaluation", valid=POSITIVE, default=4)
+    inspect_interval: int | None = option(
+        "iterations between two evaluations that also measure how alike an image's visual tokens are after each layer, "
+        "a multiple of --eval-interval; with it, the last evaluation measures it, too",
+        valid=POSITIVE,
+        default=None,
+    )
     log_interval: int = option(
         "iterations between two printed lines; metrics.jsonl has every one", valid=POSITIVE, default=1
     )

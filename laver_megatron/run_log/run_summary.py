@@ -18,7 +18,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
                             language_model: the rest, which is what plain training on the same data costs
     validation              last and best (the lowest lm_loss): iteration, lm_loss, loss and with LaVer mim_loss,
                             gram_loss and the collapse monitors student_visual_similarity, teacher_visual_similarity,
-                            teacher_entropy; null without validation
+                            teacher_entropy; null without validation. With --inspect-interval visual_similarity, too:
+                            layer_1, layer_2, ... and last, the same as that of the last layer
     training                the same numbers as means over the last num_iterations (at most 20)
     throughput              means over the same: tokens, visual tokens, images a second, TFLOP/s of a device; MFU, HFU
                             and MFU over full squares (`utilisation.py`), absent where the peak is not known
@@ -65,6 +66,7 @@ THROUGHPUT_COLUMNS = (
     "tokens_per_second", "visual_tokens_per_second", "images_per_second", "tflops_per_gpu",
     "mfu", "hfu", "mfu_full_square",
 )  # fmt: skip
+VISUAL_SIMILARITY = "visual_similarity"  # of a validation record: one number a decoder layer
 _AVERAGED_ITERATIONS = 20
 # What decides a run's numbers lies in these sections, and in what is validated; layout and logging change none.
 _HASHED_SECTIONS = ("start", "model", "data", "objective", "training")
@@ -150,7 +152,19 @@ def _last_and_best(records: Sequence[Mapping[str, Any]], columns: Sequence[str])
         "last": max(records, key=lambda record: record["iteration"]),
         "best": min(records, key=lambda record: math.inf if record["lm_loss"] is None else record["lm_loss"]),
     }
-    return {name: {field: record.get(field) for field in ("iteration", *columns)} for name, record in chosen.items()}
+    return {
+        name: {field: record.get(field) for field in ("iteration", *columns)} | _by_layer(record)
+        for name, record in chosen.items()
+    }
+
+
+def _by_layer(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The curve of a validation that measured it, as columns."""
+    curve = record.get(VISUAL_SIMILARITY)
+    if not curve:
+        return {}
+    layers = {f"layer_{number}": value for number, value in enumerate(curve, start=1)}
+    return {VISUAL_SIMILARITY: {**layers, "last": curve[-1]}}
 
 
 def _recent_means(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any] | None:

@@ -768,11 +768,17 @@ LOOPS = {
     "train_iters": ({"train_iters": 2}, 2, [2], []),
     "eval_interval": ({"eval_interval": 2, "valid_data_path": ("other-answers",)}, 4, [4], [2, 4]),
     "eval_interval 3": ({"eval_interval": 3, "valid_data_path": ("other-answers",)}, 4, [4], [3, 4]),
+    "inspect_interval": (
+        {"eval_interval": 1, "inspect_interval": 3, "valid_data_path": ("other-answers",)},
+        4,
+        [4],
+        [1, 2, 3, 4],
+    ),
     "profile": ({"profile": True, "profile_step_start": 1, "profile_step_end": 3, "peak_tflops": 2.0}, 4, [4], []),
 }
 
 
-@shows("save_interval", "exit_interval", "eval_interval", "eval_iters", "run_dir", "train_iters")
+@shows("save_interval", "exit_interval", "eval_interval", "eval_iters", "inspect_interval", "run_dir", "train_iters")
 @shows("log_interval", "tensorboard", "wandb_project", "profile", "profile_step_start", "profile_step_end")
 @shows("peak_tflops", "save_interval_minutes", "exit_duration_minutes")
 @pytest.mark.parametrize("name", LOOPS)
@@ -813,6 +819,8 @@ def test_the_loop_saves_validates_and_ends_when_told(assets, of, tmp_path, name)
         assert "iterations 2 to 3" in (tmp_path / "run" / "profile" / "stage-0.md").read_text()
     validations = [call.args for call in log.log_validation.call_args_list]
     assert [iteration for iteration, _ in validations] == validated
+    inspected = [iteration for iteration, record in validations if len(record.get("visual_similarity", ())) == 4]
+    assert inspected == ([3, 4] if "inspect_interval" in settings else [])
     # Three global batches an evaluation, always the same ones.
     assert read_at == [0, PACKS_PER_STEP, 2 * PACKS_PER_STEP] * len(validated)
 

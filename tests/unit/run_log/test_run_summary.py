@@ -59,10 +59,22 @@ def test_training_numbers_are_means_without_skipped_iterations(tmp_path):
     assert summary["validation"] is None
 
 
+def test_the_curve_by_layer_becomes_columns_of_the_evaluations_that_have_it():
+    validation = [
+        {"iteration": 2, "loss": 3.0, "lm_loss": 3.0},
+        {"iteration": 4, "loss": 4.0, "lm_loss": 4.0, "visual_similarity": [0.25, 0.5, 0.75]},
+    ]
+    summary = make_summary(make_config("run", laver=False), SumsOfARun(), {}, 0, {}, validation, [])
+    assert summary["validation"]["best"] == {"iteration": 2, "loss": 3.0, "lm_loss": 3.0}
+    columns = {"layer_1": 0.25, "layer_2": 0.5, "layer_3": 0.75, "last": 0.75}
+    assert summary["validation"]["last"]["visual_similarity"] == columns
+
+
 SAME = {
     "seed": 5, "run_dir": "elsewhere", "tensor_model_parallel_size": 4, "micro_batch_size": 2, "num_workers": 7,
     "save_interval": 3, "exit_interval": 3, "log_interval": 9, "tensorboard": True, "attention_kernel": "dense",
-    "preset": "paper", "eval_interval": 10, "recompute_granularity": "full", "shard_cache": "/local",
+    "preset": "paper", "eval_interval": 10, "inspect_interval": 20,
+    "recompute_granularity": "full", "shard_cache": "/local",
 }  # fmt: skip
 OTHER = {
     "load": "hf:other", "data_path": ("more",), "train_iters": 101, "lr": 1e-3, "laver": False, "mask_ratio": 0.1,
