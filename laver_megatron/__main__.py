@@ -41,6 +41,8 @@ COMMANDS = {
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
+    "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
+    "score": Command("tasks.score_command", "main", "an export's answers to the questions of shards, by family"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
 }

@@ -18,7 +18,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
                             language_model: the rest, which is what plain training on the same data costs
     validation              last and best (the lowest lm_loss): iteration, lm_loss, loss and with LaVer mim_loss,
                             gram_loss and the collapse monitors student_visual_similarity, teacher_visual_similarity,
-                            teacher_entropy; null without validation. With --inspect-interval visual_similarity, too:
+                            teacher_entropy; null without validation. answer_accuracy, and answer_accuracy/FAMILY where
+                            records name a family (`answers.py`). With --inspect-interval visual_similarity, too:
                             layer_1, layer_2, ... and last, the same as that of the last layer
     training                the same numbers as means over the last num_iterations (at most 20)
     throughput              means over the same: tokens, visual tokens, images a second, TFLOP/s of a device; MFU, HFU
@@ -153,7 +154,9 @@ def _last_and_best(records: Sequence[Mapping[str, Any]], columns: Sequence[str])
         "best": min(records, key=lambda record: math.inf if record["lm_loss"] is None else record["lm_loss"]),
     }
     return {
-        name: {field: record.get(field) for field in ("iteration", *columns)} | _by_layer(record)
+        name: {field: record.get(field) for field in ("iteration", *columns)}
+        | {field: value for field, value in record.items() if field.split("/")[0] == "answer_accuracy"}
+        | _by_layer(record)
         for name, record in chosen.items()
     }
 
