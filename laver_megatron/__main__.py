@@ -41,6 +41,7 @@ COMMANDS = {
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
     "arm-table": Command("studies.arm_table_command", "main", "compare the arms of an ablation with its baseline"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
+    "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
 }
