@@ -99,8 +99,8 @@ def read_command_line(argv: Sequence[str]) -> Invocation:
     config_file, dry_run = given.pop("config", None), given.pop("dry_run", None)
     print_config = given.pop("print_config", False)
     in_file = _read_yaml(config_file, problems)
-    from_file = _coerce_all(in_file or {}, lambda name: f"{config_file}: {name}", problems)
-    from_flags = _coerce_all(given, _flag, problems)
+    from_file = coerce_all(in_file or {}, lambda name: f"{config_file}: {name}", problems)
+    from_flags = coerce_all(given, _flag, problems)
     values = _by_precedence(from_file, from_flags)
     # Only what was read whole can be said to lack something.
     if flags is not None and flags.get("config") is not _NO_VALUE and in_file is not None:
@@ -274,27 +274,41 @@ def _read_yaml(config_file: str | None, problems: list[str]) -> dict[str, Any] |
     """The known keys of the file with their values; None if it could not be read."""
     if config_file is None:
         return {}
+    content = read_mapping(config_file, f"--config {config_file}", problems)
+    return None if content is None else known_keys(content, config_file, problems)
+
+
+def read_mapping(file: str, label: str, problems: list[str]) -> dict[Any, Any] | None:
+    """The content of a YAML file; None, and a problem that begins with the label, if it could not be read."""
     try:
-        with open(config_file, encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_Loader)
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problems.append(f"--config {config_file}: cannot be read ({reason})")
+        problems.append(f"{label}: cannot be read ({getattr(error, 'strerror', None) or error})")
         return None
+    return parse_mapping(text, label, problems)
+
+
+def parse_mapping(text: str, label: str, problems: list[str]) -> dict[Any, Any] | None:
+    """A YAML mapping, empty for an empty text; None, and a problem that begins with the label, if it is none."""
+    try:
+        content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        problems.append(f"--config {config_file}: not valid YAML ({' '.join(str(error).split())})")
+        problems.append(f"{label}: not valid YAML ({' '.join(str(error).split())})")
         return None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        found = type(content).__name__
-        problems.append(f"--config {config_file}: expected `key: value` lines, found a {found}")
+    if content is not None and not isinstance(content, dict):
+        problems.append(f"{label}: expected `key: value` lines, found a {type(content).__name__}")
         return None
+    return content or {}
+
+
+def known_keys(content: Mapping[Any, Any], label: str, problems: list[str]) -> dict[str, Any]:
+    """What of a mapping are settings; a problem for each other key."""
     names = tuple(all_fields())
     for key in content:
         if key not in names:
             suggestion = _suggestion(str(key).replace("-", "_"), names)
-            problems.append(f"{config_file}: unknown key {key}{suggestion}")
+            problems.append(f"{label}: unknown key {key}{suggestion}")
     return {name: value for name, value in content.items() if name in names}
 
 
@@ -308,7 +322,8 @@ def _suggestion(name: str, candidates: Sequence[str]) -> str:
 # --- types ------------------------------------------------------------------------------------------
 
 
-def _coerce_all(raw: Mapping[str, Any], label: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
+def coerce_all(raw: Mapping[str, Any], label: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
+    """Values of settings as their types; a problem, labelled by the setting's name, for each that is not."""
     types = field_types()
     choices = {name: item.metadata["choices"] for name, item in all_fields().items()}
     values = {}

@@ -270,6 +270,7 @@ class RunConfig:
     """What a run writes, and how often."""
 
     run_dir: str = option("folder of checkpoints/, metrics.jsonl, curves and the resolved config.yaml")
+    arm: str | None = option("name of the run's arm in a study, for `laver fit --arm-by arm`", default=None)
     save_interval: int | None = option(
         "iterations between two checkpoints; the last is always saved", valid=POSITIVE, default=None
     )

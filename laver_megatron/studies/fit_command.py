@@ -11,7 +11,7 @@ from laver_megatron.program import program, program_parser
 from laver_megatron.runtime.files import write_text
 from laver_megatron.studies.fit_output import PICTURES, TABLES, measured_text, study_text, write_measured, write_tables
 from laver_megatron.studies.fitted_study import FitSettings, fit_study
-from laver_megatron.studies.pairs import compare_pairs
+from laver_megatron.studies.pairs import compare_with_baseline
 from laver_megatron.studies.registry import FAULTS, SIZE_PARTS, TOKEN_KINDS
 from laver_megatron.studies.study import (
     CONTINUED_TRAINING,
@@ -36,6 +36,7 @@ EXAMPLES = [
     "--registry runs/sweep --where laver=true --column last.student_visual_similarity --ceiling 1 --output similarity",
     "--points chinchilla.csv --size-column 'Model Size' --flops-column 'Training FLOP' --output chinchilla",
     "--registry runs/7b runs/7b-baseline --arm-by laver --no-law --output compared",
+    "--registry runs/ablation --arm-by arm --baseline plain --no-law --output compared",
 ]
 # Fewer resamples have no percentiles worth the name.
 _FEWEST_RESAMPLES = 20
@@ -71,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--leave-out", nargs="+", choices=FAULTS, default=[], help="leave out runs with these faults, do not stop")
     add("--allow-differences", nargs="+", default=[], metavar="SETTING",
         help="compare two arms although these settings of their data or validation differ")  # fmt: skip
-    add("--no-law", action="store_true", help="only compare two arms by their pairs of runs; two runs are enough")
+    add("--no-law", action="store_true",
+        help="only compare arms with the baseline by their pairs of runs; two runs are enough")  # fmt: skip
     add("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest values of each arm")
     add("--size-parts", nargs="+", default=SIZE_PARTS, metavar="PART",
         help=f"what N counts (default: {' '.join(SIZE_PARTS)})")  # fmt: skip
@@ -105,9 +107,9 @@ def fit_and_write(options: argparse.Namespace) -> None:
     notes = [*(f"left out: {text}" for text in left_out), *study.notes]
     arms = {name: arm.without_highest(options.drop_highest) for name, arm in study.arms.items()}
     if options.no_law:
-        measured = compare_pairs(arms, options.baseline, options.level)
-        if not measured.pairs:
-            raise ValueError(measured.notes[0])
+        measured = compare_with_baseline(arms, options.baseline, options.level)
+        if not any(one.pairs for one in measured):
+            raise ValueError(measured[0].notes[0])
         text, files = measured_text(measured, options.level, notes), write_measured(measured, options.output)
     else:
         from laver_megatron.studies.fit_plots import draw_study  # matplotlib takes a second to import
@@ -131,7 +133,7 @@ def _read(options: argparse.Namespace, column: str) -> Study:
         return {name: getattr(options, name) for name in ("arm_by", "where", "ceiling", *names)}
 
     if options.registry:
-        taken = given("size_parts", "tokens", "leave_out", "allow_differences")
+        taken = given("baseline", "size_parts", "tokens", "leave_out", "allow_differences")
         return study_of_registry(options.registry, column, **taken)
     return study_of_csv(options.points, column, **given("size_column", "tokens_column", "flops_column"))
 

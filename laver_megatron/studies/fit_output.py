@@ -3,7 +3,7 @@
 law.json          everything: settings, parameters with intervals, extrapolation, frontier, differences, notes
 law.csv           arm, parameter, value, low, high
 frontier.csv      arm, FLOPs, and the best size, tokens and value there, with intervals
-measured.csv      the pairs of runs that two arms have in common, treated minus baseline
+measured.csv      the pairs of runs that an arm has in common with the baseline, treated minus baseline
 means.csv         the means of these by amount and of all, with intervals
 differences.csv   treated minus baseline by the laws, at equal data and at equal FLOPs
 
@@ -40,14 +40,14 @@ def write_tables(study: FittedStudy, directory: Path, facts: Mapping[str, Any]) 
         "frontier.csv": _csv(_frontier_rows(study)),
     }
     if study.measured:
-        tables |= _measured_tables(study.measured)
+        tables |= _measured_tables([study.measured])
     if study.differences:
         tables["differences.csv"] = _csv(map(_with_difference, study.differences))
     return _write(tables, directory)
 
 
-def write_measured(measured: PairedComparison, directory: Path) -> list[Path]:
-    """Writes the tables of two arms that are compared without a law. Returns the files."""
+def write_measured(measured: Sequence[PairedComparison], directory: Path) -> list[Path]:
+    """Writes the tables of arms that are compared with one baseline without a law. Returns the files."""
     return _write(_measured_tables(measured), directory)
 
 
@@ -59,13 +59,10 @@ def _write(tables: Mapping[str, str], directory: Path) -> list[Path]:
     return [directory / name for name in tables]
 
 
-def _measured_tables(measured: PairedComparison) -> dict[str, str]:
-    if not measured.pairs:
-        return {}
-    return {
-        "measured.csv": _csv(map(_with_difference, measured.pairs)),
-        "means.csv": _csv(map(dataclasses.asdict, measured.means)),
-    }
+def _measured_tables(measured: Sequence[PairedComparison]) -> dict[str, str]:
+    pairs = [{"arm": one.treated, **_with_difference(pair)} for one in measured for pair in one.pairs]
+    means = [{"arm": one.treated, **dataclasses.asdict(mean)} for one in measured for mean in one.means]
+    return {"measured.csv": _csv(pairs), "means.csv": _csv(means)} if pairs else {}
 
 
 def _as_json(study: FittedStudy) -> Row:
@@ -158,10 +155,12 @@ def study_text(study: FittedStudy) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in study.notes)])
 
 
-def measured_text(measured: PairedComparison, level: float, notes: Sequence[str]) -> str:
-    """Two arms by their pairs of runs, without any law."""
-    lines = _measured_lines(measured, f"{100 * level:g}% interval")
-    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *measured.notes))])
+def measured_text(measured: Sequence[PairedComparison], level: float, notes: Sequence[str]) -> str:
+    """Arms against one baseline by their pairs of runs, without any law."""
+    lines = [line for one in measured for line in _measured_lines(one, f"{100 * level:g}% interval")]
+    # With two arms it goes without saying which of them a note is about.
+    own = [note if len(measured) == 1 else f"{one.treated}: {note}" for one in measured for note in one.notes]
+    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *own))])
 
 
 def _measured_lines(measured: PairedComparison, interval: str) -> Iterator[str]:

@@ -110,6 +110,20 @@ def compare_pairs(arms: Mapping[str, ArmRuns], baseline: str, level: float = 0.9
     return PairedComparison(baseline, treated, tuple(pairs), tuple(mean_differences(pairs, level)), tuple(notes))
 
 
+def compare_with_baseline(arms: Mapping[str, ArmRuns], baseline: str, level: float = 0.95) -> list[PairedComparison]:
+    """Compares every other arm with the baseline by `compare_pairs`, in their order.
+
+    Raises:
+        ValueError: fewer than two arms, none of them the baseline, values that are not numbers.
+    """
+    if len(arms) <= 2:
+        return [compare_pairs(arms, baseline, level)]
+    if baseline not in arms:
+        raise ValueError(f"the arms are {', '.join(arms)}; name the one to compare with as --baseline")
+    treated = (name for name in arms if name != baseline)
+    return [compare_pairs({baseline: arms[baseline], name: arms[name]}, baseline, level) for name in treated]
+
+
 def treated_arm(arms: Mapping[str, ArmRuns], baseline: str) -> str:
     """The other of two arms.
 

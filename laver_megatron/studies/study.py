@@ -27,6 +27,7 @@ _LADDER_SETTINGS = {"load", "model", "encoder", "train_iters"}
 # With other data or validation, a difference of two losses says nothing of the arms.
 OF_THE_LOSS = {item.name for item in fields_of("data")} | {"eval_iters"}
 _DATA_PATH = "config.data_path"
+ARM_COLUMN = "config.arm"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def study_of_registry(
     column: str,
     *,
     arm_by: str | None = None,
+    baseline: str = "baseline",
     where: Sequence[tuple[str, str]] = (),
     size_parts: Sequence[str] = SIZE_PARTS,
     tokens: str = "total",
@@ -80,6 +82,7 @@ def study_of_registry(
 
     Args:
         where: columns and the values that runs must have there.
+        baseline: the arm that the others are compared with.
         allow_differences: settings of data and validation that may differ between two arms.
     """
     registry = read_registry(paths, leave_out)
@@ -90,8 +93,8 @@ def study_of_registry(
     notes: list[str] = []
     if arm_by:
         _check_column(tables, column)
-        if len(tables) == 2:
-            notes += check_equal_settings(tables, registry.full_name(arm_by), allow_differences)
+        for pair in _compared(tables, baseline):
+            notes += check_equal_settings(pair, registry.full_name(arm_by), allow_differences)
     arms = {
         name: ArmRuns(
             table.observations(column, size_parts, tokens, ceiling),
@@ -102,6 +105,15 @@ def study_of_registry(
         for name, table in tables.items()
     }
     return Study(arms, tuple(notes), registry)
+
+
+def _compared(tables: Mapping[str, Registry], baseline: str) -> list[Mapping[str, Registry]]:
+    """The pairs of arms that will be compared: each with the baseline."""
+    if len(tables) == 2:
+        return [tables]
+    if baseline not in tables:
+        return []
+    return [{baseline: tables[baseline], name: table} for name, table in tables.items() if name != baseline]
 
 
 def _check_column(tables: dict[str, Registry], column: str) -> None:
@@ -255,7 +267,8 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
     """Notes on the settings that differ between two arms beside the one that makes them.
 
     Args:
-        arm_by: the column that makes the arms; `laver` covers LaVer's own settings.
+        arm_by: the column that makes the arms; `laver` covers LaVer's own settings. By `arm`, the name of a sweep's
+            overrides, all that differs is what the arms are.
         allowed: settings that may differ although the arms' losses are then of other data.
 
     Raises:
@@ -270,6 +283,10 @@ def check_equal_settings(arms: Mapping[str, Registry], arm_by: str, allowed: Col
             f"{' and '.join(arms)} cannot be compared: their runs differ in data or validation:{lines}\n  make them "
             f"alike, or compare them anyway with --allow-differences {' '.join(refused)}"
         )
+    if arm_by == ARM_COLUMN:
+        if difference := _difference(arms, "config.laver"):
+            found = {"laver": difference, **found}
+        return [f"{' and '.join(arms)} differ in {name} ({values})" for name, values in found.items()]
     return [
         f"{' and '.join(arms)} also differ in {name} ({values}): what differs between them may come from that"
         for name, values in found.items()

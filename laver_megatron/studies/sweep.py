@@ -1,6 +1,6 @@
 """The runs of a sweep: sizes x amounts x arms x seeds, with their iterations, tokens and exact FLOPs.
 
-An amount is a number of iterations or tokens, a compute budget, or a nested subset of the data. Both arms read the same
+An amount is a number of iterations or tokens, a compute budget, or a nested subset of the data. All arms read the same
 packs; a compute budget gives each of them as many iterations as it pays for, LaVer's overhead charged.
 """
 
@@ -15,9 +15,10 @@ from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders import read_encoder
 from laver_megatron.run_log.run_summary import config_hash
+from laver_megatron.studies.arms import Arm, equal_arms, read_arms
 from laver_megatron.studies.iteration_counts import IterationCounts
 from laver_megatron.studies.observations import first_few
-from laver_megatron.studies.sweep_options import ARMS, SweepOptions
+from laver_megatron.studies.sweep_options import SweepOptions
 from laver_megatron.studies.sweep_sizes import (
     Size,
     amount_label,
@@ -56,13 +57,17 @@ def sweep_runs(options: SweepOptions) -> list[SweepRun]:
         ConfigError: everything that keeps runs from being made or from starting; data that cannot be opened; amounts
             beyond the data or below one iteration; runs that would be the same.
     """
-    sizes = with_visual_budget(read_sizes(options))
+    arms = read_arms(options)
+    sizes = read_sizes(options)
+    if equal := list(dict.fromkeys(problem for size in sizes for problem in equal_arms(arms, size.config))):
+        raise ConfigError(equal)
+    sizes = with_visual_budget(sizes)
     maker = _RunMaker(options, sizes)
     runs = [
         run
         for size in sizes
         for amount in options.amounts
-        for arm in options.arms
+        for arm in arms
         for seed in options.seeds or (size.config.training.seed,)
         if (run := maker.make(size, amount, arm, seed))
     ]
@@ -85,25 +90,25 @@ class _RunMaker:
     def problems(self) -> Iterator[str]:
         return _grouped(self._problems)
 
-    def make(self, size: Size, amount: str, arm: str, seed: int) -> SweepRun | None:
+    def make(self, size: Size, amount: str, arm: Arm, seed: int) -> SweepRun | None:
         """None, and a problem, where the data do not hold the amount or it is below one iteration."""
         options = self.options
-        config = size.config.replace(laver=ARMS[arm], seed=seed)
+        config = arm.configured(size.config).replace(seed=seed)
         if options.amount_kind == "subsets":
             config = config.replace(data_path=(amount,), data_weights=None)
-        name = f"{size.name}-{amount_label(options.amount_kind, amount)}-{arm}-seed{seed}"
+        name = f"{size.name}-{amount_label(options.amount_kind, amount)}-{arm.name}-seed{seed}"
         data = self._counts_of(size, config)
         try:
             num_iterations = self._num_iterations(size, config, data, amount)
         except ValueError as error:
             self._problems.setdefault(str(error), []).append(name)
             return None
-        cost, counts = data.flops(size.flops, config, num_iterations), data.counts(num_iterations)
+        cost, counts = data.flops(size.flops(config), config, num_iterations), data.counts(num_iterations)
         return SweepRun(
             name=name,
             config=self._configured(size, config, name, num_iterations),
             size=size,
-            arm=arm,
+            arm=arm.name,
             amount=amount,
             tokens=counts["num_tokens"],
             visual_tokens=counts["num_visual_tokens"],
@@ -124,7 +129,7 @@ class _RunMaker:
         counts: dict[str, Callable[[int], int]] = {
             "iterations": lambda number: number,
             "tokens": lambda number: data.counts(number)["num_tokens"],
-            "flops": lambda number: data.flops(size.flops, config, number).total,
+            "flops": lambda number: data.flops(size.flops(config), config, number).total,
         }
         count, unit = counts[kind], {"flops": "FLOPs"}.get(kind, kind)
         number = nearest(count, float(amount), unit, most + 1)

@@ -13,23 +13,25 @@ from typing import TYPE_CHECKING
 from laver_megatron.program import program, program_parser
 from laver_megatron.run_log.run_summary import MANIFEST
 from laver_megatron.studies.observations import NEEDED_DISTINCT
-from laver_megatron.studies.sweep_options import ARMS, SweepOptions
+from laver_megatron.studies.sweep_options import LAVER_AND_BASELINE, SweepOptions
 
 if TYPE_CHECKING:
     from laver_megatron.studies.sweep import SweepRun
 
 DESCRIPTION = """
-Makes the runs of a scaling study: sizes x amounts of data or compute x LaVer on and off x seeds.
+Makes the runs of a scaling study or an ablation: sizes x amounts of data or compute x arms (LaVer on and off, or any
+named overrides of the configuration) x seeds.
 
 Any flag of `laver train` that is not an option here goes to all runs. What comes out: configs/NAME.yaml,
 manifest.csv (N, tokens and exact FLOPs of every run, before it has run), run.sh for one machine, and submit.sh, which
 submits array.sh to SLURM. The same command again does what is left. Then fit: `laver fit --registry
-DIR/runs --arm-by laver --output LAW`. The data are opened and their tokens counted, which is kept beside their index.
+DIR/runs --arm-by arm --output LAW`. The data are opened and their tokens counted, which is kept beside their index.
 """
 EXAMPLES = [
     "--models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --tokens 2e8 5e8 1e9 --output runs/sweep",
     "--models examples/scaling/{0.5b,1.5b,3b,7b}.yaml --flops 1e19 3e19 1e20 --output runs/iso",
     "--base base.yaml --models MODEL_DIR ... --subsets s1.parquet s2.parquet --output runs/sub",
+    "--models one.yaml --tokens 2e8 --seeds 1 2 3 --arms arms.yaml --output runs/ablation",
 ]
 _FAR = 0.02  # from an amount, as a share of it: worth a note
 
@@ -66,7 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     amounts("--subsets", nargs="+", metavar="FILE",
         help="nested subsets (laver shards subset), of which each run sees one epoch")  # fmt: skip
     add("--output", type=Path, required=True, metavar="DIR", help="where configurations, scripts and runs go")
-    add("--arms", nargs="+", choices=ARMS, help="with and without LaVer (default: both)")
+    add("--arms", nargs="+", metavar="ARM",
+        help=f"{' and '.join(LAVER_AND_BASELINE)}, or YAML files of NAME: {{FIELD: VALUE}} (both)")  # fmt: skip
+    add("--arm", action="append", metavar="NAME=FIELD:VALUE,...",
+        help="one more arm, such as mim=gram_loss:none; without --arms these are all")  # fmt: skip
     add("--seeds", nargs="+", type=int, metavar="N", help="(default: the configuration's)")
     add("--max-epochs", type=float, metavar="E", help="how often a run may see the data (default: 1)")
     add("--num-gpus", nargs="+", type=int, metavar="N",

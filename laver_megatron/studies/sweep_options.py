@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ARMS = {"laver": True, "baseline": False}  # named as `Registry.arms` names them
+LAVER_AND_BASELINE = {"laver": {"laver": True}, "baseline": {"laver": False}}  # as `Registry.arms` names them
+NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
 AMOUNT_KINDS = ("iterations", "tokens", "flops", "subsets")
 
 
@@ -16,6 +18,8 @@ class SweepOptions:
     Attributes:
         models: configuration files, or model directories to be trained by the configuration `base`.
         iterations, tokens, flops, subsets: the amounts; one of these is given, subsets as paths.
+        arms: names of LAVER_AND_BASELINE, or YAML files with overrides by the arm's name; with `arm` empty, too: both.
+        arm: further arms, as NAME=field:value,field:value.
         seeds: empty for the configuration's own.
         num_gpus: for each model or one for all; empty for the smallest number that its layout fits.
         lr_exponent: the rate falls as N to the power of minus this.
@@ -30,7 +34,8 @@ class SweepOptions:
     flops: list[str] | None = None
     subsets: list[str] | None = None
     output: Path = Path()
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: list[str] = field(default_factory=list)
+    arm: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     max_epochs: float = 1.0
     num_gpus: list[int] = field(default_factory=list)
@@ -48,3 +53,8 @@ class SweepOptions:
     def amounts(self) -> list[str]:
         amounts: list[str] = getattr(self, self.amount_kind)
         return amounts
+
+
+def is_yaml(name: str) -> bool:
+    """Whether this names a YAML file."""
+    return Path(name).suffix in (".yaml", ".yml")

@@ -6,7 +6,6 @@ A size is a configuration: a separate file, or the base file with a model's dire
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,9 +22,8 @@ from laver_megatron.hf.tokenizer import load_tokenizer
 from laver_megatron.run_log.run_summary import hashed_settings
 from laver_megatron.shards.subset import read_manifest
 from laver_megatron.start import HF_PREFIX, find_start
-from laver_megatron.studies.sweep_options import SweepOptions
+from laver_megatron.studies.sweep_options import NAME, SweepOptions, is_yaml
 
-_NAME = re.compile(r"[A-Za-z0-9._-]+")  # goes into paths, a CSV and shell scripts
 _SET_BY_THE_SWEEP = (
     "--config", "--load", "--model", "--run-dir", "--train-iters", "--exit-interval", "--seed", "--laver", "--no-laver",
     "--print-config", "--dry-run",
@@ -50,9 +48,9 @@ class Size:
     def num_parameters(self) -> int:
         return language_model_parameters(self.shape)
 
-    @cached_property
-    def flops(self) -> ModelFlops:
-        return run_flops(self.config, self.shape, read_encoder(self.encoder_dir))
+    def flops(self, config: Config) -> ModelFlops:
+        """Of a run of this size. config: that of its arm, which may have another vision head."""
+        return run_flops(config, self.shape, read_encoder(self.encoder_dir))
 
 
 def language_model_parameters(shape: ModelShape) -> int:
@@ -104,7 +102,7 @@ def _option_problems(options: SweepOptions) -> Iterator[str]:
         yield f"--num-gpus {min(options.num_gpus)}: a run needs at least one"
     if len(options.num_gpus) not in (0, 1, len(options.models)):
         yield f"--num-gpus has {len(options.num_gpus)} numbers for {len(options.models)} models; give one, or all"
-    for name, values in (("--models", options.models), ("--arms", options.arms), ("--seeds", options.seeds)):
+    for name, values in (("--models", options.models), ("--seeds", options.seeds)):
         if twice := _repeated([str(value) for value in values]):
             yield f"{name} names {', '.join(twice)} twice: its runs would be the same"
     if options.lr_warmup_share is not None and not 0 <= options.lr_warmup_share < 1:
@@ -176,9 +174,9 @@ def _subset_problems(paths: Sequence[str]) -> Iterator[str]:
 
 def _read_size(model: str, options: SweepOptions, num_gpus: int | None) -> Size:
     path = Path(model)
-    is_file = path.suffix in (".yaml", ".yml")
+    is_file = is_yaml(model)
     name = path.stem if is_file else Path(model.rstrip("/")).name
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         problem = f"the name {name!r} would be part of file names; use letters, digits, dot, dash, underscore"
         raise ConfigError([problem])
     if not is_file and options.base is None:

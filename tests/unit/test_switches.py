@@ -887,6 +887,7 @@ ELSEWHERE = {
     "keep_last": ("distributed/test_saving.py", "keep_last=2"),
     "keep_every": ("distributed/test_saving.py", "keep_every=3"),
     "keep_best": ("distributed/test_saving.py", "keep_best=True"),
+    "arm": ("unit/studies/test_arms.py", 'config["arm"] == arm'),
     # Of the launcher.
     "restarts": ("unit/resilience/test_supervisor.py", "restarts=2"),
     "restart_same_step_limit": ("unit/resilience/test_supervisor.py", "restart_same_step_limit=2"),

@@ -356,6 +356,26 @@ def test_too_few_runs_for_a_law_are_compared_without_one(tmp_path, capsys):
     assert [float(row["difference"]) for row in rows(output / "measured.csv")] == pytest.approx([-0.02] * 2)
 
 
+def test_every_arm_is_compared_with_the_baseline(tmp_path, capsys):
+    """Arms of a sweep, by name; where they differ is what they are, not a fault of the comparison."""
+    arms = {"plain": (0, {"laver": False}), "mim": (0.01, {}), "cga": (-0.02, {"gram_weight": 2.0})}
+    for size in (7e9, 70e9):
+        for arm, (better, settings) in arms.items():
+            settings = {**settings, "arm": arm, "load": f"hf:{size:g}"}
+            write_run(tmp_path / "runs" / f"{size:g}-{arm}", 2 + 1e9 / size + better, size=size, settings=settings)
+    output = tmp_path / "out"
+    options = ("--registry", tmp_path / "runs", "--arm-by", "arm", "--no-law", "--output", output)
+    assert run_tool(*options) == 2 and "name the one to compare with as --baseline" in capsys.readouterr().err
+    assert run_tool(*options, "--baseline", "plain") == 0
+    out = capsys.readouterr().out
+    assert "mim minus plain, measured" in out and "cga minus plain, measured" in out and "mim minus cga" not in out
+    assert "note: plain and cga differ in laver (false in plain, true in cga)" in out
+    differences = [(row["arm"], float(row["difference"])) for row in rows(output / "measured.csv")]
+    assert [arm for arm, _ in differences] == ["cga"] * 2 + ["mim"] * 2
+    assert [difference for _, difference in differences] == pytest.approx([-0.02] * 2 + [0.01] * 2)
+    assert {row["arm"] for row in rows(output / "means.csv")} == {"mim", "cga"}
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

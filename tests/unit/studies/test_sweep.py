@@ -48,7 +48,8 @@ def test_arms_differ_in_nothing_but_laver(sweep):
     for size in SIZES:
         laver, baseline = (f"model_{size}-iterations2-{arm}-seed1234" for arm in ("laver", "baseline"))
         one, other = (sweep.config(name).flat() for name in (laver, baseline))
-        assert {key for key in one if one[key] != other[key]} == {"laver", "run_dir"}
+        assert {key for key in one if one[key] != other[key]} == {"laver", "run_dir", "arm"}
+        assert (sweep.config(laver).run.arm, sweep.config(baseline).run.arm) == ("laver", "baseline")
         assert runs[laver]["tokens"] == runs[baseline]["tokens"]
         overhead = int(runs[laver]["laver_overhead"])
         assert overhead > 0 == int(runs[baseline]["laver_overhead"])
