@@ -43,6 +43,7 @@ COMMANDS = {
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
+    "ablation-parts": Command("demo.ablation_command", "main", "make the model, encoder and texts of an ablation"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
 }
 

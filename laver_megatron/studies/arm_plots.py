@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from laver_megatron.run_log.curves import BLUE, GREY, RED, STYLE
 from laver_megatron.run_log.records import read_records
 from laver_megatron.runtime.files import replacing
-from laver_megatron.studies.arm_table import LOSS, SIMILARITIES, Arm, difference, result_columns
+from laver_megatron.studies.arm_table import LOSS, SIMILARITIES, ArmResult, difference, result_columns
 
 _COLOURS = matplotlib.colormaps["tab10"]
 _NUM_COLUMNS = 4
 
 
-def draw_arms(arms: Sequence[Arm], baseline: Arm, sweep: Path, path: Path) -> None:
+def draw_arms(arms: Sequence[ArmResult], baseline: ArmResult, sweep: Path, path: Path) -> None:
     """Replaces `path` by the picture. sweep: the directory whose runs/ hold metrics.jsonl."""
     columns = [column for column in result_columns(arms) if column not in SIMILARITIES]
     others = [arm for arm in arms if arm is not baseline and arm.seeds]
@@ -45,7 +45,7 @@ def draw_arms(arms: Sequence[Arm], baseline: Arm, sweep: Path, path: Path) -> No
             figure.savefig(temporary, format="png")
 
 
-def _draw_differences(axes: Axes, arms: Sequence[Arm], baseline: Arm, column: str) -> None:
+def _draw_differences(axes: Axes, arms: Sequence[ArmResult], baseline: ArmResult, column: str) -> None:
     """A line an arm, the first on top; to the better side of zero the points are blue."""
     axes.set_title(f"{column} minus {baseline.name}", loc="left", fontsize=8)
     axes.axvline(0, color=GREY, linewidth=0.9)
@@ -62,18 +62,18 @@ def _draw_differences(axes: Axes, arms: Sequence[Arm], baseline: Arm, column: st
     axes.tick_params(axis="x", labelsize=7)
 
 
-def _lists(arms: Sequence[Arm]) -> list[str]:
+def _lists(arms: Sequence[ArmResult]) -> list[str]:
     records = [record for arm in arms for record in arm.seeds.values()]
     return sorted({name for record in records for name, value in record.items() if isinstance(value, list)})
 
 
-def _curve(arm: Arm, name: str) -> np.ndarray:
+def _curve(arm: ArmResult, name: str) -> np.ndarray:
     """The mean over seeds, [L]; empty where no seed has it."""
     curves = [record[name] for record in arm.seeds.values() if record.get(name)]
     return np.array(curves, dtype=float).mean(axis=0) if curves else np.empty(0)
 
 
-def _draw_layers(axes: Axes, arms: Sequence[Arm], name: str) -> None:
+def _draw_layers(axes: Axes, arms: Sequence[ArmResult], name: str) -> None:
     axes.set_title(f"{name} by layer", loc="left", fontsize=8)
     for number, arm in enumerate(arms):
         if len(curve_L := _curve(arm, name)):
@@ -81,7 +81,7 @@ def _draw_layers(axes: Axes, arms: Sequence[Arm], name: str) -> None:
     axes.legend(fontsize=6)
 
 
-def _draw_similarity(axes: Axes, arms: Sequence[Arm], sweep: Path) -> None:
+def _draw_similarity(axes: Axes, arms: Sequence[ArmResult], sweep: Path) -> None:
     """The student's mean pairwise cosine in training, of arms that log it: mean over seeds."""
     axes.set_title("cosine of visual tokens (vision head) in training", loc="left", fontsize=8)
     axes.axhline(1.0, color=RED, linewidth=0.9, linestyle="--", label="collapse")

@@ -23,12 +23,13 @@ from laver_megatron.studies.observations import first_few
 from laver_megatron.studies.pairs import mean_and_interval
 
 LOSS, ACCURACY = "lm_loss", "answer_accuracy"
-SIMILARITIES = ("student_visual_similarity", "teacher_visual_similarity")
+# How alike the visual tokens of an image are: behind the vision head, and after the decoder's last layer.
+SIMILARITIES = ("student_visual_similarity", "teacher_visual_similarity", "visual_similarity.last")
 _NOT_RESULTS = ("iteration", "elapsed_seconds")
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResult:
     """One arm and its finished runs by seed.
 
     Attributes:
@@ -61,7 +62,7 @@ class Difference:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-def read_arms(sweep: Path) -> tuple[list[Arm], list[str]]:
+def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
     """The arms in the order of the manifest's first mention, and the names of runs that are not finished.
 
     Raises:
@@ -87,7 +88,7 @@ def read_arms(sweep: Path) -> tuple[list[Arm], list[str]]:
         else:
             seeds[seed] = _last_validation(directory)
             names.setdefault(row["arm"], {})[seed] = row["name"]
-    return [Arm(name, seeds, names.get(name, {})) for name, seeds in arms.items()], left
+    return [ArmResult(name, seeds, names.get(name, {})) for name, seeds in arms.items()], left
 
 
 def _is_finished(directory: Path) -> bool:
@@ -104,23 +105,25 @@ def _last_validation(directory: Path) -> dict[str, Any]:
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers and lists of a record, those of an object within it under `its name.theirs`."""
+    """Numbers and lists of a record, those of an object within it under `its name.theirs`; of a list, which is a number
+    for each layer, also the last."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float, list)) and name not in _NOT_RESULTS:
             yield prefix + name, value
+            if isinstance(value, list) and value:
+                yield f"{prefix}{name}.last", value[-1]
 
 
-def result_columns(arms: Sequence[Arm]) -> list[str]:
+def result_columns(arms: Sequence[ArmResult]) -> list[str]:
     """What the table shows: the language loss, the accuracies, and the similarities that are there."""
     names = dict.fromkeys(name for arm in arms for record in arm.seeds.values() for name in record)
     accuracies = sorted(name for name in names if name.startswith(ACCURACY))
-    numbers = [name for name in (LOSS, *accuracies, *SIMILARITIES) if name in names]
-    return [name for name in numbers if not any(isinstance(value, list) for arm in arms for value in arm.values(name))]
+    return [name for name in (LOSS, *accuracies, *SIMILARITIES) if name in names]
 
 
-def difference(arm: Arm, baseline: Arm, column: str, level: float = 0.95) -> Difference | None:
+def difference(arm: ArmResult, baseline: ArmResult, column: str, level: float = 0.95) -> Difference | None:
     """None where no seed has the column in both."""
     pairs = [
         (arm.seeds[seed].get(column), baseline.seeds[seed].get(column))
@@ -132,7 +135,7 @@ def difference(arm: Arm, baseline: Arm, column: str, level: float = 0.95) -> Dif
     return Difference(len(differences), *mean_and_interval(differences, level))
 
 
-def find_baseline(arms: Sequence[Arm], name: str) -> Arm:
+def find_baseline(arms: Sequence[ArmResult], name: str) -> ArmResult:
     """The arm of this name.
 
     Raises:
@@ -146,7 +149,7 @@ def find_baseline(arms: Sequence[Arm], name: str) -> Arm:
     return found[name]
 
 
-def markdown(arms: Sequence[Arm], baseline: Arm) -> str:
+def markdown(arms: Sequence[ArmResult], baseline: ArmResult) -> str:
     """Two tables: every arm's mean over its seeds, and its differences to the baseline with their intervals."""
     columns = result_columns(arms)
     heads = [_head(column) for column in columns]
@@ -164,7 +167,7 @@ def markdown(arms: Sequence[Arm], baseline: Arm) -> str:
 
 
 def _head(column: str) -> str:
-    return column.removeprefix(ACCURACY).strip("._ ") or "accuracy"
+    return column.removeprefix(ACCURACY).strip("/._ ") or "accuracy"
 
 
 def _mean(values: Sequence[float]) -> str:

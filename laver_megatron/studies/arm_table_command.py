@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from laver_megatron.runtime.files import write_text
     from laver_megatron.studies.arm_plots import draw_arms
-    from laver_megatron.studies.arm_table import find_baseline, markdown, read_arms
+    from laver_megatron.studies.arm_table import find_baseline, markdown, read_results
 
-    arms, left = read_arms(options.sweep)
+    arms, left = read_results(options.sweep)
     baseline = find_baseline(arms, options.baseline)
     options.output.mkdir(parents=True, exist_ok=True)
     text = markdown(arms, baseline)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from laver_megatron.studies.arm_table import difference, find_baseline, markdown, read_arms
+from laver_megatron.studies.arm_table import difference, find_baseline, markdown, read_results
 from laver_megatron.studies.arm_table_command import main
 
 VALUES = {  # lm_loss and accuracy of "text" by arm and seed
@@ -21,8 +21,8 @@ def write_run(sweep, name, values, state="finished"):
     directory.mkdir(parents=True)
     (directory / "run_summary.json").write_text(json.dumps({"state": state}))
     loss, accuracy = values
-    early = {"iteration": 5, "lm_loss": 9.0, "answer_accuracy": {"text": 0.0}}
-    last = {"iteration": 10, "lm_loss": loss, "answer_accuracy": {"text": accuracy}, "cosine_by_layer": [0.1, accuracy]}
+    early = {"iteration": 5, "lm_loss": 9.0, "answer_accuracy/text": 0.0}
+    last = {"iteration": 10, "lm_loss": loss, "answer_accuracy/text": accuracy, "visual_similarity": [0.1, accuracy]}
     (directory / "validation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (early, last)))
     metrics = [{"iteration": i, "student_visual_similarity": 0.1 * i if i != 2 else None} for i in (1, 2, 3)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
@@ -40,10 +40,10 @@ def sweep(tmp_path):
 
 
 def test_differences_are_scipys_paired_t(sweep):
-    arms, left = read_arms(sweep)
+    arms, left = read_results(sweep)
     assert [arm.name for arm in arms] == list(VALUES) and not left
     baseline = find_baseline(arms, "baseline")
-    for column, place in (("lm_loss", 0), ("answer_accuracy.text", 1)):
+    for column, place in (("lm_loss", 0), ("answer_accuracy/text", 1)):
         theirs = [values[place] for values in VALUES["baseline"].values()]
         ours = [values[place] for values in VALUES["mim-cga"].values()]
         found = difference(arms[2], baseline, column)
@@ -54,7 +54,7 @@ def test_differences_are_scipys_paired_t(sweep):
 
 
 def test_only_seeds_of_both_are_pairs(sweep):
-    arms, _ = read_arms(sweep)
+    arms, _ = read_results(sweep)
     del arms[1].seeds[2]
     found = difference(arms[1], arms[0], "lm_loss")
     assert found.num_seeds == 2 and found.mean == pytest.approx(0.1)
@@ -67,8 +67,8 @@ def test_the_command_writes_table_and_picture(sweep, tmp_path, capsys):
     main([str(sweep), "--output", str(tmp_path / "out")])
     text, said = capsys.readouterr()
     assert (tmp_path / "out" / "table.md").read_text() == text
-    assert "| baseline | 3 | 1.033 | 0.500 |" in text
-    assert "| mim | 2 | **+0.100 [+0.100, +0.100]** |" in text
+    assert "| baseline | 3 | 1.033 | 0.500 | 0.500 |" in text
+    assert "| mim | 2 | **+0.100 [+0.100, +0.100]** | **+0.050" in text
     assert "mim-seed3" in said
     assert (tmp_path / "out" / "arms.png").read_bytes().startswith(b"\x89PNG")
 
@@ -88,21 +88,21 @@ def test_a_baseline_that_is_not_there(sweep, tmp_path, capsys, arguments, words)
 
 def test_bad_sweeps(sweep, tmp_path):
     with pytest.raises(ValueError, match="has no manifest.csv"):
-        read_arms(tmp_path / "elsewhere")
+        read_results(tmp_path / "elsewhere")
     (sweep / "runs" / "mim-seed1" / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match="mim-seed1 is finished but has no validation"):
-        read_arms(sweep)
+        read_results(sweep)
     with (sweep / "manifest.csv").open("a") as file:
         file.write("baseline-seed1-b,1,1,baseline,1\n")
     write_run(sweep, "baseline-seed1-b", (1.0, 0.5))
     (sweep / "runs" / "mim-seed1" / "validation.jsonl").write_text('{"iteration": 1, "lm_loss": 1.0}\n')
     with pytest.raises(ValueError, match="two runs of arm baseline have the seed 1"):
-        read_arms(sweep)
+        read_results(sweep)
 
 
 def test_one_seed_has_no_interval(sweep):
-    arms, _ = read_arms(sweep)
+    arms, _ = read_results(sweep)
     for arm in arms:
         for seed in (2, 3):
             del arm.seeds[seed]
-    assert "| mim | 1 | +0.100 | +0.050 |" in markdown(arms, arms[0])
+    assert "| mim | 1 | +0.100 | +0.050 | +0.050 |" in markdown(arms, arms[0])
