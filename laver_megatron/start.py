@@ -31,8 +31,8 @@ HF_PREFIX = "hf:"
 HEAD_SIZES = ("vision_head_hidden_size", "vision_head_output_size")
 # What a run that goes on from a checkpoint compares with its own settings.
 _COMPARED = (
-    *CHANGEABLE, *HEAD_SIZES, "laver", "freeze", "centre_momentum", "seq_length", "visual_seq_length", "seed",
-    "train_iters",
+    *CHANGEABLE, *HEAD_SIZES, "mim_target", "laver", "freeze", "centre_momentum", "seq_length", "visual_seq_length",
+    "seed", "train_iters",
 )  # fmt: skip
 _LAVER_NAMES = ("[MASK]", "vision head")
 

@@ -18,7 +18,7 @@ from laver_megatron.config.fields import Config
 from laver_megatron.data.batch.batches import BatchSource
 from laver_megatron.data.batch.packing import PackBatch, image_grids
 from laver_megatron.data.batch.run_data import open_data
-from laver_megatron.encoders import read_encoder
+from laver_megatron.encoders import read_encoder, with_target_size
 from laver_megatron.flops.encoder import window_area
 from laver_megatron.flops.step import ModelFlops, run_flops
 from laver_megatron.hf.shape import read_model_shape
@@ -78,6 +78,7 @@ def setup(config: Config) -> Trainer:
     assert model_dir is not None and encoder_dir is not None, "validation lets no such run pass"
     shape = read_model_shape(model_dir)
     encoder = read_encoder(encoder_dir)
+    config = with_target_size(config, encoder)
     config = config.replace(encoder_feature_layer=encoder.feature_layer(config.model.encoder_feature_layer))
     initialise_parallelism(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,

@@ -24,6 +24,7 @@ from laver_megatron.config.directories import (
 from laver_megatron.config.engine_checks import engine_problems
 from laver_megatron.config.fields import Config, ConfigError, all_fields
 from laver_megatron.config.rate_checks import rate_problems
+from laver_megatron.encoders import with_target_size
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.objective import schedules
 from laver_megatron.start import find_start
@@ -96,12 +97,12 @@ def validate(
         problems += world_problems(config, world_size)
         problems += sequence_problems(config)
         if model_shape is not None:
-            problems += _tensor_parallel_problems(config, model_shape)
+            problems += _tensor_parallel_problems(config, model_shape, encoder)
             problems += _pipeline_problems(config, model_shape)
             problems += _position_problems(config, model_shape)
     if encoder is not None:
         problems += _encoder_problems(config, encoder)
-    return [*problems, *_masking_problems(config, encoder)]
+    return [*problems, *_masking_problems(config, encoder), *_target_problems(config, encoder)]
 
 
 def describe_run(config: Config, shape: ModelShape, world_size: int) -> str:
@@ -265,8 +266,8 @@ def tensor_parallel_faults(divided: Mapping[str, int], num_query_groups: int, tp
     return faults
 
 
-def _tensor_parallel_problems(config: Config, shape: ModelShape) -> Iterator[str]:
-    objective = config.objective
+def _tensor_parallel_problems(config: Config, shape: ModelShape, encoder: CheckedEncoder | None) -> Iterator[str]:
+    objective = (config if encoder is None else with_target_size(config, encoder.shape)).objective
     tp = config.parallel.tensor_model_parallel_size
     divided = decoder_sizes(shape)
     if objective.laver:
@@ -380,6 +381,35 @@ def _masking_problems(config: Config, encoder: CheckedEncoder | None) -> Iterato
         yield (
             f"mask_ratio {ratio} masks less than one token in all {training.train_iters} iterations, even if every "
             f"pack held {_most_visual_tokens(config)} visual tokens; raise it, or set --mim-weight 0 or --no-laver"
+        )
+
+
+def _target_problems(config: Config, encoder: CheckedEncoder | None) -> Iterator[str]:
+    """Targets of reconstruction that do not go with the loss, the vision head, the centre or the layout."""
+    objective, stages = config.objective, config.parallel.pipeline_model_parallel_size
+    target, size = objective.mim_target, objective.vision_head_output_size
+    if not objective.laver:
+        return
+    if target != "latent" and objective.mim_loss == "cross-entropy":
+        yield (
+            f"mim_loss cross-entropy compares two distributions, but mim_target {target} is none; use --mim-loss "
+            "smooth-l1, or --mim-target latent"
+        )
+    elif objective.reconstruction_loss == "smooth-l1" and objective.centre_momentum is not None:
+        yield (
+            f"centre_momentum {objective.centre_momentum} is of the distribution that mim_loss cross-entropy compares, "
+            "but mim_loss is smooth-l1; use --centre-momentum none"
+        )
+    if target != "latent" and stages > 1:
+        yield (
+            f"mim_target {target} is made on the first pipeline stage and needed on the last, but "
+            f"pipeline_model_parallel_size is {stages}; use 1 (tensor and data parallelism work) or --mim-target latent"
+        )
+    needed = None if encoder is None else encoder.shape.target_size(target)
+    if needed is not None and size not in (None, needed):
+        yield (
+            f"vision_head_output_size is {size}, but mim_target {target} has {needed} numbers for a visual token of "
+            "this encoder; leave it out"
         )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from laver_megatron.checkpoint.directory import RUN_FILE, has_encoder
-from laver_megatron.config.fields import CHANGEABLE, Config
-from laver_megatron.encoders import EncoderShape, encoder_facts, read_encoder
+from laver_megatron.config.fields import CHANGEABLE, Config, default_of
+from laver_megatron.encoders import EncoderShape, encoder_facts, read_encoder, with_target_size
 from laver_megatron.start import HEAD_SIZES, HuggingFace, Resume, Start
 
 _WHY = {
@@ -23,6 +23,7 @@ _WHY = {
     "centre_momentum": "it holds a centre only if one was kept",
     "vision_head_hidden_size": "its vision head has that size",
     "vision_head_output_size": "its vision head has that size",
+    "mim_target": "its vision head predicts that",
     "seq_length": "the packs it has consumed were packed so",
     "visual_seq_length": "the packs it has consumed were packed so",
     "seed": "the packs it has consumed were drawn so",
@@ -49,6 +50,10 @@ def continuity_problems(
     if problem:
         yield problem
         return
+    # Earlier versions knew no other target.
+    written = {"mim_target": default_of("mim_target"), **written}
+    if encoder is not None:
+        config = with_target_size(config, encoder)
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
     now = {**config.flat(), "vision_head_output_size": config.objective.vision_head_output_size or hidden_size}
     layer = _feature_layer(config, encoder)
@@ -68,7 +73,7 @@ def continuity_problems(
 
 def _unsaid(checkpoint: Path, written: Mapping[str, Any]) -> str:
     """What a checkpoint's run.json should say and does not."""
-    needed = (*CHANGEABLE, *_WHY)
+    needed = (*CHANGEABLE, *(name for name in _WHY if name != "mim_target"))
     if written.get("weights_only") is True:
         needed = CHANGEABLE if has_encoder(checkpoint) else ()
     absent = [name for name in needed if name not in written]
@@ -128,6 +133,8 @@ def _differing(now: Mapping[str, Any], then: Mapping[str, Any], weights_only: bo
         return
     if now["laver"] != then["laver"]:
         yield "laver"
+    if both_laver and now["mim_target"] != then["mim_target"]:
+        yield "mim_target"
     if both_laver and (now["centre_momentum"] is None) != (then["centre_momentum"] is None):
         yield "centre_momentum"
     there = {"encoder", "connector", "decoder"} | ({"heads"} if both_laver else set())

@@ -246,6 +246,18 @@ class ObjectiveConfig:
     ema_interval: int | float = option(
         "iterations between two updates of the teacher, or a share of --train-iters such as 0.02", default=1
     )
+    mim_target: str = option(
+        "what the vision head predicts at masked tokens: the teacher's output for them (latent), their features from "
+        "the encoder, or their normalised pixels; the last two are controls, which need one pipeline stage",
+        choices=("latent", "features", "pixels"),
+        default="latent",
+    )
+    mim_loss: str | None = option(
+        "between prediction and target: cross-entropy, of a latent target alone, or smooth-l1 (default: cross-entropy "
+        "for latent, smooth-l1 for features and pixels)",
+        choices=("cross-entropy", "smooth-l1"),
+        default=None,
+    )
     mim_weight: float = option("weight of the reconstruction loss", valid=NOT_NEGATIVE, default=1.0)
     gram_weight: float = option("weight of the Gram loss", valid=NOT_NEGATIVE, default=1.0)
     gram_loss: str = option(
@@ -261,8 +273,16 @@ class ObjectiveConfig:
     )
     vision_head_hidden_size: int = option("width of the vision head's hidden layers", valid=POSITIVE, default=2048)
     vision_head_output_size: int | None = option(
-        "number of the vision head's logits; none: the model's hidden size", valid=POSITIVE, default=None
+        "number of the vision head's outputs; none: the model's hidden size, or the size of --mim-target's features or "
+        "pixels",
+        valid=POSITIVE,
+        default=None,
     )
+
+    @property
+    def reconstruction_loss(self) -> str:
+        """`mim_loss`, or what it is by default."""
+        return self.mim_loss or ("cross-entropy" if self.mim_target == "latent" else "smooth-l1")
 
 
 @dataclass(frozen=True, kw_only=True)

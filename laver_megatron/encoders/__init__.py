@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laver_megatron.config.fields import ConfigError
+from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.encoders.aimv2 import Aimv2
 from laver_megatron.encoders.clip import Clip, Siglip
 from laver_megatron.encoders.dinov2 import Dinov2
@@ -33,6 +33,7 @@ FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.
 __all__ = [
     "FAMILIES", "EncoderShape", "ImagePreprocessor", "build_encoder", "check_encoder",
     "encoder_facts", "encoder_settings", "encoder_tensor_sizes", "idle_parameters", "open_preprocessor", "read_encoder",
+    "with_target_size",
 ]  # fmt: skip
 
 
@@ -108,6 +109,12 @@ def build_encoder(
         for name in idle_parameters(shape, parameters, layer):
             parameters[name].requires_grad_(False)
     return family.encoder(model, shape, layer)
+
+
+def with_target_size(config: Config, shape: EncoderShape) -> Config:
+    """The configuration with the vision head's output size set where the target decides it."""
+    size = shape.target_size(config.objective.mim_target)
+    return config if size is None else config.replace(vision_head_output_size=size)
 
 
 def idle_parameters(shape: EncoderShape, names: Iterable[str], feature_layer: int | None) -> list[str]:

@@ -76,6 +76,11 @@ class EncoderShape:
         """Side of one visual token in pixels."""
         return self.patch_size * self.merge_size
 
+    def target_size(self, target: str) -> int | None:
+        """Numbers of one visual token that `mim_target` has the vision head predict; None for latent, of any size."""
+        sizes = {"latent": None, "features": self.feature_size, "pixels": self.num_channels * self.token_size**2}
+        return sizes[target]
+
     @property
     def window_tokens(self) -> int | None:
         """Side of a window of attention in visual tokens."""

@@ -25,9 +25,9 @@ class ImageEncoder(nn.Module, ABC):
     """Pixels to features. It computes the same in training as in use: a dropout of its own would make the numbers of a
     run depend on how the images are divided over the ranks."""
 
-    def __init__(self, feature_size: int) -> None:
+    def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.feature_size = feature_size
+        self.feature_size, self.token_size = shape.feature_size, shape.token_size
 
     @abstractmethod
     def forward(self, images: Sequence[Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ class HiddenStateEncoder(ImageEncoder):
     """
 
     def __init__(self, model: PreTrainedModel, shape: EncoderShape, feature_layer: int) -> None:
-        super().__init__(shape.feature_size)
+        super().__init__(shape)
         self.model, self.shape, self.feature_layer = model, shape, feature_layer
         self.eval()
 
@@ -66,20 +66,18 @@ class PatchEncoder(ImageEncoder):
     """Has no weights; the features are of the pixels' type."""
 
     def __init__(self, shape: EncoderShape) -> None:
-        super().__init__(shape.feature_size)
-        self.patch_size = shape.patch_size
+        super().__init__(shape)
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
-        check_sizes(images, self.patch_size)
-        size = self.patch_size
-        return torch.cat([unfold(pixels_3HW[None], size, stride=size)[0].t() for pixels_3HW in images])
+        check_sizes(images, self.token_size)
+        return torch.cat([token_pixels(pixels_3HW, self.token_size) for pixels_3HW in images])
 
 
 class Qwen25VLEncoder(ImageEncoder):
     """transformers' vision model of Qwen2.5-VL; features are what its merger gives."""
 
     def __init__(self, model: PreTrainedModel, shape: EncoderShape) -> None:
-        super().__init__(shape.feature_size)
+        super().__init__(shape)
         self.model, self.shape = model, shape
         self.eval()
 
@@ -100,6 +98,12 @@ def image_patches(pixels_3HW: Tensor, shape: EncoderShape) -> Tensor:
     squares = pixels_3HW.reshape(colours, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
     repeated = squares.unsqueeze(5).expand(rows, columns, merge, merge, colours, time, patch, patch)
     return repeated.reshape(rows * columns * merge**2, colours * time * patch**2)
+
+
+def token_pixels(pixels_3HW: Tensor, token_size: int) -> Tensor:
+    """The pixels of every visual token in raster order, each as `[colour, row, column]`: `[N, 3 x size x size]`. A
+    border narrower than a token has none."""
+    return unfold(pixels_3HW[None], token_size, stride=token_size)[0].t()
 
 
 def encode_by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor]) -> Tensor:

@@ -177,10 +177,11 @@ def model_flops(
 
 def run_flops(config: Config, shape: ModelShape, encoder: EncoderShape | None) -> ModelFlops:
     """FLOPs of each part of a run's model per token and per pair."""
+    target_size = None if encoder is None else encoder.target_size(config.objective.mim_target)
     return model_flops(
         shape,
         vision_head_hidden_size=config.objective.vision_head_hidden_size,
-        vision_head_output_size=config.objective.vision_head_output_size,
+        vision_head_output_size=target_size or config.objective.vision_head_output_size,
         encoder=encoder,
         num_encoder_layers=None if encoder is None else encoder.num_layers_run(config.model.encoder_feature_layer),
     )

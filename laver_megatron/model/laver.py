@@ -41,16 +41,19 @@ from laver_megatron.model.image_division import gather_visual_tokens, mark_parti
 from laver_megatron.model.precision import teacher_config
 from laver_megatron.model.qwen import build_decoder, transformer_config
 from laver_megatron.model.streams import MicroBatch, StreamSettings
+from laver_megatron.model.targets import reconstruction_target
 
 
 @dataclass(frozen=True)
 class StageOutput:
     """What the last stage hands to the losses. Logits are split over the tensor-parallel ranks: those of the language
-    stream's rows that have a label, and those of all visual tokens, None without LaVer."""
+    stream's rows that have a label, and those of all visual tokens, None without LaVer. target_TK: what the student's
+    are to be, split like them; None where the teacher's are the target."""
 
     language_logits_RW: Tensor
     student_logits_TK: Tensor | None
     teacher_logits_TK: Tensor | None
+    target_TK: Tensor | None = None
 
 
 class Teacher(nn.Module):
@@ -200,7 +203,11 @@ class LaverStage(LanguageModule):
     def forward(self, batch: MicroBatch, pixels: list[Tensor] | None) -> Tensor | StageOutput:
         """batch: the micro-batch; pixels: those of its images that this tensor-parallel rank encodes (`own_images`), in
         order, on the first stage only. Returns the stage's output tensor, or a StageOutput on the last stage."""
-        student_LBH, teacher_VBH = self._embed(batch, pixels or []) if self.pre_process else self._received()
+        target_TK = None
+        if self.pre_process:
+            student_LBH, teacher_VBH, target_TK = self._embed(batch, pixels or [])
+        else:
+            student_LBH, teacher_VBH = self._received()
         if self.training and torch.is_grad_enabled() and not student_LBH.requires_grad:
             # Activation recompute gives layers no gradient at all when their input needs none.
             student_LBH.requires_grad_()
@@ -218,7 +225,7 @@ class LaverStage(LanguageModule):
                     rotary_pos_emb=self.streams.rotary_table(batch.teacher_positions_3BV),
                 )
         if self.post_process:
-            return self._heads(student_LBH, teacher_VBH, batch)
+            return self._heads(student_LBH, teacher_VBH, target_TK, batch)
         return student_LBH if teacher_VBH is None else torch.cat([student_LBH, teacher_VBH])
 
     def _received(self) -> tuple[Tensor, Tensor | None]:
@@ -233,14 +240,15 @@ class LaverStage(LanguageModule):
     def _num_sequence_ranks(self) -> int:
         return parallel_state.get_tensor_model_parallel_world_size() if self.config.sequence_parallel else 1
 
-    def _embed(self, batch: MicroBatch, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The three parts of the input: the student's `[S + V, B, H]` and the teacher's `[V, B, H]`."""
+    def _embed(self, batch: MicroBatch, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The three parts of the input, the student's `[S + V, B, H]` and the teacher's `[V, B, H]`; and the target of
+        reconstruction `[T, K]`, None if it is the teacher's output."""
         words_SBH = self.embedding(input_ids=batch.tokens_BS, position_ids=None)
-        student_LBH, teacher_VBH = words_SBH, None
+        student_LBH, teacher_VBH, target_TK = words_SBH, None, None
         if self.encoder is None:
             self._refuse_images(batch, pixels)
         else:
-            tokens_TH = self._visual_tokens(batch, pixels)
+            tokens_TH, target_TK = self._visual_tokens(batch, pixels)
             student_LBH = _with_rows(words_SBH, batch.language_rows_T, tokens_TH)
         if self.teacher is not None:
             num_slots = self.run_config.data.visual_seq_length
@@ -252,7 +260,7 @@ class LaverStage(LanguageModule):
             student_LBH = scatter_to_sequence_parallel_region(student_LBH, group=self.tp_group)
             if teacher_VBH is not None:
                 teacher_VBH = scatter_to_sequence_parallel_region(teacher_VBH, group=self.tp_group)
-        return student_LBH, teacher_VBH
+        return student_LBH, teacher_VBH, target_TK
 
     def _refuse_images(self, batch: MicroBatch, pixels: list[Tensor]) -> None:
         num_images = max(len(batch.image_num_tokens), len(pixels))
@@ -262,14 +270,22 @@ class LaverStage(LanguageModule):
                 "out, or build the model with an encoder"
             )
 
-    def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> Tensor:
+    def _visual_tokens(self, batch: MicroBatch, pixels: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Encoder and connector on the images of the micro-batch, divided over the tensor-parallel ranks; all of their
-        visual tokens in order, `[T, H]`."""
-        own_tH = self._encode(pixels, batch.image_num_tokens).to(self.config.params_dtype)
-        return gather_visual_tokens(own_tH, batch.image_num_tokens, self.tp_group, self.image_cost)
+        visual tokens in order, `[T, H]`, and the target that is made of the images, `[T, K]`."""
+        num_tokens, kind = batch.image_num_tokens, self.run_config.objective.mim_target
+        features_tE = self._encode(pixels, num_tokens)
+        own_tH = self.connector(features_tE).to(self.config.params_dtype)
+        tokens_TH = gather_visual_tokens(own_tH, num_tokens, self.tp_group, self.image_cost)
+        if self.teacher is None or kind == "latent":
+            return tokens_TH, None
+        assert self.encoder is not None and self.post_process, "validation lets no other run have this target"
+        size = self.encoder.token_size
+        target_TK = reconstruction_target(kind, pixels, features_tE, num_tokens, size, self.tp_group, self.image_cost)
+        return tokens_TH, target_TK
 
     def _encode(self, pixels: list[Tensor], num_tokens: Sequence[int]) -> Tensor:
-        """The visual tokens of this rank's images: `[t, H]`. num_tokens: of all images of the micro-batch."""
+        """The features of this rank's images: `[t, E]`. num_tokens: of all images of the micro-batch."""
         assert self.encoder is not None
         own = divide_images(num_tokens, self.tp_group.size(), self.image_cost)[self.tp_group.rank()]
         if len(pixels) != len(own):
@@ -282,14 +298,13 @@ class LaverStage(LanguageModule):
             # Without an image the graph must be there all the same: its backward pass holds collectives further on.
             weight = self.connector.linear_1.weight
             features_tE = weight.new_zeros(0, self.encoder.feature_size, requires_grad=trains)
-        tokens_tH = self.connector(features_tE.to(self.config.params_dtype))
         expected = sum(num_tokens[image] for image in own)
-        if tokens_tH.shape[0] != expected:
+        if features_tE.shape[0] != expected:
             raise ValueError(
-                f"the encoder yields {tokens_tH.shape[0]} visual tokens for {len(pixels)} images, but the text "
+                f"the encoder yields {features_tE.shape[0]} visual tokens for {len(pixels)} images, but the text "
                 f"holds {expected} image tokens; was it prepared for another encoder?"
             )
-        return tokens_tH
+        return features_tE.to(self.config.params_dtype)
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         """The sequence on every tensor-parallel rank. The column-parallel heads that read it leave its
@@ -298,7 +313,9 @@ class LaverStage(LanguageModule):
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
-    def _heads(self, student_LBH: Tensor, teacher_VBH: Tensor | None, batch: MicroBatch) -> StageOutput:
+    def _heads(
+        self, student_LBH: Tensor, teacher_VBH: Tensor | None, target_TK: Tensor | None, batch: MicroBatch
+    ) -> StageOutput:
         """Logits where losses need them: at rows with a label, and at visual tokens."""
         hidden_LBH = self._whole_sequence(student_LBH)
         seq_length = self.run_config.data.seq_length
@@ -310,7 +327,7 @@ class LaverStage(LanguageModule):
         with torch.no_grad():
             teacher_logits = self.teacher.vision_head(_rows(self._whole_sequence(teacher_VBH), batch.visual_rows_T))
         student_logits = self.vision_head(_rows(hidden_LBH[seq_length:], batch.visual_rows_T))
-        return StageOutput(language_logits, student_logits, teacher_logits)
+        return StageOutput(language_logits, student_logits, teacher_logits, target_TK)
 
 
 def _rows(stream_LBH: Tensor, rows_N: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from laver_megatron.objective.sharded import (
     sharded_inner_products,
     sharded_language_losses,
     sharded_reconstruction_losses,
+    sharded_smooth_l1_losses,
+    sharded_standardised,
     sharded_teacher_entropies,
 )
 
@@ -78,7 +80,9 @@ def micro_batch_losses(
     reconstruction, gram, monitors = zero, zero, [zero, zero, zero]
     if output.student_logits_TK is not None:
         assert output.teacher_logits_TK is not None
-        reconstruction, gram, monitors = _visual_losses(
+        reconstruction_M = _reconstruction_losses(output, batch, objective, centre, tp_group)
+        reconstruction = reconstruction_M.sum() / max(counts.masked, 1)
+        gram, monitors = _gram_loss_and_monitors(
             output.student_logits_TK, output.teacher_logits_TK, batch, counts, objective, centre, tp_group
         )
     loss = weighted_sum(language, reconstruction, gram, objective)
@@ -86,7 +90,35 @@ def micro_batch_losses(
     return loss, terms
 
 
-def _visual_losses(
+def _reconstruction_losses(
+    output: StageOutput,
+    batch: MicroBatch,
+    objective: ObjectiveConfig,
+    centre: Centre | None,
+    tp_group: dist.ProcessGroup,
+) -> Tensor:
+    """Of the masked tokens, `[M]`."""
+    assert output.student_logits_TK is not None and output.teacher_logits_TK is not None
+    student_MK, teacher_MK = (
+        logits_TK.index_select(0, batch.masked_M) for logits_TK in (output.student_logits_TK, output.teacher_logits_TK)
+    )
+    if objective.reconstruction_loss == "cross-entropy":
+        return sharded_reconstruction_losses(
+            student_MK,
+            teacher_MK,
+            tp_group,
+            centre_K=None if centre is None else centre.value_K,
+            student_temperature=objective.student_temperature,
+            teacher_temperature=objective.teacher_temperature,
+        )
+    if output.target_TK is None:
+        target_MK = sharded_standardised(teacher_MK, tp_group)
+    else:
+        target_MK = output.target_TK.index_select(0, batch.masked_M)
+    return sharded_smooth_l1_losses(student_MK, target_MK, tp_group)
+
+
+def _gram_loss_and_monitors(
     student_TK: Tensor,
     teacher_TK: Tensor,
     batch: MicroBatch,
@@ -94,18 +126,8 @@ def _visual_losses(
     objective: ObjectiveConfig,
     centre: Centre | None,
     tp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     centre_K = None if centre is None else centre.value_K
-    reconstruction_M = sharded_reconstruction_losses(
-        student_TK.index_select(0, batch.masked_M),
-        teacher_TK.index_select(0, batch.masked_M),
-        tp_group,
-        centre_K=centre_K,
-        student_temperature=objective.student_temperature,
-        teacher_temperature=objective.teacher_temperature,
-    )
-    reconstruction = reconstruction_M.sum() / max(counts.masked, 1)
-
     trains = objective.gram_loss != "none"
     anchored_TK = student_TK if trains else student_TK.detach()
     inner = sharded_inner_products(
@@ -137,7 +159,7 @@ def _visual_losses(
         similarity[1] / num_images,
         entropy / max(counts.visual_tokens, 1),
     ]
-    return reconstruction, gram / num_images, monitors
+    return gram / num_images, monitors
 
 
 def _by_image(logits_TK: Tensor, tokens_IN: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from laver_megatron.objective.reconstruction import (
     scaled_teacher_logits,
     teacher_entropies,
 )
+from laver_megatron.objective.regression import LAYER_NORM_EPS, smooth_l1_losses, standardised
 
 
 def sharded_language_losses(logits_TW: Tensor, labels_T: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -116,6 +117,28 @@ def sharded_reconstruction_losses(
     weight_TK = (teacher_TK - teacher_max_T[:, None]).exp()
     student_sum_T, weight_sum_T, dot_T = _sums(group, student_TK.exp(), weight_TK, weight_TK * student_TK)
     return student_sum_T.log() - dot_T / weight_sum_T
+
+
+def sharded_smooth_l1_losses(prediction_TK: Tensor, target_TK: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`regression.smooth_l1_losses` for predictions and targets split over the group."""
+    losses_T = smooth_l1_losses(prediction_TK, target_TK)
+    if not _is_sharded(group):
+        return losses_T
+    # All parts are of one size, so the mean of their means is that of all.
+    return reduce_from_tensor_model_parallel_region(losses_T / group.size(), group=group)
+
+
+@torch.no_grad()
+def sharded_standardised(outputs_TK: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`regression.standardised` for outputs split over the group: this rank's part. The mean is taken off before
+    squares are summed, which in fp32 would otherwise leave nothing of a small variance around a large mean."""
+    if not _is_sharded(group):
+        return standardised(outputs_TK)
+    outputs_TK, size = at_least_fp32(outputs_TK), outputs_TK.shape[-1] * group.size()
+    (sum_T,) = _sums(group, outputs_TK)
+    centred_TK = outputs_TK - sum_T[:, None] / size
+    (squares_T,) = _sums(group, centred_TK.square())
+    return centred_TK * (squares_T[:, None] / size + LAYER_NORM_EPS).rsqrt()
 
 
 @torch.no_grad()

@@ -205,6 +205,8 @@ class Saved:
         output = (config.objective.vision_head_output_size or self.shape.hidden_size) // self.tp
         tokens = self.num_visual_tokens
         masked = int(config.objective.mask_ratio * tokens) * 2 * FP32_BYTES * output
+        if config.objective.mim_target != "latent":
+            masked += self.num_visual_tokens * output * self.tp * self.value_bytes  # gathered before it is divided
         if config.objective.gram_loss == "none":
             return masked
         in_fp32 = tokens * output * FP32_BYTES  # for the inner products

@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from laver_megatron.config.fields import Config
-from laver_megatron.encoders import encoder_tensor_sizes, read_encoder
+from laver_megatron.encoders import encoder_tensor_sizes, read_encoder, with_target_size
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import TEACHER, ModelParts, weight_table
 from laver_megatron.model.build import build_stages, wrap
@@ -136,6 +136,7 @@ def model_parts(config: Config, shape: ModelShape, encoder_dir: Path) -> ModelPa
 
 def dry_run(config: Config, shape: ModelShape, encoder_dir: Path, world_size: int) -> DryRun:
     """Builds all model-parallel positions one after the other. The configuration must be valid."""
+    config = with_target_size(config, read_encoder(encoder_dir))
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     dp = world_size // (tp * pp)
     expected = {key: weight.size for key, weight in weight_table(model_parts(config, shape, encoder_dir)).items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from laver_megatron.config.checks import check
 from laver_megatron.config.command_line import Invocation
 from laver_megatron.config.fields import Config, ConfigError
-from laver_megatron.encoders import read_encoder
+from laver_megatron.encoders import read_encoder, with_target_size
 from laver_megatron.run_log.run_summary import config_hash
 from laver_megatron.studies.arms import Arm, equal_arms, read_arms
 from laver_megatron.studies.iteration_counts import IterationCounts
@@ -93,7 +93,7 @@ class _RunMaker:
     def make(self, size: Size, amount: str, arm: Arm, seed: int) -> SweepRun | None:
         """None, and a problem, where the data do not hold the amount or it is below one iteration."""
         options = self.options
-        config = arm.configured(size.config).replace(seed=seed)
+        config = with_target_size(arm.configured(size.config), read_encoder(size.encoder_dir)).replace(seed=seed)
         if options.amount_kind == "subsets":
             config = config.replace(data_path=(amount,), data_weights=None)
         name = f"{size.name}-{amount_label(options.amount_kind, amount)}-{arm.name}-seed{seed}"

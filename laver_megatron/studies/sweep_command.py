@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="nested subsets (laver shards subset), of which each run sees one epoch")  # fmt: skip
     add("--output", type=Path, required=True, metavar="DIR", help="where configurations, scripts and runs go")
     add("--arms", nargs="+", metavar="ARM",
-        help=f"{' and '.join(LAVER_AND_BASELINE)}, or YAML files of NAME: {{FIELD: VALUE}} (both)")  # fmt: skip
+        help=f"{' and '.join(LAVER_AND_BASELINE)}, or YAML files of NAME: {{FIELD: VALUE}}")  # fmt: skip
     add("--arm", action="append", metavar="NAME=FIELD:VALUE,...",
         help="one more arm, such as mim=gram_loss:none; without --arms these are all")  # fmt: skip
     add("--seeds", nargs="+", type=int, metavar="N", help="(default: the configuration's)")

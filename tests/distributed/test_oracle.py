@@ -73,7 +73,7 @@ class Oracle:
             if name.startswith(("model.layers.", "model.norm.", "vision_head."))
         }
         self.moments = {name: [torch.zeros_like(t), torch.zeros_like(t)] for name, t in self.student.items()}
-        self.centre_K = torch.zeros(self.shape.hidden_size, dtype=torch.float64)
+        self.centre_K = torch.zeros(len(new_parts["vision_head.linear_3.weight"]), dtype=torch.float64)
 
     def decode(self, weights, hidden_LH, mask_LL, positions):
         """Final hidden states of one sequence; positions: (t, row, column) of every token."""
@@ -117,13 +117,18 @@ class Oracle:
     def linear(weights, name, x):
         return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    def connect(self, pixels_3HW):
+    @staticmethod
+    def patches(pixels_3HW):
+        """The features of the encoder without weights, which are the pixels of every patch."""
         patches = [
             pixels_3HW[:, top : top + PATCH_SIZE, left : left + PATCH_SIZE].flatten()
             for top in range(0, pixels_3HW.shape[1], PATCH_SIZE)
             for left in range(0, pixels_3HW.shape[2], PATCH_SIZE)
         ]
-        middle = F.gelu(self.linear(self.student, "connector.linear_1", torch.stack(patches).double()))
+        return torch.stack(patches).double()
+
+    def connect(self, patches_NE):
+        middle = F.gelu(self.linear(self.student, "connector.linear_1", patches_NE))
         return self.linear(self.student, "connector.linear_2", middle)
 
     def predict(self, weights, hidden_NH):
@@ -131,6 +136,21 @@ class Oracle:
         return self.linear(
             weights, "vision_head.linear_3", F.gelu(self.linear(weights, "vision_head.linear_2", middle))
         )
+
+    def reconstruct(self, student_NK, teacher_NK, patches_NE):
+        """The loss of every visual token of an image, masked or not."""
+        objective = self.config.objective
+        if objective.mim_target == "latent" and objective.mim_loss is None:
+            target_NK = ((teacher_NK - self.centre_K) / objective.teacher_temperature).softmax(-1)
+            return -(target_NK * (student_NK / objective.student_temperature).log_softmax(-1)).sum(-1)
+        target_NK = {"latent": teacher_NK, "features": patches_NE, "pixels": patches_NE}[objective.mim_target]
+        if objective.mim_target != "features":
+            unbiased, eps = (False, 1e-5) if objective.mim_target == "latent" else (True, 1e-6)
+            target_NK = target_NK - target_NK.mean(-1, keepdim=True)
+            squares_N1 = target_NK.square().sum(-1, keepdim=True)
+            target_NK = target_NK / (squares_N1 / (target_NK.shape[-1] - unbiased) + eps).sqrt()
+        far_NK = (student_NK - target_NK).abs()
+        return torch.where(far_NK < 1, far_NK**2 / 2, far_NK - 0.5).mean(-1)
 
     def losses(self, packs, masked_BS):
         """(L_LM, L_MIM, L_CGA) of a global batch, and the teacher's logits of all visual tokens."""
@@ -142,7 +162,8 @@ class Oracle:
             hidden_LH = self.student["model.embed_tokens.weight"][packs.tokens_BS[b]]
             for number, pixels in enumerate(images):
                 places = (packs.image_BS[b] == number).nonzero()[:, 0]
-                tokens_NH = self.connect(pixels)
+                patches_NE = self.patches(pixels)
+                tokens_NH = self.connect(patches_NE)
                 hidden_LH = hidden_LH.index_put((places,), tokens_NH)
                 masked_N = masked_BS[b][places]
                 everything_NN = torch.ones(len(places), len(places), dtype=torch.bool)
@@ -151,9 +172,7 @@ class Oracle:
                 student_NK = self.predict(self.student, self.decode(self.student, hidden_NH, everything_NN, grid))
                 with torch.no_grad():
                     teacher_NK = self.predict(self.teacher, self.decode(self.teacher, tokens_NH, everything_NN, grid))
-                target_NK = ((teacher_NK - self.centre_K) / self.config.objective.teacher_temperature).softmax(-1)
-                predicted_NK = (student_NK / self.config.objective.student_temperature).log_softmax(-1)
-                reconstruction.append(-(target_NK * predicted_NK).sum(-1)[masked_N])
+                reconstruction.append(self.reconstruct(student_NK, teacher_NK, patches_NE)[masked_N])
                 unit_student_NK, unit_teacher_NK = F.normalize(student_NK, dim=-1), F.normalize(teacher_NK, dim=-1)
                 excess_NN = unit_student_NK @ unit_student_NK.T - unit_teacher_NK @ unit_teacher_NK.T
                 gram.append(excess_NN.clamp(min=0).square().sum() / len(places) ** 2)
@@ -194,9 +213,8 @@ class Oracle:
                 average.mul_(config.objective.ema_momentum).add_(
                     (1 - config.objective.ema_momentum) * self.student[name]
                 )
-            self.centre_K = config.objective.centre_momentum * self.centre_K + (
-                1 - config.objective.centre_momentum
-            ) * teacher_TK.mean(0)
+            if (kept := config.objective.centre_momentum) is not None:
+                self.centre_K = kept * self.centre_K + (1 - kept) * teacher_TK.mean(0)
         numbers = {"lm_loss": language, "mim_loss": reconstruction, "gram_loss": gram, "loss": loss, "grad_norm": norm}
         numbers = {name: float(value.detach()) for name, value in numbers.items()}
         return {**numbers, "num_masked_tokens": int(masked_BS.sum())}, gradients
@@ -259,10 +277,10 @@ def settings(assets, tmp_path_factory):
     encoder = tmp_path_factory.mktemp("oracle") / "patches"
     save_encoder(encoder, "patches")
 
-    def of(weights, layout):
+    def of(weights, layout, **changes):
         model_dir = getattr(assets, weights)
         config = make_config(
-            replace(assets, encoder=encoder), "unused", layout, load=f"hf:{model_dir}", freeze=(), **SETTINGS
+            replace(assets, encoder=encoder), "unused", layout, load=f"hf:{model_dir}", freeze=(), **SETTINGS, **changes
         )
         return model_dir, config
 
@@ -295,7 +313,23 @@ def test_the_batch_has_all_there_is():
     ids=str,
 )
 def test_two_steps_are_those_of_the_method(pool, settings, weights, layout):
-    model_dir, config = settings(weights, layout)
+    check_two_steps(pool, layout, *settings(weights, layout))
+
+
+@pytest.mark.parametrize(
+    "changes, layout",
+    [
+        ({"mim_loss": "smooth-l1"}, Layout(tp=2, pp=2)),
+        ({"mim_target": "features"}, Layout(tp=2, dp=2, sp=True)),
+        ({"mim_target": "pixels"}, Layout(tp=2, sp=True)),
+    ],
+    ids=str,
+)
+def test_other_targets_and_losses(pool, settings, changes, layout):
+    check_two_steps(pool, layout, *settings("tied", layout, centre_momentum=None, **changes))
+
+
+def check_two_steps(pool, layout, model_dir, config):
     results = pool.run(run, layout, config)
     before = whole_tensors([result["before"] for result in results])
     oracle = Oracle(model_dir, {name: t for name, t in before.items() if name.startswith(NEW_PARTS)}, config)
@@ -332,4 +366,6 @@ def test_two_steps_are_those_of_the_method(pool, settings, weights, layout):
                 f"{name} {key}"
             )
     centres = [result["centre"] for result in results if result["centre"] is not None]
-    assert relative_distance(torch.cat(centres[: layout.tp]), oracle.centre_K) <= 1e-5
+    assert bool(centres) == (config.objective.centre_momentum is not None)
+    if centres:
+        assert relative_distance(torch.cat(centres[: layout.tp]), oracle.centre_K) <= 1e-5

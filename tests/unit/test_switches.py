@@ -126,6 +126,10 @@ SWITCHES = (
     ),
     Switch({"vision_head_hidden_size": 48}, {"start of vision_head"} | OF_STUDENT | OF_TEACHER | trained(*VISUAL)),
     Switch({"vision_head_output_size": 48}, {"start of vision_head"} | OF_STUDENT | OF_TEACHER | trained(*VISUAL)),
+    # Another head for another target; the same head against another measure.
+    Switch({"mim_target": "features"}, {"start of vision_head"} | OF_STUDENT | OF_TEACHER | trained(*VISUAL)),
+    Switch({"mim_target": "pixels"}, {"start of vision_head"} | OF_STUDENT | OF_TEACHER | trained(*VISUAL)),
+    Switch({"mim_loss": "smooth-l1"}, {"mim_loss"} | OF_LOSS | trained(*VISUAL)),
     # The optimizer: the same gradients, other steps.
     Switch({"lr": 5e-4}, {"learning_rate"} | stepped(*PARTS)),
     Switch({"min_lr": 5e-4}, set(), {"learning_rate"} | stepped(*PARTS)),

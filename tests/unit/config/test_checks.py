@@ -285,6 +285,21 @@ def test_visual_tokens_that_the_data_will_propose(tp):
         ({"mask_ratio": 0.99 / 1280}, 1, ["masks less than one token in all 10 iterations"]),
         ({"mask_ratio": 1.5}, 1, ["mask_ratio is 1.5, but must be from 0 to 1"]),
         ({"ema_momentum": -0.1}, 1, ["ema_momentum is -0.1, but must be from 0 to 1"]),
+        (
+            {"mim_target": "pixels", "mim_loss": "cross-entropy"},
+            1,
+            ["mim_loss cross-entropy compares two distributions, but mim_target pixels is none"],
+        ),
+        (
+            {"mim_loss": "smooth-l1", "centre_momentum": 0.9},
+            1,
+            ["centre_momentum 0.9 is of the distribution that mim_loss cross-entropy compares"],
+        ),
+        (
+            {"mim_target": "features", "pipeline_model_parallel_size": 2},
+            2,
+            ["mim_target features is made on the first pipeline stage"],
+        ),
         ({"centre_momentum": 2.0}, 1, ["centre_momentum is 2.0, but must be from 0 to 1"]),
         ({"student_temperature": 0.0}, 1, ["student_temperature is 0.0, but must be above 0"]),
         ({"teacher_temperature": -1.0}, 1, ["teacher_temperature is -1.0, but must be above 0"]),

@@ -14,6 +14,7 @@ from laver_megatron.objective import sharded
 from laver_megatron.objective.gram import cosine_gram, gram_losses, inner_products
 from laver_megatron.objective.language import IGNORE_LABEL, language_losses
 from laver_megatron.objective.reconstruction import reconstruction_losses, teacher_entropies
+from laver_megatron.objective.regression import smooth_l1_losses, standardised
 
 pytestmark = pytest.mark.processes
 
@@ -65,6 +66,14 @@ def reconstruct(inputs, group, centred):
     return {"losses": losses_T.detach(), "gradient": student_TK.grad, "entropies": entropies_T}
 
 
+def regress(inputs, group):
+    prediction_TK = shard(inputs["student"], group)
+    target_TK = sharded.sharded_standardised(shard(inputs["teacher"], group), group)
+    losses_T = sharded.sharded_smooth_l1_losses(prediction_TK, target_TK, group)
+    (losses_T * inputs["weights"]).sum().backward()
+    return {"losses": losses_T.detach(), "gradient": prediction_TK.grad, "target": target_TK}
+
+
 def anchor(inputs, group, kind, together):
     students = [shard(z_NK, group) for z_NK in inputs["student_images"]]
     teachers = [shard(z_NK, group).detach() for z_NK in inputs["teacher_images"]]
@@ -104,6 +113,7 @@ def check_all(group):
     return {
         "plain": reconstruct(inputs, group, centred=False),
         "centred": reconstruct(inputs, group, centred=True),
+        "smooth-l1": regress(inputs, group),
         "ga": anchor(inputs, group, "ga", together=False),
         "cga": anchor(inputs, group, "cga", together=True),
         "language": speak(inputs, group, torch.float32),
@@ -180,6 +190,17 @@ def test_reconstruction(ranks, case):
         torch.testing.assert_close(rank[case]["losses"], losses_T.detach(), **FP64)
         torch.testing.assert_close(rank[case]["entropies"], entropies_T, **FP64)
     torch.testing.assert_close(joined(ranks, case), student_TK.grad, **FP64)
+
+
+def test_smooth_l1(ranks):
+    inputs = make_inputs()
+    prediction_TK, target_TK = inputs["student"].requires_grad_(), standardised(inputs["teacher"])
+    losses_T = smooth_l1_losses(prediction_TK, target_TK)
+    (losses_T * inputs["weights"]).sum().backward()
+    for rank in ranks:
+        torch.testing.assert_close(rank["smooth-l1"]["losses"], losses_T.detach(), **FP64)
+    torch.testing.assert_close(joined(ranks, "smooth-l1", "target"), target_TK, **FP64)
+    torch.testing.assert_close(joined(ranks, "smooth-l1"), prediction_TK.grad, **FP64)
 
 
 @pytest.mark.parametrize("kind", ["ga", "cga"])
