@@ -34,3 +34,13 @@ def test_arms_are_the_papers_rows(name):
         (False, "causal", "1d"), (False, "mixed", "1d"), (False, "causal", "2d"), (False, "mixed", "2d"),
         ("none", "mixed", "2d"), ("ga", "mixed", "2d"), ("cga", "mixed", "2d"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "cluster"])
+def test_controls_differ_from_the_configuration_in_one_setting(name):
+    arms = read_arms(SweepOptions(arms=[str(FILES / "controls.yaml")]))
+    base = load_config(["--config", str(FILES / f"{name}.yaml"), *OF_THE_SWEEP])
+    assert not list(equal_arms(arms, base))
+    for arm in arms:
+        changed = {field for field, value in arm.configured(base).flat().items() if value != base.flat()[field]}
+        assert len(changed - {"arm"}) == (0 if arm.name == "mim-cga" else 1), arm.name
