@@ -87,11 +87,12 @@ def _texts() -> list[str]:
 
 def save_trained_encoder(place: Path, config: SiglipVisionConfig, *, num_steps: int, num_pictures: int) -> None:
     """Trains an encoder from random weights and writes it, with `probes.json`: what linear probes read of its features
-    in new pictures, beside chance."""
+    in new pictures, beside chance and the random weights that it began with."""
     examples = make_scenes(num_pictures, config.image_size)
     interval = max(num_steps // 10, 1)
     with seeded(2):
         model = SiglipVisionModel(config)
+        untrained = probes(model)
         losses: list[float] = []
         for step, loss in train_encoder(model, examples, num_steps=num_steps):
             losses.append(loss)
@@ -99,14 +100,18 @@ def save_trained_encoder(place: Path, config: SiglipVisionConfig, *, num_steps: 
                 print(f"encoder: step {step} of {num_steps}, loss {sum(losses[-interval:]) / interval:.3f}", flush=True)
     with quiet_transformers():
         save_siglip(place, model)
-    found = probes(model)
+    found = {
+        name: {"accuracy": accuracy, "untrained": untrained[name][0], "chance": chance}
+        for name, (accuracy, chance) in probes(model).items()
+    }
     write_json(place / "probes.json", found)
     for name, result in found.items():
-        print(f"encoder: a linear probe reads {name} in {result['accuracy']:.1%} (chance {result['chance']:.1%})")
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in result.items())
+        print(f"encoder: a linear probe of {name}: {shares}")
 
 
-def probes(model: SiglipVisionModel) -> dict[str, dict[str, float]]:
-    """Accuracy of linear probes on the mean feature of new pictures of one shape: its cell, colour and kind."""
+def probes(model: SiglipVisionModel) -> dict[str, tuple[float, float]]:
+    """(accuracy, chance) of linear probes on the mean feature of new pictures of one shape: its cell, colour, kind."""
     scenes = make_single_shapes(2 * _NUM_PROBED, model.config.image_size)
     with torch.no_grad():
         pixels_B = torch.stack([pixels_of(scene.picture) for scene, _ in scenes])
@@ -117,7 +122,7 @@ def probes(model: SiglipVisionModel) -> dict[str, dict[str, float]]:
     ):
         words = sorted(set(answers))
         classes_B = torch.tensor([words.index(answer) for answer in answers])
-        found[name] = {"accuracy": _probe(features_BD, classes_B), "chance": 1 / len(words)}
+        found[name] = _probe(features_BD, classes_B), 1 / len(words)
     return found
 
 
