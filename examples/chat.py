@@ -4,7 +4,8 @@
     python examples/chat.py --model EXPORT --image photo.jpg           # asks for questions; an empty line ends it
 
 EXPORT is a directory written by tools/megatron_to_hf.py. Needs torch, transformers and Pillow, and nothing of this
-repository. An export in laver format brings code of its own, which is run: use exports that you trust.
+repository but for --contrast. An export in laver format brings code of its own, which is run: use exports that you
+trust.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = _device(options.device)
         print(f"loading {options.model} on {device} ...", file=sys.stderr)
         try:
-            chat = Chat(options.model, format, pictures, device, options.dtype, options.max_new_tokens)
+            chat = Chat(
+                options.model, format, pictures, device, options.dtype, options.max_new_tokens, options.contrast
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{options.model} cannot be loaded: {error}") from error
     except UserError as error:
@@ -56,6 +59,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, nargs="+", default=[], help="pictures, shown before the first question")
     parser.add_argument("--question", help="ask this and stop; without it, questions are read one after the other")
     parser.add_argument("--max-new-tokens", type=_positive, default=512, help="longest answer (default: 512)")
+    parser.add_argument(
+        "--contrast", type=_alpha, default=0.0, metavar="ALPHA",
+        help="prefer what the pictures make likelier (visual contrastive decoding); 1 is usual",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as exported)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
     return parser.parse_args(argv)
@@ -65,6 +72,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _alpha(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 def _format_of(directory: Path) -> str:
@@ -151,6 +168,7 @@ class Chat:
         device: torch.device,
         dtype: str,
         max_new_tokens: int,
+        contrast: float = 0.0,
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -158,7 +176,7 @@ class Chat:
         self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self.is_laver)
         model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=self.is_laver, dtype=dtype)
         self.model = model.to(device).eval()
-        self.pictures, self.max_new_tokens = pictures, max_new_tokens
+        self.pictures, self.max_new_tokens, self.contrast = pictures, max_new_tokens, contrast
         self.messages: list[dict[str, Any]] = []
 
     def ask(self, question: str) -> str:
@@ -171,13 +189,24 @@ class Chat:
         # To a processor of the laver format a list, even an empty one, says that the prompt holds the places of all
         # pictures, and that an `<image>` that someone says is a word. For that of the llava format it always is one.
         pictures = self.pictures if self.is_laver else self.pictures or None
-        inputs = self.processor(text=prompt, images=pictures, return_tensors="pt").to(self.model.device)
+        inputs = self._inputs(prompt, pictures)
         self.messages.append(asked)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, streamer=streamer)
+        contrasts = [self._against_blank(prompt)] if self.contrast and self.pictures else []
+        output = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, streamer=streamer, logits_processor=contrasts
+        )
         answer = self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
+
+    def _inputs(self, prompt: str, pictures: list[Image.Image] | None) -> Any:
+        return self.processor(text=prompt, images=pictures, return_tensors="pt").to(self.model.device)
+
+    def _against_blank(self, prompt: str) -> Any:
+        from laver_megatron.tasks.contrast import Contrast, blank_like
+
+        return Contrast(self.model, self._inputs(prompt, [blank_like(it) for it in self.pictures]), self.contrast)
 
 
 if __name__ == "__main__":

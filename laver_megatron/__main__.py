@@ -42,6 +42,7 @@ COMMANDS = {
     "arm-table": Command("studies.arm_table_command", "main", "compare the arms of an ablation with its baseline"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
+    "score": Command("tasks.score_command", "main", "an export's answers to the questions of shards, by family"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
     "ablation-parts": Command("demo.ablation_command", "main", "make the model, encoder and texts of an ablation"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),

@@ -40,6 +40,7 @@ from laver_megatron.resilience.signals import heed_signals, ignore_signals
 from laver_megatron.resilience.skipped import note_skipped, remember_step, skip_reason
 from laver_megatron.resilience.stop import StepEnd
 from laver_megatron.resilience.watchdog import watched
+from laver_megatron.run_log.answers import AnswerCounts
 from laver_megatron.run_log.metrics import RunLog
 from laver_megatron.run_log.profile import ProfileWindow
 from laver_megatron.run_log.run_summary import make_summary, read_run_records, write_summary
@@ -97,12 +98,18 @@ def origin(error: BaseException) -> str:
 
 
 def run_schedule(
-    trainer: Trainer, batch: GlobalBatch, *, forward_only: bool, losses: list[Tensor] | None = None
+    trainer: Trainer,
+    batch: GlobalBatch,
+    *,
+    forward_only: bool,
+    losses: list[Tensor] | None = None,
+    answers: AnswerCounts | None = None,
 ) -> Tensor:
     """Megatron-Core's pipeline schedule over the micro-batches of one global batch; gradients are complete
     afterwards. Returns TERMS of the global batch, the same on every rank, fp32 `[len(TERMS)]`.
 
-    losses: gets this replica's loss of each micro-batch, on the last pipeline stage.
+    losses: gets this replica's loss of each micro-batch, on the last pipeline stage. answers: notes which labels are
+    the likeliest words.
     """
     config = trainer.config
     tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -116,6 +123,8 @@ def run_schedule(
 
     def loss(micro_batch: MicroBatch, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:
         value, terms = micro_batch_losses(output, micro_batch, batch.counts, config.objective, trainer.centre, tp_group)
+        if answers is not None:
+            answers.note(output.language_logits_RW, micro_batch.labels_R, tp_group)
         # Megatron asks for a number of tokens to divide by; the losses are divided already.
         return value, torch.zeros((), dtype=torch.int32, device=value.device), terms
 
@@ -340,12 +349,14 @@ def evaluate(trainer: Trainer) -> dict:
     # Every term is a mean over its own count, so batches weigh by that count.
     totals = dict.fromkeys(TERMS, 0.0)
     weights = dict.fromkeys(TERMS, 0)
+    answers = AnswerCounts(trainer.backend.device)
     for i in range(config.run.eval_iters):
         with phase("data"):
             batch = trainer.validation_data.at(
                 i * config.data.global_batch_size, mask_ratio=config.objective.mask_ratio, step=0
             )
-        terms = run_schedule(trainer, batch, forward_only=True).tolist()
+        terms = run_schedule(trainer, batch, forward_only=True, answers=answers).tolist()
+        answers.add(batch.packs)
         for name, value in zip(TERMS, terms, strict=True):
             weight = count_of(name, batch.counts)
             totals[name] += value * weight
@@ -355,7 +366,7 @@ def evaluate(trainer: Trainer) -> dict:
     result["loss"] = weighted_sum(*losses, config.objective)
     if not config.objective.laver:
         result = {"loss": result["loss"], "lm_loss": result["lm_loss"]}
-    return {**result, "elapsed_seconds": time.perf_counter() - started}
+    return {**result, **answers.accuracies(), "elapsed_seconds": time.perf_counter() - started}
 
 
 @phase("save")

@@ -41,6 +41,22 @@ def sharded_language_losses(logits_TW: Tensor, labels_T: Tensor, group: ProcessG
     return _CrossEntropy.apply(logits_TW, labels_T, first_word, group)
 
 
+@torch.no_grad()
+def sharded_is_likeliest(logits_TW: Tensor, labels_T: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Whether the label is the word with the largest logit, of equal ones the first: bool `[T]`, False where the label
+    is IGNORE_LABEL. Two numbers a token cross the group."""
+    first_word = group.rank() * logits_TW.shape[1] if _is_sharded(group) else 0
+    word_T = logits_TW.argmax(-1)
+    largest_T = logits_TW.gather(1, word_T[:, None]).squeeze(1)
+    word_T = word_T + first_word
+    if _is_sharded(group):
+        of_all_T = at_least_fp32(largest_T).clone()
+        dist.all_reduce(of_all_T, op=dist.ReduceOp.MAX, group=group)
+        word_T = word_T.where(largest_T == of_all_T, torch.iinfo(torch.int64).max)
+        dist.all_reduce(word_T, op=dist.ReduceOp.MIN, group=group)
+    return word_T == labels_T
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TW: Tensor, labels_T: Tensor, first_word: int, group: ProcessGroup | None) -> Tensor:

@@ -18,7 +18,8 @@ Written into the run directory at every checkpoint, so an interrupted run has on
                             language_model: the rest, which is what plain training on the same data costs
     validation              last and best (the lowest lm_loss): iteration, lm_loss, loss and with LaVer mim_loss,
                             gram_loss and the collapse monitors student_visual_similarity, teacher_visual_similarity,
-                            teacher_entropy; null without validation
+                            teacher_entropy; answer_accuracy, and answer_accuracy/FAMILY where records name a family
+                            (`answers.py`); null without validation
     training                the same numbers as means over the last num_iterations (at most 20)
     throughput              means over the same: tokens, visual tokens, images a second, TFLOP/s of a device; MFU, HFU
                             and MFU over full squares (`utilisation.py`), absent where the peak is not known
@@ -150,7 +151,11 @@ def _last_and_best(records: Sequence[Mapping[str, Any]], columns: Sequence[str])
         "last": max(records, key=lambda record: record["iteration"]),
         "best": min(records, key=lambda record: math.inf if record["lm_loss"] is None else record["lm_loss"]),
     }
-    return {name: {field: record.get(field) for field in ("iteration", *columns)} for name, record in chosen.items()}
+    return {
+        name: {field: record.get(field) for field in ("iteration", *columns)}
+        | {field: value for field, value in record.items() if field.split("/")[0] == "answer_accuracy"}
+        for name, record in chosen.items()
+    }
 
 
 def _recent_means(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any] | None:

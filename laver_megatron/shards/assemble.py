@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from laver_megatron.data.index.faults import SampleFault
 from laver_megatron.data.read.conversations import Conversation, Message, read_conversation
 from laver_megatron.data.read.images import decode_image, image_size
-from laver_megatron.data.read.record_keys import IMAGES_IN_ANSWERS, add_keys
+from laver_megatron.data.read.record_keys import FAMILY, IMAGES_IN_ANSWERS, add_keys
 from laver_megatron.shards.record_source import FoundSample
 from laver_megatron.shards.report import MakeReport
 
@@ -118,6 +118,8 @@ def _text(found: FoundSample, conversation: Conversation, key: str) -> bytes:
     document: dict[str, object] = {"id": key if found.sample_id is None else found.sample_id}
     if found.origin is not None:
         document["source"] = found.origin
+    if conversation.family:
+        document[FAMILY] = conversation.family
     if conversation.images_in_answers:
         document[IMAGES_IN_ANSWERS] = True
     document["conversations"] = [_turn(message) for message in conversation.messages]

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     add("--difficulty", dest="levels", type=int, nargs="+", default=[1, 2, 3], metavar="LEVEL", help="1 to 5, mixed")
     add("--image-size", type=int, default=64, metavar="PIXELS", help="side of a picture")
+    add("--sheet", type=Path, metavar="FILE", help="also draws an example of each family and difficulty, as a PNG")
     options = parser.parse_args(argv)
     families, levels = tuple(options.families), tuple(options.levels)
     settings = TaskSettings(
@@ -44,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # before the slow import below
 
     from laver_megatron.tasks.make import make_tasks
+    from laver_megatron.tasks.sheet import write_sheet
 
     description = make_tasks(settings, options.output)
+    if options.sheet is not None:
+        write_sheet(settings, options.sheet)
     print(f"{options.output}: {settings.num_train} + {settings.num_valid} samples")
     print(f"{'family':12} {'train':>7} {'valid':>7} {'chance':>7}")
     for family in settings.families:

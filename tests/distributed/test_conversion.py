@@ -20,8 +20,7 @@ import xxhash
 from megatron.core import dist_checkpointing, parallel_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText
 
 from laver_megatron import train
 from laver_megatron.checkpoint.directory import latest_checkpoint
@@ -43,8 +42,6 @@ from tests.distributed.build import (
     IMAGE_SIZE,
     IMAGE_TOKEN,
     SEQ_LENGTH,
-    VOCABULARY,
-    Assets,
     Shard,
     assert_same_bits,
     make_config,
@@ -69,26 +66,6 @@ LAYOUTS = [
     Layout(pp=2, first_layers=1),
     FOUR,
 ]
-
-
-@pytest.fixture(scope="module")
-def files(assets, tmp_path_factory) -> Assets:
-    """The small random models with what an export copies besides: a tokenizer and an image processor's settings."""
-    directory = tmp_path_factory.mktemp("files")
-    special = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-    words = {f"w{i}": i for i in range(VOCABULARY - len(special))}
-    words |= {token: VOCABULARY - len(special) + i for i, token in enumerate(special)}
-    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, chat_template="{{ messages }}")
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == IMAGE_TOKEN
-    found = Assets(*(Path(shutil.copytree(path, directory / path.name)) for path in vars(assets).values()))
-    for path in (found.tied, found.untied):
-        tokenizer.save_pretrained(path)
-    settings = {"image_processor_type": "SiglipImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-    (found.encoder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return found
 
 
 # --- starting ------------------------------------------------------------------------------------------

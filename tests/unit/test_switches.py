@@ -832,7 +832,7 @@ def test_validation_knows_no_iteration(assets):
         for batch in batches:
             assert torch.equal(batch.masked[0], masks_of(trainer.config, batch, 0, trainer.config.objective.mask_ratio))
         # The same weights in the same memory.
-        assert results[0] == results[1] and results[0].keys() == set(TERMS)
+        assert results[0] == results[1] and results[0].keys() == {*TERMS, "answer_accuracy"}
         assert not trainer.centre.sum_K.any() and not trainer.centre.value_K.any(), "the centre is training's"
         trainer.progress.iteration = 0
         train.train_step(trainer)

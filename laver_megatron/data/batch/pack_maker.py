@@ -53,11 +53,13 @@ class PackContent:
         image_sizes: (height, width) of each image.
         keys: of its documents.
         bad: samples that are missing.
+        families: of its documents, see `PackBatch`.
     """
 
     image_sizes: list[tuple[int, int]]
     keys: list[str]
     bad: list[BadSample]
+    families: list[str]
 
 
 class PackBuffer:
@@ -94,6 +96,7 @@ class _Text(NamedTuple):
     encoded: EncodedSample
     pictures: list[bytes]
     sizes: list[tuple[int, int]]
+    family: str
 
 
 class PackMaker:
@@ -143,7 +146,7 @@ class PackMaker:
 
         # All texts before all pictures: pictures drive everything else out of the caches.
         texts = [try_(sample_id, partial(self._read_text, sample_id)) for sample_id in sample_ids]
-        samples = []
+        samples, families = [], []
         end = 0  # of the pixels so far
         for sample_id, planned, text in zip(sample_ids, num_tokens, texts, strict=True):
             pixels = text and try_(sample_id, partial(self._make_pixels, text, buffer.pixels[end:]))
@@ -151,23 +154,24 @@ class PackMaker:
                 samples.append(PackedSample(sample_id, planned, None))
             else:
                 samples.append(PackedSample(sample_id, planned, text.encoded, pixels))
+                families.append(text.family)
                 end += sum(map(torch.numel, pixels))
         batch = build_packs([samples], seq_length=self.seq_length, padding_token=self.encoder.padding)
         torch.cat([getattr(batch, name) for name in PACK_TENSORS], out=buffer.table_FS)
         [images], [keys] = batch.pixels, batch.keys
-        return PackContent([(image.shape[1], image.shape[2]) for image in images], keys, bad)
+        return PackContent([(image.shape[1], image.shape[2]) for image in images], keys, bad, families)
 
     def _read_text(self, sample_id: int) -> _Text:
         index, row = self.locate_sample(sample_id)
         sample = index.sample(row)
         text, *contents = self._files.read(index.shards[index.shard_I[row]], sample)
-        messages = parse_conversation(text, len(contents), sample.name).messages
+        conversation = parse_conversation(text, len(contents), sample.name)
         sizes = index.image_sizes(row)
         encoded = self.encoder.encode(
-            messages, [self.preprocessor.grid(*size) for size in sizes], sample.key, self.limits
+            conversation.messages, [self.preprocessor.grid(*size) for size in sizes], sample.key, self.limits
         )
         num_images = len(encoded.grids)  # turns that were dropped take their images with them
-        return _Text(encoded, contents[:num_images], sizes[:num_images])
+        return _Text(encoded, contents[:num_images], sizes[:num_images], conversation.family)
 
     def _make_pixels(self, text: _Text, memory: Tensor) -> tuple[Tensor, ...]:
         """The pixels of a sample's pictures, `[3, height, width]`, one after the other in `memory`."""
@@ -189,4 +193,5 @@ def join_packs(buffers: Sequence[PackBuffer], contents: Sequence[PackContent]) -
         **dict(zip(PACK_TENSORS, tables, strict=True)),
         pixels=[buffer.images(content.image_sizes) for buffer, content in zip(buffers, contents, strict=True)],
         keys=[content.keys for content in contents],
+        families=[content.families for content in contents],
     )

@@ -4,7 +4,7 @@ Letters: B packs, S tokens of a pack, T tokens of one sample, 3 colours, height,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class PackBatch:
         image_number_BS: image within its sample, -1 elsewhere.
         pixels: for each pack its images in order, `[3, height, width]`.
         keys: for each pack the keys of its documents.
+        families: for each pack the kinds of question of its documents, empty for none.
     """
 
     tokens_BS: Tensor
@@ -84,6 +85,7 @@ class PackBatch:
     image_number_BS: Tensor
     pixels: list[list[Tensor]]
     keys: list[list[str]]
+    families: list[list[str]] = field(default_factory=list)
 
 
 PACK_TENSORS = tuple(field.name for field in fields(PackBatch) if field.name.endswith("_BS"))
@@ -116,7 +118,7 @@ def build_packs(packs: Sequence[Sequence[PackedSample]], *, seq_length: int, pad
     """
     shape = (len(packs), seq_length)
     tensors = {name: torch.full(shape, value) for name, value in {"tokens_BS": padding_token, **_PADDING}.items()}
-    batch = PackBatch(**tensors, pixels=[[] for _ in packs], keys=[[] for _ in packs])
+    batch = PackBatch(**tensors, pixels=[[] for _ in packs], keys=[[] for _ in packs], families=[])
     for row, pack in enumerate(packs):
         start = 0
         for sample in pack:

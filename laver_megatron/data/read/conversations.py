@@ -21,6 +21,7 @@ from laver_megatron.data.read.record_keys import (
     check_record,
     check_role,
     check_turn,
+    family_of,
     first_present,
     is_to_train,
     named_pictures,
@@ -68,12 +69,14 @@ class Conversation:
         is_placed: its pictures were put before the first question, because no text says where they belong.
         images_in_answers: whether the record says that `<image>` in an answer is a picture.
         other_keys: unused keys, with counts.
+        family: the kind of question; empty if the record names none.
     """
 
     messages: tuple[Message, ...]
     is_placed: bool
     images_in_answers: bool
     other_keys: Counter[str]
+    family: str = ""
 
 
 def parse_conversation(content: bytes | str, num_images: int, name: str) -> Conversation:
@@ -129,7 +132,7 @@ def read_conversation(document: object, num_images: int, name: str, *, images_in
     messages = _with_system(system_texts(record, name), [_message(turn, i, name) for i, turn in enumerate(turns)])
     messages, is_placed = _place_images(messages, num_images, images_in_answers, name)
     _check_answers(messages, name)
-    return Conversation(tuple(messages), is_placed, images_in_answers, other_keys(record, turns))
+    return Conversation(tuple(messages), is_placed, images_in_answers, other_keys(record, turns), family_of(record))
 
 
 def turns_of(document: object) -> object:

@@ -11,9 +11,10 @@ from laver_megatron.data.index.faults import Fault, SampleFault
 
 IMAGE_PARTS = ("image", "image_url")  # types of a part of a message
 IMAGES_IN_ANSWERS = "images_in_answers"
+FAMILY = "family"  # the kind of question, by which answers are counted in validation
 _PICTURE_KEYS = ("image", "images")  # names of pictures in LLaVA's form, and the pictures themselves in Parquet
 USED_KEYS = frozenset(
-    ("conversations", "messages", "system", "system_prompt", IMAGES_IN_ANSWERS, "id", "source", "data_source")
+    ("conversations", "messages", "system", "system_prompt", IMAGES_IN_ANSWERS, FAMILY, "id", "source", "data_source")
     + _PICTURE_KEYS
 )
 _SYSTEM_KEYS = ("system", "system_prompt")
@@ -62,6 +63,12 @@ def allows_images_in_answers(record: Mapping[str, object], name: str) -> bool:
     if not is_nothing(value) and value not in (True, False):
         raise SampleFault(Fault.image_count, f"{name}: {IMAGES_IN_ANSWERS} is {value!r:.40}; it must be true or false")
     return value in (True,)
+
+
+def family_of(record: Mapping[str, object]) -> str:
+    """The kind of question that a record names; empty for none."""
+    value = record.get(FAMILY)
+    return value if isinstance(value, str) else ""
 
 
 def check_record(record: Mapping[str, object], name: str) -> None:

@@ -33,6 +33,14 @@ def test_a_run_is_finished_at_its_last_iteration(tmp_path, iteration, state):
     assert write_run(tmp_path, iteration=iteration)["state"] == state
 
 
+def test_shares_of_right_answers_are_kept_by_family(tmp_path):
+    record = {"iteration": 20, "loss": 2.0, "lm_loss": 2.0, "answer_accuracy": 0.5, "answer_accuracy/chart": 0.25}
+    summary = make_summary(
+        make_config(tmp_path, laver=False), SumsOfARun(), {}, 0, {}, [{**record, "elapsed_seconds": 1.0}], []
+    )
+    assert summary["validation"]["last"] == summary["validation"]["best"] == record
+
+
 def test_last_and_best_validation(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()

@@ -18,6 +18,8 @@ from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.faults import Fault
 from laver_megatron.data.index.index_file import write_index
 from laver_megatron.encoders import ImagePreprocessor
+from laver_megatron.tasks.make import make_tasks
+from laver_megatron.tasks.sample import TaskSettings
 from tests.content import picture_bytes, question
 from tests.small_run import settings
 
@@ -41,13 +43,23 @@ def open_shards(tokenizer, preprocessor):
 def same(one, other):
     for field in dataclasses.fields(one):
         left, right = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "keys":
+        if field.name in ("keys", "families"):
             assert left == right
         elif field.name == "pixels":
             assert [len(images) for images in left] == [len(images) for images in right]
             assert all(torch.equal(a, b) for a, b in zip(sum(left, []), sum(right, []), strict=True))
         else:
             assert left.dtype == torch.int64 and torch.equal(left, right), field.name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kinds_of_question_come_with_the_packs(tmp_path, open_shards, num_workers):
+    names = ("position", "counting")
+    make_tasks(TaskSettings(1, 24, 1, families=names), tmp_path / "set")
+    [packs] = open_shards(tmp_path / "set" / "train-00.tar", num_workers).read(0, 2, 2)
+    assert sum(map(len, packs.keys)) >= 4
+    assert packs.families == [[names[int(key[-1]) % 2] for key in keys] for keys in packs.keys]
 
 
 @pytest.mark.processes

@@ -1,0 +1,80 @@
+"""`laver score`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from laver_megatron.program import program, program_parser
+
+_KINDS = ("right", "blank", "swapped")
+
+DESCRIPTION = """
+Scores an export's answers to the questions of shards, by greedy generation and exact match, by family.
+
+With blank and swapped pictures beside the right ones the table shows how far the answers follow the text alone. Case,
+spaces and a full stop at the end do not count. An export brings code of its own, which is run: score those you trust.
+"""
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """Scores an export."""
+    examples = [
+        "--model exports/mine --data-path runs/tasks/valid-*.tar",
+        "--model exports/mine --data-path runs/tasks/valid-*.tar --images right blank swapped --output bias.json",
+        "--model exports/mine --data-path runs/tasks/valid-*.tar --contrast 1",
+    ]
+    parser = program_parser("score", DESCRIPTION, examples)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="EXPORT", help="a directory of laver export")
+    add("--data-path", nargs="+", required=True, metavar="SHARDS", help="tars, folders or indexes")
+    add("--samples", type=_positive, metavar="N", help="score so many, the same at each call; default: all")
+    add("--images", nargs="+", choices=_KINDS, default=["right"], help="which pictures the questions come with")
+    add("--contrast", type=_alpha, default=0.0, metavar="ALPHA", help="contrastive decoding against a blank picture")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer")
+    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add("--output", type=Path, metavar="FILE", help="writes table and answers as JSON")
+    options = vars(parser.parse_args(argv))
+    options["images"] = list(dict.fromkeys(options["images"]))
+
+    from laver_megatron.runtime.files import write_json
+    from laver_megatron.tasks.exported import ExportedModel, default_device
+    from laver_megatron.tasks.score import read_samples, score, table_lines, write_description
+
+    samples, num_unusable = read_samples(options["data_path"], options["samples"])
+    if options["images"] != ["right"] and not any(sample.pictures for sample in samples):
+        raise ValueError("--images blank and swapped need samples with pictures; these have none")
+    options["device"] = options["device"] or default_device()
+    model = ExportedModel(options["model"], options["device"])
+    answers = score(
+        model,
+        samples,
+        images=options["images"],
+        contrast=options["contrast"],
+        max_new_tokens=options["max_new_tokens"],
+    )
+    description = write_description(options, num_unusable, answers)
+    print("\n".join(table_lines(description["table"])))
+    if num_unusable:
+        print(f"{num_unusable} samples could not be used")
+    if options["output"] is not None:
+        write_json(options["output"], description)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def _alpha(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return value
