@@ -3,6 +3,7 @@
 #   make demo         train a tiny model on real photographs at TP2 x PP2 on the CPU; results in runs/demo
 #   make demo-stages  the same in three stages: connector, LaVer, instruction tuning; results in runs/stages
 #   make demo-scaling a scaling study in miniature: 24 runs of four sizes, a law and pictures; in runs/demo-scaling
+#   make demo-ablation  the paper's ablation in miniature: seven arms, three seeds; an hour; in runs/ablation
 #   make test-fast    unit tests without processes, signals and disks: some minutes on two cores
 #   make test         lint, types and all tests that guard a change: up to twenty minutes on two cores
 #   make test-full    the same with the slow tests, and with new examples in property tests
@@ -16,7 +17,7 @@
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point it to another build of torch, such as the small CPU one.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stages demo-scaling test-fast test test-full test-faults test-engine bench lint clean \
+.PHONY: help demo demo-stages demo-scaling demo-ablation test-fast test test-full test-faults test-engine bench lint clean \
 	gpu gpu-wheels test-gpu bench-gpu
 
 BASE_PYTHON ?= python3
@@ -74,6 +75,19 @@ demo-scaling: $(READY)
 	bash runs/demo-scaling/sweep/run.sh
 	$(PYTHON) tools/fit_scaling_law.py --registry runs/demo-scaling/sweep/runs --arm-by laver \
 		--output runs/demo-scaling/law
+
+# Nothing is removed: the same command goes on where it was stopped, and a finished run is not trained again.
+ABLATION := runs/ablation
+LAVER := $(PYTHON) -m laver_megatron
+demo-ablation: $(READY)
+	[ -d $(ABLATION)/tasks ] || $(LAVER) make-tasks --train 24000 --valid 640 --difficulty 1 2 --output $(ABLATION)/tasks
+	$(LAVER) ablation-parts --dir $(ABLATION)
+	$(LAVER) train --config examples/ablation/base.yaml
+	$(LAVER) train --config examples/ablation/align.yaml
+	[ -d $(ABLATION)/sweep ] || $(LAVER) sweep --models examples/ablation/cpu.yaml --arms examples/ablation/arms.yaml \
+		--iterations 1200 --seeds 1 2 3 --output $(ABLATION)/sweep
+	tail -n +2 $(ABLATION)/sweep/manifest.csv | cut -d, -f1 | xargs -P 2 -n 1 bash $(ABLATION)/sweep/run.sh
+	$(LAVER) arm-table $(ABLATION)/sweep --output $(ABLATION)
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow and not processes" tests/unit

@@ -40,10 +40,12 @@ COMMANDS = {
     "inspect": Command("inspection.inspect_command", "main", "look inside models: visual tokens layer by layer"),
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
+    "arm-table": Command("studies.arm_table_command", "main", "compare the arms of an ablation with its baseline"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
     "score": Command("tasks.score_command", "main", "an export's answers to the questions of shards, by family"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
+    "ablation-parts": Command("demo.ablation_command", "main", "make the model, encoder and texts of an ablation"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
 }
 

@@ -111,17 +111,24 @@ def save_encoder(directory: Path, kind: str = "siglip") -> None:
         with seeded(2):
             model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**_SIZES))
         with quiet_transformers():
-            model.save_pretrained(directory)
-        size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        SiglipImageProcessorPil(size=size, **_GREY).save_pretrained(directory)
-        # Checkpoints name the processor without the backend.
-        processor = read_object(directory / PREPROCESSOR_FILE) | {"image_processor_type": "SiglipImageProcessor"}
-    elif kind == "patches":
+            save_siglip(directory, model)
+        return
+    if kind == "patches":
         write_json(directory / CONFIG_FILE, {"model_type": "laver_patches", "patch_size": 16, "num_channels": 3})
         processor = _PATCHES_PROCESSOR
     else:
         model_class, config, processor = _MODELS[kind]
         _save_model(directory, model_class, config)
+    write_json(directory / PREPROCESSOR_FILE, processor)
+
+
+def save_siglip(directory: Path, model: transformers.SiglipVisionModel) -> None:
+    """Weights, settings and the image processor for pictures of the model's size."""
+    model.save_pretrained(directory)
+    side = model.config.image_size
+    SiglipImageProcessorPil(size={"height": side, "width": side}, **_GREY).save_pretrained(directory)
+    # Checkpoints name the processor without the backend.
+    processor = read_object(directory / PREPROCESSOR_FILE) | {"image_processor_type": "SiglipImageProcessor"}
     write_json(directory / PREPROCESSOR_FILE, processor)
 
 

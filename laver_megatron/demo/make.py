@@ -52,14 +52,14 @@ def make_demo(
         write_index(index_tars(sorted(place.glob("*.tar"))), place / INDEX_NAME)
 
     model = directory / "model"
-    _make_part(model, "a Qwen2.5 checkpoint with its tokenizer", lambda place: save_language_model(place, texts()))
-    _make_part(directory / "encoder", "a SigLIP encoder", save_encoder)
+    make_part(model, "a Qwen2.5 checkpoint with its tokenizer", lambda place: save_language_model(place, texts()))
+    make_part(directory / "encoder", "a SigLIP encoder", save_encoder)
     for kind in encoders:
-        _make_part(directory / f"encoder_{kind}", f"an encoder of type {kind}", partial(save_encoder, kind=kind))
+        make_part(directory / f"encoder_{kind}", f"an encoder of type {kind}", partial(save_encoder, kind=kind))
     for name, (width, num_layers) in sizes.items():
         save = partial(save_language_model, texts=texts(), hidden_size=width, num_layers=num_layers)
-        _make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", save)
-    _make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
+        make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", save)
+    make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
     return directory
 
 
@@ -70,7 +70,8 @@ def _read_size(name: str) -> tuple[int, int]:
     return int(width), int(num_layers)
 
 
-def _make_part(place: Path, what: str, build: Callable[[Path], None]) -> None:
+def make_part(place: Path, what: str, build: Callable[[Path], None]) -> None:
+    """Builds a directory beside its place and renames it when it is complete; one that is there is kept."""
     if place.exists():
         print(f"demo: {place} is there", file=sys.stderr)
         return

@@ -76,8 +76,18 @@ with open(path, encoding="utf-8") as file: return json.load(file)
 """.splitlines()
 
 
-def save_language_model(directory: Path, texts: Sequence[str], *, hidden_size: int = 128, num_layers: int = 4) -> None:
+def save_language_model(
+    directory: Path,
+    texts: Sequence[str],
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    system_prompt: str = _SYSTEM_PROMPT,
+) -> None:
     """A small Qwen2ForCausalLM in float32 with random weights, and a tokenizer trained on `texts`.
+
+    Args:
+        system_prompt: what the chat template inserts where a conversation has none.
 
     Raises:
         ValueError: a size that a Qwen2 of this form cannot have.
@@ -87,7 +97,8 @@ def save_language_model(directory: Path, texts: Sequence[str], *, hidden_size: i
             f"a demo model has a width that is a multiple of 16 and at least one layer, not {hidden_size} "
             f"and {num_layers}"
         )
-    tokenizer = train_tokenizer([*texts, *_SENTENCES, _SYSTEM_PROMPT, "system\nuser\nassistant\n"])
+    tokenizer = train_tokenizer([*texts, *_SENTENCES, system_prompt, "system\nuser\nassistant\n"])
+    tokenizer.chat_template = _CHAT_TEMPLATE.replace(_SYSTEM_PROMPT, system_prompt)
     tokenizer.save_pretrained(directory)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
     config = {

@@ -228,8 +228,13 @@ def mean_differences(pairs: Sequence[Pair], level: float = 0.95) -> list[MeanDif
 
 
 def _mean(kind: str, amount: float | None, differences: Array, level: float) -> MeanDifference:
+    return MeanDifference(kind, amount, len(differences), *mean_and_interval(differences, level))
+
+
+def mean_and_interval(differences: Array, level: float = 0.95) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of paired differences, by Student's t; a single one has no interval."""
     number, mean = len(differences), float(differences.mean())
     if number < 2:
-        return MeanDifference(kind, amount, number, mean, None, None)
+        return mean, None, None
     half = float(stdtrit(number - 1, (1 + level) / 2) * differences.std(ddof=1) / np.sqrt(number))
-    return MeanDifference(kind, amount, number, mean, mean - half, mean + half)
+    return mean, mean - half, mean + half
