@@ -39,6 +39,7 @@ COMMANDS = {
     "checkpoint": Command("checkpoint_command", "main", "what checkpoints hold, and whether they are whole"),
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
+    "scores": Command("scores.command", "main", "results of lmms-eval and VLMEvalKit as one table, tested"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
