@@ -40,6 +40,7 @@ COMMANDS = {
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
     "scores": Command("scores.command", "main", "results of lmms-eval and VLMEvalKit as one table, tested"),
+    "score-masks": Command("scores.segmentation", "main", "gIoU and cIoU of predicted masks"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "demo": Command("demo.demo_command", "main", "make a tiny model and shards to try things with"),
     "examples": Command("demo.demo_command", "copy_examples", "copy the examples of this version into a directory"),
