@@ -50,7 +50,10 @@ setup(
         # Remote shards of these stores.
         "s3": ["s3fs"],
         "gs": ["gcsfs"],
+        # VLMEvalKit's files of samples, for `laver scores`.
+        "scores": ["openpyxl"],
         "test": [
+            "openpyxl",
             "pytest",
             "pytest-xdist",
             "ruff",

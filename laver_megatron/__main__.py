@@ -41,6 +41,8 @@ COMMANDS = {
     "sweep": Command("studies.sweep_command", "main", "make the runs of a scaling study"),
     "fit": Command("studies.fit_command", "main", "fit a scaling law to finished runs"),
     "arm-table": Command("studies.arm_table_command", "main", "compare the arms of an ablation with its baseline"),
+    "scores": Command("scores.command", "main", "results of lmms-eval and VLMEvalKit as one table, tested"),
+    "score-masks": Command("scores.segmentation", "main", "gIoU and cIoU of predicted masks"),
     "curves": Command("studies.curves_command", "main", "draw the training curves of a run"),
     "make-tasks": Command("tasks.make_command", "main", "make a set of questions that only a picture answers"),
     "score": Command("tasks.score_command", "main", "an export's answers to the questions of shards, by family"),

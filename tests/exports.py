@@ -9,11 +9,14 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM, SiglipVisionModel
 
 from laver_megatron.convert.export import description
+from laver_megatron.demo.encoders import save_encoder
+from laver_megatron.demo.models import save_language_model
 
 
 def write_export(
@@ -82,6 +85,33 @@ def add_processor(export: Path, model_dir: Path, encoder_dir: Path) -> Path:
     (export / "chat_template.jinja").write_text(description.chat_template(template))
     shutil.copy(encoder_dir / "preprocessor_config.json", export)
     return export
+
+
+def random_export(directory: Path) -> Path:
+    """An export below a directory, of the demo's sizes, with mixed attention and 2d positions, in laver format, with
+    tokenizer and processor."""
+    model_dir, encoder_dir = directory / "model", directory / "encoder"
+    save_language_model(model_dir, [])
+    save_encoder(encoder_dir)
+    language, encoder = Qwen2ForCausalLM.from_pretrained(model_dir), SiglipVisionModel.from_pretrained(encoder_dir)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for module in (language, encoder) for p in module.parameters() if p.ndim > 1):
+            parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
+    connector = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128))
+    added = json.loads((model_dir / "tokenizer.json").read_text())["added_tokens"]
+    written = write_export(
+        directory / "export",
+        language,
+        encoder,
+        connector,
+        text_config=json.loads((model_dir / "config.json").read_text()),
+        vision_config=json.loads((encoder_dir / "config.json").read_text()),
+        attention="mixed",
+        positions="2d",
+        image_token_id=next(token["id"] for token in added if token["content"] == "<|image_pad|>"),
+    )
+    return add_processor(written, model_dir, encoder_dir)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -6,7 +6,6 @@ their place, which hold just what the adapters use.
 
 import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,14 +13,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, SiglipVisionModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laver_megatron.data.read.images import decode_image
-from laver_megatron.demo.encoders import save_encoder
-from laver_megatron.demo.models import save_language_model
 from laver_megatron.encoders import open_preprocessor
-from tests.exports import add_processor, write_export
+from tests.exports import random_export
 from tests.picture_files import picture_files
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "examples" / "evaluation"
@@ -31,29 +27,7 @@ NUM_NEW = 6
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """A random model with mixed attention and 2d positions, in laver format, with tokenizer and processor."""
-    directory = tmp_path_factory.mktemp("evaluation")
-    model_dir, encoder_dir = directory / "model", directory / "encoder"
-    save_language_model(model_dir, [])
-    save_encoder(encoder_dir)
-    language, encoder = Qwen2ForCausalLM.from_pretrained(model_dir), SiglipVisionModel.from_pretrained(encoder_dir)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in (p for module in (language, encoder) for p in module.parameters() if p.ndim > 1):
-            parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
-    connector = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128))
-    added = json.loads((model_dir / "tokenizer.json").read_text())["added_tokens"]
-    written = write_export(
-        directory / "export",
-        language,
-        encoder,
-        connector,
-        text_config=json.loads((model_dir / "config.json").read_text()),
-        vision_config=json.loads((encoder_dir / "config.json").read_text()),
-        attention="mixed",
-        positions="2d",
-        image_token_id=next(token["id"] for token in added if token["content"] == "<|image_pad|>"),
-    )
-    return add_processor(written, model_dir, encoder_dir)
+    return random_export(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
