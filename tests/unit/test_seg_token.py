@@ -1,6 +1,7 @@
 """examples/segmentation: an export with one token more, loaded by a program without this package."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,15 @@ def test_refused(export, added, tmp_path):
     with pytest.raises(SystemExit, match=r"has the token \[SEG\]"):
         add_token(added[0], tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_the_matrices_grow_where_no_row_is_free(export, tmp_path):
+    full = shutil.copytree(export, tmp_path / "full")
+    model, processor = load(full)
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    processor.tokenizer.add_tokens([f"[{row}]" for row in range(num_rows - len(processor.tokenizer))])
+    processor.tokenizer.save_pretrained(full)
+    assert runpy.run_path(str(SCRIPT))["add_token"](full, tmp_path / "grown") == num_rows
+    grown, _ = load(tmp_path / "grown")
+    assert grown.get_input_embeddings().weight.shape[0] == grown.config.text_config.vocab_size == num_rows + 1
+    assert grown.get_output_embeddings().weight.shape[0] == num_rows + 1
