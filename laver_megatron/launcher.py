@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laver_megatron.config.checks import check, check_run, world_problems
 from laver_megatron.config.command_line import (
@@ -25,12 +26,12 @@ from laver_megatron.config.command_line import (
 )
 from laver_megatron.config.fields import Config, ConfigError
 from laver_megatron.program import EXAMPLES, program
-from laver_megatron.resilience.agent import StopRequest, run_agent
-from laver_megatron.resilience.endings import Ending
-from laver_megatron.resilience.rendezvous import Alone, Guest, Plan
-from laver_megatron.resilience.rendezvous_host import Host
 from laver_megatron.resilience.signals import STARTED, heed_signals
-from laver_megatron.resilience.supervisor import supervise
+
+if TYPE_CHECKING:
+    from laver_megatron.resilience.agent import StopRequest
+    from laver_megatron.resilience.endings import Ending
+    from laver_megatron.resilience.rendezvous import Alone, Plan
 
 LAUNCHER = EXAMPLES / "pretrain_laver.sh"
 DEMO_CONFIG = EXAMPLES / "demo.yaml"
@@ -113,6 +114,8 @@ def _start(arguments: list[str], is_demo: bool) -> None:
 
 def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Config) -> None:
     """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
+    from laver_megatron.resilience.agent import run_agent  # only now: help needs no package but PyYAML
+    from laver_megatron.resilience.supervisor import supervise
 
     node = int(_node_rank(os.environ))
 
@@ -125,6 +128,9 @@ def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Conf
 
 
 def _rendezvous(node: int, num_nodes: int, per_node: int, config: Config) -> Alone:
+    from laver_megatron.resilience.rendezvous import Alone, Guest
+    from laver_megatron.resilience.rendezvous_host import Host
+
     settings = config.reliability
     if num_nodes == 1 or not settings.restarts:
         return Alone(node, num_nodes)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from laver_megatron.checkpoint.directory import MANIFEST_FILE, RUN_FILE
 from laver_megatron.runtime.files import is_within, read_object, sync_directory, write_text
 from laver_megatron.runtime.terminal import printable
@@ -20,6 +18,8 @@ _NEEDED = (".metadata", RUN_FILE, "hf/config.json")  # of every checkpoint, conv
 
 
 def checksum(path: Path) -> str:
+    import xxhash  # here: a launcher and a planner look at checkpoints without the packages that a run needs
+
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

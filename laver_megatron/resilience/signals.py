@@ -11,8 +11,6 @@ from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
-import psutil
-
 from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.endings import explain
 from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
@@ -89,6 +87,8 @@ def _is_left_over(agent: int) -> bool:
     later: no step will end any more."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != agent:
         return False
+    import psutil  # here: a launcher that is asked for help has it not; a rank has imported it long before
+
     try:
         ranks = psutil.Process(agent).children()
         alive = sum(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)

@@ -30,7 +30,7 @@ PROGRAMS = (
     "inspection",
     "__main__",
 )
-MOST_LINES_OF_THE_CORE = 19_700
+MOST_LINES_OF_THE_CORE = 20_500
 
 
 def ended(arguments: list[str]) -> int:
