@@ -123,9 +123,9 @@ def run_schedule(
         return output, partial(loss, micro_batch)
 
     def loss(micro_batch: MicroBatch, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:
-        value, terms = micro_batch_losses(output, micro_batch, batch.counts, config.objective, trainer.centre, tp_group)
-        if answers is not None:
+        if answers is not None:  # first: the language loss may work in place on the logits
             answers.note(output.language_logits_RW, micro_batch.labels_R, tp_group)
+        value, terms = micro_batch_losses(output, micro_batch, batch.counts, config.objective, trainer.centre, tp_group)
         # Megatron asks for a number of tokens to divide by; the losses are divided already.
         return value, torch.zeros((), dtype=torch.int32, device=value.device), terms
 
