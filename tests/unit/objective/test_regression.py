@@ -47,7 +47,9 @@ def test_worked_example():
 
 
 @pytest.mark.parametrize(
-    "function, unbiased, eps", [(standardised, False, 1e-5), (normalised_pixels, True, 1e-6)], ids=lambda it: str(it)
+    "function, unbiased, eps",
+    [(standardised, False, 1e-5), (normalised_pixels, True, 1e-6)],
+    ids=["standardised", "pixels"],
 )
 @pytest.mark.parametrize("scale", [1.5, 1e-3])
 def test_normalised_targets(function, unbiased, eps, scale):
