@@ -27,7 +27,6 @@ from tests.distributed.build import (
     make_trainer,
 )
 from tests.distributed.harness import Layout
-from tests.distributed.test_conversion import files  # noqa: F401
 from tests.parity import model_outputs
 
 TOLERANCE = 1e-5
@@ -58,7 +57,7 @@ def inspect_and_save(layout, config):
 
 
 @pytest.fixture(scope="module")
-def inspected(pool, files, tmp_path_factory):  # noqa: F811
+def inspected(pool, files, tmp_path_factory):
     """By layout: what all ranks found, and the run directory."""
     directory = tmp_path_factory.mktemp("inspected")
 

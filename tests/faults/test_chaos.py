@@ -25,4 +25,4 @@ def test_after_random_faults_a_run_ends_with_the_same_bits(demo_dir, tmp_path, m
     assert differences(tmp_path / "calm", tmp_path / "chaos") == [], run.events
     assert [name for _, name, _ in run.events] == list(faults)
     restarts = json.loads((tmp_path / "chaos" / "run_summary.json").read_text())["restarts"]
-    assert [restart["cause"][6:] for restart in restarts] == [" ended by SIGKILL (out of memory?)"], restarts
+    assert [restart["cause"][6:] for restart in restarts] == [" was killed by SIGKILL (out of memory?)"], restarts
