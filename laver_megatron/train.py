@@ -280,6 +280,7 @@ def train(trainer: Trainer) -> None:
                 log.log_skipped(trainer.skipped)
             skipped_in_a_row = skipped_in_a_row + 1 if trainer.skipped else 0
             if skipped_in_a_row >= config.training.max_skipped_iterations:
+                finish_save_before_end(trainer)
                 raise TrainingFailed(
                     f"{skipped_in_a_row} iterations in a row had a loss or gradient norm that is not finite, "
                     f"the last at iteration {progress.iteration}; lower --lr, look at the data, or raise "
@@ -394,6 +395,7 @@ def save(trainer: Trainer, *, last: bool = True) -> None:
 def save_before_end(trainer: Trainer, run_dir: Path) -> None:
     """A checkpoint of the last whole step before an error of all ranks ends the run, unless there is one. What prevents
     it is said, and hides no error."""
+    finish_save_before_end(trainer)  # it may be the one that is wanted
     iteration = trainer.progress.iteration
     there = [iteration == 0 or iteration_directory(run_dir / "checkpoints", iteration).is_dir()]
     dist.broadcast_object_list(there, src=0)
@@ -403,6 +405,15 @@ def save_before_end(trainer: Trainer, run_dir: Path) -> None:
         save(trainer)
     except (ValueError, OSError) as error:
         say(f"iteration {iteration} could not be saved before the end: {error}")
+
+
+def finish_save_before_end(trainer: Trainer) -> None:
+    """Waits for a checkpoint that is on its way to the disk, where an error of all ranks is to end the run. What
+    prevents it is said, and hides no error."""
+    try:
+        trainer.saver.publish()
+    except (ValueError, OSError) as error:
+        say(f"the checkpoint that was being written is lost: {error}")
 
 
 def summarise(trainer: Trainer, run_dir: Path, parameters: dict[str, int], num_teacher_parameters: int) -> None:

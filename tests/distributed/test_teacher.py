@@ -1,11 +1,14 @@
 """The teacher follows the student's weights exactly, at every layout, and nothing else moves it."""
 
 import json
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from laver_megatron.checkpoint.writer import RankWriter
 from laver_megatron.objective import schedules
 from laver_megatron.train import run_schedule, train, train_step
 from tests.distributed.build import (
@@ -213,17 +216,31 @@ def train_to_the_end(layout, config):
     return None, trainer.progress.iteration
 
 
+def train_to_the_end_with_a_slow_disk(layout, config):
+    """Job: the same, where each checkpoint is on the disk only at the third look."""
+    looks = Counter()
+
+    def is_written(writer):
+        looks[id(writer)] += 1
+        return looks[id(writer)] > 2 and written.__get__(writer)
+
+    written = RankWriter.is_written
+    with mock.patch.object(RankWriter, "is_written", property(is_written)):
+        return train_to_the_end(layout, config)
+
+
 def test_many_in_a_row_end_the_run(pool, assets, tmp_path):
     layout = Layout(dp=2)
     config = make_config(
         assets, tmp_path, layout, data_path=("all-nan",), max_skipped_iterations=3, train_iters=10, save_interval=1
     )
-    for message, iteration in pool.run(train_to_the_end, layout, config):
+    for message, iteration in pool.run(train_to_the_end_with_a_slow_disk, layout, config):
         assert "3 iterations in a row" in message and "iteration 3" in message and iteration == 3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_iterations"] for line in lines] == [1, 2, 3]
     assert [line["loss"] for line in lines] == [None] * 3
-    # A skipped step is saved like any other, also before the optimizer has made a first step.
+    # A skipped step is saved like any other, also before the optimizer has made a first step, and a checkpoint that is
+    # on its way when the run ends is kept.
     assert (tmp_path / "checkpoints" / "iter_0000002").is_dir()
 
 
