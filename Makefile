@@ -101,7 +101,7 @@ test test-full: $(READY)
 	@failed=; \
 	make --no-print-directory lint || failed="$$failed lint"; \
 	$(PYTEST) $(TESTS) tests/unit || failed="$$failed unit"; \
-	$(PYTEST) --numprocesses 3 --no-loadscope-reorder $(TESTS) tests/faults tests/distributed || failed="$$failed distributed"; \
+	$(PYTEST) --no-loadscope-reorder $(TESTS) tests/faults tests/distributed || failed="$$failed distributed"; \
 	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed"; exit 1; fi; \
 	echo "make $@: lint, unit and distributed tests passed"
 
