@@ -71,7 +71,7 @@ def read_samples(paths: Sequence[str], most: int | None) -> tuple[list[Sample], 
             continue
         chance = record.get("chance") if isinstance(record, dict) else None
         family = conversation.family or NO_FAMILY
-        known = float(chance) if isinstance(chance, int | float) else None
+        known = float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
         samples.append(Sample(sample.key, family, known, conversation.messages, pictures))
     if not samples:
         raise ValueError(f"{', '.join(map(str, paths))}: none of {len(rows)} samples can be used")
