@@ -27,8 +27,8 @@ class ExportedModel:
     """
 
     def __init__(self, directory: Path, device: str) -> None:
-        if not directory.is_dir():
-            raise ValueError(f"{directory}: no such directory; name one that laver export wrote")
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is no directory with a config.json; name one that laver export wrote")
         config = read_object(directory / "config.json")
         kind = config.get("model_type")
         if kind not in _FORMATS:

@@ -94,7 +94,10 @@ def swapped_pictures(samples: Sequence[Sample]) -> list[tuple[Image.Image, ...]]
         group = of_family[sample.family, number]
         group = group if len(group) > 1 else of_number[number]
         if number and len(group) == 1:
-            raise ValueError(f"sample {sample.key!r} is the only one with {number} pictures: none to swap with")
+            raise ValueError(
+                f"sample {sample.key!r} is the only one with {number} pictures: none to swap with; take more samples, "
+                "or --images without swapped"
+            )
         found.append(samples[group[(group.index(place) + 1) % len(group)]].pictures)
     return found
 

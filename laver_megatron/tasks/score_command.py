@@ -48,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options["device"] = find_device(options["device"])
     samples, num_unusable = read_samples(options["data_path"], options["samples"])
-    if options["images"] != ["right"] and not any(sample.pictures for sample in samples):
-        raise ValueError("--images blank and swapped need samples with pictures; these have none")
+    if not any(sample.pictures for sample in samples):
+        if options["images"] != ["right"]:
+            raise ValueError("--images blank and swapped need samples with pictures; these have none")
+        if options["contrast"]:
+            raise ValueError("--contrast needs samples with pictures; these have none")
     model = ExportedModel(options["model"], options["device"])
     answers = score(
         model,

@@ -203,11 +203,12 @@ def test_the_command_writes_table_and_answers(export, shards, tmp_path, capsys):
         (["--contrast", "-1"], "'-1' must be a number of at least 0"),
         (["--contrast", "nan"], "must be a number of at least 0"),
         (["--data-path", "nowhere.tar"], "nowhere.tar"),
-        (["--model", "nowhere"], "nowhere: no such directory"),
+        (["--model", "nowhere"], "nowhere is no directory with a config.json"),
         (["--device", "abacus"], "--device abacus: "),
         (["--output", "/nowhere/bias.json"], "--output /nowhere/bias.json: /nowhere is no directory"),
         (["--output", "/"], "--output / is a directory"),
         (["--data-path", "TEXT", "--images", "blank"], "need samples with pictures"),
+        (["--data-path", "TEXT", "--contrast", "1"], "--contrast needs samples with pictures"),
     ],
 )
 def test_refuses(arguments, message, export, shards, capsys):
