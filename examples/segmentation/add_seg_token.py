@@ -66,7 +66,9 @@ def main() -> None:
         if model_type != "laver":
             raise ValueError(f"{options.export} holds a model of type {model_type!r}; export with --format laver")
         number = add_token(options.export, options.output)
-    except (OSError, ValueError, AttributeError) as error:
+    except (json.JSONDecodeError, AttributeError) as error:
+        parser.error(f"{options.export / 'config.json'} cannot be read: {error}")
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{TOKEN} is token {number} of {options.output}")
 

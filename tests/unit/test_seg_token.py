@@ -94,7 +94,7 @@ def test_refused(export, added, tmp_path, monkeypatch, capsys):
         (export, export, "exists; choose another"),
         (added[0], tmp_path / "again", "has the token [SEG]"),
         (text_only, tmp_path / "again", "holds a model of type 'qwen2'; export with --format laver"),
-        (cut_off, tmp_path / "again", "Expecting value"),
+        (cut_off, tmp_path / "again", "config.json cannot be read: Expecting value"),
     ):
         monkeypatch.setattr(sys, "argv", ["add_seg_token.py", "--export", str(source), "--output", str(output)])
         with pytest.raises(SystemExit) as end:
