@@ -9,6 +9,7 @@ trust.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chat; 0, or 2 with a message where the command line is at fault."""
     options = _parse(argv)
     try:
+        _check_contrast(options)
         format = _format_of(options.model)
         pictures = [_open(path, format) for path in options.image]
         device = _device(options.device)
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             chat = Chat(
                 options.model, format, pictures, device, options.dtype, options.max_new_tokens, options.contrast
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{options.model} cannot be loaded: {error}") from error
     except UserError as error:
         print(f"chat.py: {error}", file=sys.stderr)
@@ -61,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=_positive, default=512, help="longest answer (default: 512)")
     parser.add_argument(
         "--contrast", type=_alpha, default=0.0, metavar="ALPHA",
-        help="prefer what the pictures make likelier (visual contrastive decoding); 1 is usual",
+        help="prefer what the pictures make likelier (visual contrastive decoding); 1 is usual (default: 0, off)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as exported)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
@@ -82,6 +85,14 @@ def _alpha(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def _check_contrast(options: argparse.Namespace) -> None:
+    """Before the model is loaded, which takes long."""
+    if options.contrast and not options.image:
+        raise UserError("--contrast compares pictures with blank ones, but there are none; add --image or leave it out")
+    if options.contrast and importlib.util.find_spec("laver_megatron") is None:
+        raise UserError("--contrast needs the package laver_megatron; install it, or leave the flag out")
 
 
 def _format_of(directory: Path) -> str:

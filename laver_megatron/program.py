@@ -36,7 +36,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         says_it = "default" in text or "%(default)" in text or action.required
-        if says_it or action.default in (None, argparse.SUPPRESS, False) or action.default == []:
+        has_none = action.default is None or action.default is False  # 0 is one
+        if says_it or has_none or action.default in (argparse.SUPPRESS, []):
             return action.help
         shown = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
         return f"{text} (default: {shown})"

@@ -26,7 +26,7 @@ def read_list(path: Path) -> dict[str, int]:
     """{name: bytes} of a file with lines of both: SIZE NAME."""
     lines = [line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(line) != 2 or not line[0].isdigit() for line in lines):
-        raise SystemExit(f"{path}: every line must be SIZE NAME, such as 475000000 ai2d/train-00000-of-00001.parquet")
+        raise ValueError(f"{path}: every line must be SIZE NAME, such as 475000000 ai2d/train-00000-of-00001.parquet")
     return {name: int(size) for size, name in lines}
 
 
@@ -48,7 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.every < 1:
         parser.error(f"--every {options.every} must be a positive integer")
-    sizes = read_list(options.list) if options.list else ask_hub(options.repo, options.revision)
+    try:
+        sizes = read_list(options.list) if options.list else ask_hub(options.repo, options.revision)
+    except (OSError, ValueError) as error:  # huggingface_hub's are among these, too
+        parser.error(str(error))
     parquet = [name for name in sizes if name.endswith(".parquet")]
     chosen = choose(parquet, options.every, options.seed)
     if not chosen:

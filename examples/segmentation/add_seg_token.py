@@ -20,6 +20,7 @@ The code of the export comes along and is run: use only exports that you trust.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -29,15 +30,17 @@ TOKEN = "[SEG]"
 
 
 def add_token(export: Path, output: Path, token: str = TOKEN) -> int:
-    """Writes the export with one more token to a folder that is not there yet; returns the token's number."""
-    if output.exists():
-        raise SystemExit(f"{output} exists; choose another folder, or remove it")
+    """Writes the export with one more token to a folder that is not there yet; returns the token's number.
+
+    Raises:
+        ValueError: the export has the token.
+    """
     processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True, dtype="auto")
     tokenizer = processor.tokenizer
     num_tokens = len(tokenizer)
     if tokenizer.add_tokens(token) == 0:
-        raise SystemExit(f"{export} has the token {token}")
+        raise ValueError(f"{export} has the token {token} already")
     number = tokenizer.convert_tokens_to_ids(token)
     if number >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(number + 1, mean_resizing=False)
@@ -56,7 +59,18 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.export / "config.json").is_file():
         parser.error(f"{options.export} holds no config.json; name what `laver export` wrote")
-    print(f"{TOKEN} is token {add_token(options.export, options.output)} of {options.output}")
+    if options.output.exists():
+        parser.error(f"{options.output} exists; choose another folder, or remove it")
+    try:
+        model_type = json.loads((options.export / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if model_type != "laver":
+            raise ValueError(f"{options.export} holds a model of type {model_type!r}; export with --format laver")
+        number = add_token(options.export, options.output)
+    except (json.JSONDecodeError, AttributeError) as error:
+        parser.error(f"{options.export / 'config.json'} cannot be read: {error}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"{TOKEN} is token {number} of {options.output}")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,9 @@ def _training_problems(config: Config, encoder: CheckedEncoder | None) -> Iterat
     if config.run.eval_interval is not None and data.valid_data_path is None:
         yield f"eval_interval is {config.run.eval_interval}, but there is no valid_data_path to evaluate on"
     inspects, evaluates = config.run.inspect_interval, config.run.eval_interval
-    if inspects is not None and (evaluates is None or inspects % evaluates):
+    if inspects is not None and evaluates is None:
+        yield f"inspect_interval is {inspects}, but nothing is validated; set eval_interval, of which it is a multiple"
+    elif inspects is not None and evaluates is not None and inspects % evaluates:
         yield f"inspect_interval {inspects} must be a multiple of eval_interval, which is {evaluates}"
 
 

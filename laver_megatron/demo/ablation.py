@@ -17,7 +17,7 @@ from laver_megatron.data.index.index_file import INDEX_NAME, write_index
 from laver_megatron.demo.contrastive import features, pixels_of, train_encoder
 from laver_megatron.demo.encoders import IMAGE_SIZE, PATCH_SIZE, save_siglip
 from laver_megatron.demo.make import make_part
-from laver_megatron.demo.models import save_language_model, seeded
+from laver_megatron.demo.models import check_language_sizes, save_language_model, seeded
 from laver_megatron.demo.scenes import description_of, make_descriptions, make_scenes, make_single_shapes
 from laver_megatron.demo.shards import write_shards
 from laver_megatron.runtime.files import write_json
@@ -51,6 +51,9 @@ def make_parts(
             f"an encoder has a width that is a multiple of 16, at least one layer and step, and 64 pictures, not "
             f"{encoder_width}, {encoder_layers}, {encoder_steps} and {num_pictures}"
         )
+    check_language_sizes(hidden_size, num_layers)
+    if num_captions < 1:
+        raise ValueError(f"--num-captions {num_captions} must be a positive number of pictures")
     directory.mkdir(parents=True, exist_ok=True)
 
     def model(place: Path) -> None:

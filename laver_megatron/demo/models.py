@@ -76,6 +76,15 @@ with open(path, encoding="utf-8") as file: return json.load(file)
 """.splitlines()
 
 
+def check_language_sizes(hidden_size: int, num_layers: int) -> None:
+    """Raises ValueError for a size that a Qwen2 of this form cannot have."""
+    if hidden_size < 16 or hidden_size % 16 or num_layers < 1:
+        raise ValueError(
+            f"a demo model has a width that is a multiple of 16 and at least one layer, not {hidden_size} "
+            f"and {num_layers}"
+        )
+
+
 def save_language_model(
     directory: Path,
     texts: Sequence[str],
@@ -92,11 +101,7 @@ def save_language_model(
     Raises:
         ValueError: a size that a Qwen2 of this form cannot have.
     """
-    if hidden_size < 16 or hidden_size % 16 or num_layers < 1:
-        raise ValueError(
-            f"a demo model has a width that is a multiple of 16 and at least one layer, not {hidden_size} "
-            f"and {num_layers}"
-        )
+    check_language_sizes(hidden_size, num_layers)
     tokenizer = train_tokenizer([*texts, *_SENTENCES, system_prompt, "system\nuser\nassistant\n"])
     tokenizer.chat_template = _CHAT_TEMPLATE.replace(_SYSTEM_PROMPT, system_prompt)
     tokenizer.save_pretrained(directory)

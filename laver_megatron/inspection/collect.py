@@ -147,7 +147,7 @@ def inspect_model(
     """Measures a model on all samples. on_sample: called after each.
 
     Raises:
-        ValueError: it cannot be loaded, or no image has more than one visual token.
+        ValueError: it cannot be loaded, a layer's numbers are not finite, or no image has more than one visual token.
     """
     with exported(source) as directory:
         inspected = InspectedModel(directory, source.model_type, settings.device, settings.dtype)
@@ -159,6 +159,7 @@ def inspect_model(
         for sample in samples:
             try:
                 seen = inspected.observe(*inspected.prepare(sample, settings.max_new_tokens))
+                check_finite(seen)
             except ValueError as error:
                 raise ValueError(f"{source.name}, sample {sample.name!r}: {error}") from error
             if reconstruction is not None:
@@ -174,6 +175,16 @@ def inspect_model(
             "images"
         )
     return found
+
+
+def check_finite(seen: Observation) -> None:
+    """Raises ValueError with the first layer that holds NaN or infinity: all numbers of the page would be absent."""
+    for layer, hidden_SH in enumerate(seen.hidden):
+        if not torch.isfinite(hidden_SH).all():
+            raise ValueError(
+                f"layer {layer} of {len(seen.hidden) - 1} gives numbers that are not finite; in 16 bits they may "
+                "overflow, so try --dtype float32; otherwise the weights are damaged, or the training has diverged"
+            )
 
 
 def add_observation(found: Inspection, seen: Observation, neighbours: int) -> None:

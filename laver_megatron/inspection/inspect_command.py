@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.files import check_place, new_directory
 
 if TYPE_CHECKING:
     from laver_megatron.inspection.samples import Sample
@@ -30,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.output.exists():
         raise ValueError(f"--output {options.output} is there already; name a directory that is not")
-    if not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: {options.output.absolute().parent} is no directory")
+    check_place(options.output, "--output")
     if not options.no_tsne and importlib.util.find_spec("sklearn") is None:
         raise ValueError("t-SNE needs scikit-learn: install laver_megatron[analysis], or leave it out with --no-tsne")
 
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from laver_megatron.inspection.collect import Settings, inspect_models
     from laver_megatron.inspection.page import write_page
     from laver_megatron.inspection.sources import find_sources
-    from laver_megatron.runtime.files import new_directory
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

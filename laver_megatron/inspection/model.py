@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laver_megatron.data.read.conversations import Message
@@ -81,7 +82,7 @@ class InspectedModel:
                     trust_remote_code=model_type == LAVER_EXPORT,
                     local_files_only=True,
                 )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{directory} cannot be loaded: {error}") from error
         self.model.to(device).eval()
         self.directory, self.model_type, self.device = directory, model_type, device

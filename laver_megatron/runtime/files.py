@@ -35,6 +35,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def check_place(path: Path, flag: str) -> None:
+    """Whether a file or a new directory can be made there, asked before the work that goes into it.
+
+    Raises:
+        ValueError: a directory is in the way, or that around it is not there or may not be written to.
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a directory that is there already; name another path")
+    if not parent.is_dir():
+        raise ValueError(f"{flag} {path}: {parent} is no directory; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: {parent} may not be written to; name another path")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` to fill; it becomes `path`, which must not exist, when the block ends without an error.

@@ -119,3 +119,5 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
             return np.asarray(image, dtype=np.uint8)  # of a palette the numbers, not their colours; of mode 1: 0 and 1
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, which do not name the file
+        raise ValueError(f"{path} cannot be read: {error}") from error

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,22 +47,22 @@ def _xlsx_rows(path: Path) -> list[Row]:
         raise MissingReader(
             f"{path} needs openpyxl, which is not installed: pip install openpyxl; or score with PRED_FORMAT=tsv"
         ) from error
-    from zipfile import BadZipFile
-
     try:
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
-    except (BadZipFile, openpyxl.utils.exceptions.InvalidFileException) as error:
+        rows: list[Sequence[Any]] = list(sheet.iter_rows(values_only=True)) if sheet is not None else []
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file, whatever zipfile, zlib and the XML parser raise
         raise ValueError(str(error)) from error
-    rows: list[Sequence[Any]] = list(sheet.iter_rows(values_only=True)) if sheet is not None else []
     return [dict(zip(map(str, rows[0]), row, strict=False)) for row in rows[1:]]
 
 
 def number(value: Any) -> float | None:
-    """A number, or its text; True and False count as 1 and 0. None for anything else, and for NaN."""
+    """A number, or its text; True and False count as 1 and 0. None for anything else, and for what is not finite."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if found != found else found
+    return found if math.isfinite(found) else None

@@ -9,6 +9,7 @@ Letters: A arms, S seeds.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +64,23 @@ class Difference:
 
 
 def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
-    """The arms in the order of the manifest's first mention, and the names of runs that are not finished.
+    """The arms in the order of the manifest's first mention, and the runs that are left out: their names, each with the
+    reason. A run that ended with a loss that is no number is one of these: it has no place in a mean.
 
     Raises:
-        ValueError: no manifest, one without arms, or a finished run without validation.
+        ValueError: no manifest, one that cannot be read or has no arms, or a finished run without validation.
     """
     path = sweep / MANIFEST
     if not path.is_file():
         raise ValueError(f"{sweep} has no {MANIFEST}; name the directory that `laver sweep --output` made")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make the sweep again") from error
     if not rows or {"name", "arm", "seed"} - rows[0].keys():
         raise ValueError(f"{path} has no runs with name, arm and seed")
+    if wrong := [row["seed"] for row in rows if not str(row["seed"]).isdecimal()]:
+        raise ValueError(f"{path}: the seed {wrong[0]!r} is no integer; make the sweep again")
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     names: dict[str, dict[int, str]] = {}
     left = []
@@ -82,11 +88,13 @@ def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
         directory = sweep / "runs" / row["name"]
         seeds = arms.setdefault(row["arm"], {})
         if not _is_finished(directory):
-            left.append(row["name"])
+            left.append(f"{row['name']} (not finished)")
+        elif LOSS not in (record := _last_validation(directory)):
+            left.append(f"{row['name']} ({LOSS} is no number)")
         elif (seed := int(row["seed"])) in seeds:
             raise ValueError(f"{path}: two runs of arm {row['arm']} have the seed {seed}; keep one amount and size")
         else:
-            seeds[seed] = _last_validation(directory)
+            seeds[seed] = record
             names.setdefault(row["arm"], {})[seed] = row["name"]
     return [ArmResult(name, seeds, names.get(name, {})) for name, seeds in arms.items()], left
 
@@ -105,15 +113,18 @@ def _last_validation(directory: Path) -> dict[str, Any]:
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers and lists of a record, those of an object within it under `its name.theirs`; of a list, which is a number
-    for each layer, also the last."""
+    """Finite numbers and lists of a record, those of an object within it under `its name.theirs`; of a list, which is a
+    number for each layer, also the last."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float, list)) and name not in _NOT_RESULTS:
+        elif name in _NOT_RESULTS:
+            continue
+        elif isinstance(value, list):
             yield prefix + name, value
-            if isinstance(value, list) and value:
-                yield f"{prefix}{name}.last", value[-1]
+            yield from _flat({f"{name}.last": value[-1]} if value else {}, prefix)
+        elif isinstance(value, (int, float)) and math.isfinite(value):
+            yield prefix + name, value
 
 
 def result_columns(arms: Sequence[ArmResult]) -> list[str]:
@@ -149,8 +160,9 @@ def find_baseline(arms: Sequence[ArmResult], name: str) -> ArmResult:
     return found[name]
 
 
-def markdown(arms: Sequence[ArmResult], baseline: ArmResult) -> str:
-    """Two tables: every arm's mean over its seeds, and its differences to the baseline with their intervals."""
+def markdown(arms: Sequence[ArmResult], baseline: ArmResult, left: Sequence[str] = ()) -> str:
+    """Two tables: every arm's mean over its seeds, and its differences to the baseline with their intervals. Runs that
+    were left out are named below."""
     columns = result_columns(arms)
     heads = [_head(column) for column in columns]
     means = [["arm", "seeds", *heads]]
@@ -163,7 +175,8 @@ def markdown(arms: Sequence[ArmResult], baseline: ArmResult) -> str:
             pairs = str(max((item.num_seeds for item in found if item), default=0))
             differences.append([arm.name, pairs, *map(_interval, found)])
     note = "95% intervals by Student's t over pairs of runs with the same seed; bold: the interval leaves out 0."
-    return "\n\n".join([_table(means), _table(differences), note]) + "\n"
+    notes = [note, f"Left out: {', '.join(left)}."] if left else [note]
+    return "\n\n".join([_table(means), _table(differences), *notes]) + "\n"
 
 
 def _head(column: str) -> str:

@@ -36,10 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms, left = read_results(options.sweep)
     baseline = find_baseline(arms, options.baseline)
     options.output.mkdir(parents=True, exist_ok=True)
-    text = markdown(arms, baseline)
+    text = markdown(arms, baseline, left)
     write_text(options.output / TABLE, text)
     draw_arms(arms, baseline, options.sweep, options.output / PICTURE)
     print(text, end="")
-    if left:
-        print(f"note: not finished and left out: {', '.join(left)}", file=sys.stderr)
     print(f"{options.output / TABLE}, {options.output / PICTURE}", file=sys.stderr)

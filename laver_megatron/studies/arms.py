@@ -51,6 +51,10 @@ def read_arms(options: SweepOptions) -> list[Arm]:
     arms = [Arm(name, values) for name, values, label in _raw(options, problems) if _is_fit(name, label, problems)]
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
+    if not arms and not problems:
+        problems.append(
+            f"--arms {' '.join(options.arms)} names no arm; write `name: {{field: value}}` lines, or `name:`"
+        )
     if twice:
         problems.append(f"the arms name {', '.join(twice)} twice; runs are told apart by these names")
     if problems:

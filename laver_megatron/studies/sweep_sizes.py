@@ -105,6 +105,8 @@ def _option_problems(options: SweepOptions) -> Iterator[str]:
     for name, values in (("--models", options.models), ("--seeds", options.seeds)):
         if twice := _repeated([str(value) for value in values]):
             yield f"{name} names {', '.join(twice)} twice: its runs would be the same"
+    if (lowest := min(options.seeds, default=0)) < 0:
+        yield f"--seeds {lowest}: a seed must not be negative"
     if options.lr_warmup_share is not None and not 0 <= options.lr_warmup_share < 1:
         yield f"--lr-warmup-share is {options.lr_warmup_share}, but must be at least 0 and below 1"
     if not 0 < options.max_epochs < math.inf:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList
 
 from laver_megatron.data.read.conversations import Message
@@ -26,18 +27,29 @@ class ExportedModel:
     """
 
     def __init__(self, directory: Path, device: str) -> None:
-        kind = read_object(directory / "config.json").get("model_type")
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is no directory with a config.json; name one that laver export wrote")
+        config = read_object(directory / "config.json")
+        kind = config.get("model_type")
         if kind not in _FORMATS:
             raise ValueError(
                 f"{directory} holds a model of type {kind!r}, not an export that reads pictures "
                 f"({', '.join(_FORMATS)}); make one with laver export"
             )
         self._is_laver = kind == "laver"
-        with quiet_transformers():
-            self._processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self._is_laver)
-            model = AutoModelForImageTextToText.from_pretrained(
-                directory, trust_remote_code=self._is_laver, dtype="auto"
+        if not self._is_laver and config.get("is_mm_prefix_lm"):
+            raise ValueError(
+                f"{directory} was trained with mixed attention, which transformers' own Llava does not compute: its "
+                "answers would be wrong; score an export with --format laver"
             )
+        try:
+            with quiet_transformers():
+                self._processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self._is_laver)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    directory, trust_remote_code=self._is_laver, dtype="auto"
+                )
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{directory} cannot be loaded: {error}") from error
         self._model = model.to(device).eval()
         self._turn_end = self._processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
@@ -75,9 +87,18 @@ class ExportedModel:
         return self._processor(text=prompt, images=images, return_tensors="pt").to(self._model.device)
 
 
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def find_device(name: str | None) -> str:
+    """The device of this name; without one the GPU if there is one.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of builds without CUDA
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _as_chat(message: Message) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.files import check_place
 from laver_megatron.tasks.families import FAMILIES
 from laver_megatron.tasks.question import TRAIN, VALID
 from laver_megatron.tasks.sample import TaskSettings
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = TaskSettings(
         options.seed, options.num_train, options.num_valid, families, levels, options.image_size
     )  # before the slow import below
+    if options.sheet is not None:
+        check_place(options.sheet, "--sheet")
 
     from laver_megatron.tasks.make import make_tasks
     from laver_megatron.tasks.sheet import write_sheet

@@ -71,7 +71,7 @@ def read_samples(paths: Sequence[str], most: int | None) -> tuple[list[Sample], 
             continue
         chance = record.get("chance") if isinstance(record, dict) else None
         family = conversation.family or NO_FAMILY
-        known = float(chance) if isinstance(chance, int | float) else None
+        known = float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
         samples.append(Sample(sample.key, family, known, conversation.messages, pictures))
     if not samples:
         raise ValueError(f"{', '.join(map(str, paths))}: none of {len(rows)} samples can be used")
@@ -94,7 +94,10 @@ def swapped_pictures(samples: Sequence[Sample]) -> list[tuple[Image.Image, ...]]
         group = of_family[sample.family, number]
         group = group if len(group) > 1 else of_number[number]
         if number and len(group) == 1:
-            raise ValueError(f"sample {sample.key!r} is the only one with {number} pictures: none to swap with")
+            raise ValueError(
+                f"sample {sample.key!r} is the only one with {number} pictures: none to swap with; take more samples, "
+                "or --images without swapped"
+            )
         found.append(samples[group[(group.index(place) + 1) % len(group)]].pictures)
     return found
 

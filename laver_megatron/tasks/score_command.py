@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laver_megatron.program import program, program_parser
+from laver_megatron.runtime.files import check_place, write_json
 
 _KINDS = ("right", "blank", "swapped")
 
@@ -39,15 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="FILE", help="writes table and answers as JSON")
     options = vars(parser.parse_args(argv))
     options["images"] = list(dict.fromkeys(options["images"]))
+    if options["output"] is not None:
+        check_place(options["output"], "--output")
 
-    from laver_megatron.runtime.files import write_json
-    from laver_megatron.tasks.exported import ExportedModel, default_device
+    from laver_megatron.tasks.exported import ExportedModel, find_device
     from laver_megatron.tasks.score import read_samples, score, table_lines, write_description
 
+    options["device"] = find_device(options["device"])
     samples, num_unusable = read_samples(options["data_path"], options["samples"])
-    if options["images"] != ["right"] and not any(sample.pictures for sample in samples):
-        raise ValueError("--images blank and swapped need samples with pictures; these have none")
-    options["device"] = options["device"] or default_device()
+    if not any(sample.pictures for sample in samples):
+        if options["images"] != ["right"]:
+            raise ValueError("--images blank and swapped need samples with pictures; these have none")
+        if options["contrast"]:
+            raise ValueError("--contrast needs samples with pictures; these have none")
     model = ExportedModel(options["model"], options["device"])
     answers = score(
         model,

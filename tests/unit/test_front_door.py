@@ -12,7 +12,7 @@ import pytest
 
 from laver_megatron.__main__ import COMMANDS, main
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.program import EXAMPLES, program
+from laver_megatron.program import EXAMPLES, program, program_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if not path.stem.startswith("bench"))
@@ -50,6 +50,14 @@ def test_every_help_page_says_what_it_does_and_gives_two_examples(name, capsys):
     assert page.startswith(f"usage: laver {usage} ")
     examples = page.partition("\nexamples:\n")[2].splitlines()
     assert len(examples) >= 2 and all(re.match(rf"  (srun .*)?laver {usage}\b", line) for line in examples)
+
+
+def test_a_default_of_zero_is_shown_and_a_switch_has_none():
+    parser = program_parser("inspect", "Looks.", ["--alpha 1"])
+    parser.add_argument("--alpha", type=float, default=0.0, help="how much")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    page = parser.format_help()
+    assert "how much (default: 0.0)" in page and page.count("(default") == 1
 
 
 def test_the_front_page_names_every_command(capsys):

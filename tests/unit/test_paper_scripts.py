@@ -142,6 +142,20 @@ def test_syntax(script):
     subprocess.run(["bash", "-n", str(PAPER / script)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No such file"), ("ai2d/train.parquet", "every line must be SIZE NAME")]
+)
+def test_lists_of_files_that_are_refused(tmp_path, monkeypatch, capsys, content, message):
+    path = tmp_path / "files.txt"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["choose_files.py", "--list", str(path), "--every", "2"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PAPER / "choose_files.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert end.value.code == 2 and message in said.err and str(path) in said.err and not said.out
+
+
 def test_the_choice_of_files_keeps_shares_and_does_not_depend_on_their_order():
     choose = runpy.run_path(str(PAPER / "choose_files.py"))["choose"]
     subsets = {"ai2d": 40, "chartqa": 20, "docvqa": 7, "tiny": 1}

@@ -83,12 +83,23 @@ def test_it_loads_without_this_package(added, tmp_path):
     assert int(done.stdout.split()[0]) == number < int(done.stdout.split()[1])
 
 
-def test_refused(export, added, tmp_path):
-    add_token = runpy.run_path(str(SCRIPT))["add_token"]
-    with pytest.raises(SystemExit, match="exists"):
-        add_token(export, export)
-    with pytest.raises(SystemExit, match=r"has the token \[SEG\]"):
-        add_token(added[0], tmp_path / "again")
+def test_refused(export, added, tmp_path, monkeypatch, capsys):
+    text_only = tmp_path / "text"
+    text_only.mkdir()
+    (text_only / "config.json").write_text('{"model_type": "qwen2"}')
+    cut_off = tmp_path / "cut"
+    cut_off.mkdir()
+    (cut_off / "config.json").write_text('{"model_type": ')
+    for source, output, message in (
+        (export, export, "exists; choose another"),
+        (added[0], tmp_path / "again", "has the token [SEG]"),
+        (text_only, tmp_path / "again", "holds a model of type 'qwen2'; export with --format laver"),
+        (cut_off, tmp_path / "again", "config.json cannot be read: Expecting value"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["add_seg_token.py", "--export", str(source), "--output", str(output)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
 
 

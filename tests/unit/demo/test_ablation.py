@@ -84,8 +84,17 @@ def test_parts(tmp_path):
     assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == before
 
 
-def test_wrong_sizes_are_refused_before_anything_is_made(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--encoder-width", "20"], "a multiple of 16"),
+        (["--hidden-size", "-64"], "a multiple of 16"),
+        (["--num-layers", "0"], "at least one layer"),
+        (["--num-captions", "0"], "--num-captions 0 must be a positive number"),
+    ],
+)
+def test_wrong_sizes_are_refused_before_anything_is_made(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as ended:
-        main(["--dir", str(tmp_path / "parts"), "--encoder-width", "20"])
-    assert ended.value.code == 2 and "a multiple of 16" in capsys.readouterr().err
+        main(["--dir", str(tmp_path / "parts"), *words])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "parts").exists()

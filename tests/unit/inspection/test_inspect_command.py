@@ -4,6 +4,7 @@ input is refused with a reason before a model is loaded."""
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -172,6 +173,9 @@ def test_bad_input_is_refused_before_a_model_is_loaded(export, photos, demo_dir,
     assert "--data-path: " in refused(capsys, "--model", export, *output, "--data-path", tmp_path / "none.tar")
     assert "--device abacus: " in refused(capsys, "--model", export, *shown, "--device", "abacus")
     assert "is there already" in refused(capsys, "--model", export, "--images", photos, "--output", photos)
+    assert "is no directory" in refused(capsys, "--model", export, "--images", photos, "--output", "/nowhere/seen")
+    with mock.patch("os.access", return_value=False):
+        assert f"{tmp_path} may not be written to" in refused(capsys, "--model", export, *shown)
     assert not (tmp_path / "seen").exists()
 
 
@@ -185,6 +189,29 @@ def test_images_of_one_token_have_no_pairs(export, photos, tmp_path, capsys):
     assert end.value.code == WRONG_USE
     assert "no image has more than one visual token" in capsys.readouterr().err
     assert not (tmp_path / "seen").exists()
+
+
+def test_numbers_that_are_not_finite_are_refused_by_layer(export, photos, tmp_path, capsys):
+    def overflowing(inspected, *inputs):
+        seen = observe(inspected, *inputs)
+        seen.hidden[2][-1, 0] = float("inf")
+        return seen
+
+    observe, output = InspectedModel.observe, tmp_path / "seen"
+    with mock.patch.object(InspectedModel, "observe", overflowing), pytest.raises(SystemExit) as end:
+        inspect_command.main(["--model", str(export), "--images", str(photos), "--output", str(output)])
+    said = capsys.readouterr().err
+    assert end.value.code == WRONG_USE and not output.exists()
+    assert "sample '0.png': layer 2 of " in said and "--dtype float32" in said
+
+
+def test_damaged_weights_are_named(export, photos, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(export, damaged)
+    (damaged / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        inspect_command.main(["--model", str(damaged), "--images", str(photos), "--output", str(tmp_path / "seen")])
+    assert end.value.code == WRONG_USE and f"{damaged} cannot be loaded" in capsys.readouterr().err
 
 
 def one_token(observe):

@@ -4,10 +4,12 @@ import csv
 import json
 import shutil
 import sys
+import zipfile
 
 import pytest
 
 from laver_megatron.__main__ import main
+from laver_megatron.scores.sheets import number
 
 # Right answers of 12, by hand; OCRBench in points, CV-Bench 2D of VLMEvalKit as the mean of its two sources.
 LMMS_EVAL = {
@@ -217,3 +219,37 @@ def test_damaged_files(kits, capsys):
     status = next((kits / "vlmevalkit_tsv" / "laver").rglob("status.json"))
     status.write_text('{"datasets": {}}')
     assert "is it a file of VLMEvalKit?" in refused(capsys, kits / "vlmevalkit_tsv" / "laver")
+
+
+def test_infinite_scores_are_none(kits, capsys):
+    baseline, laver = pair(kits, "lmms_eval")
+    (results,) = laver.rglob("*_results.json")
+    content = json.loads(results.read_text())
+    content["results"]["chartqa"]["relaxed_overall,none"] = float("inf")
+    results.write_text(json.dumps(content))
+    found = table(capsys, kits, baseline, laver)
+    (row,) = (row for row in found["rows"] if row["benchmark"] == "ChartQA")
+    assert list(row["directories"]) == [str(baseline)]
+    assert any("chartqa" in note and "left out: 0 scores" in note for note in found["notes"])
+    assert number("inf") is None and number(10**400) is None and number("0.5") == 0.5
+
+
+@pytest.mark.parametrize("damage", ["content", "xml"])
+def test_damaged_sheets_of_samples(kits, capsys, damage):
+    """Of a bad copy zlib complains, of an unfinished sheet the XML parser."""
+    pytest.importorskip("openpyxl")
+    baseline, laver = pair(kits, "vlmevalkit_xlsx")
+    for path in {it.resolve() for it in laver.rglob("*ChartQA_TEST_results.xlsx")}:
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if damage == "content" else zipfile.ZIP_STORED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, b"<worksheet" if damage == "xml" and "sheet1" in name else content)
+            place = archive.getinfo("xl/worksheets/sheet1.xml").header_offset + 60
+        if damage == "content":
+            broken = bytearray(path.read_bytes())
+            broken[place : place + 60] = bytes(60 * [0x5A])
+            path.write_bytes(broken)
+    found = table(capsys, kits, baseline, laver)
+    assert cells(found, laver)["ChartQA"]["gain"] == pytest.approx(500 / 12)
+    assert any("no test" in note and "ChartQA_TEST_results.xlsx cannot be read" in note for note in found["notes"])

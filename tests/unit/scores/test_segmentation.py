@@ -103,3 +103,14 @@ def test_what_is_refused(folders, capsys, tmp_path):
     assert "mode RGB" in refused(capsys, folders)
     (target / "c.png").write_text("no picture")
     assert "is no picture" in refused(capsys, folders)
+
+
+def test_damaged_and_gigantic_masks_are_named(folders, capsys, monkeypatch):
+    predicted, _ = folders
+    path = next(predicted.iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert f"{path} cannot be read: image file is truncated" in refused(capsys, folders)
+    path.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert "cannot be read: Image size (" in refused(capsys, folders)

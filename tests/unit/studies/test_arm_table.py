@@ -69,7 +69,7 @@ def test_the_command_writes_table_and_picture(sweep, tmp_path, capsys):
     assert (tmp_path / "out" / "table.md").read_text() == text
     assert "| baseline | 3 | 1.033 | 0.500 | 0.500 |" in text
     assert "| mim | 2 | **+0.100 [+0.100, +0.100]** | **+0.050" in text
-    assert "mim-seed3" in said
+    assert "Left out: mim-seed3 (not finished)." in text and "table.md" in said
     assert (tmp_path / "out" / "arms.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,3 +106,24 @@ def test_one_seed_has_no_interval(sweep):
         for seed in (2, 3):
             del arm.seeds[seed]
     assert "| mim | 1 | +0.100 | +0.050 | +0.050 |" in markdown(arms, arms[0])
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), float("inf")], ids=str)
+def test_a_run_whose_loss_is_no_number_is_left_out_by_name(sweep, tmp_path, capsys, loss):
+    """Its seed counts in no column: the seeds that the table names are those of its means."""
+    path = sweep / "runs" / "mim-seed2" / "validation.jsonl"
+    path.write_text(json.dumps({"iteration": 10, "lm_loss": loss, "answer_accuracy/text": 0.4}) + "\n")
+    main([str(sweep), "--output", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "| mim | 2 | 1.050 | 0.600 |" in text and "nan" not in text
+    assert "Left out: mim-seed2 (lm_loss is no number)." in text
+
+
+def test_a_manifest_that_cannot_be_read_is_named(sweep):
+    manifest = sweep / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("mim,2", "mim,two"))
+    with pytest.raises(ValueError, match=r"manifest.csv: the seed 'two' is no integer"):
+        read_results(sweep)
+    manifest.write_bytes(b"\xff\xfename")
+    with pytest.raises(ValueError, match=r"manifest.csv cannot be read"):
+        read_results(sweep)

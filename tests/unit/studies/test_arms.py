@@ -64,6 +64,7 @@ def test_arms_of_a_file_and_of_the_command_line(sweep, tmp_path):
         ({"one two": {}}, "the name 'one two' would be part of file names"),
         ({"one": 3}, "arm one: expected a mapping of settings, found 3"),
         ([1], "expected `key: value` lines, found a list"),
+        ({}, "arms.yaml names no arm"),
     ],
 )
 def test_arms_that_cannot_be(sweep, tmp_path, arms, said):

@@ -165,6 +165,7 @@ def test_the_same_run_twice(sweep, tmp_path):
     assert said.count("would be the same") == 1 and "(as 1 more)" in said  # the other size
     assert "--tokens 2e3, 2000: all would be tokens2000 in the names" in refused(sweep, "--tokens", "2e3", "2000")
     assert "names 3 twice" in refused(sweep, "--iterations", "2", "--seeds", "3", "3")
+    assert "--seeds -1: a seed must not be negative" in refused(sweep, "--iterations", "2", "--seeds", "3", "-1")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "model_16x1").symlink_to(sweep.models[0])
     sweep.models.append(str(tmp_path / "copy" / "model_16x1"))

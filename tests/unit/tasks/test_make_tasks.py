@@ -222,6 +222,7 @@ class TestCommand:
             (["--image-size", "32"], "--image-size 32 must be 48 to 1024 pixels"),
             (["--image-size", "4096"], "--image-size 4096 must be"),
             (["--seed", "-1"], "--seed -1 must not be negative"),
+            (["--sheet", "/nowhere/sheet.png"], "--sheet /nowhere/sheet.png: /nowhere is no directory"),
         ],
     )
     def test_refuses_before_anything_is_written(self, arguments, message, tmp_path, capsys):

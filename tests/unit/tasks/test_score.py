@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,7 @@ def test_contrast_step_by_step_is_what_whole_passes_give(export):
         assert model.answer(asked, [red], contrast=alpha, max_new_tokens=6) == said[alpha]
     assert said[0.0] != said[3.0], "contrast changes what is said"
 
-    spec = importlib.util.spec_from_file_location("chat_of_score", CHAT)
-    chat = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(chat)
-    talk = chat.Chat(export, "laver", [red], torch.device("cpu"), "auto", 6, contrast=3.0)
+    talk = _chat().Chat(export, "laver", [red], torch.device("cpu"), "auto", 6, contrast=3.0)
     assert talk.ask("In which corner is the square?") == said[3.0]
 
 
@@ -205,8 +203,12 @@ def test_the_command_writes_table_and_answers(export, shards, tmp_path, capsys):
         (["--contrast", "-1"], "'-1' must be a number of at least 0"),
         (["--contrast", "nan"], "must be a number of at least 0"),
         (["--data-path", "nowhere.tar"], "nowhere.tar"),
-        (["--model", "nowhere"], "nowhere/config.json"),
+        (["--model", "nowhere"], "nowhere is no directory with a config.json"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--output", "/nowhere/bias.json"], "--output /nowhere/bias.json: /nowhere is no directory"),
+        (["--output", "/"], "--output / is a directory"),
         (["--data-path", "TEXT", "--images", "blank"], "need samples with pictures"),
+        (["--data-path", "TEXT", "--contrast", "1"], "--contrast needs samples with pictures"),
     ],
 )
 def test_refuses(arguments, message, export, shards, capsys):
@@ -214,3 +216,33 @@ def test_refuses(arguments, message, export, shards, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--model", str(export), "--data-path", str(shards / "valid-00.tar"), *arguments])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_refuses_exports_whose_answers_would_be_wrong_and_damaged_ones(export, shards, tmp_path, capsys):
+    """transformers' own Llava computes causal attention, whatever its config.json says."""
+    mixed, damaged = tmp_path / "mixed", tmp_path / "damaged"
+    mixed.mkdir()
+    (mixed / "config.json").write_text('{"model_type": "llava", "is_mm_prefix_lm": true}')
+    shutil.copytree(export, damaged)
+    (damaged / "model.safetensors").write_bytes(b"")
+    for model, message in ((mixed, "was trained with mixed attention"), (damaged, f"{damaged} cannot be loaded")):
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(model), "--data-path", str(shards / "valid-00.tar")])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [([], "there are none; add --image"), (["--image", "x.png"], "needs the package")]
+)
+def test_chat_refuses_contrast_before_the_model_is_loaded(export, capsys, monkeypatch, words, message):
+    chat = _chat()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert chat.main(["--model", str(export), "--contrast", "1", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def _chat():
+    spec = importlib.util.spec_from_file_location("chat_of_score", CHAT)
+    chat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chat)
+    return chat
