@@ -83,6 +83,7 @@ def test_the_first_reason_of_a_rank_stands(of_rank_3):
     [
         (OSError(28, "full"), 1, False),
         (RuntimeError(GLOO), 1, True),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"), 1, True),
         (SystemExit("rank 0: error"), 1, False),
         (SystemExit(2), 2, False),
     ],
@@ -103,7 +104,12 @@ def test_an_end_in_order_and_a_program_without_torchrun_leave_nothing(of_rank_3,
 
 def test_what_is_no_reason_of_ours_is_left_out(of_rank_3):
     file, found = of_rank_3
-    for text in ("", "[]", '{"message": {"extraInfo": {}}}', '{"rank": 3, "status": 1, "message": "x"}'):
+    ours = {"rank": 3, "status": 1, "message": "x", "time": 1.5, "is_follow_up": False}
+    file.write_text(json.dumps(ours))
+    assert found() == Reason(**ours)
+    others = ({"rank": [3]}, {"status": 0}, {"status": "1"}, {"message": ["x"]}, {"time": "1"}, {"time": None})
+    forged = [json.dumps(ours | other) for other in others]
+    for text in ("", "[]", "[" * 60_000, '{"message": {"extraInfo": {}}}', '{"rank": 3, "status": 1}', *forged):
         file.write_text(text)
         assert found() is None
 
