@@ -95,7 +95,8 @@ def _run_to_the_end(
                 problem = f" after {limits.restarts} restarts (--restarts)"
             elif faults.in_a_row >= limits.restart_same_step_limit:
                 problem = f" after {faults.in_a_row} faults in a row at iteration {iteration}"
-        if ending.status != WRONG_USE and rendezvous.node == 0:
+        # Rank 0 says itself what is wrong, unless the directory is another run's.
+        if (ending.status != WRONG_USE or ending.rank) and rendezvous.node == 0:
             status.set_cause(run_dir, str(ending), is_hang=ending.status == HUNG, since=began)
         if ending.status == WRONG_USE or not limits.restarts or problem:
             raise Over(f"{ending}: the run is over{problem}", ending.status)

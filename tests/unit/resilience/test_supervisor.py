@@ -142,6 +142,15 @@ def test_the_status_gets_the_cause(supervised, tmp_path):
         assert status.read_status(tmp_path)["message"] == expected
 
 
+@pytest.mark.parametrize("rank, state", [(0, "running"), (1, "failed")])
+def test_a_mistake_of_one_rank_is_in_the_status(supervised, tmp_path, rank, state):
+    """Rank 0's may be that another run has the directory, whose status this is."""
+    times = dict.fromkeys(("updated", "born", "phase_since", "started"), time.time() + 5)
+    status.write_status(tmp_path, {**STATUS, **times, "host": "here", "pid": 1, "state": "running"})
+    assert supervised(Ending(2, rank, 2))[0] == 2
+    assert status.read_status(tmp_path)["state"] == state
+
+
 def test_of_several_nodes_the_one_that_failed_first_is_recorded(supervised, tmp_path):
     said = {"away": "rank 9 was killed by SIGBUS"}
     lost_peer = Ending(1, 0, 1, "Connection closed by peer", PEER_LOST)
