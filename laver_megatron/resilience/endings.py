@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, WRONG_USE
+from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, OF_ANOTHER_RANK, WRONG_USE
 from laver_megatron.runtime.files import read_small, write_text
 
 _FILE = "TORCHELASTIC_ERROR_FILE"  # environment: where torchrun's agent looks for this rank's reason
@@ -97,7 +97,8 @@ def explain_error(error: BaseException) -> None:
         if not error.code:
             return
         status = error.code if isinstance(error.code, int) else FAILED
-    is_follow_up = type(error).__name__ in _PEER_ERRORS or _OF_GLOO in str(error)
+    is_peers = type(error).__name__ in _PEER_ERRORS or _OF_GLOO in str(error)
+    is_follow_up = is_peers or OF_ANOTHER_RANK in getattr(error, "__notes__", ())
     explain(f"{type(error).__name__}: {without_advice(str(error))}", status, is_follow_up=is_follow_up)
 
 

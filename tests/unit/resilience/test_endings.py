@@ -21,6 +21,7 @@ from laver_megatron.resilience.endings import (
     first_ending,
     reasons_in,
 )
+from laver_megatron.runtime.exit_status import OF_ANOTHER_RANK
 from tests.unit.resilience.test_watch import GLOO
 
 VERDICT = Reason(1, 75, "rank 3 has given no heartbeat", 10.0)
@@ -92,6 +93,13 @@ def test_errors_say_whether_they_only_follow(of_rank_3, error, status, is_follow
     explain_error(error)
     found = of_rank_3[1]()
     assert (found.status, found.is_follow_up) == (status, is_follow_up) and "GLHF" not in found.message
+
+
+def test_an_error_that_all_raise_is_that_of_the_rank_it_came_from(of_rank_3):
+    error = OSError("could not write: rank 1: full")
+    error.add_note(OF_ANOTHER_RANK)
+    explain_error(error)
+    assert of_rank_3[1]().is_follow_up
 
 
 def test_an_end_in_order_and_a_program_without_torchrun_leave_nothing(of_rank_3, monkeypatch):
