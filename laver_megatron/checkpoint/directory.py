@@ -12,11 +12,12 @@ Nothing here needs Megatron-Core.
 
 from pathlib import Path
 
-from laver_megatron.runtime.files import read_object, write_text
+from laver_megatron.runtime.files import read_object, read_small, write_text
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 _LATEST = "latest"
+_MOST_BYTES = 1 << 12  # of it
 
 
 def iteration_directory(directory: Path, iteration: int) -> Path:
@@ -43,9 +44,9 @@ def iteration_of(checkpoint: Path) -> int:
 def said_latest(directory: Path) -> int | None:
     """What the file `latest` says; None if it says nothing. It is a hint for people: folders decide."""
     try:
-        text = (directory / _LATEST).read_text().strip()
+        text = read_small(directory / _LATEST, _MOST_BYTES).decode().strip()
         return int(text) if text.isdecimal() else None
-    except (OSError, ValueError):  # of int, too: it takes no more than 4300 digits
+    except (OSError, ValueError):
         return None
 
 

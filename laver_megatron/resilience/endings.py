@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, WRONG_USE
+from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, OF_ANOTHER_RANK, WRONG_USE
 from laver_megatron.runtime.files import read_small, write_text
 
 _FILE = "TORCHELASTIC_ERROR_FILE"  # environment: where torchrun's agent looks for this rank's reason
 _MOST_BYTES = 1 << 16
 _LONGEST_REASON = 1000  # characters: some errors quote whole tensors
 _GLOO = re.compile(r"(/gloo/transport/\S+\] .*?(?:\]:\d+)?)\. .*", re.DOTALL)
+_OF_GLOO = "/gloo/transport/"  # the file that its errors name: not all of them have advice
 # torch's types for a connection to another rank, or to the store, that has failed.
 _PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_TYPES = {"rank": int, "status": int, "message": str, "time": float, "is_follow_up": bool}  # as in Reason
 _writing = threading.Lock()
 
 # How directly an ending says why the run failed. A process that a signal killed had no time to write a reason.
@@ -95,7 +97,8 @@ def explain_error(error: BaseException) -> None:
         if not error.code:
             return
         status = error.code if isinstance(error.code, int) else FAILED
-    is_follow_up = type(error).__name__ in _PEER_ERRORS or bool(_GLOO.search(str(error)))
+    is_peers = type(error).__name__ in _PEER_ERRORS or _OF_GLOO in str(error)
+    is_follow_up = is_peers or OF_ANOTHER_RANK in getattr(error, "__notes__", ())
     explain(f"{type(error).__name__}: {without_advice(str(error))}", status, is_follow_up=is_follow_up)
 
 
@@ -110,9 +113,12 @@ def reasons_in(log_dir: Path) -> dict[int, Reason]:
 
 
 def _read(path: Path) -> Iterator[Reason]:
-    with suppress(OSError, ValueError, KeyError, TypeError):  # torch's own, of a program that is none of ours
+    # torch's own, of a program that is none of ours, or anything: a user's code runs in the ranks as well.
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         said: dict[str, Any] = json.loads(read_small(path, _MOST_BYTES))
-        yield Reason(said["rank"], said["status"], str(said["message"]), said["time"], said["is_follow_up"])
+        reason = Reason(*(said[name] for name in _TYPES))
+        if all(type(said[name]) is kind for name, kind in _TYPES.items()) and reason.status > 0:
+            yield reason
 
 
 def first_ending(agent_status: int, exits: Sequence[tuple[int, int]], reasons: Mapping[int, Reason]) -> Ending:

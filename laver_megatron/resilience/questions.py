@@ -27,7 +27,7 @@ def answer_questions(port: int, hear: Callable[[dict[str, Any]], dict[str, Any]]
         timeout = _CONNECTION_SECONDS
 
         def handle(self) -> None:
-            with suppress(OSError, ValueError, KeyError, TypeError):  # not from a supervisor
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not from a supervisor
                 answer = hear(json.loads(self.rfile.readline(_LONGEST_LINE)))
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
 
@@ -45,6 +45,6 @@ def ask(address: tuple[str, int], question: dict[str, Any]) -> dict[str, Any]:
         with socket.create_connection(address, _CONNECTION_SECONDS) as connection:
             connection.sendall(json.dumps(question).encode() + b"\n")
             answer = json.loads(connection.makefile().readline(_LONGEST_LINE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from laver_megatron.resilience.agent import StopRequest
 from laver_megatron.resilience.endings import Ending
 from laver_megatron.resilience.rendezvous import Alone, Over, Plan, pause
 from laver_megatron.resilience.signals import interruption_message
-from laver_megatron.run_log.records import json_line
+from laver_megatron.run_log.records import JsonLines, json_line
 from laver_megatron.run_log.run_summary import RESTARTS_FILE
 from laver_megatron.runtime.exit_status import HUNG, INTERRUPTED, WRONG_USE, end
+from laver_megatron.runtime.terminal import printable
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 60.0
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than a line
@@ -55,19 +57,25 @@ def supervise(run_ranks: Callable[[StopRequest, Plan], Ending], config: Config, 
         run_ranks: runs them once.
         rendezvous: with the other nodes; node 0 writes restarts.jsonl.
     """
-    request = StopRequest()
+    request, restarts = StopRequest(), JsonLines(Path(config.run.run_dir) / RESTARTS_FILE)
     try:
-        _run_to_the_end(run_ranks, config, rendezvous, request)
+        _run_to_the_end(run_ranks, config, rendezvous, request, restarts)
     except Over as over:
-        message = interruption_message(config.run.run_dir) if over.status == INTERRUPTED else str(over)
+        _write_rest(restarts)
+        message = interruption_message(config.run.run_dir) if over.status == INTERRUPTED else printable(str(over))
         if not over.is_known:
             rendezvous.leave(message, over.status)
         end(message, over.status)
+    _write_rest(restarts)
     rendezvous.leave("the run has ended in order", 0)
 
 
 def _run_to_the_end(
-    run_ranks: Callable[[StopRequest, Plan], Ending], config: Config, rendezvous: Alone, request: StopRequest
+    run_ranks: Callable[[StopRequest, Plan], Ending],
+    config: Config,
+    rendezvous: Alone,
+    request: StopRequest,
+    restarts: JsonLines,
 ) -> None:
     run_dir, limits, faults = Path(config.run.run_dir), config.reliability, _Faults()
     plan = rendezvous.meet("", request)
@@ -87,7 +95,8 @@ def _run_to_the_end(
                 problem = f" after {limits.restarts} restarts (--restarts)"
             elif faults.in_a_row >= limits.restart_same_step_limit:
                 problem = f" after {faults.in_a_row} faults in a row at iteration {iteration}"
-        if ending.status != WRONG_USE and rendezvous.node == 0:
+        # Rank 0 says itself what is wrong, unless the directory is another run's.
+        if (ending.status != WRONG_USE or ending.rank) and rendezvous.node == 0:
             status.set_cause(run_dir, str(ending), is_hang=ending.status == HUNG, since=began)
         if ending.status == WRONG_USE or not limits.restarts or problem:
             raise Over(f"{ending}: the run is over{problem}", ending.status)
@@ -106,17 +115,18 @@ def _run_to_the_end(
                 _say(f"{host} says: {said}")
         if rendezvous.node == 0:
             lost = time.time() - max(began, min(_written(choice), failed))
-            _record(run_dir, faults.total, iteration, start, ending, plan, lost)
+            _record(restarts, faults.total, iteration, start, ending, plan, lost)
 
 
 def _say(message: str) -> None:
-    print(f"{socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+    print(f"{socket.gethostname()}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _record(
-    run_dir: Path, attempt: int, iteration: int, start: int, ending: Ending, plan: Plan, lost_seconds: float
+    restarts: JsonLines, attempt: int, iteration: int, start: int, ending: Ending, plan: Plan, lost_seconds: float
 ) -> None:
-    """Writes down the fault, with the cause on the node where the run failed first.
+    """Writes down the fault, with the cause on the node where the run failed first. A disk that is full, which may be
+    that cause, does not end the run.
 
     lost_seconds: since the checkpoint that the run goes on from, or since the start that failed if that is later.
     """
@@ -134,11 +144,18 @@ def _record(
         "said": plan.said,
         "lost_seconds": round(lost_seconds, 3),
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / RESTARTS_FILE).open("a") as file:
-        file.write(json_line(line))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        restarts.path.parent.mkdir(parents=True, exist_ok=True)
+        restarts.append(json_line(line))
+    except OSError as error:
+        _say(f"WARNING: {restarts.path}: {error.strerror}: this restart is written down when that is possible")
+
+
+def _write_rest(restarts: JsonLines) -> None:
+    """What could not be written before."""
+    with suppress(OSError):
+        if restarts.num_waiting:
+            restarts.flush()
 
 
 def _last_iteration(run_dir: Path) -> int:
@@ -157,5 +174,8 @@ def _iteration(choice: Choice) -> int:
 
 
 def _written(choice: Choice) -> float:
-    """When the checkpoint was written."""
-    return 0.0 if choice.checkpoint is None else choice.checkpoint.stat().st_mtime
+    """When the checkpoint was written; 0 if there is none any more."""
+    try:
+        return 0.0 if choice.checkpoint is None else choice.checkpoint.stat().st_mtime
+    except OSError:
+        return 0.0

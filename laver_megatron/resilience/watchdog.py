@@ -167,8 +167,9 @@ class Watch:
         """Puts off the timer for this rank's stacks. What it has written while this thread did not run stays until the
         store, asked since the thread `woke`, knows no verdict: a rank that is ended for its silence may run again for a
         moment."""
-        if self._asked > woke and self._verdict is None:
-            self._stacks.clear()
+        with suppress(OSError):  # of a file system that answers no more; it must not end this thread
+            if self._asked > woke and self._verdict is None:
+                self._stacks.clear()
         if self._silence is not None:
             self._stacks.arm(max(_TIMER_SHARE * self._silence, 2 * self.interval))
 
@@ -191,7 +192,8 @@ class Watch:
             return
         self._judge.hear(heard, time_now)
         if self.rank == 0 and (line := self._stragglers.line(heard)):
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a terminal that has gone must not end this thread
+                print(line, file=sys.stderr, flush=True)
         verdict = self._judge.verdict(time_now)
         if verdict is not None and not self._closing.is_set():
             text = str(verdict)

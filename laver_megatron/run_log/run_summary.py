@@ -190,7 +190,7 @@ def _known(means: dict[str, Any] | None) -> dict[str, Any] | None:
 def read_run_records(run_dir: Path) -> list[list[dict[str, Any]]]:
     """[validation, training, restarts]: what the run's .jsonl files hold, nothing for those that are not there."""
     paths = [run_dir / name for name in ("validation.jsonl", "metrics.jsonl", RESTARTS_FILE)]
-    return [read_records(path) if path.exists() else [] for path in paths]
+    return [read_records(path) if path.is_file() else [] for path in paths]  # never waits for a pipe
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 FAILED, WRONG_USE, HUNG, INTERRUPTED = 1, 2, 75, 130
+OF_ANOTHER_RANK = "it happened on another rank"  # a note to an error that all ranks raise together
 
 
 def end(message: str, status: int) -> NoReturn:

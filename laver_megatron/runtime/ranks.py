@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from laver_megatron.runtime.exit_status import OF_ANOTHER_RANK
+
 Result = TypeVar("Result")
 
 
@@ -44,7 +46,8 @@ def on_every_rank(is_so: bool) -> bool:
 
 
 def all_ranks(action: str, work: Callable[[], Result]) -> Result:
-    """Runs `work` and, if it fails anywhere, fails everywhere with the first reason.
+    """Runs `work` and, if it fails anywhere, fails everywhere with the first reason; on the other ranks the error has
+    the note `OF_ANOTHER_RANK`.
 
     Raises:
         ValueError, or OSError if that is what the first was: `could not {action}: rank N: reason`.
@@ -60,7 +63,10 @@ def all_ranks(action: str, work: Callable[[], Result]) -> Result:
     failed = [(number, *found) for number, found in enumerate(gathered(problem)) if found]
     if failed:
         number, kind, text = failed[0]
-        raise kind(f"could not {action}: rank {number}: {text}")
+        agreed = kind(f"could not {action}: rank {number}: {text}")
+        if number != rank():
+            agreed.add_note(OF_ANOTHER_RANK)
+        raise agreed
     return result  # type: ignore[return-value]
 
 

@@ -6,6 +6,7 @@ models can be run one after the other, at layouts of their own.
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ def run_workers(
         except ProcessExitedException as error:
             # A rank that lost its partner says less than the one that failed for a reason of its own, and earlier.
             reports = sorted(directory.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+            if error.exit_code == -signal.SIGKILL:  # the others' words are that their partner has gone
+                reports = []
             ended = f"processes ended without a word (rank: exit code {{{error.error_index}: {error.exit_code}}})"
             raise WorkerFailed(reports[0].read_text() if reports else f"{ended}; is there enough memory?") from None
         finally:

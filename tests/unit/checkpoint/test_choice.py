@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, by the quick check."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,12 @@ def test_latest_is_a_hint(tmp_path, three):
         assert choice.checkpoint == three[2]
         lost = [f"{tmp_path}/latest says 20000000, but there is no such checkpoint"] if said == "20000000" else []
         assert list(choice.passed_over) == lost
+
+
+def test_latest_may_be_a_pipe(tmp_path, three):
+    """Nobody waits for it."""
+    os.mkfifo(tmp_path / "latest")
+    assert choose(tmp_path).checkpoint == three[2]
 
 
 def test_no_checkpoints(tmp_path):

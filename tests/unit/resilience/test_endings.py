@@ -21,6 +21,7 @@ from laver_megatron.resilience.endings import (
     first_ending,
     reasons_in,
 )
+from laver_megatron.runtime.exit_status import OF_ANOTHER_RANK
 from tests.unit.resilience.test_watch import GLOO
 
 VERDICT = Reason(1, 75, "rank 3 has given no heartbeat", 10.0)
@@ -83,6 +84,7 @@ def test_the_first_reason_of_a_rank_stands(of_rank_3):
     [
         (OSError(28, "full"), 1, False),
         (RuntimeError(GLOO), 1, True),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"), 1, True),
         (SystemExit("rank 0: error"), 1, False),
         (SystemExit(2), 2, False),
     ],
@@ -91,6 +93,13 @@ def test_errors_say_whether_they_only_follow(of_rank_3, error, status, is_follow
     explain_error(error)
     found = of_rank_3[1]()
     assert (found.status, found.is_follow_up) == (status, is_follow_up) and "GLHF" not in found.message
+
+
+def test_an_error_that_all_raise_is_that_of_the_rank_it_came_from(of_rank_3):
+    error = OSError("could not write: rank 1: full")
+    error.add_note(OF_ANOTHER_RANK)
+    explain_error(error)
+    assert of_rank_3[1]().is_follow_up
 
 
 def test_an_end_in_order_and_a_program_without_torchrun_leave_nothing(of_rank_3, monkeypatch):
@@ -103,7 +112,12 @@ def test_an_end_in_order_and_a_program_without_torchrun_leave_nothing(of_rank_3,
 
 def test_what_is_no_reason_of_ours_is_left_out(of_rank_3):
     file, found = of_rank_3
-    for text in ("", "[]", '{"message": {"extraInfo": {}}}', '{"rank": 3, "status": 1, "message": "x"}'):
+    ours = {"rank": 3, "status": 1, "message": "x", "time": 1.5, "is_follow_up": False}
+    file.write_text(json.dumps(ours))
+    assert found() == Reason(**ours)
+    others = ({"rank": [3]}, {"status": 0}, {"status": "1"}, {"message": ["x"]}, {"time": "1"}, {"time": None})
+    forged = [json.dumps(ours | other) for other in others]
+    for text in ("", "[]", "[" * 60_000, '{"message": {"extraInfo": {}}}', '{"rank": 3, "status": 1}', *forged):
         file.write_text(text)
         assert found() is None
 

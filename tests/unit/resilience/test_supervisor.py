@@ -81,6 +81,31 @@ def test_the_checkpoint_that_will_be_used_is_named(supervised, tmp_path, capsys)
     assert "WARNING: cannot start" in (said := capsys.readouterr().err) and "--strict-load goes on from" in said
 
 
+def test_a_full_disk_does_not_end_the_supervisor(supervised, tmp_path, capsys):
+    """The restart is written down when there is room."""
+    restarts = tmp_path / "restarts.jsonl"
+    restarts.symlink_to("/dev/full")
+    assert supervised(KILLED, Ending(0), restarts=1) == (0, [1.0])
+    assert f"WARNING: {restarts}: No space left on device" in capsys.readouterr().err
+    restarts.unlink()
+    restarts.mkdir()
+
+    def is_freed():
+        yield 10
+        restarts.rmdir()
+        yield 20
+
+    supervised(KILLED, Ending(0), iterations=is_freed(), restarts=1)
+    assert [json.loads(line)["iteration"] for line in restarts.read_text().splitlines()] == [11]
+
+
+def test_a_terminal_obeys_no_reason(supervised, capsys):
+    """A file's name, say, stands in the words of an error."""
+    supervised(*2 * [Ending(1, 0, 1, "\x1b[2Jgone\n")], restarts=1)
+    said = capsys.readouterr().err
+    assert said.count(r"\x1b[2Jgone\n") == 2 and "\x1b" not in said
+
+
 def test_restarts_are_counted(supervised, capsys):
     assert supervised(KILLED, KILLED, KILLED, restarts=2) == (1, [1.0, 1.0])
     assert "the run is over after 2 restarts (--restarts)" in capsys.readouterr().err
@@ -115,6 +140,15 @@ def test_the_status_gets_the_cause(supervised, tmp_path):
         status.write_status(tmp_path, {**content, "state": "failed"})
         assert supervised(KILLED)[0] == 1
         assert status.read_status(tmp_path)["message"] == expected
+
+
+@pytest.mark.parametrize("rank, state", [(0, "running"), (1, "failed")])
+def test_a_mistake_of_one_rank_is_in_the_status(supervised, tmp_path, rank, state):
+    """Rank 0's may be that another run has the directory, whose status this is."""
+    times = dict.fromkeys(("updated", "born", "phase_since", "started"), time.time() + 5)
+    status.write_status(tmp_path, {**STATUS, **times, "host": "here", "pid": 1, "state": "running"})
+    assert supervised(Ending(2, rank, 2))[0] == 2
+    assert status.read_status(tmp_path)["state"] == state
 
 
 def test_of_several_nodes_the_one_that_failed_first_is_recorded(supervised, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 
 import pytest
@@ -106,6 +107,32 @@ def test_stacks_stay_until_it_is_known_that_there_is_no_verdict(config, run_dir,
     watch._arm(woke=watch._asked - seconds_after)
     watch.close(status.FAILED)
     assert file.exists() == stays
+
+
+class Gone:
+    """A terminal, or a file of stacks, that answers no more."""
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+    def clear(self):
+        raise OSError(5, "Input/output error")
+
+    def arm(self, seconds):
+        pass
+
+
+def test_the_watch_outlives_a_file_system_and_a_terminal_that_are_gone(config, monkeypatch):
+    """An error would end its thread, and leave the run unwatched."""
+    watch = Watch(config)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stderr", Gone())
+        context.setattr(watch, "_stacks", Gone())
+        context.setattr(watch._stragglers, "line", lambda heard: "straggler: rank 1")
+        watch._arm(woke=0.0)
+        watch._heard = {0: watch._beat()}
+        watch._look_for_fault(time.monotonic())
+    watch.close(status.FAILED)
 
 
 def test_gloo_gives_no_advice(config, run_dir):

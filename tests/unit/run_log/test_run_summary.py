@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -39,6 +40,12 @@ def test_shares_of_right_answers_are_kept_by_family(tmp_path):
         make_config(tmp_path, laver=False), SumsOfARun(), {}, 0, {}, [{**record, "elapsed_seconds": 1.0}], []
     )
     assert summary["validation"]["last"] == summary["validation"]["best"] == record
+
+
+def test_a_pipe_holds_no_records(tmp_path):
+    """Nobody waits for it."""
+    os.mkfifo(tmp_path / "restarts.jsonl")
+    assert read_run_records(tmp_path) == [[], [], []]
 
 
 def test_last_and_best_validation(tmp_path):

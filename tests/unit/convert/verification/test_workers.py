@@ -1,6 +1,8 @@
 """Functions in fresh processes: results by rank, and the first failure in its own words."""
 
 import os
+import signal
+import time
 from pickle import UnpicklingError
 
 import pytest
@@ -28,6 +30,16 @@ def name_a_class(worker):
     return Named(torch.ones(2))
 
 
+def be_killed_on_rank_1(worker):
+    report = worker.store.with_name("error-0")
+    if worker.rank == 0:
+        report.write_text("lost its partner")
+        time.sleep(60)
+    while not report.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def die(worker):
     os._exit(3)
 
@@ -52,3 +64,5 @@ def test_the_worker_that_failed_is_heard_and_the_others_are_ended():
         run_workers(fail_on_rank_1, 2)
     with pytest.raises(WorkerFailed, match="without a word.*{0: 3}"):
         run_workers(die, 1)
+    with pytest.raises(WorkerFailed, match="without a word.*{1: -9}.*enough memory"):
+        run_workers(be_killed_on_rank_1, 2)
