@@ -83,6 +83,8 @@ class Pool:
 
     def run(self, function: Callable, layout: Layout, *arguments: Any, timeout: float = JOB_SECONDS) -> list[Any]:
         """Results of all ranks of `layout`, in order."""
+        if not all(process.is_alive() for process in self._processes):
+            self._stop()  # one has died since the last job
         if not self._processes:
             self._start()
         assert layout.world_size <= self._num_workers, f"{layout} needs more than {self._num_workers} processes"
@@ -94,8 +96,9 @@ class Pool:
         answers = self._collect(layout.world_size, timeout)
         failures = {rank: answer[1] for rank, answer in answers.items() if not answer[0]}
         stuck = sorted(set(range(layout.world_size)) - answers.keys())
+        has_died = any(not process.is_alive() for process in self._processes)
         if failures or stuck:
-            stacks = self._stop() if stuck else ""
+            stacks = self._stop() if stuck or has_died else ""
             # Ranks that lost their partner say less than the one that failed for a reason of its own.
             worst = sorted(failures.items(), key=lambda item: "gloo" in item[1].rsplit("\n", 2)[-2].lower())
             text = "\n".join(f"--- rank {rank} of {layout}\n{text}" for rank, text in worst[:2])
@@ -136,8 +139,9 @@ class Pool:
                 rank = waiting.pop(connection)
                 try:
                     answers[rank] = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    answers[rank] = (False, "the process died\n\n")
+                except (EOFError, ConnectionError):
+                    self._processes[rank].join(10)
+                    answers[rank] = (False, f"the process died: exit code {self._processes[rank].exitcode}\n\n")
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers
