@@ -163,8 +163,9 @@ def worker(rank, folder):
 def saved(tmp_path_factory):
     """Per tensor-parallel size: the results of the ranks of one group."""
     folder = tmp_path_factory.mktemp("sharded")
-    # Forks of one process that has imported torch.
-    multiprocessing.set_forkserver_preload(["megatron.core.parallel_state", "laver_megatron.objective.sharded"])
+    # Forks of a server that has imported torch. There is one for all tests of a process, and whoever is first says what
+    # it imports: an import that fails half-way would stay with all of them.
+    multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
     multiprocessing.start_processes(worker, (str(folder),), WORLD_SIZE, start_method="forkserver")
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in (2, 4)}
 
