@@ -57,6 +57,29 @@ def program_parser(
     )
 
 
+def positive_integer(text: str) -> int:
+    """The type of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def find_device(name: str | None) -> str:
+    """What `--device` names; without it the GPU if there is one.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    import torch  # seconds, which --help should not take
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of builds without CUDA
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def program(main: Main) -> Main:
     """Ends the process by the rule above when `main` raises: one line on stderr in place of a traceback.
 

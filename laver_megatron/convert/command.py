@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from laver_megatron.config.fields import ConfigError
-from laver_megatron.program import program_parser
+from laver_megatron.program import positive_integer, program_parser
 from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE
 
 
@@ -22,14 +22,10 @@ def conversion_parser(
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the mapping, sizes and memory; write nothing")
     how.add_argument("--strict", action="store_true", help="a NaN or infinite weight is an error, not a warning")
-    how.add_argument("--num-threads", type=_positive, metavar="N", help="threads (default: the cores, at most 4)")
+    how.add_argument(
+        "--num-threads", type=positive_integer, metavar="N", help="threads (default: the cores, at most 4)"
+    )
     return parser, places
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
 
 
 def run_conversion(convert: Callable[[], None]) -> None:

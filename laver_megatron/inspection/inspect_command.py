@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laver_megatron.program import program, program_parser
+from laver_megatron.program import find_device, positive_integer, program, program_parser
 from laver_megatron.runtime.files import check_place, new_directory
 
 if TYPE_CHECKING:
@@ -36,18 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("t-SNE needs scikit-learn: install laver_megatron[analysis], or leave it out with --no-tsne")
 
     # Here, because they take seconds, which --help should not.
-    import torch
     from tqdm import tqdm
 
     from laver_megatron.inspection.collect import Settings, inspect_models
     from laver_megatron.inspection.page import write_page
     from laver_megatron.inspection.sources import find_sources
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of builds without CUDA
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    device = find_device(options.device)
     sources = find_sources(options.compare or [options.model])
     samples, shown = _samples(options)
     settings = Settings(
@@ -85,13 +80,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     show = what.add_argument
     show("--question", metavar="TEXT", help='about each picture (default: "Describe this picture.")')
     show("--answer", metavar="TEXT", help="to the question (default: the model's own)")
-    show("--samples", type=_positive, default=16, metavar="N", help="of --data-path, spread evenly")
-    show("--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer of the model's own")
+    show("--samples", type=positive_integer, default=16, metavar="N", help="of --data-path, spread evenly")
+    show("--max-new-tokens", type=positive_integer, default=32, metavar="N", help="longest answer of the model's own")
     how = parser.add_argument_group("how").add_argument
-    how("--neighbours", type=_positive, default=10, metavar="K", help="of CKNNA")
+    how("--neighbours", type=positive_integer, default=10, metavar="K", help="of CKNNA")
     how("--patch", type=_share, nargs=2, default=(0.5, 0.5), metavar=("DOWN", "RIGHT"),
         help="the patch that others are compared with, as shares of the height and the width")  # fmt: skip
-    how("--num-pictures", type=_positive, default=3, metavar="N", help="images with maps of their patches")
+    how("--num-pictures", type=positive_integer, default=3, metavar="N", help="images with maps of their patches")
     how("--mask-ratio", type=_share, metavar="X",
         help="of the student's Gram matrix (default: the run's, or 0.05 where no run is known)")  # fmt: skip
     how("--no-tsne", action="store_true", help="PCA alone; t-SNE needs scikit-learn")
@@ -115,12 +110,6 @@ def _samples(options: argparse.Namespace) -> tuple[list[Sample], str]:
     samples = samples_of_files(options.images, question, options.answer)
     answer = "the model's own answer" if options.answer is None else f'the answer "{options.answer}"'
     return samples, f'{len(samples)} pictures with the question "{question}" and {answer}.'
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
 
 
 def _share(text: str) -> float:

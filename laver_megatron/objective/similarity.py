@@ -13,12 +13,13 @@ has no direction; it counts with the cosine 0, as in `gram.cosine_gram`.
 import torch
 from torch import Tensor
 
+from laver_megatron.objective import at_least_fp32
 from laver_megatron.objective.gram import SQUARED_NORM_EPS
 
 
 def unit_vectors(tokens_TH: Tensor) -> Tensor:
     """Tokens at length 1, fp32 (fp64 for fp64); 0 for those that are too short to have a direction."""
-    tokens_TH = tokens_TH if tokens_TH.dtype == torch.float64 else tokens_TH.float()
+    tokens_TH = at_least_fp32(tokens_TH)
     squared_T1 = tokens_TH.square().sum(-1, keepdim=True)
     scale_T1 = squared_T1.clamp(min=SQUARED_NORM_EPS).rsqrt()
     return tokens_TH * torch.where(squared_T1 > SQUARED_NORM_EPS, scale_T1, 0.0)

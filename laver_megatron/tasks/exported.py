@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList
@@ -85,20 +84,6 @@ class ExportedModel:
         # A list, even an empty one, tells a processor of the laver format that the prompt holds all places.
         images = list(pictures) if self._is_laver or pictures else None
         return self._processor(text=prompt, images=images, return_tensors="pt").to(self._model.device)
-
-
-def find_device(name: str | None) -> str:
-    """The device of this name; without one the GPU if there is one.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of builds without CUDA
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _as_chat(message: Message) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from laver_megatron.program import program, program_parser
+from laver_megatron.program import find_device, positive_integer, program, program_parser
 from laver_megatron.runtime.files import check_place, write_json
 
 _KINDS = ("right", "blank", "swapped")
@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="EXPORT", help="a directory of laver export")
     add("--data-path", nargs="+", required=True, metavar="SHARDS", help="tars, folders or indexes")
-    add("--samples", type=_positive, metavar="N", help="score so many, the same at each call; default: all")
+    add("--samples", type=positive_integer, metavar="N", help="score so many, the same at each call; default: all")
     add("--images", nargs="+", choices=_KINDS, default=["right"], help="which pictures the questions come with")
     add("--contrast", type=_alpha, default=0.0, metavar="ALPHA", help="contrastive decoding against a blank picture")
-    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="longest answer")
+    add("--max-new-tokens", type=positive_integer, default=32, metavar="N", help="longest answer")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--output", type=Path, metavar="FILE", help="writes table and answers as JSON")
     options = vars(parser.parse_args(argv))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options["output"] is not None:
         check_place(options["output"], "--output")
 
-    from laver_megatron.tasks.exported import ExportedModel, find_device
+    from laver_megatron.tasks.exported import ExportedModel
     from laver_megatron.tasks.score import read_samples, score, table_lines, write_description
 
     options["device"] = find_device(options["device"])
@@ -67,12 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{num_unusable} samples could not be used")
     if options["output"] is not None:
         write_json(options["output"], description)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
 
 
 def _alpha(text: str) -> float:
