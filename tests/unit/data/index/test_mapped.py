@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -189,17 +190,20 @@ def test_a_file_that_cannot_be_read_is_left_alone(path, tmp_path, monkeypatch, c
 
 
 def test_a_user_who_may_not_read_it(path, caplog):
-    expected, is_root = read_index(path), os.geteuid() == 0
-    path.with_suffix(".mapped").chmod(0)
-    if is_root:  # to whom permissions do not apply
-        for folder in path.parents[:4]:
-            folder.chmod(0o755)
-        os.seteuid(65534)
-    try:
-        index = read_index(path)
-    finally:
-        if is_root:
-            os.seteuid(0)
+    is_root = os.geteuid() == 0
+    # A folder of its own, because every folder of tmp_path, of which there are more under xdist, is closed to others.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(shutil.copy2(path, folder))
+        expected = read_index(path)
+        path.with_suffix(".mapped").chmod(0)
+        if is_root:  # to whom permissions do not apply
+            os.seteuid(65534)
+        try:
+            index = read_index(path)
+        finally:
+            if is_root:
+                os.seteuid(0)
     assert_same(index, expected)
     [record] = caplog.records
     assert "cannot be read (Permission denied)" in record.message and not is_mapped(index.shard_I)
