@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laver_megatron.config.checks import check, check_run, world_problems
+from laver_megatron.config.checks import check, check_run
 from laver_megatron.config.command_line import (
     Invocation,
     exit_on_config_error,
@@ -25,6 +25,7 @@ from laver_megatron.config.command_line import (
     read_command_line,
 )
 from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.config.layout_checks import world_problems
 from laver_megatron.program import EXAMPLES, program
 from laver_megatron.resilience.signals import STARTED, heed_signals
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from laver_megatron.config.checks import sequence_problems, validate
+from laver_megatron.config.checks import validate
 from laver_megatron.config.directories import CheckedEncoder
 from laver_megatron.config.fields import Config, ConfigError
+from laver_megatron.config.layout_checks import sequence_problems
 from laver_megatron.planning.plan import RECOMPUTATIONS, Job, Plan, layout_name, plan_layout
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laver_megatron.config.checks import decoder_sizes, tensor_parallel_faults
+from laver_megatron.config.layout_checks import decoder_sizes, tensor_parallel_faults
 from laver_megatron.convert.verification.forward import STUDENT, Outputs, run_megatron, run_transformers
 from laver_megatron.convert.verification.pair import (
     Pair,
