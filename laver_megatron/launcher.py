@@ -116,9 +116,12 @@ def _start(arguments: list[str], is_demo: bool) -> None:
 def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Config) -> None:
     """Runs this node's ranks under torchrun, which gets `words`, as often as --restarts says."""
     from laver_megatron.resilience.agent import run_agent  # only now: help needs no package but PyYAML
+    from laver_megatron.resilience.run_lock import refuse_second
     from laver_megatron.resilience.supervisor import supervise
 
     node = int(_node_rank(os.environ))
+    if node == 0:
+        refuse_second(Path(config.run.run_dir))
 
     def run_once(request: StopRequest, plan: Plan) -> Ending:
         rank = plan.nodes.index(node)

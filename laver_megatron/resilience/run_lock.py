@@ -51,6 +51,26 @@ class RunLock:
         Raises:
             ValueError: another run holds it.
         """
+        if holder := self._free_from():
+            print(f"taking over {self._path.parent} from a run that is gone: {_in_words(holder)}", file=sys.stderr)
+        self._sign()
+        threading.Thread(target=self._keep_signing, name="run-lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Takes nothing, and gives up the file.
+
+        Raises:
+            ValueError: another run holds the lock.
+        """
+        with self._file:
+            self._free_from()
+
+    def _free_from(self) -> dict[str, Any]:
+        """Locks the file; returns the holder that is gone, empty if there was none.
+
+        Raises:
+            ValueError: another run holds it.
+        """
         holder = self._holder()
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,10 +83,7 @@ class RunLock:
                 f"another --run-dir (a holder on another machine counts as gone after {STALE_SECONDS:.0f} s without "
                 "a sign)"
             )
-        if holder:
-            print(f"taking over {self._path.parent} from a run that is gone: {_in_words(holder)}", file=sys.stderr)
-        self._sign()
-        threading.Thread(target=self._keep_signing, name="run-lock", daemon=True).start()
+        return holder
 
     def release(self) -> None:
         """Gives the directory to the next run."""
@@ -143,6 +160,16 @@ def _in_words(holder: dict[str, Any]) -> str:
         return "its process is not known yet"
     job = f", job {holder['job_id']}" if holder["job_id"] else ""
     return printable(f"process {holder['pid']} on {holder['host']}{job}")
+
+
+def refuse_second(run_dir: Path) -> None:
+    """Ends the launcher with WRONG_USE if another run has the directory, before it starts ranks that would find out."""
+    if not os.path.lexists(run_dir / LOCK_FILE):
+        return
+    try:
+        RunLock(run_dir).check()
+    except ValueError as error:
+        end(f"error: {error}", WRONG_USE)
 
 
 def hold(run_dir: Path) -> RunLock | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from laver_megatron.resilience.run_lock import LOCK_FILE, STALE_SECONDS, RunLock, hold
+from laver_megatron.resilience.run_lock import LOCK_FILE, STALE_SECONDS, RunLock, hold, refuse_second
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = (
@@ -45,7 +45,19 @@ def test_the_second_refuses_and_names_the_first(tmp_path, holder):
     before = (tmp_path / LOCK_FILE).read_text()
     with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}, job 77"):
         RunLock(tmp_path).acquire()
+    with pytest.raises(SystemExit) as left:
+        refuse_second(tmp_path)
+    assert left.value.code == 2 and (tmp_path / LOCK_FILE).read_text() == before
+
+
+def test_a_launcher_takes_nothing(tmp_path):
+    """Neither where there is no lock, nor one that a run has left."""
+    refuse_second(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / LOCK_FILE).write_text(before := content(host=socket.gethostname()))
+    refuse_second(tmp_path)
     assert (tmp_path / LOCK_FILE).read_text() == before
+    RunLock(tmp_path).acquire()
 
 
 @pytest.mark.processes
