@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = write_description(options, num_unusable, answers)
     print("\n".join(table_lines(description["table"])))
     if num_unusable:
-        print(f"{num_unusable} samples could not be used")
+        print(f"samples that could not be used: {num_unusable}")
     if options["output"] is not None:
         write_json(options["output"], description)
 
