@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+_MOST_CONTRAST = 100.0  # beyond this only the difference of the two logits counts
 
 
 class UserError(Exception):
@@ -64,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=_positive, default=512, help="longest answer (default: 512)")
     parser.add_argument(
         "--contrast", type=_alpha, default=0.0, metavar="ALPHA",
-        help="prefer what the pictures make likelier (visual contrastive decoding); 1 is usual (default: 0, off)",
+        help="prefer what the pictures make likelier (visual contrastive decoding): 0 (off) to 100; 1 is usual",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as exported)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
@@ -82,8 +83,8 @@ def _alpha(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    if not 0 <= value <= _MOST_CONTRAST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {_MOST_CONTRAST:g}")
     return value
 
 

@@ -52,8 +52,7 @@ def continuity_problems(
         return
     # Earlier versions knew no other target.
     written = {"mim_target": default_of("mim_target"), **written}
-    if encoder is not None:
-        config = with_target_size(config, encoder)
+    config = with_target_size(config, encoder)
     then = {**written, "vision_head_output_size": written.get("vision_head_output_size") or hidden_size}
     now = {**config.flat(), "vision_head_output_size": config.objective.vision_head_output_size or hidden_size}
     layer = _feature_layer(config, encoder)

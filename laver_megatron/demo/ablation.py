@@ -16,7 +16,7 @@ from laver_megatron.data.index.build import index_tars
 from laver_megatron.data.index.index_file import INDEX_NAME, write_index
 from laver_megatron.demo.contrastive import features, pixels_of, train_encoder
 from laver_megatron.demo.encoders import IMAGE_SIZE, PATCH_SIZE, save_siglip
-from laver_megatron.demo.make import make_part
+from laver_megatron.demo.make import check_part, make_part
 from laver_megatron.demo.models import check_language_sizes, save_language_model, seeded
 from laver_megatron.demo.scenes import description_of, make_descriptions, make_scenes, make_single_shapes
 from laver_megatron.demo.shards import write_shards
@@ -44,7 +44,7 @@ def make_parts(
     """Makes `model/`, `encoder/` and `captions/` in a directory, one complete part at a time; what is there is kept.
 
     Raises:
-        ValueError: a size that a model cannot have.
+        ValueError: a size that a model cannot have, or a part that is there and was made with other settings.
     """
     if encoder_width < 16 or encoder_width % 16 or min(encoder_layers, encoder_steps) < 1 or num_pictures < 64:
         raise ValueError(
@@ -54,11 +54,11 @@ def make_parts(
     check_language_sizes(hidden_size, num_layers)
     if num_captions < 1:
         raise ValueError(f"--num-captions {num_captions} must be a positive number of pictures")
-    directory.mkdir(parents=True, exist_ok=True)
 
     def model(place: Path) -> None:
-        sizes = {"hidden_size": hidden_size, "num_layers": num_layers}
-        save_language_model(place, _texts(), **sizes, system_prompt=_SYSTEM_PROMPT)
+        save_language_model(
+            place, _texts(), hidden_size=hidden_size, num_layers=num_layers, system_prompt=_SYSTEM_PROMPT
+        )
 
     def encoder(place: Path) -> None:
         config = SiglipVisionConfig(
@@ -75,9 +75,23 @@ def make_parts(
         write_shards(place, "train", make_descriptions(num_captions, IMAGE_SIZE), samples_per_shard=4096)
         write_index(index_tars(sorted(place.glob("*.tar"))), place / INDEX_NAME)
 
-    make_part(directory / "captions", f"{num_captions} pictures with descriptions", captions)
-    make_part(directory / "model", f"a Qwen2.5 of {num_layers} layers of width {hidden_size}", model)
-    make_part(directory / "encoder", f"a SigLIP, trained for {encoder_steps} steps", encoder)
+    of_encoder = {
+        "encoder_width": encoder_width,
+        "encoder_layers": encoder_layers,
+        "encoder_steps": encoder_steps,
+        "num_pictures": num_pictures,
+    }
+    of_model = {"hidden_size": hidden_size, "num_layers": num_layers}
+    parts = (
+        ("captions", f"{num_captions} pictures with descriptions", captions, {"num_captions": num_captions}),
+        ("model", f"a Qwen2.5 of {num_layers} layers of width {hidden_size}", model, of_model),
+        ("encoder", f"a SigLIP, trained for {encoder_steps} steps", encoder, of_encoder),
+    )
+    for name, _, _, settings in parts:
+        check_part(directory / name, settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, what, build, settings in parts:
+        make_part(directory / name, what, build, settings)
 
 
 def _texts() -> list[str]:

@@ -10,7 +10,8 @@ from laver_megatron.program import program, program_parser
 DESCRIPTION = """
 Makes what an ablation on procedural tasks starts from: model/ (a Qwen2.5 with random weights and a tokenizer of their
 texts), encoder/ (a SigLIP trained on procedural pictures and captions; encoder/probes.json says what linear probes read
-of its features) and captions/ (shards of pictures with descriptions). Parts that are there are kept.
+of its features) and captions/ (shards of pictures with descriptions). Parts that are there are kept; PART.json says
+what they were made with, and other settings are refused.
 """
 
 

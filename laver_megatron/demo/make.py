@@ -1,7 +1,7 @@
 """Makes the demo's directory, one complete part at a time."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
 from laver_megatron.demo.questions import make_examples
 from laver_megatron.demo.shards import write_shards
-from laver_megatron.runtime.files import new_directory
+from laver_megatron.runtime.files import new_directory, read_object, write_json
 
 NUM_TRAIN_SAMPLES, NUM_VALID_SAMPLES = 384, 48
 
@@ -35,7 +35,7 @@ def make_demo(
         models: sizes as WIDTHxLAYERS, each of which gets a `model_WIDTHxLAYERS/` as well.
 
     Raises:
-        ValueError: an unknown kind, or a size that a model cannot have.
+        ValueError: an unknown kind, a size that a model cannot have, or shards of another number of samples.
     """
     sizes = {name: _read_size(name) for name in models}
     directory = Path(directory)
@@ -59,7 +59,8 @@ def make_demo(
     for name, (width, num_layers) in sizes.items():
         save = partial(save_language_model, texts=texts(), hidden_size=width, num_layers=num_layers)
         make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", save)
-    make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards)
+    numbers = {"num_train_samples": num_train_samples, "num_valid_samples": num_valid_samples}
+    make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards, numbers)
     return directory
 
 
@@ -70,15 +71,41 @@ def _read_size(name: str) -> tuple[int, int]:
     return int(width), int(num_layers)
 
 
-def make_part(place: Path, what: str, build: Callable[[Path], None]) -> None:
-    """Builds a directory beside its place and renames it when it is complete; one that is there is kept."""
+def make_part(place: Path, what: str, build: Callable[[Path], None], settings: Mapping[str, int] | None = None) -> None:
+    """Builds a directory beside its place and renames it when it is complete; one that is there is kept.
+
+    Args:
+        settings: what it is made with, by the names of the flags; kept in `PLACE.json`.
+
+    Raises:
+        ValueError: one that was made with other settings is there.
+    """
+    check_part(place, settings or {})
     if place.exists():
         print(f"demo: {place} is there", file=sys.stderr)
         return
     print(f"demo: making {place}: {what}", file=sys.stderr)
+    if settings:
+        write_json(_settings_file(place), dict(settings))
     try:
         with new_directory(place) as unfinished:
             build(unfinished)
     except OSError:
         if not place.exists():  # else another process was faster, and its part is the same
             raise
+
+
+def check_part(place: Path, settings: Mapping[str, int]) -> None:
+    """Raises ValueError, with both, if a part is there that was made with other settings than these. Parts of earlier
+    versions, and links, have no settings."""
+    path = _settings_file(place)
+    if not (place.exists() and path.is_file()):
+        return
+    made = read_object(path)
+    if other := [name for name, value in settings.items() if made.get(name) != value]:
+        was = ", ".join(f"--{name.replace('_', '-')} {made.get(name)}, not {settings[name]}" for name in other)
+        raise ValueError(f"{place} is there, and was made with {was}; name another --dir, or remove it")
+
+
+def _settings_file(place: Path) -> Path:
+    return place.with_name(f"{place.name}.json")

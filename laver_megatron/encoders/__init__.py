@@ -111,9 +111,9 @@ def build_encoder(
     return family.encoder(model, shape, layer)
 
 
-def with_target_size(config: Config, shape: EncoderShape) -> Config:
-    """The configuration with the vision head's output size set where the target decides it."""
-    size = shape.target_size(config.objective.mim_target)
+def with_target_size(config: Config, shape: EncoderShape | None) -> Config:
+    """The configuration with the vision head's output size set where the target decides it. shape: None if unknown."""
+    size = None if shape is None else shape.target_size(config.objective.mim_target)
     return config if size is None else config.replace(vision_head_output_size=size)
 
 

@@ -83,11 +83,11 @@ def gram_losses(
 
 @torch.no_grad()
 def mean_off_diagonal(gram_INN: Tensor) -> Tensor:
-    """Mean cosine of the N(N-1) pairs of different tokens of each image, [I]; a monitor, without gradient. 0 for
-    images of one token.
+    """Mean cosine of the N(N-1) pairs of different tokens of each image, [I]; a monitor, without gradient. NaN for
+    images of one token, which have no pair, as in `similarity.cosines_of_sums`.
 
     Near 1 the tokens of the image have collapsed into one. Zero rows count with the cosine 0.
     """
     num_tokens = gram_INN.shape[-1]
     off_diagonal_sum_I = gram_INN.sum((-2, -1)) - gram_INN.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return off_diagonal_sum_I / max(num_tokens * (num_tokens - 1), 1)
+    return off_diagonal_sum_I / (num_tokens * (num_tokens - 1))

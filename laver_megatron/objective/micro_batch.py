@@ -148,7 +148,8 @@ def _gram_loss_and_monitors(
                 student_INN, teacher_INN, kind=objective.gram_loss, reduction=objective.gram_reduction
             )
             gram = gram + losses_I.sum()
-        similarity += torch.stack([mean_off_diagonal(cosines).sum() for cosines in (student_INN, teacher_INN)])
+        if student_INN.shape[-1] > 1:  # else there is no pair, and the image adds nothing
+            similarity += torch.stack([mean_off_diagonal(cosines).sum() for cosines in (student_INN, teacher_INN)])
 
     num_images = max(counts.images, 1)
     entropy = sharded_teacher_entropies(teacher_TK, centre_K, objective.teacher_temperature, tp_group).sum()

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from laver_megatron.config.fields import Config
-from laver_megatron.encoders import EncoderShape, idle_parameters
+from laver_megatron.encoders import EncoderShape, idle_parameters, with_target_size
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.hf.weights import ModelParts, Size, weight_table
 from laver_megatron.planning.pipeline import layers_of_stages
@@ -90,7 +90,7 @@ def state_of_rank(
 ) -> StateBytes:
     """What a rank of this pipeline stage holds. Ranks of one stage that differ in their tensor-parallel rank alone hold
     the same. encoder: the image encoder, None for a text-only model; encoder_sizes: of its tensors in their order."""
-    of_encoder = _of_encoder(config, encoder, encoder_sizes)
+    config, of_encoder = with_target_size(config, encoder), _of_encoder(config, encoder, encoder_sizes)
     whole, trained, averaged = _values_of_stage(config, shape, *of_encoder, data_parallel_size, stage)
     return with_shares(whole, trained[dp_rank], averaged[dp_rank], config)
 
@@ -105,7 +105,7 @@ def fullest_state(
 ) -> StateBytes:
     """What the fullest data-parallel rank of this pipeline stage holds: a bucket's padding falls to the last ranks, and
     the teacher's accumulators lie wherever the averaged tensors do. Arguments as of `state_of_rank`."""
-    of_encoder = _of_encoder(config, encoder, encoder_sizes)
+    config, of_encoder = with_target_size(config, encoder), _of_encoder(config, encoder, encoder_sizes)
     # What changes nothing here, and most layouts of a search differ in.
     config = config.replace(micro_batch_size=1, recompute_granularity=None, sequence_parallel=False)
     return _fullest_state(config, shape, *of_encoder, data_parallel_size, stage)

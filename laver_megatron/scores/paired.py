@@ -24,7 +24,8 @@ class PairedTest:
 
     Attributes:
         mean_baseline, mean_treated: of scores from 0 to 1.
-        low, high: interval of the difference of the means at `LEVEL`, from Student's t of the differences.
+        low, high: interval of the difference of the means at `LEVEL`, from Student's t of the differences; None for a
+            single sample.
         p_value: two-sided, of no difference. Not corrected for several benchmarks.
     """
 
@@ -32,8 +33,8 @@ class PairedTest:
     num_samples: int
     mean_baseline: float
     mean_treated: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
 
 
@@ -111,9 +112,11 @@ def _sign_flips(difference_S: NDArray[np.float64]) -> float:
     return float(found.pvalue)
 
 
-def _interval(difference_S: NDArray[np.float64]) -> tuple[float, float]:
+def _interval(difference_S: NDArray[np.float64]) -> tuple[float, float] | tuple[None, None]:
+    if len(difference_S) < 2:
+        return None, None
     mean = float(difference_S.mean())
-    if len(difference_S) < 2 or np.ptp(difference_S) == 0:
+    if np.ptp(difference_S) == 0:
         return mean, mean
     low, high = stats.t.interval(LEVEL, len(difference_S) - 1, loc=mean, scale=stats.sem(difference_S))
     return float(low), float(high)

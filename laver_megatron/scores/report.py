@@ -72,8 +72,8 @@ def _compared(cell: Cell | None, divisor: float) -> Line:
         return [_value(cell), "-", "", ""]
     if cell.test is None:
         return [_value(cell), f"{cell.gain:+.2f}", "", ""]
-    low, high = (100 * divisor * bound for bound in (cell.test.low, cell.test.high))
-    return [_value(cell), f"{cell.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{cell.test.p_value:.2g}"]
+    bounds = [f"{100 * divisor * bound:+.2f}" for bound in (cell.test.low, cell.test.high) if bound is not None]
+    return [_value(cell), f"{cell.gain:+.2f}", " to ".join(bounds) or "-", f"{cell.test.p_value:.2g}"]
 
 
 def _footnotes(table: Table) -> list[str]:

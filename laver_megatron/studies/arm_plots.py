@@ -23,7 +23,8 @@ _NUM_COLUMNS = 4
 
 
 def draw_arms(arms: Sequence[ArmResult], baseline: ArmResult, sweep: Path, path: Path) -> None:
-    """Replaces `path` by the picture. sweep: the directory whose runs/ hold metrics.jsonl."""
+    """Replaces `path` by the picture. sweep: the directory whose runs/ hold metrics.jsonl; runs without it are left out
+    of the similarity in training, whose title says how many."""
     columns = [column for column in result_columns(arms) if column not in SIMILARITIES]
     others = [arm for arm in arms if arm is not baseline and arm.seeds]
     layers = [name for name in _lists(arms) if any(len(_curve(arm, name)) > 1 for arm in arms)]
@@ -83,12 +84,13 @@ def _draw_layers(axes: Axes, arms: Sequence[ArmResult], name: str) -> None:
 
 def _draw_similarity(axes: Axes, arms: Sequence[ArmResult], sweep: Path) -> None:
     """The student's mean pairwise cosine in training, of arms that log it: mean over seeds."""
-    axes.set_title("cosine of visual tokens (vision head) in training", loc="left", fontsize=8)
+    files = {run: sweep / "runs" / run / "metrics.jsonl" for arm in arms for run in arm.runs.values()}
+    absent = sum(not file.is_file() for file in files.values())
+    note = f"\n(without metrics.jsonl: {absent} of {len(files)} runs)" if absent else ""
+    axes.set_title(f"cosine of visual tokens (vision head) in training{note}", loc="left", fontsize=8)
     axes.axhline(1.0, color=RED, linewidth=0.9, linestyle="--", label="collapse")
     for number, arm in enumerate(arms):
-        curves = [
-            curve for run in arm.runs.values() if (curve := _similarities(sweep / "runs" / run / "metrics.jsonl"))
-        ]
+        curves = [curve for run in arm.runs.values() if (curve := _similarities(files[run]))]
         if curves:
             length = min(map(len, curves))
             mean_I = np.array([curve[:length] for curve in curves]).mean(axis=0)
@@ -98,9 +100,9 @@ def _draw_similarity(axes: Axes, arms: Sequence[ArmResult], sweep: Path) -> None
 
 
 def _similarities(path: Path) -> list[float]:
-    """Every iteration's value; a skipped one has that before it."""
+    """Every iteration's value; a skipped one has that before it. None where there is no file."""
     values: list[float] = []
-    for record in read_records(path):
+    for record in read_records(path) if path.is_file() else []:
         value = record.get(SIMILARITIES[0])
         if value is not None:
             values.append(value)

@@ -68,7 +68,8 @@ def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
     reason. A run that ended with a loss that is no number is one of these: it has no place in a mean.
 
     Raises:
-        ValueError: no manifest, one that cannot be read or has no arms, or a finished run without validation.
+        ValueError: no manifest, one that cannot be read or has no arms, a finished run without validation, or runs of
+            models of different depth.
     """
     path = sweep / MANIFEST
     if not path.is_file():
@@ -79,8 +80,11 @@ def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
         raise ValueError(f"{path} cannot be read ({error}); make the sweep again") from error
     if not rows or {"name", "arm", "seed"} - rows[0].keys():
         raise ValueError(f"{path} has no runs with name, arm and seed")
-    if wrong := [row["seed"] for row in rows if not str(row["seed"]).isdecimal()]:
-        raise ValueError(f"{path}: the seed {wrong[0]!r} is no integer; make the sweep again")
+    for number, row in enumerate(rows, start=1):
+        if not (row["name"] and row["arm"]):
+            raise ValueError(f"{path}: run {number} has no name or no arm; make the sweep again")
+        if not str(row["seed"]).isdecimal():
+            raise ValueError(f"{path}: the seed {row['seed']!r} is no integer; make the sweep again")
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     names: dict[str, dict[int, str]] = {}
     left = []
@@ -96,7 +100,23 @@ def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
         else:
             seeds[seed] = record
             names.setdefault(row["arm"], {})[seed] = row["name"]
-    return [ArmResult(name, seeds, names.get(name, {})) for name, seeds in arms.items()], left
+    results = [ArmResult(name, seeds, names.get(name, {})) for name, seeds in arms.items()]
+    _check_depths(results)
+    return results, left
+
+
+def _check_depths(arms: Sequence[ArmResult]) -> None:
+    """Raises ValueError, with two runs and their numbers, if a curve over the layers differs in length."""
+    first: dict[str, tuple[int, str]] = {}
+    for arm in arms:
+        for seed, record in arm.seeds.items():
+            for column in (column for column, value in record.items() if isinstance(value, list)):
+                length, run = first.setdefault(column, (len(record[column]), arm.runs[seed]))
+                if length != len(record[column]):
+                    raise ValueError(
+                        f"{column} has {length} layers in {run} and {len(record[column])} in {arm.runs[seed]}: runs of "
+                        "models of different depth cannot be compared; keep one size"
+                    )
 
 
 def _is_finished(directory: Path) -> bool:
@@ -156,7 +176,7 @@ def find_baseline(arms: Sequence[ArmResult], name: str) -> ArmResult:
     if name not in found:
         raise ValueError(f"there is no arm {name!r}; --baseline is one of {first_few(list(found), 12)}")
     if not found[name].seeds:
-        raise ValueError(f"no run of the baseline {name!r} is finished; run the sweep first")
+        raise ValueError(f"no run of the baseline {name!r} is finished with a loss; run the sweep first")
     return found[name]
 
 

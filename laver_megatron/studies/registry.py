@@ -11,6 +11,7 @@ are to be left out:
 """
 
 import csv
+import difflib
 import io
 import json
 import math
@@ -88,7 +89,7 @@ class Registry:
         """The column that this name, or end of a name, means.
 
         Raises:
-            ValueError: none or several, with those that come near.
+            ValueError: none or several, with those that come nearest.
         """
         names = self.column_names
         if column in names:
@@ -97,9 +98,11 @@ class Registry:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ValueError(f"the column {column!r} could be any of {', '.join(found)}; give more of its name")
-        near = [name for name in names if column.split(".")[-1] in name] or names
-        raise ValueError(f"no run has a column {column!r}; there are {', '.join(near)}")
+            raise ValueError(f"the column {column!r} could be any of {first_few(found, 8)}; give more of its name")
+        asked, ends = column.split(".")[-1], [name.split(".")[-1] for name in names]
+        alike = difflib.get_close_matches(asked, ends, n=3)
+        near = [name for name, end in zip(names, ends, strict=True) if asked in name or end in alike] or names
+        raise ValueError(f"no run has a column {column!r}; there are {first_few(near, 8)}: see run_summary.json")
 
     def to_csv(self) -> str:
         """One line a run, all columns."""

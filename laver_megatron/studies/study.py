@@ -13,7 +13,7 @@ import numpy as np
 from laver_megatron.config.fields import fields_of
 from laver_megatron.run_log.run_summary import MANIFEST, hashed_settings
 from laver_megatron.studies.law import SIX_N_D
-from laver_megatron.studies.observations import Array, Observations, cluster
+from laver_megatron.studies.observations import Array, Observations, cluster, first_few
 from laver_megatron.studies.registry import SIZE_PARTS, Registry, RunRecord, is_number, is_value, read_registry, text_of
 
 ALL_RUNS = "all runs"
@@ -154,7 +154,7 @@ def study_of_csv(
     if tokens_column not in header and flops_column not in header:
         missing.append(f"{tokens_column} or {flops_column}")
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(header)}")
+        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {first_few(header, 8)}")
     if not rows:
         raise ValueError(f"{path} has a header and no points")
     for name, value in where:

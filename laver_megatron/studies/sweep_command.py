@@ -94,7 +94,7 @@ def make_sweep(options: SweepOptions) -> None:
     for note in notes(runs, options.amount_kind):
         print(f"note: {note}", file=sys.stderr)
     here, on_slurm = (f"bash {shlex.quote(str(output / name))}" for name in ("run.sh", "submit.sh"))
-    print(f"{len(runs)} runs in {output / MANIFEST}; {here} runs them here, {on_slurm} on SLURM")
+    print(f"{_counted(len(runs), 'run')} in {output / MANIFEST}; {here} runs them here, {on_slurm} on SLURM")
 
 
 def table(runs: Sequence[SweepRun]) -> str:
@@ -116,11 +116,12 @@ def notes(runs: Sequence[SweepRun], kind: str) -> Iterator[str]:
     from laver_megatron.studies.sweep_sizes import varying_settings
 
     sizes = list({run.size.name: run.size for run in runs}.values())
-    for what, number in (("sizes", len(sizes)), ("amounts", len({run.amount for run in runs}))):
+    for what, number in (("size", len(sizes)), ("amount", len({run.amount for run in runs}))):
         if number < NEEDED_DISTINCT:
-            yield f"{number} {what}; fitting a law needs {NEEDED_DISTINCT} (tools/fit_scaling_law.py)"
+            yield f"{_counted(number, what)}; fitting a law needs {NEEDED_DISTINCT} (tools/fit_scaling_law.py)"
     if repeated := [run.epochs for run in runs if run.epochs > 1]:
-        yield f"{len(repeated)} runs see samples again (up to {max(repeated):.1f} epochs): repeated tokens count in D"
+        epochs = f"up to {max(repeated):.1f} epochs"
+        yield f"samples are seen again in {_counted(len(repeated), 'run')} ({epochs}): repeated tokens count in D"
     if any(run.config.run.save_interval is run.config.reliability.save_interval_minutes is None for run in runs):
         yield "without save_interval and save_interval_minutes, an interrupted run begins anew"
     if varying := varying_settings(sizes):
@@ -129,4 +130,8 @@ def notes(runs: Sequence[SweepRun], kind: str) -> Iterator[str]:
         off = {run.name: abs(getattr(run, kind) / float(run.amount) - 1) for run in runs}
         if far := [name for name in off if off[name] > _FAR]:
             worst = max(far, key=off.__getitem__)
-            yield f"whole iterations miss the amount of {len(far)} runs by up to {off[worst]:.1%} ({worst})"
+            yield f"whole iterations miss the amount of {_counted(len(far), 'run')} by up to {off[worst]:.1%} ({worst})"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

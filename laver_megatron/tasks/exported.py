@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 
 from laver_megatron.data.read.conversations import Message
 from laver_megatron.runtime.files import read_object
@@ -60,6 +62,9 @@ class ExportedModel:
         Args:
             asked: the conversation so far.
             contrast: alpha of `contrast_logits`; 0 for plain decoding.
+
+        Raises:
+            ValueError: the model's logits are not finite.
         """
         prompt = self._processor.apply_chat_template([_as_chat(it) for it in asked], add_generation_prompt=True)
         inputs = self._inputs(prompt, pictures)
@@ -67,6 +72,7 @@ class ExportedModel:
         if contrast > 0 and pictures:
             blank = self._inputs(prompt, [blank_like(picture) for picture in pictures])
             processors.append(Contrast(self._model, blank, contrast))
+        processors.append(_CheckFinite())
         output = self._model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -84,6 +90,18 @@ class ExportedModel:
         # A list, even an empty one, tells a processor of the laver format that the prompt holds all places.
         images = list(pictures) if self._is_laver or pictures else None
         return self._processor(text=prompt, images=images, return_tensors="pt").to(self._model.device)
+
+
+class _CheckFinite(LogitsProcessor):
+    """Raises ValueError for logits without a largest finite one: of these some word would be taken all the same."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not torch.isfinite(scores.amax()):  # excluded words have -inf
+            raise ValueError(
+                "the model's logits are not finite: its weights are damaged, its training has diverged, or numbers of "
+                "16 bits overflow; `laver inspect` names the layer, metrics.jsonl of the run the iteration"
+            )
+        return scores
 
 
 def _as_chat(message: Message) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from laver_megatron.data.index.faults import SampleFault
 from laver_megatron.data.index.opening import open_indexes
+from laver_megatron.data.index.shard_index import Shard, ShardSample
 from laver_megatron.data.read.conversations import Message, parse_json, read_conversation
 from laver_megatron.data.read.images import decode_image
 from laver_megatron.data.read.sample_files import SampleFiles
@@ -35,13 +37,19 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample to score. chance: the share of right answers that guessing gets, None where the record names none."""
+    """A sample to score.
+
+    Attributes:
+        chance: the share of right answers that guessing gets, None where the record names none.
+        read_pictures: decodes them anew, so that only those in use take memory.
+    """
 
     key: str
     family: str
     chance: float | None
     messages: tuple[Message, ...]
-    pictures: tuple[Image.Image, ...]
+    num_pictures: int
+    read_pictures: Callable[[], tuple[Image.Image, ...]]
 
 
 def normalised(answer: str) -> str:
@@ -61,36 +69,45 @@ def read_samples(paths: Sequence[str], most: int | None) -> tuple[list[Sample], 
         rows = [rows[number] for number in sorted(random.Random(_SEED).sample(range(len(rows)), most))]
     files, samples = SampleFiles(), []
     for index, row in rows:
-        sample = index.sample(row)
+        sample, shard = index.sample(row), index.shards[index.shard_I[row]]
         try:
-            text, *contents = files.read(index.shards[index.shard_I[row]], sample)
+            text, *contents = files.read(shard, sample)
             record = parse_json(text, sample.name)
             conversation = read_conversation(record, len(contents), sample.name)
-            pictures = tuple(decode_image(content) for content in contents)
+            _decode(contents)
         except SampleFault:
             continue
         chance = record.get("chance") if isinstance(record, dict) else None
         family = conversation.family or NO_FAMILY
         known = float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
-        samples.append(Sample(sample.key, family, known, conversation.messages, pictures))
+        read = partial(_read_pictures, files, shard, sample)
+        samples.append(Sample(sample.key, family, known, conversation.messages, len(contents), read))
     if not samples:
         raise ValueError(f"{', '.join(map(str, paths))}: none of {len(rows)} samples can be used")
     return samples, len(rows) - len(samples)
 
 
-def swapped_pictures(samples: Sequence[Sample]) -> list[tuple[Image.Image, ...]]:
-    """For each sample the pictures of the next with as many, of its family if there is another one.
+def _read_pictures(files: SampleFiles, shard: Shard, sample: ShardSample) -> tuple[Image.Image, ...]:
+    return _decode(files.read(shard, sample)[1:])
+
+
+def _decode(contents: Sequence[bytes]) -> tuple[Image.Image, ...]:
+    return tuple(decode_image(content) for content in contents)
+
+
+def swap_partners(samples: Sequence[Sample]) -> list[Sample]:
+    """For each sample the next with as many pictures, of its family if there is another one.
 
     Raises:
         ValueError: a sample has no other to swap with.
     """
     of_family, of_number = defaultdict(list), defaultdict(list)
     for place, sample in enumerate(samples):
-        of_family[sample.family, len(sample.pictures)].append(place)
-        of_number[len(sample.pictures)].append(place)
+        of_family[sample.family, sample.num_pictures].append(place)
+        of_number[sample.num_pictures].append(place)
     found = []
     for place, sample in enumerate(samples):
-        number = len(sample.pictures)
+        number = sample.num_pictures
         group = of_family[sample.family, number]
         group = group if len(group) > 1 else of_number[number]
         if number and len(group) == 1:
@@ -98,7 +115,7 @@ def swapped_pictures(samples: Sequence[Sample]) -> list[tuple[Image.Image, ...]]
                 f"sample {sample.key!r} is the only one with {number} pictures: none to swap with; take more samples, "
                 "or --images without swapped"
             )
-        found.append(samples[group[(group.index(place) + 1) % len(group)]].pictures)
+        found.append(samples[group[(group.index(place) + 1) % len(group)]])
     return found
 
 
@@ -111,19 +128,27 @@ def score(
     max_new_tokens: int = 32,
 ) -> list[dict[str, Any]]:
     """Every answer that a sample asks for, one record each: key, family, chance, expected and, by kind of pictures,
-    what the model said. Later turns see the expected answers to the earlier ones."""
-    swapped = swapped_pictures(samples) if SWAPPED in images else []
+    what the model said. Later turns see the expected answers to the earlier ones.
+
+    Raises:
+        ValueError: a sample that cannot be answered, by its key.
+    """
+    partners = swap_partners(samples) if SWAPPED in images else []
     answers = []
     for place, sample in enumerate(tqdm(samples, desc="scoring", unit="sample", disable=not sys.stderr.isatty())):
-        shown = {RIGHT: sample.pictures, BLANK: tuple(map(blank_like, sample.pictures))}
-        if swapped:
-            shown[SWAPPED] = swapped[place]
+        right = sample.read_pictures()
+        shown = {RIGHT: right, BLANK: tuple(map(blank_like, right))}
+        if partners:
+            shown[SWAPPED] = partners[place].read_pictures()
         for asked, expected in _questions(sample.messages):
             said = {}
             for kind in images:
                 num_before = sum(message.num_images for message in asked)
                 pictures = shown[kind][:num_before]
-                said[kind] = model.answer(asked, pictures, contrast=contrast, max_new_tokens=max_new_tokens)
+                try:
+                    said[kind] = model.answer(asked, pictures, contrast=contrast, max_new_tokens=max_new_tokens)
+                except ValueError as error:
+                    raise ValueError(f"sample {sample.key!r} with {kind} pictures: {error}") from error
             answers.append(
                 {"key": sample.key, "family": sample.family, "chance": sample.chance, "expected": expected, **said}
             )

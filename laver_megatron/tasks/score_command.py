@@ -11,6 +11,7 @@ from laver_megatron.program import find_device, positive_integer, program, progr
 from laver_megatron.runtime.files import check_place, write_json
 
 _KINDS = ("right", "blank", "swapped")
+_MOST_CONTRAST = 100.0  # the paper takes 1; beyond this only the difference of the two logits counts
 
 DESCRIPTION = """
 Scores an export's answers to the questions of shards, by greedy generation and exact match, by family.
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data-path", nargs="+", required=True, metavar="SHARDS", help="tars, folders or indexes")
     add("--samples", type=positive_integer, metavar="N", help="score so many, the same at each call; default: all")
     add("--images", nargs="+", choices=_KINDS, default=["right"], help="which pictures the questions come with")
-    add("--contrast", type=_alpha, default=0.0, metavar="ALPHA", help="contrastive decoding against a blank picture")
+    add("--contrast", type=_alpha, default=0.0, metavar="ALPHA",
+        help="contrastive decoding against a blank picture: 0 (off) to 100; the paper takes 1")  # fmt: skip
     add("--max-new-tokens", type=positive_integer, default=32, metavar="N", help="longest answer")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--output", type=Path, metavar="FILE", help="writes table and answers as JSON")
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options["device"] = find_device(options["device"])
     samples, num_unusable = read_samples(options["data_path"], options["samples"])
-    if not any(sample.pictures for sample in samples):
+    if not any(sample.num_pictures for sample in samples):
         if options["images"] != ["right"]:
             raise ValueError("--images blank and swapped need samples with pictures; these have none")
         if options["contrast"]:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = write_description(options, num_unusable, answers)
     print("\n".join(table_lines(description["table"])))
     if num_unusable:
-        print(f"{num_unusable} samples could not be used")
+        print(f"samples that could not be used: {num_unusable}")
     if options["output"] is not None:
         write_json(options["output"], description)
 
@@ -74,6 +76,6 @@ def _alpha(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    if not 0 <= value <= _MOST_CONTRAST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to {_MOST_CONTRAST:g}")
     return value

@@ -297,7 +297,7 @@ def state_after_starts(layout, configs):
 TRAINED = [
     pytest.param(Layout(), "tied", {}, marks=IN_OTHERS),
     (Layout(tp=2), "untied", {"bf16": True}),
-    (Layout(tp=4), "tied", {"positions": "1d", "centre_momentum": None}),
+    (Layout(tp=4), "tied", {"positions": "1d", "centre_momentum": None, "mim_target": "pixels"}),
     pytest.param(Layout(pp=2), "tied", {"bf16": True}, marks=IN_OTHERS),
     (Layout(pp=2, vpp_layers=1), "untied", {}),
     (Layout(pp=2, first_layers=1), "tied", {"attention": "causal"}),

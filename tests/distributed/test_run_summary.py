@@ -10,6 +10,8 @@ import pytest
 from transformers import AutoModel, AutoModelForCausalLM
 
 from laver_megatron import train
+from laver_megatron.hf.shape import read_model_shape
+from laver_megatron.planning.dry_run import dry_run
 from laver_megatron.run_log.run_summary import FILE_NAME
 from tests.distributed.build import ONE_PROCESS, make_config, synthetic_data
 from tests.distributed.harness import Layout
@@ -111,6 +113,24 @@ def test_parameters_are_those_of_the_hugging_face_models(summaries, assets):
         assert summary["teacher_parameters"] == parts["decoder"] + parts["vision_head"]
     plain = summaries["plain"]
     assert plain["parameters"]["vision_head"] == plain["parameters"]["mask_token"] == plain["teacher_parameters"] == 0
+
+
+@pytest.mark.parametrize("target, size", [("features", 32), ("pixels", 3 * 8**2)])
+def test_a_target_of_another_size_counts_its_head(pool, assets, tmp_path, target, size):
+    """Parameters and FLOPs are those of a dry run, and of a latent target with as large a head."""
+    found = []
+    for name, settings in ((target, {"mim_target": target}), ("latent", {"vision_head_output_size": size})):
+        config = make_config(assets, tmp_path / name, train_iters=1, centre_momentum=None, **settings)
+        pool.run(run, ONE_PROCESS, config)
+        found.append(json.loads((tmp_path / name / FILE_NAME).read_text()))
+    assert found[0]["parameters"] == found[1]["parameters"] and found[0]["flops"] == found[1]["flops"]
+    assert found[0]["flops"]["laver_overhead"] > 0
+    config = make_config(assets, tmp_path / "dry", centre_momentum=None, mim_target=target)
+    counted = dry_run(config, read_model_shape(assets.tied), assets.encoder, 1).parameters
+    names = {"vision_head": "vision head", "connector": "connector", "mask_token": "[MASK]", "encoder": "encoder"}
+    assert {name: found[0]["parameters"][name] for name in names} == {it: counted[names[it]] for it in names}
+    assert found[0]["parameters"]["vision_head"] == (64 * 32 + 32) + (32 * 32 + 32) + 32 * size
+    assert found[0]["teacher_parameters"] == counted["teacher"]
 
 
 def test_validation_is_the_last_and_the_best(summaries):

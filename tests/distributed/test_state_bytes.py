@@ -10,13 +10,14 @@ from tests.distributed.build import make_config, make_trainer
 from tests.distributed.harness import Layout
 
 RUNS = [
-    (Layout(tp=2, dp=2, sp=True), {"bf16": True}),
+    (Layout(tp=2, dp=2, sp=True), {"bf16": True, "mim_target": "features", "centre_momentum": None}),
     (Layout(tp=2, pp=2, sp=True), {"bf16": True, "freeze": ()}),
     (Layout(pp=2, vpp_layers=1, dp=2), {"bf16": True}),
     (Layout(dp=4), {"freeze": ("encoder", "decoder")}),
     (Layout(pp=2, first_layers=1, dp=2), {"freeze": ()}),
     (Layout(pp=2, dp=2), {"freeze": ("encoder", "decoder"), "laver": False, "bf16": True}),
     (Layout(tp=4), {"laver": False}),
+    (Layout(), {"mim_target": "pixels", "centre_momentum": None}),
 ]
 
 

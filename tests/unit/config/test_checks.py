@@ -568,6 +568,19 @@ def test_dry_run_needs_neither_weights_nor_shards(run, tmp_path, capsys):
     assert "24 layers" not in found(config, dry_run=True)[0]
 
 
+@pytest.mark.parametrize("target, size", [("features", 32), ("pixels", 3 * 16**2)])
+def test_dry_run_counts_the_head_of_the_target(run, capsys, target, size):
+    """As of a latent target with a head of that size: parameters, bytes of every rank, and a checkpoint's."""
+    said = []
+    for changes in ({"mim_target": target}, {"vision_head_output_size": size}, {}):
+        config = run.replace(**changes, vision_head_hidden_size=8192)
+        show_dry_run(Invocation(config, dry_run=True, dry_run_world_size=1))
+        said.append(capsys.readouterr().out.partition(" GB are free")[0].rpartition("; ")[0])
+    assert said[0] == said[1] != said[2]
+    sizes = [re.search(r"a checkpoint takes (\S+) GB", text)[1] for text in said]
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
 def test_dry_run_refuses_an_encoder_that_cannot_be_built(run, tmp_path, capsys):
     (tmp_path / "encoder/config.json").write_text(json.dumps({**ENCODER_JSON, "num_attention_heads": 5}))
     with pytest.raises(SystemExit) as caught:
@@ -749,6 +762,37 @@ def test_state_and_data_do_not_change_silently(run, tmp_path, how):
         assert f"set {setting}, or {start} --load {path} --finetune, which takes the weights alone" in problem
     assert check_one(config.replace(**OTHER_STATE, **OTHER_MODEL))
     assert len(found(config.replace(allow_change=tuple(OTHER_MODEL)))) == len(OTHER_STATE), "allowed for the model only"
+
+
+LATENT = {"mim_target": "latent", "vision_head_output_size": None}
+TARGETS = {
+    "features": {"mim_target": "features", "vision_head_output_size": 32},
+    "pixels": {"mim_target": "pixels", "vision_head_output_size": 3 * 16**2},
+}
+
+
+@pytest.mark.parametrize("how", ["resume", "load"])
+@pytest.mark.parametrize("then, now", [("latent", "features"), ("pixels", "latent"), ("features", "pixels")])
+def test_the_target_of_reconstruction_stays(run, tmp_path, how, then, now):
+    """It is refused with the size of its vision head, which the encoder decides, and alone where the sizes agree."""
+    config, path = going_on(run, tmp_path, how, **(LATENT if then == "latent" else TARGETS[then]))
+    of_size, of_target = found(config.replace(mim_target=now))
+    assert of_size.startswith("vision_head_output_size is ") and f"{path} was written with " in of_size
+    assert of_target.startswith(
+        f"mim_target is {now}, but {path} was written with {then}, and its vision head predicts that; set --mim-target "
+        f"{then}, or "
+    )
+    assert check_one(config.replace(mim_target=then))
+    write_run(path, **{**TARGETS["features"], "mim_target": "latent"})
+    (problem,) = found(config.replace(mim_target="features"))
+    assert problem.startswith(f"mim_target is features, but {path} was written with latent")
+
+
+def test_finetuning_may_take_another_target_of_the_same_size(run, tmp_path):
+    config, path = going_on(run, tmp_path, "finetune", **TARGETS["features"])
+    assert check_one(config.replace(vision_head_output_size=32))
+    (problem,) = found(config.replace(mim_target="pixels"))
+    assert problem.startswith(f"vision_head_output_size is 768, but {path} was written with 32")
 
 
 def test_laver_is_on_or_off_for_a_whole_run(run, tmp_path):

@@ -80,7 +80,11 @@ def test_parts(tmp_path):
     assert build_encoder(tmp_path / "encoder", -1, torch.float32, load_weights=True) is not None
     assert open_preprocessor(tmp_path / "encoder") is not None
     before = (tmp_path / "encoder" / "model.safetensors").read_bytes()
-    make_parts(tmp_path, **sizes, encoder_steps=3, num_pictures=64)
+    make_parts(tmp_path, **sizes, encoder_steps=2, num_pictures=64, num_captions=9)
+    with pytest.raises(ValueError, match=r"encoder is there, and was made with --encoder-steps 2, not 3; name another"):
+        make_parts(tmp_path, **sizes, encoder_steps=3, num_pictures=64, num_captions=9)
+    (tmp_path / "encoder.json").unlink()  # as an earlier version left it
+    make_parts(tmp_path, **sizes, encoder_steps=3, num_pictures=64, num_captions=9)
     assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == before
 
 

@@ -40,6 +40,16 @@ def test_what_is_there_is_kept(tmp_path, demo_dir):
     assert digests(demo_dir) == before
 
 
+def test_shards_of_another_number_of_samples_are_refused(tmp_path, demo_dir):
+    for part in ("model", "encoder"):
+        (tmp_path / part).symlink_to(demo_dir / part)
+    make_demo(tmp_path, num_train_samples=6, num_valid_samples=6)
+    before = digests(tmp_path / "shards")
+    done = run_here(TOOL, "--dir", tmp_path, "--num-train-samples", "9")
+    assert done.returncode == 2 and "was made with --num-train-samples 6, not 9, --num-valid-samples 6" in done.stderr
+    assert digests(tmp_path / "shards") == before
+
+
 def test_other_encoders(tmp_path, demo_dir):
     for part in ("model", "encoder", "shards"):
         (tmp_path / part).symlink_to(demo_dir / part)

@@ -19,7 +19,9 @@ def test_it_is_the_mean_over_pairs(num_tokens):
 
 
 def test_one_token_has_no_value():
-    assert mean_pairwise_cosine(torch.ones(1, 4)).isnan()
+    token_NH = torch.tensor([[0.3, 1.7, -2.0]])
+    assert mean_pairwise_cosine(token_NH).isnan()
+    assert mean_off_diagonal(cosine_gram(inner_products(token_NH[None]))).isnan()
 
 
 def test_equal_tokens_of_any_length_have_cosine_one_and_opposite_ones_minus_one():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from laver_megatron.encoders import read_encoder, with_target_size
 from laver_megatron.hf.shape import ModelShape
 from laver_megatron.model.attention import SpanAttention
 from laver_megatron.planning.activations import Saved, activations_of_stage
@@ -60,6 +61,8 @@ MICRO_BATCHES = [
     (2, {"laver": False}),
     (1, {"gram_loss": "none"}),
     (2, {"freeze": ()}),
+    (1, {"mim_target": "features"}),
+    (1, {"mim_target": "pixels"}),
 ]
 ALIKE = pytest.mark.slow(reason="each micro-batch, type and recompute is there with the others' first")
 
@@ -77,6 +80,7 @@ ALIKE = pytest.mark.slow(reason="each micro-batch, type and recompute is there w
 )
 def test_saved_tensors(encoder_dir, num_images, changes, bf16, recompute):
     config = settings(num_images, recompute_granularity=recompute, bf16=bf16, **changes)
+    config = with_target_size(config, read_encoder(encoder_dir))
     of_stage, of_losses = measure(config, num_images, encoder_dir)
     saved = Saved(config, SHAPE, workload(num_images, encoder_dir), fused=False)
     planned = saved.input_side() + saved.layers(SHAPE.num_layers) + saved.heads()

@@ -101,22 +101,32 @@ VARIANTS = {
     "connector only": {"freeze": ("encoder", "decoder"), "laver": False},
     "frozen decoder": {"freeze": ("encoder", "decoder")},
 }
+# Their vision heads have a size of their own; they need one stage.
+TARGETS = {
+    "features": {"mim_target": "features"},
+    "pixels": {"mim_target": "pixels"},
+}
 
 
 PAIRS = [(layout, "tied") for layout in LAYOUTS]
+PAIRS += [("tp2-sp-dp3", target) for target in TARGETS]
 PAIRS += [(layout, variant) for layout in ("vpp", "tp2-pp2-dp64") for variant in VARIANTS if variant != "tied"]
 
 
 @pytest.mark.parametrize("layout, variant", PAIRS)
 def test_every_value_once(build, layout, variant):
     world_size, settings = LAYOUTS[layout]
-    run = build(world_size, **settings, **VARIANTS[variant])
+    changes = {**VARIANTS, **TARGETS}[variant]
+    run = build(world_size, **settings, **changes)
     assert run.problems == ()
     assert len(run.ranks) == world_size
-    decoder = {**DECODER, **VARIANTS[variant].get("decoder", {})}
+    decoder = {**DECODER, **changes.get("decoder", {})}
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**decoder))
     assert run.parameters["language model"] == sum(p.numel() for p in model.parameters())
+    if variant in TARGETS:
+        size = {"features": 32, "pixels": 3 * 8**2}[variant]
+        assert run.parameters["vision head"] == (64 * 32 + 32) + (32 * 32 + 32) + 32 * size
 
 
 def test_a_tensor_on_no_rank_is_found(build, monkeypatch):

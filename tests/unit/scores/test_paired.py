@@ -1,7 +1,6 @@
 """Paired tests against enumeration and closed forms."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -55,6 +54,11 @@ def test_no_difference():
         assert (test.p_value, test.low, test.high) == (1.0, 0.0, 0.0)
 
 
+def test_a_single_sample_has_no_interval():
+    test = compare(samples(1), samples(0))
+    assert (test.p_value, test.low, test.high) == (1.0, None, None)
+
+
 def test_questions_that_count_together_are_consecutive_numbers():
     """2-3 and 10-11, not 10-11 before 2-3 as text sorts."""
     baseline = {"2": Sample(1, ""), "3": Sample(1, ""), "10": Sample(1, ""), "11": Sample(0, "")}
@@ -73,4 +77,3 @@ def test_other_samples():
         compare(samples(1, 1), {**samples(1, 1), "0": Sample(1, "!")})
     with pytest.raises(DifferentSamples, match="no samples"):
         compare({}, {})
-    assert not math.isnan(compare(samples(1), samples(0)).low)

@@ -146,6 +146,16 @@ def test_other_samples_have_no_gain_and_no_part_in_averages(kits, capsys):
     assert any("3 of 12 are in the baseline alone, 0 of 9 are not in it" in note for note in found["notes"])
 
 
+def test_a_single_sample_has_no_interval(kits, capsys):
+    baseline, laver = pair(kits, "lmms_eval")
+    for directory in (baseline, laver):
+        (path,) = directory.rglob("*_samples_chartqa.jsonl")
+        path.write_text(path.read_text().splitlines(keepends=True)[0])
+    scores(capsys, baseline, laver, "--output", kits / "table.csv")
+    (row,) = (row for row in csv.reader((kits / "table.csv").open()) if row[0] == "ChartQA")
+    assert row[5:] == ["+25.00", "-", "1"]
+
+
 def test_both_kits_in_one_folder_are_two_rows_and_count_once(kits, capsys):
     both = []
     for name in ("baseline", "laver"):

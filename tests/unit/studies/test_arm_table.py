@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 from laver_megatron.studies.arm_table import difference, find_baseline, markdown, read_results
@@ -100,6 +101,26 @@ def test_bad_sweeps(sweep, tmp_path):
         read_results(sweep)
 
 
+def test_models_of_different_depth_are_refused_with_both_numbers(sweep):
+    write_run(sweep, "mim-seed4", (1.0, 0.5))
+    path = sweep / "runs" / "mim-seed4" / "validation.jsonl"
+    path.write_text(path.read_text().replace("[0.1, 0.5]", "[0.1, 0.5, 0.6]"))
+    with (sweep / "manifest.csv").open("a") as file:
+        file.write("mim-seed4,1,1,mim,4\n")
+    with pytest.raises(ValueError, match="visual_similarity has 2 layers in baseline-seed1 and 3 in mim-seed4"):
+        read_results(sweep)
+
+
+def test_runs_without_metrics_are_left_out_of_the_curve_in_training(sweep, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **style: titles.append(text))
+    for number, seed in enumerate((1, 2, 3)):
+        (sweep / "runs" / f"mim-seed{seed}" / "metrics.jsonl").unlink()
+        main([str(sweep), "--output", str(tmp_path / "out")])
+        assert titles[-1].endswith(f"(without metrics.jsonl: {number + 1} of 9 runs)")
+    assert (tmp_path / "out" / "arms.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_one_seed_has_no_interval(sweep):
     arms, _ = read_results(sweep)
     for arm in arms:
@@ -123,6 +144,9 @@ def test_a_manifest_that_cannot_be_read_is_named(sweep):
     manifest = sweep / "manifest.csv"
     manifest.write_text(manifest.read_text().replace("mim,2", "mim,two"))
     with pytest.raises(ValueError, match=r"manifest.csv: the seed 'two' is no integer"):
+        read_results(sweep)
+    manifest.write_text("name,arm,seed\nbaseline-seed1,,1\n")
+    with pytest.raises(ValueError, match=r"manifest.csv: run 1 has no name or no arm"):
         read_results(sweep)
     manifest.write_bytes(b"\xff\xfename")
     with pytest.raises(ValueError, match=r"manifest.csv cannot be read"):

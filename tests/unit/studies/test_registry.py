@@ -40,6 +40,10 @@ def test_columns_by_their_ends(study):
         registry.full_name("lm_loss")
     with pytest.raises(ValueError, match=r"no run has a column 'last\.similarity'; there are .*visual_similarity"):
         registry.full_name("last.similarity")
+    with pytest.raises(ValueError, match=r"no run has a column 'lavr'; there are config\.laver, config\.lr: see"):
+        registry.full_name("lavr")
+    with pytest.raises(ValueError, match=r"no run has a column 'abacus'; there are (\S+, ){7}\S+ and \d+ more: see"):
+        registry.full_name("abacus")
 
 
 def test_every_number_is_a_column_also_one_that_was_added(study):

@@ -54,6 +54,7 @@ def test_arms_differ_in_nothing_but_laver(sweep):
         overhead = int(runs[laver]["laver_overhead"])
         assert overhead > 0 == int(runs[baseline]["laver_overhead"])
         assert int(runs[laver]["flops"]) - overhead == int(runs[baseline]["flops"])
+    assert "1 amount; fitting a law needs 3" in sweep.err
 
 
 def test_sizes_may_differ_in_attention(sweep, tmp_path):
@@ -146,7 +147,7 @@ def test_more_than_the_data_hold(sweep):
     assert "500 iterations are more than 2 epochs" in refused(sweep, "--iterations", "500", "--max-epochs", "2")
     assert sweep("--tokens", "3e4", "--max-epochs", "4", "--arms", "baseline") == 0
     assert all(2 < float(line["epochs"]) < 4 for line in sweep.runs.values())
-    assert "2 runs see samples again" in sweep.err
+    assert "samples are seen again in 2 runs" in sweep.err
 
 
 @pytest.mark.parametrize("flags", [("--max-epochs", "inf"), ("--max-epochs", "nan"), ("--lr-exponent", "nan")])

@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
 
 from laver_megatron.data.read.conversations import Message
+from laver_megatron.data.read.images import decode_image
 from laver_megatron.data.read.sample_encoder import SampleEncoder
 from laver_megatron.demo.encoders import save_encoder
 from laver_megatron.demo.models import save_language_model
@@ -19,7 +22,7 @@ from laver_megatron.tasks.contrast import blank_like, contrast_logits
 from laver_megatron.tasks.exported import ExportedModel
 from laver_megatron.tasks.make import make_tasks
 from laver_megatron.tasks.sample import TaskSettings
-from laver_megatron.tasks.score import Sample, by_family, normalised, read_samples, score, swapped_pictures
+from laver_megatron.tasks.score import Sample, by_family, normalised, read_samples, score, swap_partners
 from laver_megatron.tasks.score_command import main
 from tests.exports import add_processor, write_export
 
@@ -29,8 +32,11 @@ QUESTIONS = "In which corner is the square? In which corner is the circle? top l
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
+    return _export(tmp_path_factory.mktemp("score"), format="laver", attention="mixed", positions="2d")
+
+
+def _export(place: Path, *, format: str, attention: str, positions: str) -> Path:
     """A small random model."""
-    place = tmp_path_factory.mktemp("score")
     save_language_model(place / "model", [QUESTIONS])
     save_encoder(place / "encoder")
     torch.manual_seed(0)
@@ -48,9 +54,10 @@ def export(tmp_path_factory) -> Path:
         torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 128)),
         text_config=json.loads((place / "model" / "config.json").read_text()),
         vision_config=json.loads((place / "encoder" / "config.json").read_text()),
-        attention="mixed",
-        positions="2d",
+        attention=attention,
+        positions=positions,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        format=format,
     )
     return add_processor(place / "export", place / "model", place / "encoder")
 
@@ -64,7 +71,7 @@ def shards(tmp_path_factory) -> Path:
 
 def _teacher_forced(model: ExportedModel, sample: Sample, encoder: SampleEncoder) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[tokens, words]` of a sample with its answer, and its labels."""
-    pixels = model._processor._prepare(list(sample.pictures))
+    pixels = model._processor._prepare(list(sample.read_pictures()))
     (count,) = model._processor._count_tokens(pixels)
     encoded = encoder.encode(sample.messages, [(1, count)], sample.key)
     inputs = {name: torch.as_tensor(value) for name, value in pixels.items()}
@@ -156,7 +163,7 @@ class Fixed:
 
 def _sample(key: str, colour: str, family: str, answer: str) -> Sample:
     messages = (Message("user", ("", "Which?")), Message("assistant", (answer,), True))
-    return Sample(key, family, 0.5, messages, (Image.new("RGB", (8, 8), colour),))
+    return Sample(key, family, 0.5, messages, 1, lambda: (Image.new("RGB", (8, 8), colour),))
 
 
 def test_wrong_pictures_show_how_far_answers_follow_the_text():
@@ -172,7 +179,7 @@ def test_wrong_pictures_show_how_far_answers_follow_the_text():
     }  # fmt: skip
     assert table["y"]["right"] == 0.0 and table["all"]["right"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="'a' is the only one with 1 pictures"):
-        swapped_pictures(samples[:1])
+        swap_partners(samples[:1])
 
 
 def test_case_spaces_and_a_full_stop_do_not_count():
@@ -184,7 +191,42 @@ def test_samples_are_chosen_at_random_but_always_the_same(shards):
     some = read_samples([str(shards / "valid-00.tar")], 3)[0]
     assert len(every) == 8 and unusable == 0 and len(some) == 3
     assert [it.key for it in some] == [it.key for it in read_samples([str(shards / "valid-00.tar")], 3)[0]]
-    assert every[0].family == "position" and every[0].chance == 0.25 and len(every[0].pictures) == 1
+    assert every[0].family == "position" and every[0].chance == 0.25 and every[0].num_pictures == 1
+
+
+def test_only_the_pictures_in_use_are_in_memory(shards, monkeypatch):
+    decoded, most = [], 0
+
+    def decode(content):
+        picture = decode_image(content)
+        decoded.append(weakref.ref(picture))
+        return picture
+
+    class Counting(Fixed):
+        def answer(self, *args, **keywords):
+            nonlocal most
+            most = max(most, sum(picture() is not None for picture in decoded))
+            return super().answer(*args, **keywords)
+
+    monkeypatch.setattr("laver_megatron.tasks.score.decode_image", decode)
+    samples, _ = read_samples([str(shards / "valid-00.tar")], None)
+    assert len(score(Counting(), samples, images=("right", "blank", "swapped"))) == 8
+    assert len(decoded) == 24 and most <= 4, "the right ones and the swapped ones, of one sample or of two"
+
+
+def test_a_model_of_damaged_weights_has_no_accuracy(export, shards, tmp_path, capsys):
+    shutil.copytree(export, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["language_model.model.norm.weight"][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    for words in ([], ["--contrast", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(path.parent), "--data-path", str(shards / "valid-00.tar"), *words])
+        said, error = capsys.readouterr()
+        assert ended.value.code == 2 and not said
+        assert "sample 'valid-0000000' with right pictures: the model's logits are not finite" in error
+        assert "laver inspect" in error
 
 
 def test_the_command_writes_table_and_answers(export, shards, tmp_path, capsys):
@@ -200,8 +242,9 @@ def test_the_command_writes_table_and_answers(export, shards, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--samples", "0"], "'0' must be a positive integer"),
-        (["--contrast", "-1"], "'-1' must be a number of at least 0"),
-        (["--contrast", "nan"], "must be a number of at least 0"),
+        (["--contrast", "-1"], "'-1' must be a number from 0 to 100"),
+        (["--contrast", "nan"], "must be a number from 0 to 100"),
+        (["--contrast", "1e308"], "must be a number from 0 to 100"),
         (["--data-path", "nowhere.tar"], "nowhere.tar"),
         (["--model", "nowhere"], "nowhere is no directory with a config.json"),
         (["--device", "abacus"], "--device abacus: "),
@@ -229,6 +272,38 @@ def test_refuses_exports_whose_answers_would_be_wrong_and_damaged_ones(export, s
         with pytest.raises(SystemExit) as ended:
             main(["--model", str(model), "--data-path", str(shards / "valid-00.tar")])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strength", ["-1", "nan", "1e308", "strong"])
+def test_chat_refuses_strengths_without_sense(export, capsys, strength):
+    with pytest.raises(SystemExit) as ended:
+        _chat().main(["--model", str(export), "--image", "x.png", "--contrast", strength])
+    assert ended.value.code == 2 and "is not a number from 0 to 100" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_chat_contrasts_with_an_export_of_transformers_own_classes(tmp_path):
+    """Its plain Llava: every answer is what whole passes give, and that of the second turn sees the first."""
+    chat, red = _chat(), Image.new("RGB", (40, 60), (220, 20, 20))
+    export = _export(tmp_path, format="llava", attention="causal", positions="1d")
+    said = {}
+    for alpha in (0.0, 3.0):
+        talk = chat.Chat(export, "llava", [red], torch.device("cpu"), "auto", 6, contrast=alpha)
+        said[alpha] = [talk.ask("In which corner is the square?"), talk.ask("In which corner is the circle?")]
+        for number, answer in enumerate(said[alpha]):
+            prompt = talk.processor.apply_chat_template(talk.messages[: 2 * number + 1], add_generation_prompt=True)
+            forms = [talk._inputs(prompt, [it]) for it in (red, blank_like(red))]
+            start = forms[0]["input_ids"].shape[1]
+            tokens = forms[0]["input_ids"]
+            for _ in range(6):
+                right, blank = (
+                    talk.model(input_ids=tokens, pixel_values=form["pixel_values"]).logits[:, -1] for form in forms
+                )
+                tokens = torch.cat([tokens, contrast_logits(right, blank, alpha).argmax(-1, keepdim=True)], 1)
+                if tokens[0, -1] == talk.processor.tokenizer.eos_token_id:
+                    break
+            assert answer == talk.processor.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
+    assert said[0.0] != said[3.0], "contrast changes what is said"
 
 
 @pytest.mark.parametrize(
