@@ -27,7 +27,9 @@ class Run:
         self.demo_dir, self.dir, self.log_file = demo_dir, directory / "run", directory / "log"
         self.process = None
 
-    def start(self, num_ranks, fault="none", rank=0, *flags, minutes=0.1):
+    def start(self, num_ranks, fault="none", rank=0, *flags, minutes=None):
+        """minutes: the limits for a step and its data; more ranks than cores need more time."""
+        minutes = minutes or (0.1 if num_ranks < 4 else 0.3)
         data = self.demo_dir / "shards"
         arguments = [
             "--config", ROOT / "examples" / "demo.yaml", "--load", f"hf:{self.demo_dir}/model",
