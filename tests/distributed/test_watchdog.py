@@ -157,6 +157,15 @@ def test_a_rank_that_stands_still_is_named_with_its_place(run, num_ranks, fault,
 
 @pytest.mark.faults
 @pytest.mark.processes
+def test_a_rank_whose_checkpoint_is_not_written_is_named(run):
+    """Its writer stands still in the background; the next save waits for it."""
+    run.start(2, "save", 1, *ONE_EACH, "--save-interval", 2, "--save-timeout-minutes", 0.2, minutes=1)
+    said, stacks = assert_hung(run, 1, [0])
+    assert "in phase save after iteration 6" in said and "called by writer.py" in said and "stall" in stacks[1]
+
+
+@pytest.mark.faults
+@pytest.mark.processes
 def test_a_rank_whose_gil_is_held_is_named_and_writes_its_stacks(run):
     """None of its threads runs; Python's own timer writes what they do."""
     run.start(2, "gil", 1, *ONE_EACH)
