@@ -131,7 +131,8 @@ def _be_agent(words: list[str], results: Connection) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in ("agent.server.api", "multiprocessing.api"):  # which warn of every signal they pass on
+    # Which warn of every signal they pass on, and of reasons that are ours.
+    for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     if os.getppid() != launcher:
         sys.exit(INTERRUPTED)

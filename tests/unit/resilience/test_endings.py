@@ -160,7 +160,7 @@ time.sleep(600)
         pytest.param("silent", "rank 1 ended with exit status 3", marks=pytest.mark.faults),
     ],
 )
-def test_ranks_under_the_agent(tmp_path, monkeypatch, mode, expected):
+def test_ranks_under_the_agent(tmp_path, monkeypatch, capfd, mode, expected):
     """Processes: rank 0 exits because its peer has gone, which is what torchrun sees first."""
     for name in list(os.environ):
         if name.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")):
@@ -175,6 +175,7 @@ def test_ranks_under_the_agent(tmp_path, monkeypatch, mode, expected):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert str(ending) == expected and ending.status == max(ending.exit_code, 1)
+    assert "elastic" not in capfd.readouterr().err, "torchrun's own log of it"
 
 
 LAUNCHER = """
