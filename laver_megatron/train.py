@@ -34,7 +34,7 @@ from laver_megatron.model.visual_similarity import SimilarityCurve
 from laver_megatron.objective import schedules
 from laver_megatron.objective.micro_batch import TERMS, count_of, micro_batch_losses, weighted_sum
 from laver_megatron.resilience import status
-from laver_megatron.resilience.out_of_memory import is_out_of_memory, out_of_memory_message
+from laver_megatron.resilience.out_of_memory import OutOfMemory, explaining_memory
 from laver_megatron.resilience.phases import enter, phase
 from laver_megatron.resilience.run_lock import hold
 from laver_megatron.resilience.signals import heed_signals, ignore_signals
@@ -66,17 +66,12 @@ def run(config: Config) -> None:
     heed_signals(config.run.run_dir)
     lock = hold(Path(config.run.run_dir))
     try:
-        with watched(config):
+        with watched(config), explaining_memory(config):
             trainer = setup(config)
             train(trainer)
-    except (ValueError, OSError, TrainingFailed) as error:
+    except (ValueError, OSError, TrainingFailed, OutOfMemory) as error:
         # torchrun stops the other ranks; leaving the group in order would only wait for them.
         sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {error} [{origin(error)}]")
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        said = out_of_memory_message(error, config, int(os.environ.get("WORLD_SIZE", "1")))
-        sys.exit(f"rank {os.environ.get('RANK', '0')}: error: {said} [{origin(error)}]")
     ignore_signals()
     for data in filter(None, (trainer.training_data, trainer.validation_data)):
         data.close()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -68,9 +69,11 @@ class RealRun:
         return cls(command, run_dir, **(environment or {}))
 
     @classmethod
-    def torchrun(cls, demo_dir: Path, run_dir: Path, **settings: object) -> "RealRun":
+    def torchrun(
+        cls, demo_dir: Path, run_dir: Path, *, program: Sequence[object] = (LAUNCHER,), **settings: object
+    ) -> "RealRun":
         """By torchrun itself."""
-        words = ["torchrun", "--standalone", "--nproc-per-node", "2", str(LAUNCHER)]
+        words = ["torchrun", "--standalone", "--nproc-per-node", "2", *map(str, program)]
         return cls([*words, *flags_of(demo_dir, run_dir, **settings)], run_dir)
 
     @property

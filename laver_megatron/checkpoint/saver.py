@@ -28,7 +28,7 @@ from laver_megatron.runtime.files import put_in_place, sync_directory, sync_file
 from laver_megatron.runtime.ranks import all_ranks, gathered, on_every_rank, on_rank_0, rank
 from laver_megatron.runtime.terminal import say
 
-_POLL_SECONDS = 0.05
+_LOOK_SECONDS = 10.0
 
 
 class Saver:
@@ -72,11 +72,6 @@ class Saver:
         self.stopped_seconds = time.perf_counter() - self._started
         if last or not self.settings.async_save:
             self._publish(must=last)
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether this rank has something on its way to the disk."""
-        return self._writer is not None and not self._writer.is_written
 
     def publish(self) -> None:
         """Waits for a checkpoint that is on its way, and gives it its name."""
@@ -128,10 +123,11 @@ class Saver:
     def _publish(self, *, must: bool) -> None:
         if self._writer is None:
             return
-        # Each look is a collective of its own: none of them waits for a disk.
+        # Each look is a collective of its own: none waits longer for a disk. A rank that has written waits there, one
+        # that writes waits for its thread, and the watchdog tells them apart.
         began = time.perf_counter()
-        while not on_every_rank(self._writer.is_written):
-            time.sleep(_POLL_SECONDS)
+        while not on_every_rank(self._writer.wait(_LOOK_SECONDS)):
+            pass
         try:
             self._finish(self._writer)
         except (OSError, ValueError) as error:

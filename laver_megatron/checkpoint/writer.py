@@ -69,6 +69,12 @@ class RankWriter:
         """Whether this rank has nothing more to write, be it because it failed."""
         return self._thread is None or not self._thread.is_alive()
 
+    def wait(self, seconds: float) -> bool:
+        """`is_written`, after so many seconds at most."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self.is_written
+
     def raise_error(self) -> None:
         """Raises what went wrong while writing: OSError naming the file, and the space that is needed and free."""
         if self._error is not None:

@@ -6,13 +6,15 @@ Whichever of launcher, agent and ranks is killed, the kernel tells those below i
 """
 
 import contextlib
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +32,7 @@ _PATIENCE_SECONDS = 24 * 3600  # for a save, if the launcher is gone and the age
 # The agent kills a rank that has not ended 30 s after the first failure: later exits are its doing.
 _OWN_EXIT_SECONDS = 25
 _LEFT_SECONDS = 600.0  # for ranks whose agent is gone: a step and a save
+_LOGS = "laver_ranks_"  # directories of torchrun's files, below the system's for temporary ones
 
 
 class StopRequest:
@@ -56,9 +59,35 @@ class StopRequest:
 
 def run_agent(words: Sequence[str], num_ranks: int, request: StopRequest) -> Ending:
     """Runs the ranks of this node until all have ended. words: torchrun's arguments."""
-    with tempfile.TemporaryDirectory(prefix="laver_") as log_dir:
-        agent_status, exits = _run_agent(["--log-dir", log_dir, *words], num_ranks, request)
-        return first_ending(agent_status, exits, reasons_in(Path(log_dir)))
+    with _log_directory() as log_dir:
+        agent_status, exits = _run_agent(["--log-dir", str(log_dir), *words], num_ranks, request)
+        return first_ending(agent_status, exits, reasons_in(log_dir))
+
+
+@contextlib.contextmanager
+def _log_directory() -> Iterator[Path]:
+    """A directory for torchrun's files, locked while this launcher or its agent lives. Those of killed ones go."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_LOGS}*"):
+        with contextlib.suppress(OSError), _locked(left):  # which fails where it is in use
+            if left.stat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        new = Path(tempfile.mkdtemp(prefix=f".{_LOGS}"))
+        with contextlib.suppress(OSError):  # without locks nobody takes it for one that is left
+            stack.enter_context(_locked(new))
+        path = new.rename(new.with_name(new.name[1:]))
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _run_agent(words: list[str], num_ranks: int, request: StopRequest) -> tuple[int, list[tuple[int, int]]]:
@@ -102,7 +131,8 @@ def _be_agent(words: list[str], results: Connection) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in ("agent.server.api", "multiprocessing.api"):  # which warn of every signal they pass on
+    # Which warn of every signal they pass on, and of reasons that are ours.
+    for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     if os.getppid() != launcher:
         sys.exit(INTERRUPTED)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +14,22 @@ from laver_megatron.config.fields import Config
 _GIB = 2**30
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 _ON_CPU = "DefaultCPUAllocator: can't allocate memory"  # torch has no type of its own for it
+
+
+class OutOfMemory(RuntimeError):
+    """Memory has run out, in words for the user."""
+
+
+@contextmanager
+def explaining_memory(config: Config) -> Iterator[None]:
+    """An error of the block that says that memory has run out becomes OutOfMemory, from the same place."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = out_of_memory_message(error, config, int(os.environ.get("WORLD_SIZE", "1")))
+        raise OutOfMemory(said).with_traceback(error.__traceback__) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 _CONNECTION_SECONDS = 5.0
-_LONGEST_LINE = 1 << 14
+_LONGEST_LINE, _LONGEST_ANSWER = 1 << 14, 1 << 24  # bytes; an answer has what every node says
 
 
 def answer_questions(port: int, hear: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -40,11 +40,21 @@ def answer_questions(port: int, hear: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def ask(address: tuple[str, int], question: dict[str, Any]) -> dict[str, Any]:
-    """The answer; empty if there is none."""
+    """The answer; empty if there is none, or none that is whole.
+
+    Raises:
+        ValueError: the answer, which is not of `answer_questions`.
+    """
     try:
         with socket.create_connection(address, _CONNECTION_SECONDS) as connection:
             connection.sendall(json.dumps(question).encode() + b"\n")
-            answer = json.loads(connection.makefile().readline(_LONGEST_LINE))
-    except (OSError, ValueError, RecursionError):
+            line = connection.makefile("rb").readline(_LONGEST_ANSWER)
+    except OSError:
         return {}
-    return answer if isinstance(answer, dict) else {}
+    if not line.endswith(b"\n"):
+        return {}
+    with suppress(ValueError, RecursionError):
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            return answer
+    raise ValueError(line.decode(errors="replace").strip())

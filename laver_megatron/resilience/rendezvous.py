@@ -22,13 +22,14 @@ from typing import Any
 from laver_megatron.resilience.agent import StopRequest
 from laver_megatron.resilience.endings import UNKNOWN
 from laver_megatron.resilience.questions import ask
-from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED
+from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE
 
 FAREWELL_SECONDS = 20.0  # to tell the others that the run is over
 _ASK_SECONDS = 1.0
 _LOOK_SECONDS = 5.0
 _PATIENCE_SECONDS = 30.0  # for ranks to end by themselves, with what their watchdogs have to say
 _LONGEST_SAYING = 2000
+_LONGEST_QUOTE = 60  # characters of what a stranger answers
 
 
 class Over(Exception):
@@ -119,7 +120,7 @@ class Guest(Alone):
     def __init__(self, node: int, num_nodes: int, address: tuple[str, int], limit_seconds: float) -> None:
         super().__init__(node, num_nodes)
         self._address, self._limit_seconds = address, limit_seconds
-        self._last_words: dict[str, Any] = {}  # of node 0, which ends soon after them
+        self._over: Over | None = None  # node 0 ends soon after it has said so
 
     def leave(self, message: str, status: int) -> None:
         deadline = time.monotonic() + FAREWELL_SECONDS
@@ -129,11 +130,11 @@ class Guest(Alone):
     def _agree(self, said: str, request: StopRequest, distance: int) -> Plan:
         question, reached = uuid.uuid4().hex, time.monotonic()
         while True:
-            answer = self._last_words or self._ask(said, question, distance=distance)
+            answer = {} if self._over else self._ask(said, question, distance=distance)
+            if self._over:
+                raise self._over
             if answer:
                 reached = time.monotonic()
-                if "over" in answer:
-                    raise Over(f"node 0 has ended the run: {answer['over']}", answer["status"], is_known=True)
                 if question in answer["ids"]:
                     return Plan(answer["attempt"], tuple(answer["nodes"]), answer["said"], answer["blamed"])
             elif time.monotonic() - reached > self._limit_seconds:
@@ -155,9 +156,22 @@ class Guest(Alone):
         host, said = socket.gethostname(), said[:_LONGEST_SAYING]
         message = {"node": self.node, "host": host, "said": said, "id": question, "status": status}
         message["distance"] = distance
-        answer = ask(self._address, message)
-        if "over" in answer:
-            self._last_words = answer
+        try:
+            answer = ask(self._address, message)
+            if "over" in answer:
+                said, status = str(answer["over"]), int(answer["status"])
+                self._over = Over(f"node 0 has ended the run: {said}", status, is_known=True)
+            elif answer and not isinstance(answer.get("ids"), list):
+                raise ValueError(answer)
+        except (ValueError, TypeError, KeyError) as error:
+            self._over = Over(
+                f"{self._address[0]} port {self._address[1]}, one below MASTER_PORT, where the nodes meet, is used by "
+                f"another program, which answers {str(error)[:_LONGEST_QUOTE]!r}; choose another MASTER_PORT on all "
+                "nodes",
+                WRONG_USE,
+                is_known=True,
+            )
+            return {}
         return answer
 
 

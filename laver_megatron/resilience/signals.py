@@ -85,7 +85,7 @@ def ignore_signals() -> None:
 def _is_left_over(agent: int) -> bool:
     """Whether a rank of this node is gone, after which torchrun sends SIGTERM to the others and SIGKILL half a minute
     later: no step will end any more."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != agent:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     import psutil  # here: a launcher that is asked for help has it not; a rank has imported it long before
 
@@ -94,7 +94,8 @@ def _is_left_over(agent: int) -> bool:
         alive = sum(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     except psutil.Error:
         return False
-    return alive < int(os.environ["LOCAL_WORLD_SIZE"])
+    # Asked last: the signal of an agent's end comes while some of its threads, and so its children, are still there.
+    return alive < int(os.environ["LOCAL_WORLD_SIZE"]) and os.getppid() == agent
 
 
 def _speaks() -> bool:

@@ -36,7 +36,8 @@ def run_report(run_dir: Path) -> dict[str, Any]:
         ValueError: the directory is not there, or is not that of a run.
     """
     if not run_dir.is_dir():
-        raise ValueError(f"{run_dir}: no such directory")
+        problem = " is not a directory; give the run's --run-dir" if run_dir.exists() else ": no such directory"
+        raise ValueError(f"{run_dir}{problem}")
     status = read_status(run_dir)
     is_there = os.path.lexists(run_dir / FILE_NAME)
     if not is_there and not any((run_dir / name).exists() for name in _TRACES):

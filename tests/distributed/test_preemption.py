@@ -5,17 +5,24 @@ import os
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from threading import Thread
 
 import pytest
 
+from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.signals import CTRL_C
 from laver_megatron.resilience.status import read_status
 from laver_megatron.resilience.status_report import run_report
+from tests.faults.chaos import differences
 from tests.runs import RealRun
 
 pytestmark = pytest.mark.processes
 OTHER_WAY = pytest.mark.faults  # the same with another signal, or to another process
 NUM_STEPS = 8
+FAULTY_RUN = Path(__file__).with_name("faulty_run.py")
 
 
 @pytest.fixture
@@ -45,7 +52,8 @@ def test_a_run_in_order_leaves_its_status(undisturbed):
 
 
 @pytest.mark.parametrize(
-    "to, name", [("launcher", "SIGTERM"), pytest.param("rank", "SIGUSR2", marks=OTHER_WAY)], ids=str
+    "to, name",
+    [("launcher", "SIGTERM"), *(pytest.param(to, "SIGUSR2", marks=OTHER_WAY) for to in ("launcher", "rank"))],
 )
 def test_stopped_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs, to, name):
     """One more step at most, a save, status 0; then it goes on."""
@@ -82,18 +90,59 @@ def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
 @pytest.mark.parametrize(
     "how",
-    ["launcher killed", *(pytest.param(f"{name} to torchrun", marks=OTHER_WAY) for name in ("SIGUSR1", "SIGTERM"))],
+    [
+        "SIGKILL to launcher",
+        *(pytest.param(f"{name} to torchrun", marks=OTHER_WAY) for name in ("SIGUSR1", "SIGUSR2", "SIGTERM")),
+    ],
 )
 def test_no_rank_outlives_what_started_it(demo_dir, tmp_path, runs, how):
     """The ranks save first."""
-    start = RealRun.launch if how == "launcher killed" else RealRun.torchrun
+    name, _, to = how.split()
+    start = RealRun.launch if to == "launcher" else RealRun.torchrun
     runs.append(run := start(demo_dir, tmp_path / "run", train_iters=5000))
     run.wait_for_iteration(2)
-    number = {"launcher killed": signal.SIGKILL, "SIGUSR1 to torchrun": signal.SIGUSR1}.get(how, signal.SIGTERM)
-    os.kill(run.process.pid, number)
+    os.kill(run.process.pid, getattr(signal, name))
     run.wait()
     assert run.wait_until_all_are_gone(90) == []
     assert json.loads((run.run_dir / "PREEMPTED").read_text())["reason"] == "as SIGTERM asks"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("limit", ["duration", "SLURM"])
+def test_all_ranks_stop_when_the_time_is_up(demo_dir, tmp_path, runs, limit):
+    """Two stages of two replicas, at one iteration somewhere in the run, after a checkpoint of it."""
+    end = int(time.time()) + 180
+    environment = {"NPROC_PER_NODE": "4", **({"SLURM_JOB_END_TIME": str(end)} if limit == "SLURM" else {})}
+    settings = {"pipeline_model_parallel_size": 2, "train_iters": 5000}
+    settings |= {"exit_duration_minutes": 1} if limit == "duration" else {}
+    runs.append(run := RealRun.launch(demo_dir, tmp_path / "run", environment=environment, **settings))
+    assert run.wait() == 0, run.log
+    print(f"\n{limit}: ended {end - time.time():.1f} s before the end of the job")
+    assert run.wait_until_all_are_gone(5) == []
+    marker = json.loads((run.run_dir / "PREEMPTED").read_text())
+    assert marker["reason"] == {"duration": "after --exit-duration-minutes 1"}.get(limit, "before SLURM's time limit")
+    assert [record["iteration"] for record in run.records()] == list(range(1, marker["iteration"] + 1))
+    assert next_choice(run.run_dir).checkpoint.name == f"iter_{marker['iteration']:07d}"
+
+
+@pytest.mark.faults
+def test_a_rank_is_killed_while_a_checkpoint_is_written(demo_dir, tmp_path, undisturbed, runs):
+    """Training has gone on; the checkpoint before stands, and the next start gives the same bits."""
+    run_dir, settings = tmp_path / "run", {"train_iters": NUM_STEPS, "save_interval": 2}
+    runs.append(first := RealRun.torchrun(demo_dir, run_dir, program=(FAULTY_RUN, "save", 1), **settings))
+    first.wait_for_iteration(5)
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"iter_0000002", "latest", ".iter_0000004.incomplete"}
+    first.ranks()[1].kill()
+    assert first.wait() != 0 and first.wait_until_all_are_gone(5) == []
+    choice = next_choice(run_dir)
+    assert choice.checkpoint.name == "iter_0000002" and not choice.passed_over
+
+    runs.append(second := RealRun.launch(demo_dir, run_dir, **settings))
+    assert second.wait() == 0, second.log
+    assert second.exact_records() == undisturbed.exact_records()
+    assert differences(undisturbed.run_dir, run_dir) == []
+    assert not list((run_dir / "checkpoints").glob(".iter_*"))
 
 
 @pytest.mark.faults
@@ -140,6 +189,26 @@ def test_two_nodes_start_again_together(demo_dir, tmp_path, undisturbed, runs):
     assert [run.wait() for run in runs] == [0, 0], runs[0].log + runs[1].log
     assert runs[0].exact_records() == undisturbed.exact_records()
     assert len((run_dir / "restarts.jsonl").read_text().splitlines()) == 1
+
+
+class Stranger(BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
+@pytest.mark.faults
+def test_another_program_has_the_port_where_nodes_meet(demo_dir, tmp_path, runs):
+    """The second node's launcher says so and ends."""
+    with TCPServer(("localhost", 0), Stranger) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port + 1)}
+        nodes |= {"NPROC_PER_NODE": "1"}
+        runs.append(run := RealRun.launch(demo_dir, tmp_path / "run", environment=nodes, restarts=2))
+        assert run.wait() == 2, run.log
+        server.shutdown()
+    assert run.log.splitlines()[-1].startswith(f"localhost port {port}, one below MASTER_PORT"), run.log
+    assert "Traceback" not in run.log and "which answers 'SSH-2.0-OpenSSH_9.6'" in run.log
 
 
 def free_ports() -> int:

@@ -27,7 +27,9 @@ class Run:
         self.demo_dir, self.dir, self.log_file = demo_dir, directory / "run", directory / "log"
         self.process = None
 
-    def start(self, num_ranks, fault="none", rank=0, *flags, minutes=0.1):
+    def start(self, num_ranks, fault="none", rank=0, *flags, minutes=None):
+        """minutes: the limits for a step and its data; more ranks than cores need more time."""
+        minutes = minutes or (0.1 if num_ranks < 4 else 0.3)
         data = self.demo_dir / "shards"
         arguments = [
             "--config", ROOT / "examples" / "demo.yaml", "--load", f"hf:{self.demo_dir}/model",
@@ -151,6 +153,15 @@ def test_a_rank_that_stands_still_is_named_with_its_place(run, num_ranks, fault,
     said, stacks = assert_hung(run, rank, range(num_ranks))
     assert "is alive but has not moved for" in said and where in said and "wrote none" not in said
     assert where in stacks[rank]
+
+
+@pytest.mark.faults
+@pytest.mark.processes
+def test_a_rank_whose_checkpoint_is_not_written_is_named(run):
+    """Its writer stands still in the background; the next save waits for it."""
+    run.start(2, "save", 1, *ONE_EACH, "--save-interval", 2, "--save-timeout-minutes", 0.2, minutes=1)
+    said, stacks = assert_hung(run, 1, [0])
+    assert "in phase save after iteration 6" in said and "called by writer.py" in said and "stall" in stacks[1]
 
 
 @pytest.mark.faults

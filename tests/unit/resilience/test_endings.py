@@ -3,10 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from laver_megatron.resilience.agent import StopRequest, run_agent
+from laver_megatron.resilience.agent import StopRequest, _log_directory, run_agent
 from laver_megatron.resilience.endings import (
     KILLED,
     MISTAKE,
@@ -127,15 +131,24 @@ import os, signal, sys, time
 from laver_megatron.resilience.endings import explain_error
 rank = int(os.environ["RANK"])
 mode = sys.argv[1]
-if rank == 0:  # is seen first
+if mode == "silent":
+    ready = __file__ + ".ready"
+    if rank == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent kills it, 30 s later
+        open(ready, "w").close()
+    else:
+        while not os.path.exists(ready):
+            time.sleep(0.05)
+        sys.exit(3)
+elif rank == 0:  # is seen first
     explain_error(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. Advice"))
     time.sleep(0.5)
     sys.exit(1)
-if mode == "error":
+elif mode == "error":
     explain_error(OSError(28, "No space left on device"))
 else:
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -144,9 +157,10 @@ time.sleep(60)
     [
         ("error", "rank 1 ended with exit status 1: OSError: [Errno 28] No space left on device"),
         ("kill", "rank 1 was killed by SIGKILL (out of memory?)"),
+        pytest.param("silent", "rank 1 ended with exit status 3", marks=pytest.mark.faults),
     ],
 )
-def test_ranks_under_the_agent(tmp_path, monkeypatch, mode, expected):
+def test_ranks_under_the_agent(tmp_path, monkeypatch, capfd, mode, expected):
     """Processes: rank 0 exits because its peer has gone, which is what torchrun sees first."""
     for name in list(os.environ):
         if name.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")):
@@ -160,4 +174,33 @@ def test_ranks_under_the_agent(tmp_path, monkeypatch, mode, expected):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert str(ending) == expected and ending.status == 1
+    assert str(ending) == expected and ending.status == max(ending.exit_code, 1)
+    assert "elastic" not in capfd.readouterr().err, "torchrun's own log of it"
+
+
+LAUNCHER = """
+import time
+from laver_megatron.resilience.agent import _log_directory
+with _log_directory() as directory:
+    print(directory, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_launcher_has_left_is_removed(tmp_path, monkeypatch):
+    """Not what another one uses."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", LAUNCHER]
+    both = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        killed, alive = (Path(process.stdout.readline().strip()) for process in both)
+        both[0].kill()
+        both[0].wait()
+        with _log_directory() as ours:
+            assert killed not in (alive, ours) and set(tmp_path.iterdir()) == {alive, ours}
+        assert list(tmp_path.iterdir()) == [alive]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()

@@ -6,6 +6,7 @@ import torch
 from laver_megatron import train
 from laver_megatron.config.fields import Config
 from laver_megatron.resilience.out_of_memory import is_out_of_memory, out_of_memory_message
+from laver_megatron.resilience.status import read_status
 
 CUDA_TEXT = (
     "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 5 MiB is free."
@@ -66,6 +67,7 @@ def test_the_run_ends_with_it(monkeypatch, tmp_path, error):
     ) as ended:
         train.run(config(run_dir=str(tmp_path / "run")))
     assert isinstance(ended.value.code, str)  # exit status 1
+    assert ": OutOfMemory: out of memory on the " in read_status(tmp_path / "run")["message"]
 
 
 def test_other_runtime_errors_keep_their_traceback(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from laver_megatron.resilience import rendezvous, rendezvous_host
 from laver_megatron.resilience.endings import KILLED, PEER_LOST
-from laver_megatron.resilience.questions import ask
+from laver_megatron.resilience.questions import answer_questions, ask
 from laver_megatron.resilience.rendezvous import Guest, Over
 from laver_megatron.resilience.rendezvous_host import Host
 from laver_megatron.runtime.exit_status import FAILED, HUNG, INTERRUPTED, WRONG_USE
@@ -178,6 +178,33 @@ def test_a_port_that_is_taken_is_named(port):
     with socket.create_server(("", port)):
         (over,) = meet(nodes(port, 2)[0])
     assert over.status == WRONG_USE and f"port {port}, one below MASTER_PORT" in str(over)
+
+
+@pytest.mark.parametrize(
+    "line", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\xff\n", b"[]\n", b'{"error": "bad request"}\n', b'{"over": "x"}\n']
+)
+def test_another_program_where_node_0_should_listen(port, line):
+    """It is named with what it says; whoever says nothing, or half a line, may be cut off."""
+    with socket.create_server(("", port)) as stranger:
+        threading.Thread(target=answer_with, args=(stranger, [line[:-1], line]), daemon=True).start()
+        (over,) = meet(nodes(port, 2)[1])
+    assert over.status == WRONG_USE and over.is_known
+    assert f"localhost port {port}, one below MASTER_PORT" in str(over) and "choose another MASTER_PORT" in str(over)
+    assert "SSH" not in str(line) or "which answers 'SSH-2.0-OpenSSH_9.6'" in str(over)
+
+
+def answer_with(server, answers):
+    for answer in answers:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1 << 14)
+            connection.sendall(answer)
+
+
+def test_an_answer_has_room_for_what_a_thousand_nodes_say(port):
+    said = {f"host{number}": "x" * rendezvous._LONGEST_SAYING for number in range(1000)}
+    answer_questions(port, lambda question: said)
+    assert ask(("localhost", port), {}) == said
 
 
 @pytest.mark.parametrize(

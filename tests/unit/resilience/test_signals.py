@@ -104,11 +104,26 @@ def test_sigterm_after_a_fault_ends_the_ranks_that_are_left(tmp_path):
     assert done.stdout == "None\n1\n", done.stderr
 
 
+# The agent ends while its children are counted.
+COUNTS = """import psutil; agent = os.getppid()
+def children(process):
+    print("counting", flush=True)
+    while os.getppid() == agent:
+        time.sleep(0.01)
+    return []
+psutil.Process.children = children; print("waiting", flush=True)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a process that its parent has ended")
-def test_the_end_of_the_agent_asks_for_a_stop(tmp_path):
+@pytest.mark.parametrize("counts", ["", COUNTS])
+def test_the_end_of_the_agent_asks_for_a_stop(tmp_path, counts):
     file = tmp_path / "asked"
     waits = f"[time.sleep(0.1) for _ in range(300) if not signals.asked()]; open({str(file)!r}, 'w').write('stopped')"
-    agent(f"rank({waits!r}); os.kill(os.getpid(), signal.SIGKILL)")
+    waits_until = (
+        "assert made.stdout.readline() == 'waiting\\n'; made.send_signal(signal.SIGTERM); made.stdout.readline()"
+    )
+    agent(f"made = rank({counts + waits!r}); {waits_until if counts else ''}\nos.kill(os.getpid(), signal.SIGKILL)")
     for _ in range(300):
         if file.exists() and file.read_text() == "stopped":
             return

@@ -115,16 +115,25 @@ def test_a_run_that_never_started(run_dir, capsys):
     assert "has not started" in shown(run_dir, capsys)
 
 
-@pytest.mark.parametrize("make", [False, True])
-def test_a_directory_that_is_none(run_dir, capsys, make):
-    if make:
-        run_dir.mkdir()
-        (run_dir / "notes.txt").touch()
+MISSING = "status.json, config.yaml, run_summary.json, metrics.jsonl or checkpoints"
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda path: None, ": no such directory"),
+        (lambda path: path.touch(), " is not a directory; give the run's --run-dir"),
+        (
+            lambda path: (path / "notes").mkdir(parents=True),
+            f" is not the directory of a run: it has no {MISSING}; give --run-dir",
+        ),
+    ],
+)
+def test_a_directory_that_is_none(run_dir, capsys, make, said):
+    make(run_dir)
     with pytest.raises(SystemExit) as ended:
         main(["status", str(run_dir)])
     assert ended.value.code == 2
-    missing = "status.json, config.yaml, run_summary.json, metrics.jsonl or checkpoints"
-    said = f" is not the directory of a run: it has no {missing}; give --run-dir" if make else ": no such directory"
     assert capsys.readouterr().err == f"error: {run_dir}{said}\n"
 
 
