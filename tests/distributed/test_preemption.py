@@ -15,12 +15,10 @@ import pytest
 from laver_megatron.checkpoint.choice import next_choice
 from laver_megatron.resilience.signals import CTRL_C
 from laver_megatron.resilience.status import read_status
-from laver_megatron.resilience.status_report import run_report
 from tests.faults.chaos import differences
 from tests.runs import RealRun
 
 pytestmark = pytest.mark.processes
-OTHER_WAY = pytest.mark.faults  # the same with another signal, or to another process
 NUM_STEPS = 8
 FAULTY_RUN = Path(__file__).with_name("faulty_run.py")
 
@@ -41,31 +39,19 @@ def undisturbed(demo_dir, tmp_path_factory):
     return run
 
 
-def test_a_run_in_order_leaves_its_status(undisturbed):
-    """It ends by itself, its heartbeats notwithstanding, and its times add up."""
-    status = read_status(undisturbed.run_dir)
-    assert (status["state"], status["iteration"], status["world_size"]) == ("finished", NUM_STEPS, 2)
-    assert status["loss"] > 0 and run_report(undisturbed.run_dir)["state"] == "finished"
-    assert sum(status["ledger"]["seconds"].values()) == pytest.approx(status["updated"] - status["born"], abs=0.5)
-    assert json.loads((undisturbed.run_dir / "run_summary.json").read_text())["goodput"]["share"] > 0
-    assert not (undisturbed.run_dir / "faults").exists()
-
-
-@pytest.mark.parametrize(
-    "to, name",
-    [("launcher", "SIGTERM"), *(pytest.param(to, "SIGUSR2", marks=OTHER_WAY) for to in ("launcher", "rank"))],
-)
-def test_stopped_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs, to, name):
+@pytest.mark.faults  # by SIGTERM to the launcher: tests/faults/test_chaos.py
+@pytest.mark.parametrize("to", ["launcher", "rank"])
+def test_stopped_it_gives_the_same_numbers(demo_dir, tmp_path, undisturbed, runs, to):
     """One more step at most, a save, status 0; then it goes on."""
     run_dir = tmp_path / "run"
     runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
     first.wait_for_iteration(2)
     target = first.ranks()[1].pid if to == "rank" else first.process.pid
-    os.kill(target, getattr(signal, name))
+    os.kill(target, signal.SIGUSR2)
     assert first.wait() == 0, first.log
     assert first.wait_until_all_are_gone(5) == []
     marker = json.loads((run_dir / "PREEMPTED").read_text())
-    assert marker["reason"] == f"as {name} asks" and 2 <= marker["iteration"] < NUM_STEPS
+    assert marker["reason"] == "as SIGUSR2 asks" and 2 <= marker["iteration"] < NUM_STEPS
     assert len(first.records()) == marker["iteration"]
 
     runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=NUM_STEPS))
@@ -87,24 +73,43 @@ def test_a_killed_rank_is_started_again(demo_dir, tmp_path, undisturbed, runs):
     assert restart["cause"] == "rank 1 was killed by SIGKILL (out of memory?)" and restart["from_iteration"] >= 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
-@pytest.mark.parametrize(
-    "how",
-    [
-        "SIGKILL to launcher",
-        *(pytest.param(f"{name} to torchrun", marks=OTHER_WAY) for name in ("SIGUSR1", "SIGUSR2", "SIGTERM")),
-    ],
-)
-def test_no_rank_outlives_what_started_it(demo_dir, tmp_path, runs, how):
-    """The ranks save first."""
-    name, _, to = how.split()
-    start = RealRun.launch if to == "launcher" else RealRun.torchrun
-    runs.append(run := start(demo_dir, tmp_path / "run", train_iters=5000))
-    run.wait_for_iteration(2)
-    os.kill(run.process.pid, getattr(signal, name))
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel to tell the ranks")
+
+
+def assert_ranks_saved(run):
+    """None outlives what started them, and they have saved first."""
     run.wait()
     assert run.wait_until_all_are_gone(90) == []
     assert json.loads((run.run_dir / "PREEMPTED").read_text())["reason"] == "as SIGTERM asks"
+
+
+@ON_LINUX
+def test_a_second_run_is_refused_and_the_ranks_of_a_killed_launcher_stop(demo_dir, tmp_path, runs):
+    """The second ends with status 2, naming the first, which goes on; no restart."""
+    run_dir = tmp_path / "run"
+    runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=5000))
+    first.wait_for_iteration(1)
+    first.wait_for_file("faults/rank_0001_*.txt")
+    before = sorted(run_dir.rglob("[!.]*"))
+    runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
+    assert second.wait() == 2, second.log
+    assert f"another run is using {run_dir}: process {first.ranks()[0].pid} on" in second.log
+    assert sorted(run_dir.rglob("[!.]*")) == before
+    assert read_status(run_dir)["state"] == "running"
+    first.wait_for_iteration(first.records()[-1]["iteration"] + 1)
+
+    first.process.kill()
+    assert_ranks_saved(first)
+
+
+@ON_LINUX
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+def test_the_ranks_of_a_torchrun_that_ends_stop(demo_dir, tmp_path, runs, name):
+    runs.append(run := RealRun.torchrun(demo_dir, tmp_path / "run", train_iters=5000))
+    run.wait_for_iteration(2)
+    os.kill(run.process.pid, getattr(signal, name))
+    assert_ranks_saved(run)
 
 
 @pytest.mark.faults
@@ -157,21 +162,6 @@ def test_the_second_ctrl_c_ends_at_once(demo_dir, tmp_path, runs):
     assert run.wait_until_all_are_gone(10) == []
     assert run.log.count(CTRL_C) == 1
     assert run.log.endswith("run has no checkpoint yet: the same command starts over\n")
-
-
-def test_a_second_run_in_the_directory_is_refused(demo_dir, tmp_path, runs):
-    """With status 2, naming the first, which goes on; no restart."""
-    run_dir = tmp_path / "run"
-    runs.append(first := RealRun.launch(demo_dir, run_dir, train_iters=5000))
-    first.wait_for_iteration(1)
-    first.wait_for_file("faults/rank_0001_*.txt")
-    before = sorted(run_dir.rglob("[!.]*"))
-    runs.append(second := RealRun.launch(demo_dir, run_dir, train_iters=5000, restarts=3))
-    assert second.wait() == 2, second.log
-    assert f"another run is using {run_dir}: process {first.ranks()[0].pid} on" in second.log
-    assert sorted(run_dir.rglob("[!.]*")) == before
-    assert read_status(run_dir)["state"] == "running"
-    first.wait_for_iteration(first.records()[-1]["iteration"] + 1)
 
 
 @pytest.mark.slow("starts two agents twice; `make test` has one agent")

@@ -196,7 +196,7 @@ def test_a_store_that_does_not_answer_ends_every_rank(run):
 @pytest.mark.faults
 @pytest.mark.processes
 def test_a_straggler_is_named(run):
-    """The slow rank and no other; the run ends in order. (Of a run without one: test_preemption.py.)"""
+    """The slow rank and no other; the run ends in order. (Of a run without one: test_chaos.py.)"""
     run.start(2, "slow", 1, *ONE_EACH, "--train-iters", 35, "--straggler-percent", 40, minutes=1)
     assert run.wait() == 0, run.log[-3000:]
     named = re.findall(r"^straggler: (.*)$", run.log, re.MULTILINE)
