@@ -4,10 +4,11 @@ a Hugging Face directory    our exports (laver, llava), LLaVA-style models, Qwen
 a checkpoint                of any layout: an iter_* folder, a checkpoints/ folder or a run (its newest checkpoint)
 """
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laver_megatron.checkpoint.directory import RUN_FILE, checkpoints_in, has_encoder, iteration_of, latest_checkpoint
@@ -70,9 +71,18 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"the same model is named twice: {', '.join(names)}")
-    return [
-        Source(name, it.directory, it.model_type, it.step, it.mask_ratio) for name, it in zip(names, found, strict=True)
-    ]
+    return [replace(source, name=name) for source, name in zip(found, _shortened(names), strict=True)]
+
+
+def _shortened(names: Sequence[str]) -> Sequence[str]:
+    """Without the words that all begin or all end with, such as those of a sweep; at least one word is left."""
+    words = [re.split(r"(?<=[-/])", name) for name in names]
+    while len(words) > 1 and min(map(len, words)) > 1 and len({it[0] for it in words}) == 1:
+        words = [it[1:] for it in words]
+    while len(words) > 1 and min(map(len, words)) > 1 and len({it[-1] for it in words}) == 1:
+        words = [it[:-1] for it in words]
+    shortened = ["".join(it).rstrip("-/") for it in words]
+    return shortened if len(set(shortened)) == len(names) else names
 
 
 def _find(path: Path) -> Source:

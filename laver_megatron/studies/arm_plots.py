@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from laver_megatron.run_log.curves import BLUE, GREY, RED, STYLE
 from laver_megatron.run_log.records import read_records
@@ -63,6 +64,10 @@ def _draw_differences(axes: Axes, arms: Sequence[ArmResult], baseline: ArmResult
     axes.tick_params(axis="x", labelsize=7)
 
 
+def _colour(number: int) -> tuple[float, float, float, float]:
+    return _COLOURS(number % _COLOURS.N)
+
+
 def _lists(arms: Sequence[ArmResult]) -> list[str]:
     records = [record for arm in arms for record in arm.seeds.values()]
     return sorted({name for record in records for name, value in record.items() if isinstance(value, list)})
@@ -78,7 +83,10 @@ def _draw_layers(axes: Axes, arms: Sequence[ArmResult], name: str) -> None:
     axes.set_title(f"{name} by layer", loc="left", fontsize=8)
     for number, arm in enumerate(arms):
         if len(curve_L := _curve(arm, name)):
-            axes.plot(curve_L, "o-", color=_COLOURS(number), markersize=3, linewidth=1.2, label=arm.name)
+            layers = np.arange(1, len(curve_L) + 1)
+            axes.plot(layers, curve_L, "o-", color=_colour(number), markersize=3, linewidth=1.2, label=arm.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer", fontsize=7)
     axes.legend(fontsize=6)
 
 
@@ -94,7 +102,7 @@ def _draw_similarity(axes: Axes, arms: Sequence[ArmResult], sweep: Path) -> None
         if curves:
             length = min(map(len, curves))
             mean_I = np.array([curve[:length] for curve in curves]).mean(axis=0)
-            axes.plot(np.arange(1, length + 1), mean_I, color=_COLOURS(number), linewidth=1.2, label=arm.name)
+            axes.plot(np.arange(1, length + 1), mean_I, color=_colour(number), linewidth=1.2, label=arm.name)
     axes.set_xlabel("iteration", fontsize=7)
     axes.legend(fontsize=6)
 

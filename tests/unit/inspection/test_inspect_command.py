@@ -116,7 +116,7 @@ def test_steps_of_a_run_become_a_map_and_shards_bring_their_answers(export, demo
     inspect_command.main([*map(str, words), "--output", str(tmp_path / "seen"), "--num-pictures", "1"])
     assert capsys.readouterr().out.endswith(f"{tmp_path}/seen/index.html\n")
     rows = rows_of(tmp_path / "seen/curves.csv")
-    assert {(row["model"], row["step"]) for row in rows} == {("run/iter_0000010", "10"), ("run/iter_0000020", "20")}
+    assert {(row["model"], row["step"]) for row in rows} == {("iter_0000010", "10"), ("iter_0000020", "20")}
     one, other = ([row["mean"] for row in rows if row["step"] == step] for step in ("10", "20"))
     assert one == other, "the same weights"
     assert (tmp_path / "seen/steps.png").exists()
