@@ -120,7 +120,7 @@ def _run_ranks(words: Sequence[str], per_node: int, num_nodes: int, config: Conf
     from laver_megatron.resilience.supervisor import supervise
 
     node = int(_node_rank(os.environ))
-    if node == 0:
+    if num_nodes == 1:  # else rank 0 finds out, and all nodes are told
         refuse_second(Path(config.run.run_dir))
 
     def run_once(request: StopRequest, plan: Plan) -> Ending:

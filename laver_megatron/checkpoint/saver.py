@@ -73,6 +73,11 @@ class Saver:
         if last or not self.settings.async_save:
             self._publish(must=last)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank has something on its way to the disk."""
+        return self._writer is not None and not self._writer.is_written
+
     def publish(self) -> None:
         """Waits for a checkpoint that is on its way, and gives it its name."""
         self._publish(must=False)

@@ -82,17 +82,20 @@ def make_part(place: Path, what: str, build: Callable[[Path], None], settings: M
     """
     check_part(place, settings or {})
     if place.exists():
-        print(f"demo: {place} is there", file=sys.stderr)
+        unknown = "" if not settings or _settings_file(place).is_file() else "; which settings it has is not known"
+        print(f"demo: {place} is there{unknown}", file=sys.stderr)
         return
     print(f"demo: making {place}: {what}", file=sys.stderr)
-    if settings:
-        write_json(_settings_file(place), dict(settings))
     try:
         with new_directory(place) as unfinished:
             build(unfinished)
     except OSError:
-        if not place.exists():  # else another process was faster, and its part is the same
+        if not place.exists():  # else another process was faster
             raise
+        check_part(place, settings or {})
+        return
+    if settings:
+        write_json(_settings_file(place), dict(settings))
 
 
 def check_part(place: Path, settings: Mapping[str, int]) -> None:

@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bo
 img { max-width: 100%; display: block; margin: .6rem 0; } .note { color: #57606a; max-width: 60rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e4e6ea; text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #57606a; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; } th { font-weight: 600; color: #57606a; }
 """
 _GRAM = {
     "share": "pairs with student > teacher",

@@ -75,14 +75,13 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def _shortened(names: Sequence[str]) -> Sequence[str]:
-    """Without the words that all begin or all end with, such as those of a sweep; at least one word is left."""
-    words = [re.split(r"(?<=[-/])", name) for name in names]
-    while len(words) > 1 and min(map(len, words)) > 1 and len({it[0] for it in words}) == 1:
-        words = [it[1:] for it in words]
-    while len(words) > 1 and min(map(len, words)) > 1 and len({it[-1] for it in words}) == 1:
-        words = [it[:-1] for it in words]
+    """Without the words that all end or all begin with, such as those of a sweep; at least one word is left."""
+    words = [re.split(r"(?<=/)|(?<=-)(?<!\de-)", name) for name in names]  # 1e-3 is one word
+    for end, rest in ((-1, slice(None, -1)), (0, slice(1, None))):
+        while len(words) > 1 and min(map(len, words)) > 1 and len({it[end] for it in words}) == 1:
+            words = [it[rest] for it in words]
     shortened = ["".join(it).rstrip("-/") for it in words]
-    return shortened if len(set(shortened)) == len(names) else names
+    return shortened if all(shortened) and len(set(shortened)) == len(names) else names
 
 
 def _find(path: Path) -> Source:

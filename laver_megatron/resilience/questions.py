@@ -49,7 +49,7 @@ def ask(address: tuple[str, int], question: dict[str, Any]) -> dict[str, Any]:
         with socket.create_connection(address, _CONNECTION_SECONDS) as connection:
             connection.sendall(json.dumps(question).encode() + b"\n")
             line = connection.makefile("rb").readline(_LONGEST_ANSWER)
-    except OSError:
+    except (OSError, UnicodeError):  # of a host's name
         return {}
     if not line.endswith(b"\n"):
         return {}

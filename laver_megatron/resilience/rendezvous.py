@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Any
@@ -121,11 +121,13 @@ class Guest(Alone):
         super().__init__(node, num_nodes)
         self._address, self._limit_seconds = address, limit_seconds
         self._over: Over | None = None  # node 0 ends soon after it has said so
+        self._launcher = uuid.uuid4().hex
 
     def leave(self, message: str, status: int) -> None:
         deadline = time.monotonic() + FAREWELL_SECONDS
-        while status not in (0, INTERRUPTED) and not self._ask(message, "", status) and time.monotonic() < deadline:
-            time.sleep(_ASK_SECONDS)
+        with suppress(Over):
+            while status not in (0, INTERRUPTED) and not self._ask(message, "", status) and time.monotonic() < deadline:
+                time.sleep(_ASK_SECONDS)
 
     def _agree(self, said: str, request: StopRequest, distance: int) -> Plan:
         question, reached = uuid.uuid4().hex, time.monotonic()
@@ -148,14 +150,21 @@ class Guest(Alone):
             pause(_ASK_SECONDS, request)
 
     def _others_have_ended(self) -> bool:
-        answer = self._ask("", "")
+        try:
+            answer = self._ask("", "")
+        except Over:  # a stranger; node 0 may have its port again when it is needed
+            return False
         return bool(answer) and answer.get("attempt") != self.plan.attempt
 
     def _ask(self, said: str, question: str, status: int = 0, distance: int = UNKNOWN) -> dict[str, Any]:
-        """Node 0's answer; empty if there is none."""
+        """Node 0's answer; empty if there is none.
+
+        Raises:
+            Over: another program answers.
+        """
         host, said = socket.gethostname(), said[:_LONGEST_SAYING]
         message = {"node": self.node, "host": host, "said": said, "id": question, "status": status}
-        message["distance"] = distance
+        message |= {"distance": distance, "launcher": self._launcher}
         try:
             answer = ask(self._address, message)
             if "over" in answer:
@@ -164,14 +173,13 @@ class Guest(Alone):
             elif answer and not isinstance(answer.get("ids"), list):
                 raise ValueError(answer)
         except (ValueError, TypeError, KeyError) as error:
-            self._over = Over(
+            raise Over(
                 f"{self._address[0]} port {self._address[1]}, one below MASTER_PORT, where the nodes meet, is used by "
                 f"another program, which answers {str(error)[:_LONGEST_QUOTE]!r}; choose another MASTER_PORT on all "
                 "nodes",
                 WRONG_USE,
                 is_known=True,
-            )
-            return {}
+            ) from error
         return answer
 
 

@@ -12,7 +12,8 @@ from laver_megatron.runtime.exit_status import FAILED, INTERRUPTED, WRONG_USE
 
 _POLL_SECONDS = 0.2
 _FRESH_SECONDS = 10.0  # a node that has not asked for so long is not there
-_TEXTS = ("host", "said", "id")
+_STRANGER_SECONDS = 30.0  # after which another launcher is told that there is one for its node already
+_TEXTS = ("host", "said", "id", "launcher")
 
 
 class Host(Alone):
@@ -28,6 +29,8 @@ class Host(Alone):
         super().__init__(0, num_nodes)
         self._others, self._port, self._limit_seconds, self._fits = range(1, num_nodes), port, limit_seconds, fits
         self._asked: dict[int, tuple[dict[str, Any], float]] = {}  # by node: its last message, and when it came
+        self._launchers: dict[int, tuple[str, str, float]] = {}  # by node: which one, on which host, and when it spoke
+        self._strangers: dict[str, float] = {}  # other launchers for such a node, and when they came
         self._used: set[str] = set()  # questions that a plan has answered
         self._told: set[int] = set()  # who knows that the run is over
         self._answer: dict[str, Any] = {}  # to all who ask; empty before the first start
@@ -94,8 +97,23 @@ class Host(Alone):
         are_numbers = type(status) is int and type(distance) is int
         if node not in self._others or not are_numbers or not all(isinstance(it, str) for it in texts.values()):
             raise ValueError(f"not from a supervisor: {message}")
+        if refusal := self._refusal(node, texts):
+            return refusal
         if texts["id"] or status:  # else it only looks
             self._asked[node] = {"node": node, "status": status, "distance": distance, **texts}, time.monotonic()
         if "over" in self._answer or status:
             self._told.add(node)
         return self._answer
+
+    def _refusal(self, node: int, texts: dict[str, str]) -> dict[str, Any]:
+        """What a launcher is told while another one speaks for its node: to wait, in case that one has just ended, and
+        then that it is of another run; empty for the one that the host knows."""
+        launcher, now = texts["launcher"], time.monotonic()
+        known, host, heard = self._launchers.get(node, (launcher, texts["host"], now))
+        if known == launcher or now - heard > _FRESH_SECONDS:
+            self._launchers[node] = launcher, texts["host"], now
+            return {}
+        if now - self._strangers.setdefault(launcher, now) < _STRANGER_SECONDS:
+            return {"attempt": None, "ids": []}
+        said = f"it is not this one: its node {node} is on {host}; stop that run, or choose another MASTER_PORT"
+        return {"over": said, "status": WRONG_USE}

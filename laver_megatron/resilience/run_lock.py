@@ -28,6 +28,7 @@ LOCK_FILE = "run.lock"
 # A holder on another machine is taken to be gone after so long without a sign.
 STALE_SECONDS = 120.0
 _BEAT_SECONDS = 20.0
+_LOOK_SECONDS = 0.2
 _JOB = "SLURM_JOB_ID"
 _MOST_BYTES = 4096  # of the file: its holder writes some two hundred
 _TYPES: dict[str, Any] = {"host": str, "pid": int, "job_id": (str, type(None)), "began": float}
@@ -51,7 +52,12 @@ class RunLock:
         Raises:
             ValueError: another run holds it.
         """
-        if holder := self._free_from():
+        try:
+            holder = self._free_from()
+        except ValueError:
+            time.sleep(_LOOK_SECONDS)  # a launcher that only looks has it for a moment
+            holder = self._free_from()
+        if holder:
             print(f"taking over {self._path.parent} from a run that is gone: {_in_words(holder)}", file=sys.stderr)
         self._sign()
         threading.Thread(target=self._keep_signing, name="run-lock", daemon=True).start()

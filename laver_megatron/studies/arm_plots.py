@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,7 @@ from laver_megatron.run_log.records import read_records
 from laver_megatron.runtime.files import replacing
 from laver_megatron.studies.arm_table import LOSS, SIMILARITIES, ArmResult, difference, result_columns
 
-_COLOURS = matplotlib.colormaps["tab10"]
+_COLOURS, _DASHES = matplotlib.colormaps["tab10"], ("-", "--", ":", "-.")
 _NUM_COLUMNS = 4
 
 
@@ -64,8 +65,10 @@ def _draw_differences(axes: Axes, arms: Sequence[ArmResult], baseline: ArmResult
     axes.tick_params(axis="x", labelsize=7)
 
 
-def _colour(number: int) -> tuple[float, float, float, float]:
-    return _COLOURS(number % _COLOURS.N)
+def _style(number: int) -> dict[str, Any]:
+    """Of an arm's line; after ten colours the dashes differ."""
+    rounds, colour = divmod(number, _COLOURS.N)
+    return {"color": _COLOURS(colour), "linestyle": _DASHES[rounds % len(_DASHES)], "linewidth": 1.2}
 
 
 def _lists(arms: Sequence[ArmResult]) -> list[str]:
@@ -84,7 +87,7 @@ def _draw_layers(axes: Axes, arms: Sequence[ArmResult], name: str) -> None:
     for number, arm in enumerate(arms):
         if len(curve_L := _curve(arm, name)):
             layers = np.arange(1, len(curve_L) + 1)
-            axes.plot(layers, curve_L, "o-", color=_colour(number), markersize=3, linewidth=1.2, label=arm.name)
+            axes.plot(layers, curve_L, marker="o", markersize=3, label=arm.name, **_style(number))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer", fontsize=7)
     axes.legend(fontsize=6)
@@ -102,7 +105,7 @@ def _draw_similarity(axes: Axes, arms: Sequence[ArmResult], sweep: Path) -> None
         if curves:
             length = min(map(len, curves))
             mean_I = np.array([curve[:length] for curve in curves]).mean(axis=0)
-            axes.plot(np.arange(1, length + 1), mean_I, color=_colour(number), linewidth=1.2, label=arm.name)
+            axes.plot(np.arange(1, length + 1), mean_I, label=arm.name, **_style(number))
     axes.set_xlabel("iteration", fontsize=7)
     axes.legend(fontsize=6)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from laver_megatron.run_log.records import read_records
-from laver_megatron.run_log.run_summary import FILE_NAME, FINISHED, MANIFEST
+from laver_megatron.run_log.run_summary import FILE_NAME, FINISHED, MANIFEST, VISUAL_SIMILARITY
 from laver_megatron.runtime.files import read_object
 from laver_megatron.studies.observations import first_few
 from laver_megatron.studies.pairs import mean_and_interval
@@ -133,14 +133,14 @@ def _last_validation(directory: Path) -> dict[str, Any]:
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Finite numbers and lists of a record, those of an object within it under `its name.theirs`; of a list, which is a
-    number for each layer, also the last."""
+    """Finite numbers of a record, those of an object within it under `its name.theirs`; the curve over the layers, and
+    the last of it."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif name in _NOT_RESULTS:
             continue
-        elif isinstance(value, list):
+        elif name == VISUAL_SIMILARITY and isinstance(value, list) and all(isinstance(it, float) for it in value):
             yield prefix + name, value
             yield from _flat({f"{name}.last": value[-1]} if value else {}, prefix)
         elif isinstance(value, (int, float)) and math.isfinite(value):

@@ -136,10 +136,13 @@ def score(
     partners = swap_partners(samples) if SWAPPED in images else []
     answers = []
     for place, sample in enumerate(tqdm(samples, desc="scoring", unit="sample", disable=not sys.stderr.isatty())):
-        right = sample.read_pictures()
-        shown = {RIGHT: right, BLANK: tuple(map(blank_like, right))}
-        if partners:
-            shown[SWAPPED] = partners[place].read_pictures()
+        try:
+            right = sample.read_pictures()
+            shown = {RIGHT: right, BLANK: tuple(map(blank_like, right))}
+            if partners:
+                shown[SWAPPED] = partners[place].read_pictures()
+        except (SampleFault, OSError) as error:  # it could be read before
+            raise ValueError(f"sample {sample.key!r}: its pictures have changed meanwhile: {error}") from error
         for asked, expected in _questions(sample.messages):
             said = {}
             for kind in images:

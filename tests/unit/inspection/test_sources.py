@@ -18,7 +18,10 @@ def names(directory, *places):
     "places, expected",
     [
         (("cpu-base-seed1", "cpu-mim-seed1", "cpu-mim-cga-seed1"), ["base", "mim", "mim-cga"]),
+        (("mim-seed1", "mim-ga-seed1", "mim-cga-seed1"), ["mim", "mim-ga", "mim-cga"]),
         (("mim-seed1", "mim-seed2"), ["seed1", "seed2"]),
+        (("lr-1e-3", "lr-1e-4"), ["1e-3", "1e-4"]),
+        (("x--", "x-y"), ["x--", "x-y"]),
         (("mim", "mim-cga"), ["mim", "mim-cga"]),  # one word has to be left
         (("alone-here",), ["alone-here"]),
         (("laver", "llava-clip"), ["laver", "llava-clip"]),

@@ -25,6 +25,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(rendezvous_host, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(rendezvous_host, "_FRESH_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous_host, "FAREWELL_SECONDS", 2.0)
+    monkeypatch.setattr(rendezvous_host, "_STRANGER_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -207,11 +208,13 @@ def test_an_answer_has_room_for_what_a_thousand_nodes_say(port):
     assert ask(("localhost", port), {}) == said
 
 
+LOOK = {"node": 1, "host": "", "said": "", "id": "", "launcher": "", "status": 0, "distance": 0}
+
+
 @pytest.mark.parametrize(
     "line",
-    [b"x", b"[]", b"{}", b'{"node": 0}', b'{"node": 1, "host": 3, "said": "", "id": "a", "status": 0, "distance": 0}',
-     b"1" * 100_000, b'{"node": 1, "host": "", "said": "", "id": "a", "status": 0, "distance": "x"}',
-     b'{"node": 1, "host": "", "said": "", "id": "a", "status": "2", "distance": 0}', b'{"node": [1], "status": 0}'],
+    [b"x", b"[]", b"{}", b'{"node": 0}', b"1" * 100_000, b'{"node": [1], "status": 0}',
+     *(json.dumps({**LOOK, **wrong}).encode() for wrong in ({"host": 3}, {"distance": "x"}, {"status": "2"}))],
 )  # fmt: skip
 def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
     host, guest = nodes(port, 2)
@@ -221,8 +224,25 @@ def test_what_is_not_from_a_supervisor_changes_nothing(port, line, capfd):
         with suppress(OSError):  # it may have closed the connection before it read all of this
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(100) == b""
-    assert ask(
-        ("localhost", port), json.loads('{"node": 1, "host": "", "said": "", "id": "", "status": 0, "distance": 0}')
-    )
+    assert ask(("localhost", port), LOOK)
     assert meet(host, guest)[0].attempt == 1
     assert capfd.readouterr().err == ""
+
+
+def test_a_launcher_of_another_run_is_told_so_and_ends_nothing(port):
+    """The same command started twice: its second node meets the first run's node 0."""
+    host, guest = nodes(port, 2)
+    plan, _ = meet(host, guest)
+    stop = request()
+    with guest.watching(stop), host.watching(stop):
+        (over,) = meet(nodes(port, 2)[1])
+        assert not host._others_have_ended() and not stop.at_once
+    assert over.status == WRONG_USE and "its node 1 is on" in str(over) and plan.attempt == 0
+    assert [plan.attempt for plan in meet(host, guest)] == [1, 1]
+
+
+def test_a_launcher_that_is_started_again_takes_its_node_over(port):
+    """When the one before has been silent for a while."""
+    host, guest = nodes(port, 2)
+    meet(host, guest)
+    assert [plan.attempt for plan in meet(host, nodes(port, 2)[1])] == [1, 1]
