@@ -76,7 +76,8 @@ demo-scaling: $(READY)
 	$(PYTHON) tools/fit_scaling_law.py --registry runs/demo-scaling/sweep/runs --arm-by laver \
 		--output runs/demo-scaling/law
 
-# Nothing is removed: the same command goes on where it was stopped, and a finished run is not trained again.
+# Nothing is removed: the same command goes on where it was stopped, and a finished run is not trained again. Remove
+# runs/ablation after a change of the commands or of examples/ablation/.
 ABLATION := runs/ablation
 LAVER := $(PYTHON) -m laver_megatron
 demo-ablation: $(READY)
