@@ -425,9 +425,8 @@ def test_schema_says_what_the_fields_say(capsys):
     assert [form["type"] for form in keys["data_path"]["anyOf"]] == ["string", "array"]
 
 
-ARMS = {
-    EXAMPLES / "ablation" / name for name in ("arms.yaml", "controls.yaml")
-}  # overrides by name, not a configuration
+# Overrides by name, not a configuration.
+ARMS = {EXAMPLES / "ablation" / name for name in ("arms.yaml", "arms_paper_values.yaml", "controls.yaml")}
 
 
 @pytest.mark.parametrize("file", sorted({*EXAMPLES.rglob("*.yaml")} - ARMS), ids=lambda file: file.name)

@@ -44,3 +44,15 @@ def test_controls_differ_from_the_configuration_in_one_setting(name):
     for arm in arms:
         changed = {field for field, value in arm.configured(base).flat().items() if value != base.flat()[field]}
         assert len(changed - {"arm"}) == (0 if arm.name == "mim-cga" else 1), arm.name
+
+
+def test_the_second_setting_has_the_papers_mask_ratio_and_weight():
+    """And is otherwise the first, so that `both` of either can serve."""
+    base = load_config(["--config", str(FILES / "cpu.yaml"), *OF_THE_SWEEP])
+    first, second = (
+        {arm.name: arm.configured(base) for arm in read_arms(SweepOptions(arms=[str(FILES / name)]))}
+        for name in ("arms.yaml", "arms_paper_values.yaml")
+    )
+    assert second.keys() == {"both", "mim", "mim-ga", "mim-cga"} and second["both"] == first["both"]
+    for name in second.keys() - {"both"}:
+        assert second[name] == first[name].replace(mask_ratio=0.05, mim_weight=1.0)
