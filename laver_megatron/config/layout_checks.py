@@ -95,7 +95,7 @@ def tensor_parallel_faults(divided: Mapping[str, int], num_query_groups: int, tp
 
 
 def _tensor_parallel_problems(config: Config, shape: ModelShape, encoder: EncoderShape | None) -> Iterator[str]:
-    objective = (config if encoder is None else with_target_size(config, encoder)).objective
+    objective = with_target_size(config, encoder).objective
     tp = config.parallel.tensor_model_parallel_size
     divided = decoder_sizes(shape)
     if objective.laver:

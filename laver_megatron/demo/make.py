@@ -39,6 +39,8 @@ def make_demo(
     """
     sizes = {name: _read_size(name) for name in models}
     directory = Path(directory)
+    numbers = {"num_train_samples": num_train_samples, "num_valid_samples": num_valid_samples}
+    check_part(directory / "shards", numbers)
     directory.mkdir(parents=True, exist_ok=True)
 
     def texts() -> list[str]:
@@ -59,7 +61,6 @@ def make_demo(
     for name, (width, num_layers) in sizes.items():
         save = partial(save_language_model, texts=texts(), hidden_size=width, num_layers=num_layers)
         make_part(directory / f"model_{name}", f"a Qwen2.5 checkpoint of {num_layers} layers of width {width}", save)
-    numbers = {"num_train_samples": num_train_samples, "num_valid_samples": num_valid_samples}
     make_part(directory / "shards", f"{num_train_samples} + {num_valid_samples} samples", shards, numbers)
     return directory
 

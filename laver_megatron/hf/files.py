@@ -4,11 +4,14 @@
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from laver_megatron.hf.shape import VISION_PART, is_laver_export, read_part
 from laver_megatron.runtime.files import read_object, write_json
+from laver_megatron.runtime.terminal import quiet_transformers
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -21,6 +24,22 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, *TOKENIZER_FILES)
+
+
+@contextmanager
+def loading_model(directory: Path) -> Iterator[None]:
+    """Loads a model by transformers without its warnings and progress bars.
+
+    Raises:
+        ValueError: it cannot be loaded, whatever transformers, its code or safetensors raise.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{directory} cannot be loaded: {error}") from error
 
 
 def read_image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:

@@ -126,6 +126,14 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         raise ConfigError([str(error)]) from None
 
 
+def refuse_mixed_attention(directory: Path, config: Mapping[str, Any], remedy: str) -> None:
+    """Raises ValueError, with the remedy, for a llava export of a model that was trained with mixed attention."""
+    if config.get("is_mm_prefix_lm"):
+        raise ValueError(
+            f"{directory} was trained with mixed attention, which transformers' own Llava does not compute; {remedy}"
+        )
+
+
 def _decoder_faults(content: dict[str, Any]) -> list[str]:
     """Sizes that are missing or cannot be."""
     faults = [key for key in _DECODER_SIZES.values() if not is_size(content.get(key))]

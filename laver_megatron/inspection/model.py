@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laver_megatron.data.read.conversations import Message
+from laver_megatron.hf.files import loading_model
 from laver_megatron.hf.shape import LAVER_EXPORT
 from laver_megatron.inspection.measures import visual_attention_mass
 from laver_megatron.inspection.processor import open_processor
 from laver_megatron.inspection.samples import Sample
 from laver_megatron.inspection.sources import FAMILIES
-from laver_megatron.runtime.terminal import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,15 @@ class InspectedModel:
     def __init__(self, directory: Path, model_type: str, device: str, dtype: str = "auto") -> None:
         from transformers import AutoModelForImageTextToText
 
-        try:
-            with quiet_transformers():
-                self.processor = open_processor(directory, model_type)
-                self.model = AutoModelForImageTextToText.from_pretrained(
-                    directory,
-                    dtype=dtype,
-                    attn_implementation={"text_config": "eager", "vision_config": "sdpa"},
-                    trust_remote_code=model_type == LAVER_EXPORT,
-                    local_files_only=True,
-                )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{directory} cannot be loaded: {error}") from error
+        with loading_model(directory):
+            self.processor = open_processor(directory, model_type)
+            self.model = AutoModelForImageTextToText.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation={"text_config": "eager", "vision_config": "sdpa"},
+                trust_remote_code=model_type == LAVER_EXPORT,
+                local_files_only=True,
+            )
         self.model.to(device).eval()
         self.directory, self.model_type, self.device = directory, model_type, device
         family = FAMILIES[model_type]

@@ -14,7 +14,7 @@ from pathlib import Path
 from laver_megatron.checkpoint.directory import RUN_FILE, checkpoints_in, has_encoder, iteration_of, latest_checkpoint
 from laver_megatron.hf.files import CONFIG_FILE
 from laver_megatron.hf.parts import has_training_state
-from laver_megatron.hf.shape import LAVER_EXPORT, read_config
+from laver_megatron.hf.shape import LAVER_EXPORT, read_config, refuse_mixed_attention
 from laver_megatron.runtime.files import read_object
 
 DEFAULT_MASK_RATIO = 0.05
@@ -118,11 +118,7 @@ def _hugging_face(directory: Path) -> Source:
         raise ValueError(
             f"{path}: model_type is {kind!r}, but a model that is given images is needed: one of {', '.join(FAMILIES)}"
         )
-    if config.get("is_mm_prefix_lm"):
-        raise ValueError(
-            f"{directory} was trained with mixed attention, which transformers' own Llava does not compute; inspect "
-            "the checkpoint, or an export with --format laver"
-        )
+    refuse_mixed_attention(directory, config, "inspect the checkpoint, or an export with --format laver")
     return Source(directory.absolute().name, directory, kind)
 
 

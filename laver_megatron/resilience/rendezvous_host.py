@@ -115,5 +115,5 @@ class Host(Alone):
             return {}
         if now - self._strangers.setdefault(launcher, now) < _STRANGER_SECONDS:
             return {"attempt": None, "ids": []}
-        said = f"it is not this one: its node {node} is on {host}; stop that run, or choose another MASTER_PORT"
+        said = f"another run meets at this port, its node {node} is on {host}; stop it, or choose another MASTER_PORT"
         return {"over": said, "status": WRONG_USE}

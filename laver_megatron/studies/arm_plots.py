@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from laver_megatron.run_log.curves import BLUE, GREY, RED, STYLE
 from laver_megatron.run_log.records import read_records
+from laver_megatron.run_log.run_summary import VISUAL_SIMILARITY
 from laver_megatron.runtime.files import replacing
 from laver_megatron.studies.arm_table import LOSS, SIMILARITIES, ArmResult, difference, result_columns
 
@@ -29,8 +30,9 @@ def draw_arms(arms: Sequence[ArmResult], baseline: ArmResult, sweep: Path, path:
     of the similarity in training, whose title says how many."""
     columns = [column for column in result_columns(arms) if column not in SIMILARITIES]
     others = [arm for arm in arms if arm is not baseline and arm.seeds]
-    layers = [name for name in _lists(arms) if any(len(_curve(arm, name)) > 1 for arm in arms)]
-    num_panels = len(columns) + len(layers) + 1
+    curves = [_curve(arm) for arm in arms]
+    has_layers = max(map(len, curves)) > 1
+    num_panels = len(columns) + has_layers + 1
     num_rows = -(-num_panels // _NUM_COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(
@@ -39,8 +41,8 @@ def draw_arms(arms: Sequence[ArmResult], baseline: ArmResult, sweep: Path, path:
         panels = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat
         for column in columns:
             _draw_differences(next(panels), others, baseline, column)
-        for name in layers:
-            _draw_layers(next(panels), arms, name)
+        if has_layers:
+            _draw_layers(next(panels), arms, curves)
         _draw_similarity(next(panels), arms, sweep)
         for axes in panels:
             axes.set_visible(False)
@@ -71,21 +73,16 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": _COLOURS(colour), "linestyle": _DASHES[rounds % len(_DASHES)], "linewidth": 1.2}
 
 
-def _lists(arms: Sequence[ArmResult]) -> list[str]:
-    records = [record for arm in arms for record in arm.seeds.values()]
-    return sorted({name for record in records for name, value in record.items() if isinstance(value, list)})
-
-
-def _curve(arm: ArmResult, name: str) -> np.ndarray:
-    """The mean over seeds, [L]; empty where no seed has it."""
-    curves = [record[name] for record in arm.seeds.values() if record.get(name)]
+def _curve(arm: ArmResult) -> np.ndarray:
+    """How alike visual tokens are by layer: the mean over seeds, [L]; empty where no seed has it."""
+    curves = [record[VISUAL_SIMILARITY] for record in arm.seeds.values() if record.get(VISUAL_SIMILARITY)]
     return np.array(curves, dtype=float).mean(axis=0) if curves else np.empty(0)
 
 
-def _draw_layers(axes: Axes, arms: Sequence[ArmResult], name: str) -> None:
-    axes.set_title(f"{name} by layer", loc="left", fontsize=8)
-    for number, arm in enumerate(arms):
-        if len(curve_L := _curve(arm, name)):
+def _draw_layers(axes: Axes, arms: Sequence[ArmResult], curves: Sequence[np.ndarray]) -> None:
+    axes.set_title(f"{VISUAL_SIMILARITY} by layer", loc="left", fontsize=8)
+    for number, (arm, curve_L) in enumerate(zip(arms, curves, strict=True)):
+        if len(curve_L):
             layers = np.arange(1, len(curve_L) + 1)
             axes.plot(layers, curve_L, marker="o", markersize=3, label=arm.name, **_style(number))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

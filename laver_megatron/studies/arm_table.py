@@ -106,17 +106,18 @@ def read_results(sweep: Path) -> tuple[list[ArmResult], list[str]]:
 
 
 def _check_depths(arms: Sequence[ArmResult]) -> None:
-    """Raises ValueError, with two runs and their numbers, if a curve over the layers differs in length."""
-    first: dict[str, tuple[int, str]] = {}
+    """Raises ValueError, with two runs and their numbers, if the curves over the layers differ in length."""
+    lengths: dict[int, str] = {}
     for arm in arms:
         for seed, record in arm.seeds.items():
-            for column in (column for column, value in record.items() if isinstance(value, list)):
-                length, run = first.setdefault(column, (len(record[column]), arm.runs[seed]))
-                if length != len(record[column]):
-                    raise ValueError(
-                        f"{column} has {length} layers in {run} and {len(record[column])} in {arm.runs[seed]}: runs of "
-                        "models of different depth cannot be compared; keep one size"
-                    )
+            if VISUAL_SIMILARITY in record:
+                lengths.setdefault(len(record[VISUAL_SIMILARITY]), arm.runs[seed])
+    if len(lengths) > 1:
+        (length, run), (other, other_run), *_ = lengths.items()
+        raise ValueError(
+            f"{VISUAL_SIMILARITY} has {length} layers in {run} and {other} in {other_run}: runs of models of different "
+            "depth cannot be compared; keep one size"
+        )
 
 
 def _is_finished(directory: Path) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 
 from laver_megatron.data.read.conversations import Message
+from laver_megatron.hf.files import loading_model
+from laver_megatron.hf.shape import refuse_mixed_attention
 from laver_megatron.runtime.files import read_object
-from laver_megatron.runtime.terminal import quiet_transformers
 from laver_megatron.tasks.contrast import Contrast, blank_like
 
 _FORMATS = ("laver", "llava")
@@ -38,19 +38,12 @@ class ExportedModel:
                 f"({', '.join(_FORMATS)}); make one with laver export"
             )
         self._is_laver = kind == "laver"
-        if not self._is_laver and config.get("is_mm_prefix_lm"):
-            raise ValueError(
-                f"{directory} was trained with mixed attention, which transformers' own Llava does not compute: its "
-                "answers would be wrong; score an export with --format laver"
+        refuse_mixed_attention(directory, config, "score an export with --format laver")
+        with loading_model(directory):
+            self._processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self._is_laver)
+            model = AutoModelForImageTextToText.from_pretrained(
+                directory, trust_remote_code=self._is_laver, dtype="auto"
             )
-        try:
-            with quiet_transformers():
-                self._processor = AutoProcessor.from_pretrained(directory, trust_remote_code=self._is_laver)
-                model = AutoModelForImageTextToText.from_pretrained(
-                    directory, trust_remote_code=self._is_laver, dtype="auto"
-                )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{directory} cannot be loaded: {error}") from error
         self._model = model.to(device).eval()
         self._turn_end = self._processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 

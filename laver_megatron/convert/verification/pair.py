@@ -17,7 +17,7 @@ from laver_megatron.convert.torch_dist import TorchDistReader
 from laver_megatron.convert.verification.forward import TEACHER, MegatronModel, stored_key
 from laver_megatron.hf.parts import ModelSettings, parts_of_megatron, settings_of_checkpoint
 from laver_megatron.hf.safetensors_reader import SafetensorsReader
-from laver_megatron.hf.shape import ModelShape, read_config, read_model_shape
+from laver_megatron.hf.shape import ModelShape, read_config, read_model_shape, refuse_mixed_attention
 from laver_megatron.hf.weights import TIED_HEAD, Size, weight_table
 
 # Only training reads these; an export keeps them apart from the model.
@@ -49,11 +49,7 @@ def open_pair(hugging_face: Path, megatron: Path, weights: str) -> Pair:
     kind = config.get("model_type")
     if kind not in ("qwen2", "laver", "llava"):
         raise ValueError(f"{hugging_face}: model_type is {kind!r}, but only qwen2, laver and llava can be compared")
-    if config.get("is_mm_prefix_lm"):
-        raise ValueError(
-            f"{hugging_face} was trained with mixed attention, which transformers' own Llava does not compute; "
-            "export the checkpoint with --format laver, too, and compare that"
-        )
+    refuse_mixed_attention(hugging_face, config, "export the checkpoint with --format laver, too, and compare that")
     checkpoint = latest_checkpoint(megatron) if megatron.is_dir() else None
     if checkpoint is None:
         raise ValueError(f"{megatron} is not a checkpoint: expected iter_* folders, or hf/config.json and weights")
